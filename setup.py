@@ -1,0 +1,35 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = Path("stgfast/version.py").read_text(encoding="utf-8").split('"')[1]
+
+TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6.100", "peft>=0.17"]
+LINT = ["ruff>=0.9", "mypy>=1.14"]
+
+setup(
+    name="stgfast",
+    version=VERSION,
+    description="Spatiotemporal Skip Guidance for diffusers video pipelines, at little more than the cost of CFG",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["stgfast", "stgfast.*"]),
+    package_data={"stgfast": ["py.typed"]},
+    python_requires=">=3.10,<3.14",
+    install_requires=[
+        "torch>=2.6",
+        "triton>=3.2; platform_system == 'Linux'",
+        "diffusers>=0.40",
+        "transformers>=4.48",
+        "accelerate>=1.0",
+    ],
+    extras_require={
+        "flash-attn": ["flash-attn>=2.7"],
+        "xformers": ["xformers>=0.0.29"],
+        "test": TEST,
+        "lint": LINT,
+        "dev": TEST + LINT,
+    },
+    entry_points={"console_scripts": ["stgfast = stgfast.cli:main"]},
+)

@@ -1,0 +1,19 @@
+"""Spatiotemporal Skip Guidance for diffusers video pipelines, computing nothing twice."""
+
+from stgfast.errors import EngineError, SettingsError, UnsupportedPipelineError
+from stgfast.explain import explain
+from stgfast.guidance import Guidance, Perturbation
+from stgfast.install import accelerate, restore
+from stgfast.version import __version__
+
+__all__ = [
+    "EngineError",
+    "Guidance",
+    "Perturbation",
+    "SettingsError",
+    "UnsupportedPipelineError",
+    "__version__",
+    "accelerate",
+    "explain",
+    "restore",
+]

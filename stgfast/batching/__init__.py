@@ -1,0 +1,1 @@
+"""Rows and plans, and running a stack of blocks under a plan."""

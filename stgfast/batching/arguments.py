@@ -1,0 +1,41 @@
+"""The arguments of a module's call, by name, kept in the form in which they were given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from itertools import zip_longest
+from typing import Any
+
+from torch import nn
+
+_names: dict[type[nn.Module], list[str]] = {}
+
+
+class Arguments:
+    """What a module was called with."""
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
+        self.module, self.args, self.kwargs = module, args, kwargs
+
+    def __getitem__(self, name: str) -> Any:
+        return self.kwargs[name] if name in self.kwargs else self.args[_parameters(type(self.module)).index(name)]
+
+    def changed(self, change: Callable[[str, Any], Any]) -> Arguments:
+        """The same arguments, each changed by name; the name of one that only `*args` takes is empty."""
+        names = _parameters(type(self.module))[: len(self.args)]
+        args = tuple(change(name, value) for name, value in zip_longest(names, self.args, fillvalue=""))
+        kwargs = {name: change(name, value) for name, value in self.kwargs.items()}
+        return Arguments(self.module, args, kwargs)
+
+    def given_to(self, call: Callable[..., Any]) -> Any:
+        return call(*self.args, **self.kwargs)
+
+
+def _parameters(cls: type[nn.Module]) -> list[str]:
+    """The names of a forward's positional parameters."""
+    if cls not in _names:
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        parameters = inspect.signature(cls.forward).parameters.items()
+        _names[cls] = [name for name, parameter in parameters if parameter.kind in kinds][1:]
+    return _names[cls]

@@ -1,0 +1,107 @@
+"""Which rows every block computes. Pure Python: branches in, a plan out.
+
+Two branches are one computation for as long as they have the same history: the same source row and the same
+perturbations so far. A `group` is one such computation, with one row for every prompt in the batch. At every block
+
+    run    the groups it computes, each plainly or perturbed within the block (`marks`)
+    keep   the groups that pass it untouched
+    order  the stack it leaves behind, in terms of run + keep
+
+so that a stack grows only where histories part. Groups that run come first: the others' rows are then a tail, and
+what runs is a leading slice, a view and not a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from stgfast.guidance import COND, Guidance
+
+RESIDUAL = "residual"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One prediction that guidance needs: the row it starts from, and what is done to it at which layers."""
+
+    name: str
+    source: str
+    marks: Mapping[int, str] = field(default_factory=dict)
+
+
+class Step(NamedTuple):
+    """What one block does. Indices count groups: `run` and `keep` in the stack before it, `order` in run + keep."""
+
+    run: tuple[int, ...]
+    marks: tuple[str, ...]  # for every group in `run`: "" plain, or the kind of perturbation inside the block
+    keep: tuple[int, ...]
+    order: tuple[int, ...]
+    rows_of: tuple[int, ...]  # for every group in `run`: the branch whose per-row arguments it takes
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The stack enters the first block, and leaves the last one, with one group per branch."""
+
+    branches: tuple[Branch, ...]
+    steps: tuple[Step, ...]
+
+    @property
+    def computed(self) -> tuple[int, ...]:
+        """Groups computed, block by block."""
+        return tuple(len(step.run) for step in self.steps)
+
+
+def make_plan(branches: Sequence[Branch], depth: int) -> Plan:
+    """The plan for `depth` blocks that computes no history twice."""
+    # A group stands for the branches that share its history; the first of them lends it its per-row arguments.
+    by_source: dict[str, list[int]] = {}
+    for number, branch in enumerate(branches):
+        by_source.setdefault(branch.source, []).append(number)
+    groups = list(by_source.values())
+    before = [members[0] for members in groups]  # where each group lies in the stack: first, one group per branch
+    steps = []
+    for layer in range(depth):
+        run: list[tuple[int, str, list[int]]] = []
+        keep: list[tuple[int, list[int]]] = []
+        for place, members in zip(before, groups, strict=True):
+            by_mark: dict[str, list[int]] = {}
+            for number in members:
+                by_mark.setdefault(branches[number].marks.get(layer, ""), []).append(number)
+            for mark, same in by_mark.items():
+                if mark == RESIDUAL:
+                    keep.append((place, same))
+                else:
+                    run.append((place, mark, same))
+        groups = [same for *_, same in run] + [same for _, same in keep]
+        before = list(range(len(groups)))
+        order = tuple(before)
+        if layer == depth - 1:
+            order = tuple(next(i for i, same in enumerate(groups) if n in same) for n in range(len(branches)))
+        steps.append(
+            Step(
+                run=tuple(place for place, *_ in run),
+                marks=tuple(mark for _, mark, _ in run),
+                keep=tuple(place for place, _ in keep),
+                order=order,
+                rows_of=tuple(same[0] for *_, same in run),
+            )
+        )
+    return Plan(tuple(branches), tuple(steps))
+
+
+def branches_for(guidance: Guidance, sources: Sequence[str], weighed: Collection[str]) -> tuple[Branch, ...]:
+    """The branches that a call of the denoiser computes, given the rows it was called on and the branches
+    that have a weight in this step.
+
+    The conditional branch is always among them: every difference is taken from it.
+    """
+    plain = [Branch(source, source) for source in sources if source in weighed or source == COND]
+    weak = [
+        Branch(name, part.of, dict.fromkeys(part.layers, part.kind))
+        for name, part in zip(guidance.names, guidance.perturbations, strict=True)
+        if name in weighed and part.of in sources
+    ]
+    return (*plain, *weak)

@@ -1,0 +1,48 @@
+"""Taking and joining rows of a stack, as slices: no index tensor, so no copy to the device and no host sync."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stgfast.errors import EngineError
+
+
+def spans(groups: Sequence[int], size: int) -> list[slice]:
+    """Groups of `size` rows as slices of rows, neighbours merged: `[0, 1, 3]` of size 2 is `[0:4]` and `[6:8]`."""
+    merged: list[slice] = []
+    for group in groups:
+        start, stop = group * size, (group + 1) * size
+        if merged and merged[-1].stop == start:
+            merged[-1] = slice(merged[-1].start, stop)
+        else:
+            merged.append(slice(start, stop))
+    return merged
+
+
+def take(value: Any, where: Sequence[slice], rows: int, name: str) -> Any:
+    """The rows `where` of an argument that has `rows` rows; whatever has no rows of its own is left as it is."""
+    if isinstance(value, tuple | list):
+        return type(value)(take(part, where, rows, name) for part in value)
+    if not isinstance(value, Tensor) or value.ndim == 0 or (value.shape[0] == 1 and rows > 1):
+        return value
+    if value.shape[0] != rows:
+        raise EngineError(f"argument {name!r}: got {value.shape[0]} rows, expected {rows}")
+    if len(where) == 1:
+        return value if where[0] == slice(0, rows) else value[where[0]]
+    return torch.cat([value[part] for part in where])
+
+
+def join(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
+
+
+def chunks(rows: int, limit: int | None) -> list[slice]:
+    """`rows` rows in as few, as even chunks of at most `limit` as there can be."""
+    count = 1 if limit is None else -(-rows // limit)
+    edges = [rows * i // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in pairwise(edges)]

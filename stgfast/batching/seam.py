@@ -1,0 +1,90 @@
+"""Standing in for the call of a module, for as long as a guided call runs, and only for the thread that runs it.
+
+`module(...)` goes through the instance attribute `_compiled_call_impl` where there is one; `module.compile()` lives
+there too. A stand-in put there sits outside everything else that owns a call: compiled code, forward hooks, the
+`forward` that offloading replaces. None of them is touched, and all of them run when the stand-in calls on.
+
+Modules may be shared by pipelines and threads. So the stand-in itself decides nothing: it looks up what the current
+context has to say about its module and, finding nothing, makes the plain call. Who comes first puts it in place, who
+goes last takes it away.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+
+from stgfast.batching.arguments import Arguments
+from stgfast.errors import EngineError
+
+ATTRIBUTE = "_compiled_call_impl"
+Call = Callable[..., Any]
+Handler = Callable[[Call, Arguments], Any]
+
+_handlers: ContextVar[Mapping[nn.Module, Handler] | None] = ContextVar("stgfast_handlers", default=None)
+_lock = threading.Lock()
+_held: dict[nn.Module, int] = {}
+
+
+@contextmanager
+def handling(handlers: Mapping[nn.Module, Handler] | None) -> Iterator[None]:
+    """Within the block, and in this context alone, calls of these (held) modules go to their handlers."""
+    token = _handlers.set(handlers)
+    try:
+        yield
+    finally:
+        _handlers.reset(token)
+
+
+@contextmanager
+def held(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block, stand-ins are in place for these modules."""
+    if not hasattr(nn.Module, ATTRIBUTE):
+        raise EngineError(f"this torch has no nn.Module.{ATTRIBUTE}, through which blocks are reached")
+    modules = list(modules)
+    with _lock:
+        for module in modules:
+            if module not in _held:
+                _put(module)
+            _held[module] = _held.get(module, 0) + 1
+    try:
+        yield
+    finally:
+        with _lock:
+            for module in modules:
+                _held[module] -= 1
+                if not _held[module]:
+                    del _held[module]
+                    _take(module)
+
+
+def compiled(module: nn.Module) -> bool:
+    """Whether a module's whole call was compiled, in place or as a wrapper around it."""
+    call = module.__dict__.get(ATTRIBUTE)
+    return hasattr(module, "_orig_mod") or getattr(call, "replaced", call) is not None
+
+
+def _put(module: nn.Module) -> None:
+    before = module.__dict__.get(ATTRIBUTE)
+    plain = before or module._call_impl
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        handlers = _handlers.get()
+        handler = handlers.get(module) if handlers else None
+        return plain(*args, **kwargs) if handler is None else handler(plain, Arguments(module, args, kwargs))
+
+    stand_in.replaced = before  # type: ignore[attr-defined]
+    module.__dict__[ATTRIBUTE] = stand_in
+
+
+def _take(module: nn.Module) -> None:
+    before = module.__dict__[ATTRIBUTE].replaced
+    if before is None:
+        del module.__dict__[ATTRIBUTE]
+    else:
+        module.__dict__[ATTRIBUTE] = before

@@ -1,0 +1,99 @@
+"""What one call of an accelerated pipeline asks for: its settings settled, and all that can be wrong found at once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from stgfast.errors import SettingsError, wrong
+from stgfast.guidance import Guidance
+from stgfast.integrations.spec import Adapter, CallArguments
+
+# What a call takes beside the pipeline's own arguments.
+SETTINGS = (
+    "stg",  # a Guidance for this call alone
+    "stg_scale",
+    "stg_layers",
+    "stg_mode",
+    "stg_rescale",
+    "stg_applied_layers_idx",  # the paper's code's name for stg_layers
+    "do_rescaling",  # the paper's code's switch: rescale by 0.7, or not at all
+)
+PAPER_RESCALE = 0.7
+
+
+def settle(guidance: Guidance, call: CallArguments, given: Mapping[str, Any]) -> Guidance:
+    """The guidance of one call: the pipeline's, changed by the call's settings."""
+    given = {name: setting for name, setting in given.items() if setting is not None}
+    for one, other in (("stg_layers", "stg_applied_layers_idx"), ("stg_rescale", "do_rescaling")):
+        if one in given and other in given:
+            raise wrong(f"{one} and {other}", (given[one], given[other]), "one of them: they say the same thing")
+    if "stg" in given:
+        if len(given) > 1:
+            raise wrong("stg beside other settings", sorted(given), "either stg, or the others")
+        if not isinstance(given["stg"], Guidance):
+            raise wrong("stg", given["stg"], "a stgfast.Guidance")
+        return given["stg"]
+    rescale = given.get("stg_rescale")
+    if "do_rescaling" in given:
+        rescale = PAPER_RESCALE if given["do_rescaling"] else 0.0
+    if rescale is None and call.get("guidance_rescale"):
+        rescale = call["guidance_rescale"]  # the pipeline's own argument of that meaning
+    scale = given.get("stg_scale")
+    changes = {
+        "layers": given.get("stg_layers", given.get("stg_applied_layers_idx")),
+        "kind": given.get("stg_mode"),
+        "scale": scale,
+    }
+    changes = {name: change for name, change in changes.items() if change is not None}
+    off = isinstance(scale, int | float) and scale == 0
+    if off:  # everything is off, but what the same call asks for
+        explicit = "stg_rescale" in given or "do_rescaling" in given
+        if len(changes) > 1:
+            guidance.with_perturbation(**changes)  # a wrong setting is wrong at scale 0 too
+        return Guidance(rescale=rescale if explicit and rescale else 0.0)
+    if changes:
+        guidance = guidance.with_perturbation(**changes)
+    return guidance if rescale is None else dataclasses.replace(guidance, rescale=rescale)
+
+
+def check(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments) -> None:
+    """Everything about a call that can be known to be wrong before it starts."""
+    check_layers(pipe, adapter, guidance)
+    if guidance.inert:
+        return
+    denoiser = getattr(pipe, adapter.denoiser)
+    if getattr(denoiser, "is_cache_enabled", False):
+        raise SettingsError(
+            f"pipe.{adapter.denoiser} has a cache enabled, which keeps what blocks gave for the rows of earlier steps "
+            f"and cannot be combined with guidance; call pipe.{adapter.denoiser}.disable_cache()"
+        )
+    needs = "cfg" if guidance.cfg is not None else None
+    needs = next((f"perturbation of {p.of!r} against {p.base!r}" for p in guidance.perturbations if p.needs_cfg), needs)
+    if needs and adapter.requested(call) is None:
+        raise wrong(f"{needs} needs CFG, {adapter.pipeline}", "a call without CFG", CFG_ON[adapter.protocol])
+    guidance.check_steps(steps_of(call))
+
+
+CFG_ON = {
+    "stacked": "guidance_scale above 1",
+    "sequential": "guidance_scale above 1",
+    "embedded": "true_cfg_scale above 1 and a negative_prompt",
+}
+
+
+def steps_of(call: CallArguments) -> int:
+    """How many steps a call asks for."""
+    own = next((call[name] for name in ("timesteps", "sigmas") if call.get(name) is not None), None)
+    return len(own) if own is not None else int(call["num_inference_steps"])
+
+
+def check_layers(pipe: Any, adapter: Adapter, guidance: Guidance, *, default: bool = False) -> None:
+    depth = adapter.layout(pipe).depth
+    for perturbation in guidance.perturbations:
+        beyond = [layer for layer in perturbation.layers if layer >= depth]
+        if beyond:
+            whose = "the paper's layers for this model" if default else "layers"
+            advice = "; choose some with stgfast.Guidance(stgfast.Perturbation([...]))" if default else ""
+            raise wrong(f"{whose}, {adapter.pipeline}", beyond, f"numbers from 0 to {depth - 1}{advice}")

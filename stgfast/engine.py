@@ -1,0 +1,132 @@
+"""One guided call of a pipeline, and its denoising steps. No model is named here.
+
+A pipeline calls its denoiser once or more in every step. While a guided call runs, the engine stands in for those
+calls, and for those of the denoiser's blocks:
+
+    first call of a step     what every branch weighs at this moment             Session._begin_step
+    every call of a step     its branches as one stack, no row computed twice    Session._predict
+    last call of a step      g, which the pipeline then combines with itself     Session._combine
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stgfast.batching.arguments import Arguments
+from stgfast.batching.plan import Plan, branches_for, make_plan
+from stgfast.batching.rows import spans, take
+from stgfast.batching.seam import Call, handling, held
+from stgfast.batching.stack import Stack
+from stgfast.errors import EngineError, SettingsError
+from stgfast.guidance import COND, UNCOND, Guidance, Moment
+from stgfast.integrations.spec import Adapter, CallArguments
+from stgfast.kernels import combine
+
+CACHED_PLANS = 64
+
+
+class Session:
+    """One guided call of a pipeline while it runs."""
+
+    def __init__(
+        self, pipe: Any, adapter: Adapter, guidance: Guidance, *, call: CallArguments, max_rows: int | None = None
+    ):
+        self.pipe, self.adapter, self.guidance, self.call, self.max_rows = pipe, adapter, guidance, call, max_rows
+        self.denoiser: nn.Module = getattr(pipe, adapter.denoiser)
+        self.layout = adapter.layout(pipe)
+        self.step = 0  # steps done
+        self.turn = 0  # calls of the denoiser done in this step
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        modules = [self.denoiser, *self.layout.blocks, *self.layout.attentions]
+        with held(modules), handling({self.denoiser: self._denoise}):
+            return call()
+
+    def _denoise(self, plain: Call, arguments: Arguments) -> Any:
+        """Stands in for the denoiser."""
+        if self.turn == 0:
+            self._begin_step()
+        last = self.turn == len(self.calls) - 1
+        if not self.acts:
+            output = arguments.given_to(plain)
+        else:
+            self._predict(plain, arguments, self.calls[self.turn])
+            output = self._combine() if last else self._hand_out()
+        self.turn = 0 if last else self.turn + 1
+        self.step += last
+        return output
+
+    def _begin_step(self) -> None:
+        steps = self.pipe.num_timesteps
+        if self.step >= steps:
+            raise EngineError(f"denoising steps: got one more than the {steps} that the scheduler has")
+        moment = Moment(self.step, steps)
+        cfg = self.adapter.live(self.pipe, self.call)
+        self.calls = self.adapter.calls(cfg is not None)
+        self.acts = self.guidance.acts(moment)
+        self.predictions: dict[str, Tensor] = {}  # of every branch, as the step's calls give them
+        self.handed: list[Tensor] = []  # what the pipeline holds since an earlier call of this step
+        if self.acts:
+            self.weights = self.guidance.weights(moment, cfg)
+            self.rescale = self.guidance.phi(moment)
+            if cfg is None and self._needs_uncond():
+                raise SettingsError(f"CFG was switched off at step {self.step}, but the guidance needs it")
+
+    def _needs_uncond(self) -> bool:
+        parts = zip(self.guidance.names, self.guidance.perturbations, strict=True)
+        return UNCOND in self.weights or any(part.of == UNCOND and name in self.weights for name, part in parts)
+
+    def _predict(self, plain: Call, arguments: Arguments, sources: tuple[str, ...]) -> None:
+        """Every branch that starts from the rows of this call."""
+        rows = arguments["hidden_states"].shape[0]
+        prompts, left = divmod(rows, len(sources))
+        if left:
+            raise EngineError(f"rows of the denoiser: got {rows}, expected as many for each of {', '.join(sources)}")
+        plan = _plan(self.guidance, sources, frozenset(self.weights), self.layout.depth)
+        if not plan.branches:
+            return
+        where = spans([sources.index(branch.source) for branch in plan.branches], prompts)
+        stack = Stack(self.layout, plan, prompts, self.max_rows)
+        with handling(stack.handlers()):
+            output = arguments.changed(
+                lambda name, value: take(value, where, rows, name) if name in self.adapter.rows else value
+            ).given_to(plain)
+        stack.finish()
+        self.form = functools.partial(_in_form_of, output)
+        predictions = output[0] if isinstance(output, tuple) else output.sample
+        self.predictions |= zip([branch.name for branch in plan.branches], predictions.split(prompts), strict=True)
+
+    def _hand_out(self) -> Any:
+        """The pipeline calls again before it combines: it is given a tensor that the last call fills with g."""
+        self.handed.append(self.predictions[COND])
+        return self.form(self.predictions[COND])
+
+    def _combine(self) -> Any:
+        """g in place of every prediction that the pipeline holds: whatever its CFG scale, u + s (c - u) is then g."""
+        cond = self.predictions[COND]
+        weights = {COND: self.weights.get(COND, 0.0), **self.weights}
+        guided = combine([self.predictions[name] for name in weights], list(weights.values()), rescale=self.rescale)
+        if not self.adapter.combines_in_float32:
+            guided = guided.to(cond.dtype)
+        for tensor in self.handed:
+            tensor.copy_(guided)
+        copies = len(self.calls[self.turn])
+        return self.form(torch.cat([guided] * copies) if copies > 1 else guided)
+
+
+@functools.lru_cache(maxsize=CACHED_PLANS)
+def _plan(guidance: Guidance, sources: tuple[str, ...], weighed: frozenset[str], depth: int) -> Plan:
+    return make_plan(branches_for(guidance, sources, weighed), depth)
+
+
+def _in_form_of(output: Any, prediction: Tensor) -> Any:
+    """A denoiser's output with another prediction in it."""
+    if isinstance(output, tuple):
+        return (prediction, *output[1:])
+    return dataclasses.replace(output, sample=prediction)

@@ -1,0 +1,110 @@
+"""Install and undo, on one pipeline instance."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from stgfast.batching.seam import Call, handling
+from stgfast.call import SETTINGS, check, check_layers, settle
+from stgfast.engine import Session
+from stgfast.errors import SettingsError, wrong
+from stgfast.guidance import Guidance
+from stgfast.integrations import adapter_for
+from stgfast.integrations.spec import Adapter
+
+Pipe = TypeVar("Pipe")
+INSTALLED = "_stgfast"  # the one attribute that an accelerated pipeline has more than others
+
+
+@dataclasses.dataclass(frozen=True)
+class Installed:
+    """What `accelerate` leaves on a pipeline."""
+
+    adapter: Adapter
+    guidance: Guidance
+    max_rows: int | None
+    original: type[Any]
+
+
+def accelerate(pipe: Pipe, guidance: Guidance | None = None, *, max_rows: int | None = None) -> Pipe:
+    """Guide every call of this diffusers pipeline by `guidance`, or by the paper's settings for its model.
+
+    `max_rows` bounds the samples that a block computes at once, for memory; the result is the same. Accelerating
+    again replaces the settings. The pipeline itself is returned, changed in place; `restore` undoes it.
+    """
+    before: Installed | None = getattr(pipe, INSTALLED, None)
+    adapter = adapter_for(pipe)
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise wrong("guidance", guidance, "a stgfast.Guidance, or None for the paper's settings")
+    if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
+        raise wrong("max_rows", max_rows, "a number of rows, 1 or more, or None for no bound")
+    check_layers(pipe, adapter, guidance or adapter.defaults, default=guidance is None)
+    original: Any = before.original if before else type(pipe)
+    pipe.__dict__[INSTALLED] = Installed(adapter, guidance or adapter.defaults, max_rows, original)
+    pipe.__class__ = _guided_class(original)
+    return pipe
+
+
+def restore(pipe: Pipe) -> Pipe:
+    """Leave a pipeline as it was before `accelerate`; one that was not accelerated is left alone."""
+    installed: Installed | None = pipe.__dict__.pop(INSTALLED, None)
+    if installed is not None:
+        pipe.__class__ = installed.original
+    return pipe
+
+
+def installed_on(pipe: Any) -> Installed:
+    installed: Installed | None = getattr(pipe, INSTALLED, None)
+    if installed is None:
+        raise SettingsError(f"{type(pipe).__name__} is not accelerated: call stgfast.accelerate(pipe) first")
+    return installed
+
+
+@functools.cache
+def _guided_class(original: Any) -> Any:
+    """A class that differs from the pipeline's own in its call alone."""
+
+    @functools.wraps(original.__call__)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+        return guided_call(self, original.__call__, args, kwargs, given)
+
+    signature = inspect.signature(original.__call__)
+    extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in SETTINGS]
+    __call__.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*signature.parameters.values(), *extra]
+    )
+    body = {"__call__": __call__, "__module__": original.__module__, "__qualname__": original.__qualname__}
+    return type(original.__name__, (original,), {**body, "__doc__": original.__doc__})
+
+
+def guided_call(pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
+    """One call of an accelerated pipeline."""
+    installed = installed_on(pipe)
+    bound = inspect.signature(original).bind(pipe, *args, **kwargs)
+    bound.apply_defaults()
+    call = bound.arguments
+    guidance = settle(installed.guidance, call, given)
+    check(pipe, installed.adapter, guidance, call)
+    if guidance.inert:
+        return original(pipe, *args, **kwargs)
+    callback = call.get("callback_on_step_end")
+    if callable(callback) and not hasattr(callback, "tensor_inputs"):
+        call["callback_on_step_end"] = _outside(callback)
+    session = Session(pipe, installed.adapter, guidance, call=call, max_rows=installed.max_rows)
+    return session.run(functools.partial(original, *bound.args, **bound.kwargs))
+
+
+def _outside(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """A callback is the user's: what it runs, another pipeline on the same denoiser say, is not part of this call."""
+
+    @functools.wraps(callback)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with handling(None):
+            return callback(*args, **kwargs)
+
+    return call

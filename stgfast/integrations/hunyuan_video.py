@@ -1,0 +1,44 @@
+"""HunyuanVideo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stgfast.guidance import Guidance, Perturbation
+from stgfast.integrations.spec import Adapter, CallArguments
+
+
+def requested(call: CallArguments) -> float | None:
+    """`guidance_scale` is an input of the distilled model; CFG proper is `true_cfg_scale`, with a negative prompt."""
+    negative = call["negative_prompt"] is not None or (
+        call["negative_prompt_embeds"] is not None and call["negative_pooled_prompt_embeds"] is not None
+    )
+    return float(call["true_cfg_scale"]) if call["true_cfg_scale"] > 1 and negative else None
+
+
+def live(pipe: Any, call: CallArguments) -> float | None:
+    return requested(call)
+
+
+HUNYUAN_VIDEO = Adapter(
+    pipeline="HunyuanVideoPipeline",
+    protocol="embedded",
+    blocks=("transformer_blocks", "single_transformer_blocks"),
+    state=("hidden_states", "encoder_hidden_states"),
+    rows=frozenset(
+        {
+            "hidden_states",
+            "timestep",
+            "encoder_hidden_states",
+            "encoder_attention_mask",
+            "pooled_projections",
+            "guidance",
+            "temb",
+            "attention_mask",
+        }
+    ),
+    attention="attn",
+    requested=requested,
+    live=live,
+    defaults=Guidance(Perturbation([2], scale=1.0)),
+)

@@ -1,0 +1,100 @@
+"""Tiny pipelines of every supported family, built from configurations with seeded random weights."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors.torch import load_file
+
+GOLDEN = Path(__file__).parent / "golden"
+FAMILIES = ("mochi", "ltx", "cogvideox", "hunyuan", "wan")
+
+
+@cache
+def index() -> dict[str, Any]:
+    return json.loads((GOLDEN / "index.json").read_text())
+
+
+def config(family: str) -> dict[str, Any]:
+    loaded = json.loads((GOLDEN / family / "config.json").read_text())
+    return {name: value for name, value in loaded.items() if not name.startswith("_")}
+
+
+@cache
+def weights(family: str) -> dict[str, torch.Tensor]:
+    return load_file(GOLDEN / family / "transformer.safetensors")
+
+
+def transformer(family: str, seed: int | None = None, **changes: Any) -> torch.nn.Module:
+    """The golden model of a family, or with a seed or other settings a random one."""
+    cls = getattr(diffusers, index()["models"][family]["transformer"])
+    torch.manual_seed(seed or 0)
+    model = cls(**{**config(family), **changes})
+    if seed is None and not changes:
+        model.load_state_dict(weights(family))
+    else:
+        _spread(model)
+    return model.eval()
+
+
+def _spread(model: torch.nn.Module) -> None:
+    """Initial weights hardly let rows differ; these do."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 and "norm" not in name:
+            torch.nn.init.normal_(parameter, std=1.5 / parameter[0].numel() ** 0.5)
+        elif name.endswith("bias") or "pos_frequencies" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+
+
+def pipeline(
+    family: str, model: torch.nn.Module | None = None, dtype: torch.dtype = torch.float32, scheduler: Any = None
+) -> Any:
+    """A pipeline without text encoders: prompts come as embeddings."""
+    built = index()["models"][family]
+    model = transformer(family) if model is None else model
+    torch.manual_seed(0)
+    vae = getattr(diffusers, built["vae"])(**built["vae_config"]).eval()
+    if scheduler is None:
+        scheduler = getattr(diffusers, built["scheduler"])(**built["scheduler_config"])
+    parts = {"transformer": model, "vae": vae, "scheduler": scheduler, "text_encoder": None, "tokenizer": None}
+    if family == "hunyuan":
+        parts |= {"text_encoder_2": None, "tokenizer_2": None}
+    pipe = getattr(diffusers, built["pipeline"])(**parts).to(dtype)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def prompt(family: str, prompts: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Random embeddings for `prompts` prompts; the first ones are the same whatever their number."""
+    settings = config(family)
+    width = settings.get("text_embed_dim") or settings.get("caption_channels") or settings.get("text_dim")
+    masked = {"mochi": torch.bool, "ltx": torch.int64, "hunyuan": torch.int64}
+    made: list[dict[str, torch.Tensor]] = []
+    for number in range(prompts):
+        generator = torch.Generator().manual_seed(1000 * seed + number)
+        one = {}
+        for side in ("", "negative_"):
+            one[f"{side}prompt_embeds"] = torch.randn(1, 16, width, generator=generator).to(dtype)
+            if family in masked:
+                length = int(torch.randint(4, 17, (1,), generator=generator))
+                mask = (torch.arange(16) < length).to(masked[family])[None]
+                one[f"{side}prompt_attention_mask"] = mask
+            if family == "hunyuan":
+                pooled = torch.randn(1, settings["pooled_projection_dim"], generator=generator).to(dtype)
+                one[f"{side}pooled_prompt_embeds"] = pooled
+        made.append(one)
+    return {name: torch.cat([one[name] for one in made]) for name in made[0]}
+
+
+def sizes(family: str, **changes: Any) -> dict[str, Any]:
+    """The arguments of a small call, latents out."""
+    return {**index()["models"][family]["call"], **changes}
+
+
+def generators(count: int, seed: int = 0) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed + number) for number in range(count)]
