@@ -53,11 +53,16 @@ class Session:
         if self.turn == 0:
             self._begin_step()
         last = self.turn == len(self.calls) - 1
-        if not self.acts:
-            output = arguments.given_to(plain)
-        else:
-            self._predict(plain, arguments, self.calls[self.turn])
+        sources = self.calls[self.turn]
+        if self.acts:
+            self._predict(plain, arguments, sources)
             output = self._combine() if last else self._hand_out()
+        elif self.max_rows is None:
+            output = arguments.given_to(plain)
+        else:  # the pipeline's own step, within the bound on rows
+            output = self._compute(
+                plain, arguments, sources, _plan(Guidance(), sources, frozenset(sources), self.layout.depth)
+            )
         self.turn = 0 if last else self.turn + 1
         self.step += last
         return output
@@ -84,13 +89,20 @@ class Session:
 
     def _predict(self, plain: Call, arguments: Arguments, sources: tuple[str, ...]) -> None:
         """Every branch that starts from the rows of this call."""
+        plan = _plan(self.guidance, sources, frozenset(self.weights), self.layout.depth)
+        if not plan.branches:
+            return
+        output = self._compute(plain, arguments, sources, plan)
+        self.form = functools.partial(_in_form_of, output)
+        predictions = (output[0] if isinstance(output, tuple) else output.sample).chunk(len(plan.branches))
+        self.predictions |= zip([branch.name for branch in plan.branches], predictions, strict=True)
+
+    def _compute(self, plain: Call, arguments: Arguments, sources: tuple[str, ...], plan: Plan) -> Any:
+        """The denoiser's output for the branches of a plan, given arguments with the rows of their sources."""
         rows = arguments["hidden_states"].shape[0]
         prompts, left = divmod(rows, len(sources))
         if left:
             raise EngineError(f"rows of the denoiser: got {rows}, expected as many for each of {', '.join(sources)}")
-        plan = _plan(self.guidance, sources, frozenset(self.weights), self.layout.depth)
-        if not plan.branches:
-            return
         where = spans([sources.index(branch.source) for branch in plan.branches], prompts)
         stack = Stack(self.layout, plan, prompts, self.max_rows)
         with handling(stack.handlers()):
@@ -98,9 +110,7 @@ class Session:
                 lambda name, value: take(value, where, rows, name) if name in self.adapter.rows else value
             ).given_to(plain)
         stack.finish()
-        self.form = functools.partial(_in_form_of, output)
-        predictions = output[0] if isinstance(output, tuple) else output.sample
-        self.predictions |= zip([branch.name for branch in plan.branches], predictions.split(prompts), strict=True)
+        return output
 
     def _hand_out(self) -> Any:
         """The pipeline calls again before it combines: it is given a tensor that the last call fills with g."""

@@ -90,7 +90,7 @@ def guided_call(pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[s
     call = bound.arguments
     guidance = settle(installed.guidance, call, given)
     check(pipe, installed.adapter, guidance, call)
-    if guidance.inert:
+    if guidance.inert and installed.max_rows is None:
         return original(pipe, *args, **kwargs)
     callback = call.get("callback_on_step_end")
     if callable(callback) and not hasattr(callback, "tensor_inputs"):

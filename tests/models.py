@@ -11,6 +11,8 @@ import diffusers
 import torch
 from safetensors.torch import load_file
 
+diffusers.utils.logging.set_verbosity_error()  # it warns of every cast of a random model
+
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("mochi", "ltx", "cogvideox", "hunyuan", "wan")
 

@@ -1,0 +1,16 @@
+"""What every test runs under."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+settings.register_profile("stgfast", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+settings.load_profile("stgfast")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)

@@ -1,0 +1,211 @@
+"""The engine against the plain method: the same clip, and no block-row more than there are histories."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import stgfast
+from stgfast import Guidance, Perturbation
+from tests import models
+from tests.oracle import Plainly, Weak, attention_of, blocks_of, plain_method
+
+DEPTHS = {"mochi": 6, "ltx": 6, "cogvideox": 6, "hunyuan": 12, "wan": 6}
+STACKED = ("mochi", "ltx", "cogvideox")
+JOINT = ("mochi", "cogvideox", "hunyuan")
+
+
+@dataclass(frozen=True)
+class Case:
+    family: str
+    guidance: Guidance
+    prompts: int = 1
+    videos: int = 1
+    cfg: float | None = 4.0
+    steps: int = 2
+    max_rows: int | None = None
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    @property
+    def arguments(self):
+        steps = {"num_inference_steps": self.steps}
+        count = self.prompts * self.videos
+        if self.family != "cogvideox":
+            steps["num_videos_per_prompt"] = self.videos
+        given = models.prompt(self.family, self.prompts, seed=self.seed, dtype=self.dtype)
+        if self.family == "hunyuan":
+            scale = {"guidance_scale": 4.5, "true_cfg_scale": self.cfg or 1.0}
+        else:
+            scale = {"guidance_scale": self.cfg or 1.0}
+        generators = models.generators(count, seed=self.seed)
+        return {**models.sizes(self.family, **steps, **scale), **given, "generator": generators}
+
+    def pipe(self):
+        pipe = models.pipeline(self.family, models.transformer(self.family, seed=7 + self.seed), self.dtype)
+        if self.videos > 1:  # pipelines repeat what they encode, and not what they are given
+            encode = pipe.encode_prompt
+            pipe.encode_prompt = lambda **kwargs: [
+                tensor if tensor is None else tensor.repeat_interleave(self.videos, dim=0)
+                for tensor in encode(**kwargs)
+            ]
+        return pipe
+
+    def plainly(self):
+        def at(schedule):
+            if callable(schedule):
+                return [schedule(step / self.steps) for step in range(self.steps)]
+            return list(schedule) if isinstance(schedule, tuple) else [schedule] * self.steps
+
+        guidance = self.guidance
+        weak = [Weak(p.layers, p.kind, at(p.scale), p.of, p.base) for p in guidance.perturbations]
+        acts = [guidance.start <= step / self.steps < guidance.stop for step in range(self.steps)]
+        return Plainly(weak, self.cfg, at(guidance.rescale), acts)
+
+
+def run_plain(case):
+    pipe = case.pipe()
+    with plain_method(pipe, case.plainly(), case.family in STACKED, case.family in JOINT):
+        return pipe(**case.arguments).frames
+
+
+def run_fast(case):
+    pipe = stgfast.accelerate(case.pipe(), case.guidance, max_rows=case.max_rows)
+    return pipe(**case.arguments).frames
+
+
+def distance(one, other):
+    return float((one.double() - other.double()).norm() / other.double().norm())
+
+
+@st.composite
+def cases(draw):
+    family = draw(st.sampled_from(models.FAMILIES))
+    steps = draw(st.integers(2, 3))
+    cfg = draw(st.sampled_from([None, 1.5, 4.0]))
+    number = st.sampled_from([0.0, 0.5, 1.0, 2.5])
+    schedule = st.one_of(number, st.lists(number, min_size=steps, max_size=steps), st.just(lambda p: 1.0 + p))
+    sides = ["cond"] if cfg is None else ["cond", "uncond"]
+    perturbation = st.builds(
+        Perturbation,
+        layers=st.lists(st.integers(0, DEPTHS[family] - 1), min_size=1, max_size=3),
+        kind=st.sampled_from(["residual", "attention"]),
+        scale=schedule,
+        of=st.sampled_from(sides),
+        base=st.sampled_from(["cond", "guided", *sides]),
+    )
+    phi = st.sampled_from([0.0, 0.0, 0.4, 1.0])
+    guidance = Guidance(
+        draw(st.lists(perturbation, min_size=0, max_size=3)),
+        rescale=draw(st.one_of(phi, st.lists(phi, min_size=steps, max_size=steps))),
+        start=draw(st.sampled_from([0.0, 0.0, 0.5])),
+        stop=draw(st.sampled_from([1.0, 1.0, 0.7])),
+    )
+    return Case(
+        family,
+        guidance,
+        prompts=draw(st.integers(1, 4)),
+        videos=1 if family == "cogvideox" else draw(st.integers(1, 2)),
+        cfg=cfg,
+        steps=steps,
+        max_rows=draw(st.sampled_from([None, None, 1, 2, 3, 5])),
+        seed=draw(st.integers(0, 3)),
+    )
+
+
+@given(cases())
+@settings(max_examples=60)
+@example(Case("mochi", Guidance(Perturbation([0]))))
+@example(Case("mochi", Guidance(Perturbation([5]))))
+@example(Case("ltx", Guidance([Perturbation([2]), Perturbation([2, 4])], rescale=0.7), prompts=3))
+@example(Case("hunyuan", Guidance([Perturbation([5, 6], kind="attention"), Perturbation([11])]), cfg=None))
+@example(Case("wan", Guidance(Perturbation(range(6), of="uncond", base="guided")), prompts=2, videos=2, max_rows=1))
+@example(Case("cogvideox", Guidance([Perturbation([0, 5], kind="attention"), Perturbation([0, 5])]), prompts=2))
+def test_equals_branch_by_branch(case):
+    assert distance(run_fast(case), run_plain(case)) <= 1e-5
+
+
+def histories(case, layer, step):
+    """The different computations that block `layer` has to do in a step, for one prompt, from the settings alone."""
+    plainly = case.plainly()
+    marks = {(source,): {} for source in (["cond"] if case.cfg is None else ["cond", "uncond"])}
+    if plainly.acts[step]:
+        for number, weak in enumerate(plainly.weak):
+            if weak.scales[step]:
+                marks[weak.of, number] = dict.fromkeys(weak.layers, weak.kind)
+    different = {
+        (branch[0], tuple(mark.get(k) for k in range(layer + 1)))
+        for branch, mark in marks.items()
+        if mark.get(layer) != "residual"
+    }
+    return different
+
+
+def identities(case, layer, step):
+    """How many of them have the identity in place of self-attention."""
+    return sum(marks[layer] == "attention" for _, marks in histories(case, layer, step))
+
+
+@given(cases())
+@settings(max_examples=40)
+@example(Case("mochi", Guidance([Perturbation([1, 3]), Perturbation([1, 4]), Perturbation([1, 3])]), prompts=2))
+def test_computes_every_history_once(case):
+    pipe = stgfast.accelerate(case.pipe(), case.guidance, max_rows=case.max_rows)
+    rows = [0] * DEPTHS[case.family]
+    attended = [0] * DEPTHS[case.family]
+    for number, block in enumerate(blocks_of(pipe.transformer)):
+        for module, counted in ((block, rows), (attention_of(block), attended)):
+
+            def count(module, args, kwargs, number=number, counted=counted):
+                some = (*args, *kwargs.values())[0].shape[0]
+                assert case.max_rows is None or some <= case.max_rows
+                counted[number] += some
+
+            module.register_forward_pre_hook(count, with_kwargs=True)
+    pipe(**case.arguments)
+    count = case.prompts * case.videos
+    expected = [sum(len(histories(case, k, step)) for step in range(case.steps)) * count for k in range(len(rows))]
+    assert rows == expected
+    masked = [sum(identities(case, k, step) for step in range(case.steps)) * count for k in range(len(rows))]
+    assert attended == [all_rows - without for all_rows, without in zip(rows, masked, strict=True)]
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_masked_rows_run_no_attention(family):
+    case = Case(family, Guidance(Perturbation([1, 3], kind="attention")), prompts=2, cfg=None)
+    pipe = stgfast.accelerate(case.pipe(), case.guidance)
+    seen = {}
+    for number, block in enumerate(blocks_of(pipe.transformer)):
+        attention_of(block).register_forward_pre_hook(
+            lambda module, args, kwargs, number=number: seen.update({number: (*args, *kwargs.values())[0].shape[0]}),
+            with_kwargs=True,
+        )
+    pipe(**case.arguments)
+    assert [seen[k] for k in range(5)] == [2, 2, 4, 2, 4]
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_bf16_is_as_near_to_float64_as_the_plain_method(family):
+    errors = {"fast": [], "plain": []}
+    for seed in range(4):
+        for kind in ("residual", "attention"):
+            guidance = Guidance(Perturbation([2, 4], kind=kind), rescale=0.5)
+            case = Case(family, guidance, prompts=2, seed=seed)
+            low = Case(family, guidance, prompts=2, seed=seed, dtype=torch.bfloat16)
+            exact = run_plain(Case(family, guidance, prompts=2, seed=seed, dtype=torch.float64))
+            errors["fast"].append(distance(run_fast(low), exact))
+            errors["plain"].append(distance(run_plain(low), exact))
+            del case
+    assert math.fsum(errors["fast"]) <= 1.1 * math.fsum(errors["plain"])
+    assert math.fsum(errors["plain"]) > 0
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_a_prompt_does_not_know_its_neighbours(family):
+    guidance = Guidance([Perturbation([2]), Perturbation([3], kind="attention")], rescale=0.8)
+    together = run_fast(Case(family, guidance, prompts=3))
+    alone = run_fast(Case(family, guidance, prompts=1))
+    assert distance(together[:1], alone) <= 1e-5
