@@ -2,7 +2,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-VERSION = Path("stgfast/version.py").read_text(encoding="utf-8").split('"')[1]
+VERSION = Path("stgfast/version.py").read_text(encoding="utf-8").split('__version__ = "')[1].split('"')[0]
 
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6.100", "peft>=0.17"]
 LINT = ["ruff>=0.9", "mypy>=1.14"]

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,15 +39,34 @@ class Session:
         self, pipe: Any, adapter: Adapter, guidance: Guidance, *, call: CallArguments, max_rows: int | None = None
     ):
         self.pipe, self.adapter, self.guidance, self.call, self.max_rows = pipe, adapter, guidance, call, max_rows
-        self.denoiser: nn.Module = getattr(pipe, adapter.denoiser)
         self.layout = adapter.layout(pipe)
+        # A denoiser compiled as a whole would not let its blocks be reached: they are compiled one by one instead.
+        compile_as_given = getattr(getattr(pipe, adapter.denoiser), "dynamo_ctx", None)
+        self.compiled: dict[nn.Module, Call] = {}
+        if compile_as_given is not None:
+            self.compiled = {block: compile_as_given(block._call_impl) for block in self.layout.blocks}
         self.step = 0  # steps done
         self.turn = 0  # calls of the denoiser done in this step
 
     def run(self, call: Callable[[], Any]) -> Any:
-        modules = [self.denoiser, *self.layout.blocks, *self.layout.attentions]
-        with held(modules), handling({self.denoiser: self._denoise}):
+        layout = self.layout
+        with (
+            self._uncompiled(),
+            held([layout.denoiser, *layout.blocks, *layout.attentions]),
+            handling({layout.denoiser: self._denoise}),
+        ):
             return call()
+
+    @contextmanager
+    def _uncompiled(self) -> Iterator[None]:
+        """Within the block, the pipeline holds the denoiser itself and not a compiled wrapper around it."""
+        parts, name = vars(self.pipe), self.adapter.denoiser
+        given, parts[name] = parts[name], self.layout.denoiser
+        try:
+            yield
+        finally:
+            if parts[name] is self.layout.denoiser:  # and not another one, put there meanwhile
+                parts[name] = given
 
     def _denoise(self, plain: Call, arguments: Arguments) -> Any:
         """Stands in for the denoiser."""
@@ -57,9 +77,9 @@ class Session:
         if self.acts:
             self._predict(plain, arguments, sources)
             output = self._combine() if last else self._hand_out()
-        elif self.max_rows is None:
+        elif self.max_rows is None and not self.compiled:
             output = arguments.given_to(plain)
-        else:  # the pipeline's own step, within the bound on rows
+        else:  # the pipeline's own step, within the bound on rows, or block by block
             output = self._compute(
                 plain, arguments, sources, _plan(Guidance(), sources, frozenset(sources), self.layout.depth)
             )
@@ -104,7 +124,7 @@ class Session:
         if left:
             raise EngineError(f"rows of the denoiser: got {rows}, expected as many for each of {', '.join(sources)}")
         where = spans([sources.index(branch.source) for branch in plan.branches], prompts)
-        stack = Stack(self.layout, plan, prompts, self.max_rows)
+        stack = Stack(self.layout, plan, prompts, max_rows=self.max_rows, compiled=self.compiled)
         with handling(stack.handlers()):
             output = arguments.changed(
                 lambda name, value: take(value, where, rows, name) if name in self.adapter.rows else value

@@ -63,10 +63,17 @@ def held(modules: Iterable[nn.Module]) -> Iterator[None]:
                     _take(module)
 
 
-def compiled(module: nn.Module) -> bool:
-    """Whether a module's whole call was compiled, in place or as a wrapper around it."""
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of what `torch.compile(module)` returns."""
+    inner = getattr(module, "_orig_mod", module)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def compiled_in_place(module: nn.Module) -> bool:
+    """Whether a module's whole call was compiled by `module.compile()`."""
     call = module.__dict__.get(ATTRIBUTE)
-    return hasattr(module, "_orig_mod") or getattr(call, "replaced", call) is not None
+    return getattr(call, "replaced", call) is not None
 
 
 def _put(module: nn.Module) -> None:

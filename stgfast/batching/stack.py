@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class Layout:
     identity  `identity(attention module, *args, **kwargs)`: the module's call with output = V
     """
 
+    denoiser: nn.Module
     blocks: Sequence[nn.Module]
     attentions: Sequence[nn.Module]  # the self-attention of every block
     state: tuple[str, ...]
@@ -41,11 +43,19 @@ class Stack:
     """One pass of a model's blocks, in which every block computes the rows that its step of the plan says.
 
     The blocks are entered, and left, with `prompts` rows for every branch, in the order of the plan's branches.
-    `max_rows` bounds the rows that a block sees at once.
+    `max_rows` bounds the rows that a block sees at once; `compiled` has calls to make in place of some blocks' own.
     """
 
-    def __init__(self, layout: Layout, plan: Plan, prompts: int, max_rows: int | None = None):
-        self.layout, self.plan, self.prompts, self.max_rows = layout, plan, prompts, max_rows
+    def __init__(
+        self,
+        layout: Layout,
+        plan: Plan,
+        prompts: int,
+        *,
+        max_rows: int | None = None,
+        compiled: Mapping[nn.Module, Call] = MappingProxyType({}),
+    ):
+        self.layout, self.plan, self.prompts, self.max_rows, self.compiled = layout, plan, prompts, max_rows, compiled
         self._done = 0
         self._masked: list[bool] = []  # for every row of the block that runs now: is its self-attention the identity?
         self._taken: dict[tuple[str, tuple[int, ...]], tuple[Any, Any]] = {}
@@ -95,7 +105,8 @@ class Stack:
     def _compute(self, step: Step, plain: Call, arguments: Arguments) -> Sequence[Tensor]:
         masked = [bool(mark) for mark in step.marks for _ in range(self.prompts)]
         # Nothing can stand in for a call inside compiled code, so a block with masked rows runs as it is written.
-        call: Call = arguments.module._call_impl if any(masked) else plain
+        module = arguments.module
+        call: Call = module._call_impl if any(masked) else self.compiled.get(module, plain)
         outputs = []
         for chunk in chunks(len(masked), self.max_rows):
             self._masked = masked[chunk]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stgfast.batching.seam import compiled
+from stgfast.batching.seam import compiled_in_place, unwrapped
 from stgfast.batching.stack import Layout
 from stgfast.errors import SettingsError
 from stgfast.guidance import COND, UNCOND, Guidance
@@ -69,15 +69,15 @@ class Adapter:
 
     def layout(self, pipe: Any) -> Layout:
         """The blocks of a pipeline's denoiser, with what is known about them."""
-        denoiser = getattr(pipe, self.denoiser)
-        if compiled(denoiser):
+        denoiser = unwrapped(getattr(pipe, self.denoiser))
+        if compiled_in_place(denoiser):
             raise SettingsError(
-                f"pipe.{self.denoiser} is compiled as a whole, so its blocks cannot be reached; compile the blocks "
-                f"instead, with pipe.{self.denoiser}.compile_repeated_blocks()"
+                f"pipe.{self.denoiser} was compiled in place, as a whole, so its blocks cannot be reached; use "
+                f"pipe.{self.denoiser} = torch.compile(pipe.{self.denoiser}), or compile its blocks one by one"
             )
-        blocks = [block for path in self.blocks for block in denoiser.get_submodule(path)]
+        blocks = [block for path in self.blocks for block in denoiser.get_submodule(path).children()]
         attentions = [block.get_submodule(self.attention) for block in blocks]
-        return Layout(blocks, attentions, self.state, self.rows, self.identity)
+        return Layout(denoiser, blocks, attentions, self.state, self.rows, self.identity)
 
     @property
     def combines_in_float32(self) -> bool:

@@ -1,0 +1,325 @@
+"""Install and undo: nothing is left behind, nothing else is touched, and what else owns a call goes on owning it."""
+
+import filecmp
+import inspect
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import stgfast
+from stgfast import Guidance, Perturbation
+from tests import models
+
+GUIDANCE = Guidance([Perturbation([2]), Perturbation([3], kind="attention")], rescale=0.5)
+
+
+def arguments(family="mochi", **changes):
+    return {
+        **models.prompt(family, 2),
+        **models.sizes(family, num_inference_steps=3),
+        "generator": models.generators(2),
+        **changes,
+    }
+
+
+def clip(pipe, family="mochi", **changes):
+    return pipe(**arguments(family, **changes)).frames
+
+
+def traces(pipe):
+    """Everything about a pipeline and its parts that installing could change."""
+    modules = [(name, module) for name, module in pipe.transformer.named_modules()]
+    return {
+        "class": type(pipe),
+        "call": type(pipe).__call__,
+        "attributes": dict(pipe.__dict__),
+        "modules": [(name, type(module), dict(module.__dict__)) for name, module in modules],
+        "forwards": [module.forward for _, module in modules],
+        "hooks": [(dict(module._forward_hooks), dict(module._forward_pre_hooks)) for _, module in modules],
+        "keys": list(pipe.transformer.state_dict()),
+    }
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_scale_0_is_the_stock_result_bit_for_bit(family):
+    pipe = models.pipeline(family)
+    stock = clip(pipe, family)
+    stgfast.accelerate(pipe, GUIDANCE)
+    assert torch.equal(clip(pipe, family, stg_scale=0), stock)
+    assert torch.equal(clip(pipe, family, stg=Guidance()), stock)
+    assert not torch.allclose(clip(pipe, family), stock)
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_steps_out_of_range_are_the_stock_steps_bit_for_bit(family):
+    def steps(pipe, **changes):
+        seen = []
+
+        def keep(pipe, step, time, tensors):
+            seen.append(tensors["latents"].clone())
+            return {}
+
+        clip(pipe, family, callback_on_step_end=keep, **changes)
+        return seen
+
+    pipe = models.pipeline(family)
+    stock = steps(pipe)
+    guided = steps(stgfast.accelerate(pipe, Guidance(Perturbation([2]), rescale=0.5, start=0.5)))
+    assert [torch.equal(one, other) for one, other in zip(stock, guided, strict=True)] == [True, True, False]
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+def test_restore_leaves_no_trace(family, tmp_path):
+    pipe = models.pipeline(family)
+    clip(pipe, family)  # a pipeline remembers its last call, and where it was saved
+    pipe.save_pretrained(tmp_path / "before")
+    before = traces(pipe)
+    stgfast.accelerate(pipe, GUIDANCE)
+    pipe.save_pretrained(tmp_path / "accelerated")
+    clip(pipe, family)
+    inside = traces(pipe)
+    stgfast.restore(pipe)
+    assert inside["modules"] == before["modules"]
+    assert inside["forwards"] == before["forwards"]
+    assert traces(pipe) == before
+    pipe.save_pretrained(tmp_path / "after")
+    for saved in ("accelerated", "after"):
+        names = [str(p.relative_to(tmp_path / saved)) for p in Path(tmp_path / saved).rglob("*") if p.is_file()]
+        assert sorted(names) == sorted(
+            str(p.relative_to(tmp_path / "before")) for p in Path(tmp_path / "before").rglob("*") if p.is_file()
+        )
+        _, different, unreadable = filecmp.cmpfiles(tmp_path / "before", tmp_path / saved, names, shallow=False)
+        assert not different
+        assert not unreadable
+
+
+def test_restore_of_a_pipeline_that_was_not_accelerated_does_nothing():
+    pipe = models.pipeline("wan")
+    before = traces(pipe)
+    stgfast.restore(pipe)
+    assert traces(pipe) == before
+
+
+def test_accelerating_twice_is_the_same_as_once():
+    once = stgfast.accelerate(models.pipeline("mochi"), GUIDANCE)
+    twice = stgfast.accelerate(stgfast.accelerate(models.pipeline("mochi"), Guidance(Perturbation([1]))), GUIDANCE)
+    assert type(once) is type(twice)
+    assert torch.equal(clip(once), clip(twice))
+    assert type(stgfast.restore(twice)) is type(models.pipeline("mochi"))
+
+
+def test_an_accelerated_pipeline_is_still_what_it_was():
+    pipe = models.pipeline("ltx")
+    stock = type(pipe)
+    stgfast.accelerate(pipe, GUIDANCE)
+    assert isinstance(pipe, stock)
+    assert type(pipe).__name__ == stock.__name__
+    parameters = inspect.signature(pipe.__call__).parameters
+    assert set(inspect.signature(stock.__call__).parameters) - {"self"} < set(parameters)
+    assert "stg_scale" in parameters
+    assert type(models.pipeline("ltx")) is stock
+
+
+def test_two_pipelines_that_share_a_denoiser_do_not_disturb_one_another():
+    model = models.transformer("mochi")
+    guided, stock = models.pipeline("mochi", model), models.pipeline("mochi", model)
+    expected = {"stock": clip(stock), "guided": clip(stgfast.accelerate(guided, GUIDANCE))}
+    other = stgfast.accelerate(models.pipeline("mochi", model), Guidance(Perturbation([1])))
+    expected["other"] = clip(other)
+    assert torch.equal(clip(stock), expected["stock"])
+    assert torch.equal(clip(guided), expected["guided"])
+
+    inside = {}
+
+    def run_others(pipe, step, time, tensors):
+        inside.setdefault("stock", clip(stock))
+        inside.setdefault("other", clip(other))
+        return {}
+
+    assert torch.equal(clip(guided, callback_on_step_end=run_others), expected["guided"])
+    assert torch.equal(inside["stock"], expected["stock"])
+    assert torch.equal(inside["other"], expected["other"])
+
+
+def test_two_threads_that_share_a_denoiser_do_not_disturb_one_another():
+    model = models.transformer("mochi")
+    pipes = {"stock": models.pipeline("mochi", model)}
+    pipes["guided"] = stgfast.accelerate(models.pipeline("mochi", model), GUIDANCE)
+    pipes["other"] = stgfast.accelerate(models.pipeline("mochi", model), Guidance(Perturbation([1])))
+    expected = {name: clip(pipe) for name, pipe in pipes.items()}
+    clean = [dict(module.__dict__) for module in model.modules()]
+    results = {name: [] for name in pipes}
+
+    def run(name):
+        for _ in range(4):
+            results[name].append(clip(pipes[name]))
+
+    threads = [threading.Thread(target=run, args=(name,)) for name in pipes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, given in results.items():
+        assert len(given) == 4
+        assert all(torch.equal(one, expected[name]) for one in given)
+    assert [dict(module.__dict__) for module in model.modules()] == clean
+
+
+def test_an_exception_inside_a_call_leaves_the_pipeline_usable():
+    pipe = stgfast.accelerate(models.pipeline("wan"), GUIDANCE)
+    expected = clip(pipe, "wan")
+    before = traces(pipe)
+
+    def fail(pipe, step, time, tensors):
+        raise RuntimeError("the user's own")
+
+    with pytest.raises(RuntimeError, match="the user's own"):
+        clip(pipe, "wan", callback_on_step_end=fail)
+    calls = []
+
+    def fail_inside(module, args):
+        calls.append(module)
+        if len(calls) == 4:
+            raise RuntimeError("out of memory")
+
+    hook = pipe.transformer.blocks[4].register_forward_pre_hook(fail_inside)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        clip(pipe, "wan")
+    hook.remove()
+    after = traces(pipe)
+    assert after["modules"] == before["modules"]
+    assert torch.equal(clip(pipe, "wan"), expected)
+
+
+def group_offload(pipe, kind):
+    from diffusers.hooks import apply_group_offloading
+
+    options = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    apply_group_offloading(pipe.transformer, onload_device=torch.device("cpu"), offload_type=kind, **options)
+
+
+def add_lora(pipe):
+    from peft import LoraConfig
+
+    torch.manual_seed(3)
+    pipe.transformer.add_adapter(
+        LoraConfig(r=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights=False)
+    )
+
+
+def compile_blocks(pipe):
+    for block in pipe.transformer.transformer_blocks:
+        block.compile(backend="aot_eager")
+
+
+def compile_whole(pipe):
+    pipe.transformer = torch.compile(pipe.transformer, backend="aot_eager")
+
+
+OWNERS = {
+    "model offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "group offload by block": lambda pipe: group_offload(pipe, "block_level"),
+    "group offload by leaf": lambda pipe: group_offload(pipe, "leaf_level"),
+    "layerwise casting": lambda pipe: pipe.transformer.enable_layerwise_casting(
+        storage_dtype=torch.float32, compute_dtype=torch.float32
+    ),
+    "lora": add_lora,
+    "to": lambda pipe: pipe.to(torch.float64) and None,
+    "compiled blocks": compile_blocks,
+    "compiled whole": compile_whole,
+}
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["before accelerate", "after accelerate"])
+@pytest.mark.parametrize("owner", OWNERS)
+def test_works_with_whatever_else_owns_calls(owner, first):
+    """The judge is the plain method, on a pipeline that nothing else owns."""
+    from tests.oracle import Plainly, Weak, plain_method
+
+    torch.compiler.reset()
+    pipe = models.pipeline("mochi")
+    if first:
+        stgfast.accelerate(pipe, GUIDANCE)
+        OWNERS[owner](pipe)
+    else:
+        OWNERS[owner](pipe)
+        stgfast.accelerate(pipe, GUIDANCE)
+    denoiser = pipe.transformer
+    changes = {"prompt_embeds": models.prompt("mochi", 2)["prompt_embeds"].double()} if owner == "to" else {}
+    if owner == "to":
+        changes["negative_prompt_embeds"] = models.prompt("mochi", 2)["negative_prompt_embeds"].double()
+    guided = [clip(pipe, **changes) for _ in range(2)]
+    assert pipe.transformer is denoiser
+
+    plain = models.pipeline("mochi")
+    if owner in ("lora", "to"):
+        OWNERS[owner](plain)
+    weak = [Weak([2], "residual", [1.0] * 3), Weak([3], "attention", [1.0] * 3)]
+    with plain_method(plain, Plainly(weak, 4.5, [0.5] * 3, [True] * 3), stacked=True, joint=True):
+        expected = clip(plain, **changes)
+    for latents in guided:
+        assert (latents - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_compiled_blocks_stay_compiled():
+    torch.compiler.reset()
+    rows = []
+
+    def backend(graph, inputs):
+        def run(*args):
+            rows.append(True)
+            return graph(*args)
+
+        return run
+
+    for compile_it in ("blocks", "whole"):
+        torch.compiler.reset()
+        pipe = models.pipeline("wan")
+        if compile_it == "blocks":
+            for block in pipe.transformer.blocks:
+                block.compile(backend=backend)
+        else:
+            pipe.transformer = torch.compile(pipe.transformer, backend=backend)
+        stgfast.accelerate(pipe, Guidance(Perturbation([2])))
+        rows.clear()
+        clip(pipe, "wan")
+        # Every block of both calls of all three steps, but block 2, which the perturbed rows alone pass through.
+        assert len(rows) == 3 * (6 + 6), compile_it
+
+
+def test_a_denoiser_compiled_in_place_is_refused():
+    pipe = models.pipeline("wan")
+    pipe.transformer.compile(backend="eager")
+    with pytest.raises(stgfast.SettingsError, match=r"pipe\.transformer = torch\.compile\(pipe\.transformer\)"):
+        stgfast.accelerate(pipe, GUIDANCE)
+
+
+def test_a_cache_is_refused_before_anything_runs():
+    from diffusers import FirstBlockCacheConfig
+
+    pipe = stgfast.accelerate(models.pipeline("wan"), GUIDANCE)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(stgfast.SettingsError, match=r"disable_cache\(\)"):
+        clip(pipe, "wan")
+    pipe.transformer.disable_cache()
+    clip(pipe, "wan")
+
+
+def test_a_model_that_goes_around_its_blocks_is_found_out():
+    pipe = stgfast.accelerate(models.pipeline("wan"), Guidance(Perturbation([2])))
+    pipe.transformer.blocks = torch.nn.ModuleList(list(pipe.transformer.blocks))
+    forward = pipe.transformer.forward
+    kept = pipe.transformer.blocks
+
+    def shortened(*args, **kwargs):
+        pipe.transformer.blocks = kept[:5]
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            pipe.transformer.blocks = kept
+
+    pipe.transformer.forward = shortened
+    with pytest.raises(stgfast.EngineError, match="got 5, expected 6"):
+        clip(pipe, "wan")
