@@ -69,10 +69,10 @@ def check(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments) 
             f"pipe.{adapter.denoiser} has a cache enabled, which keeps what blocks gave for the rows of earlier steps "
             f"and cannot be combined with guidance; call pipe.{adapter.denoiser}.disable_cache()"
         )
-    needs = "cfg" if guidance.cfg is not None else None
-    needs = next((f"perturbation of {p.of!r} against {p.base!r}" for p in guidance.perturbations if p.needs_cfg), needs)
+    needs = "a cfg schedule" if guidance.cfg is not None else ""
+    needs = next((f"a perturbation of {p.of} against {p.base}" for p in guidance.perturbations if p.needs_cfg), needs)
     if needs and adapter.requested(call) is None:
-        raise wrong(f"{needs} needs CFG, {adapter.pipeline}", "a call without CFG", CFG_ON[adapter.protocol])
+        raise SettingsError(f"{needs}: got a call without CFG, expected {CFG_ON[adapter.protocol]}")
     guidance.check_steps(steps_of(call))
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-from stgfast.errors import wrong
+from stgfast.errors import SettingsError, wrong
 
 KINDS = ("residual", "attention")
 COND, UNCOND, GUIDED = "cond", "uncond", "guided"
@@ -150,14 +150,13 @@ class Guidance:
     def with_perturbation(self, **changes: Any) -> Guidance:
         """The same guidance with fields of its one perturbation changed, as a call's arguments ask."""
         if len(self.perturbations) > 1:
-            raise wrong(
-                f"argument{'s' if len(changes) > 1 else ''} {', '.join(changes)} for one perturbation",
-                f"{len(self.perturbations)} perturbations in the pipeline's guidance",
-                "stg=Guidance(...) for this call",
+            raise SettingsError(
+                f"{', '.join(changes)} of one perturbation: got {len(self.perturbations)} perturbations in the "
+                f"pipeline's guidance, expected stg=Guidance(...) for this call"
             )
         if not self.perturbations:
             if "layers" not in changes:
-                raise wrong("stg_layers", None, "layer numbers, since the pipeline's guidance perturbs no layer")
+                raise wrong("stg_layers", None, "layer numbers, as the pipeline's guidance has no perturbation")
             return replace(self, perturbations=(Perturbation(**changes),))
         return replace(self, perturbations=(replace(self.perturbations[0], **changes),))
 
@@ -165,7 +164,7 @@ class Guidance:
         """Evaluate every schedule for a run of `steps` steps, so that a wrong one stops before the first."""
         for name, schedule in self._schedules():
             if isinstance(schedule, tuple) and len(schedule) != steps:
-                raise wrong(f"{name}, one number for every step", f"{len(schedule)} numbers", f"{steps}")
+                raise SettingsError(f"{name}: got {len(schedule)} numbers, expected {steps}, one for every step")
             for step in range(steps):
                 number = value(schedule, Moment(step, steps), name)
                 if name == "rescale" and not 0 <= number <= 1:

@@ -1,0 +1,35 @@
+"""The command line: arguments and printing."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from stgfast.version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="stgfast", description="Spatiotemporal Skip Guidance for diffusers pipelines")
+    parser.add_argument("--version", action="version", version=f"stgfast {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser("demo", help="render a clip with CFG and with CFG + STG on a tiny random model")
+    demo.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    return run_demo(arguments.seed)
+
+
+def run_demo(seed: int) -> int:
+    from stgfast.toy.demo import run
+
+    demo = run(seed)
+    print("A Mochi of 48 blocks, narrow, with random weights: it renders noise, and computes what the real one does.\n")
+    print(demo.plan)
+    print(f"\n{'':10} {'block-rows':>12} {'seconds':>9}   clip (frames, channels, height, width)")
+    for clip in demo.clips:
+        print(f"{clip.name:10} {clip.block_rows:12} {clip.seconds:9.2f}   {clip.shape[1:]}")
+    print(f"\nThe two clips differ by {demo.change:.2g} (root mean square, pixels from 0 to 1).")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

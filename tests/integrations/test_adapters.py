@@ -1,0 +1,74 @@
+"""Adapters against diffusers itself: what they say of models, blocks and attention is so."""
+
+import inspect
+
+import pytest
+import torch
+
+from stgfast.integrations import ADAPTERS
+from tests import models
+from tests.oracle import _identity as oracle_identity
+
+PIPELINES = {models.index()["models"][family]["pipeline"]: family for family in models.FAMILIES}
+
+
+def names(function):
+    return set(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize("pipeline", ADAPTERS)
+def test_rows_are_arguments_of_denoiser_block_or_attention(pipeline):
+    adapter = ADAPTERS[pipeline]
+    layout = adapter.layout(models.pipeline(PIPELINES[pipeline]))
+    known = names(type(layout.denoiser).forward)
+    for module in (*layout.blocks, *layout.attentions):
+        known |= names(type(module).forward)
+        known |= names(module.processor.__call__) if hasattr(module, "processor") else set()
+    assert adapter.rows <= known
+    assert set(adapter.state) <= adapter.rows
+
+
+@pytest.mark.parametrize("pipeline", ADAPTERS)
+def test_every_argument_with_a_row_for_every_sample_is_known(pipeline):
+    """Seen from inside of the modules: with 5 prompts and no CFG, what has 5 rows is per row."""
+    adapter, family = ADAPTERS[pipeline], PIPELINES[pipeline]
+    pipe = models.pipeline(family)
+    layout = adapter.layout(pipe)
+    found = set()
+
+    def look(module, args, kwargs):
+        parameters = list(inspect.signature(type(module).forward).parameters)[1:]
+        for name, value in (*zip(parameters, args, strict=False), *kwargs.items()):
+            first = value[0] if isinstance(value, tuple) else value
+            if isinstance(first, torch.Tensor) and first.ndim and first.shape[0] == 5:
+                found.add(name)
+
+    for module in (layout.denoiser, *layout.blocks, *layout.attentions):
+        module.register_forward_pre_hook(look, with_kwargs=True)
+    pipe(**models.prompt(family, 5), **models.sizes(family, guidance_scale=1.0), generator=models.generators(5))
+    assert found <= adapter.rows
+    assert found >= set(adapter.state)
+
+
+@pytest.mark.parametrize("pipeline", ADAPTERS)
+def test_identity_attention_is_attention_that_returns_values(pipeline):
+    adapter, family = ADAPTERS[pipeline], PIPELINES[pipeline]
+    pipe = models.pipeline(family, models.transformer(family, seed=1))
+    layout = adapter.layout(pipe)
+    compared = []
+
+    for attention in layout.attentions:
+        forward = attention.forward
+
+        def compare(*args, attention=attention, forward=forward, **kwargs):
+            mine = adapter.identity(attention, *args, **kwargs)
+            theirs = oracle_identity(forward)(*args, **kwargs)
+            both = zip(mine, theirs, strict=True) if isinstance(mine, tuple) else [(mine, theirs)]
+            for one, other in both:
+                torch.testing.assert_close(one, other)
+            compared.append(True)
+            return forward(*args, **kwargs)
+
+        attention.forward = compare
+    pipe(**models.prompt(family, 2), **models.sizes(family, guidance_scale=1.0), generator=models.generators(2))
+    assert len(compared) == 4 * layout.depth

@@ -1,0 +1,65 @@
+"""What `explain` says is what a call then does."""
+
+import pytest
+
+import stgfast
+from stgfast import Guidance, Perturbation
+from tests import models
+from tests.oracle import blocks_of
+
+
+@pytest.mark.parametrize("family", models.FAMILIES)
+@pytest.mark.parametrize(
+    "guidance",
+    [
+        Guidance(Perturbation([2])),
+        Guidance([Perturbation([1, 3], scale=[0, 1, 1, 0]), Perturbation([4], kind="attention")], rescale=0.7),
+        Guidance(Perturbation([5]), start=0.5),
+        Guidance(),
+    ],
+    ids=["one", "two", "late", "none"],
+)
+def test_block_rows_are_those_of_the_call(family, guidance):
+    pipe = stgfast.accelerate(models.pipeline(family), guidance)
+    call = models.sizes(family)
+    explained = stgfast.explain(pipe, **call)
+    rows = [0] * explained.depth
+    for number, block in enumerate(blocks_of(pipe.transformer)):
+
+        def count(module, args, kwargs, number=number):
+            rows[number] += len((*args, *kwargs.values())[0])
+
+        block.register_forward_pre_hook(count, with_kwargs=True)
+    pipe(**models.prompt(family), **call, generator=models.generators(1))
+    assert sum(rows) == explained.block_rows
+    assert rows == [sum(phase.steps * phase.rows[k] for phase in explained.phases) for k in range(explained.depth)]
+    assert sum(phase.steps for phase in explained.phases) == call["num_inference_steps"]
+    assert str(explained.block_rows) in str(explained)
+
+
+def test_the_text():
+    guidance = Guidance(Perturbation([3], scale=2.0), rescale=0.7, start=0.5)
+    pipe = stgfast.accelerate(models.pipeline("mochi"), guidance, max_rows=2)
+    assert str(stgfast.explain(pipe, **models.sizes("mochi"))) == (
+        "MochiPipeline: 6 blocks, stacked, CFG scale 4.5\n"
+        "perturbed0: cond with residual at layer 3, scale 2, held against cond\n"
+        "rescale: 0.7\n"
+        "at most 2 rows in a block at once\n"
+        "steps 0 to 1 of 4: the pipeline's own\n"
+        "steps 2 to 3 of 4: g = -3.5 uncond +6.5 cond -2 perturbed0, rescaled by 0.7\n"
+        "  blocks 0 to 3: 2 rows\n"
+        "  blocks 4 to 5: 3 rows\n"
+        "block-rows per prompt: 52; 60 without sharing (13.3% saved); 48 without stgfast"
+    )
+
+
+def test_a_calls_settings_are_explained():
+    pipe = stgfast.accelerate(models.pipeline("mochi"), Guidance(Perturbation([3])))
+    call = {"num_inference_steps": 4}
+    assert stgfast.explain(pipe, **call, stg_layers=[0]).block_rows == 4 * (2 + 5 * 3)
+    assert stgfast.explain(pipe, **call, stg_scale=0).block_rows == 4 * 12
+    assert stgfast.explain(pipe, **call, guidance_scale=1.0).block_rows == 4 * (4 + 2 * 2)
+    with pytest.raises(stgfast.SettingsError, match="got \\[9\\]"):
+        stgfast.explain(pipe, **call, stg_layers=[9])
+    with pytest.raises(TypeError, match="typo"):
+        stgfast.explain(pipe, typo=1)

@@ -1,0 +1,160 @@
+"""Settings: what they mean, that they are checked when they are made, and that they survive JSON."""
+
+import dataclasses
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stgfast import Guidance, Perturbation, SettingsError
+from stgfast.guidance import Moment
+
+FIRST = Moment(0, 4)
+
+
+def test_weights_are_the_formula():
+    # g = u + s (c - u) + w (c - p), with s = 4, w = 2
+    weights = Guidance(Perturbation([3], scale=2.0)).weights(FIRST, 4.0)
+    assert weights == {"uncond": -3.0, "cond": 6.0, "perturbed0": -2.0}
+
+
+def test_weights_without_cfg():
+    assert Guidance(Perturbation([3], scale=0.5)).weights(FIRST, None) == {"cond": 1.5, "perturbed0": -0.5}
+
+
+def test_weights_against_the_guided_result():
+    # g = cfg + w (cfg - p) with cfg = u + s (c - u), as the paper's code has it for Wan
+    weights = Guidance(Perturbation([3], scale=2.0, of="uncond", base="guided")).weights(FIRST, 4.0)
+    assert weights == {"uncond": -9.0, "cond": 12.0, "perturbed0": -2.0}
+
+
+def test_a_branch_of_weight_0_is_left_out():
+    assert Guidance(Perturbation([3], scale=0.0)).weights(FIRST, 1.0) == {"cond": 1.0}
+
+
+@given(
+    st.lists(st.tuples(st.floats(-4, 4), st.sampled_from(["cond", "uncond"]), st.sampled_from(["cond", "guided"]))),
+    st.one_of(st.none(), st.floats(1, 12)),
+)
+def test_weights_add_up_to_1(parts, cfg):
+    guidance = Guidance([Perturbation([i], scale=w, of=of, base=base) for i, (w, of, base) in enumerate(parts)])
+    assert math.isclose(sum(guidance.weights(FIRST, cfg).values()), 1.0, abs_tol=1e-9)
+
+
+def test_schedules():
+    def scales(schedule, steps=4):
+        guidance = Guidance(Perturbation([1], scale=schedule))
+        return [-guidance.weights(Moment(step, steps), None).get("perturbed0", 0.0) for step in range(steps)]
+
+    assert scales(2) == [2.0] * 4
+    assert scales([0, 1, 2, 3]) == [0.0, 1.0, 2.0, 3.0]
+    assert scales(lambda progress: 4 * progress) == [0.0, 1.0, 2.0, 3.0]
+    # A scheduler may make more calls than the steps asked for: a list is stretched over them.
+    assert scales([0, 1, 2], steps=6) == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 49, 50, 64])
+def test_a_list_of_one_number_a_step_gives_each_step_its_own(steps):
+    guidance = Guidance(Perturbation([1]), rescale=[i / steps for i in range(steps)])
+    assert [guidance.phi(Moment(i, steps)) for i in range(steps)] == [i / steps for i in range(steps)]
+
+
+def test_range_of_steps():
+    guidance = Guidance(Perturbation([1]), start=0.25, stop=0.75)
+    assert [guidance.acts(Moment(step, 4)) for step in range(4)] == [False, True, True, False]
+    assert not Guidance(Perturbation([1], scale=[0, 1])).acts(Moment(0, 2))
+    assert Guidance(cfg=[1, 5]).acts(Moment(0, 2))
+
+
+def test_layers_are_a_set():
+    assert Perturbation([5, 3, 3]).layers == (3, 5)
+    assert Perturbation(range(2)).layers == (0, 1)
+
+
+def test_settings_are_frozen():
+    guidance = Guidance(Perturbation([1]))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        guidance.rescale = 0.5
+    assert hash(guidance) == hash(Guidance([Perturbation((1,))]))
+
+
+numbers = st.one_of(st.integers(0, 5), st.floats(0, 1), st.lists(st.floats(0, 1), min_size=1, max_size=4))
+
+
+@given(
+    st.lists(
+        st.builds(
+            Perturbation,
+            layers=st.lists(st.integers(0, 59), min_size=1),
+            kind=st.sampled_from(["residual", "attention"]),
+            scale=numbers,
+            of=st.sampled_from(["cond", "uncond"]),
+            base=st.sampled_from(["", "cond", "uncond", "guided"]),
+        )
+    ),
+    st.floats(0, 1),
+    st.one_of(st.none(), numbers),
+    st.floats(0, 0.4),
+)
+def test_json_there_and_back(perturbations, rescale, cfg, start):
+    guidance = Guidance(perturbations, rescale=rescale, cfg=cfg, start=start)
+    assert Guidance.from_json(guidance.to_json()) == guidance
+
+
+def test_a_function_is_not_data():
+    with pytest.raises(SettingsError, match="scale of perturbed0 to be written as data"):
+        Guidance(Perturbation([1], scale=lambda p: p)).to_json()
+
+
+WRONG = {
+    "no layers": (lambda: Perturbation([]), "layers: got [], expected layer numbers such as [8]"),
+    "a layer below 0": (lambda: Perturbation([-1]), "layers: got [-1]"),
+    "a layer that is no number": (lambda: Perturbation(["a"]), "layers: got ['a']"),
+    "one layer, not a list": (lambda: Perturbation(8), "layers: got 8, expected layer numbers such as [8]"),
+    "a fraction of a layer": (lambda: Perturbation([1.5]), "layers: got [1.5]"),
+    "an unknown kind": (lambda: Perturbation([1], kind="STG-X"), "got 'STG-X', expected 'residual' (STG-R) or 'att"),
+    "NaN": (lambda: Perturbation([1], scale=math.nan), "scale: got nan, expected a finite number"),
+    "infinity": (lambda: Perturbation([1], scale=-math.inf), "scale: got -inf, expected a finite number"),
+    "NaN in a schedule": (lambda: Perturbation([1], scale=[1, math.nan]), "scale at step 1: got nan"),
+    "an empty schedule": (lambda: Perturbation([1], scale=[]), "scale: got [], expected one finite number for every"),
+    "a scale that is no number": (lambda: Perturbation([1], scale="2"), "scale: got '2', expected a finite number"),
+    "no scale": (lambda: Perturbation([1], scale=None), "scale: got None, expected a finite number"),
+    "an unknown branch": (lambda: Perturbation([1], of="text"), "`of`: got 'text', expected 'cond' or 'uncond'"),
+    "an unknown base": (lambda: Perturbation([1], base="u"), "got 'u', expected 'cond', 'uncond' or 'guided'"),
+    "rescale above 1": (lambda: Guidance(rescale=1.5), "rescale: got 1.5, expected a number from 0 to 1"),
+    "stop before start": (lambda: Guidance(start=0.5, stop=0.2), "start and stop: got (0.5, 0.2)"),
+    "stop in steps": (lambda: Guidance(stop=30), "start and stop: got (0.0, 30.0), expected fractions of the run"),
+    "NaN for start": (lambda: Guidance(start=math.nan), "start: got nan, expected a finite number"),
+    "no perturbation": (lambda: Guidance([8]), "perturbations: got [8], expected a Perturbation or a list of them"),
+    "an unknown field": (lambda: Guidance.from_dict({"scale": 1}), "fields of Guidance: got ['scale'], expected some"),
+    "an unknown field inside": (
+        lambda: Guidance.from_dict({"perturbations": [{"layer": 1}]}),
+        "fields of Perturbation: got ['layer']",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_settings_say_so(name):
+    make, message = WRONG[name]
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("guidance", "message"),
+    [
+        (
+            Guidance(Perturbation([1], scale=[1, 2, 3])),
+            "scale of perturbed0: got 3 numbers, expected 5",
+        ),
+        (Guidance(rescale=lambda p: 2 * p), "rescale at step 3: got 1.2"),
+        (Guidance(cfg=lambda p: math.nan), "cfg at progress 0: got nan"),
+        (Guidance(Perturbation([1], scale=lambda p: None)), "scale of perturbed0 at progress 0: got None"),
+    ],
+)
+def test_wrong_schedules_are_found_before_the_first_step(guidance, message):
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        guidance.check_steps(5)

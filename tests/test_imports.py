@@ -1,0 +1,77 @@
+"""The house: which part may import which, and what `import stgfast` may load."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import stgfast
+
+ROOT = Path(stgfast.__file__).parent
+# What every part may import of the package, beside itself. Settings and errors are everybody's.
+COMMON = {"errors", "guidance"}
+MAY = {
+    "errors": set(),
+    "version": set(),
+    "guidance": {"errors"},
+    "kernels": set(),
+    "batching": COMMON,
+    "integrations": COMMON | {"batching", "kernels"},
+    "engine": COMMON | {"integrations", "batching", "kernels"},
+    "call": COMMON | {"integrations"},
+    "install": COMMON | {"call", "engine", "integrations", "batching"},
+    "explain": COMMON | {"call", "install", "batching"},
+    "toy": {"explain", "install", "toy"},
+    "cli": {"version", "toy"},
+    "": {"errors", "explain", "guidance", "install", "version"},
+}
+FOREIGN = {  # third-party packages, and the only parts that may import them
+    "diffusers": {"integrations", "toy"},
+    "triton": {"kernels"},
+    "transformers": set(),
+    "torch": {"kernels", "batching", "integrations", "engine", "toy"},
+}
+
+
+def imports():
+    for path in sorted(ROOT.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        part = "" if parts == ("__init__",) else parts[0]
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield path, part, [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert not node.level, f"{path}: a relative import"
+                names = [node.module]
+                if node.module == "stgfast":
+                    names = [f"stgfast.{alias.name}" for alias in node.names]
+                yield path, part, names
+
+
+def test_imports_point_one_way():
+    seen = 0
+    for path, part, names in imports():
+        for name in names:
+            package, _, inner = name.partition(".")
+            if package == "stgfast":
+                target = inner.split(".")[0]
+                assert target == part or target in MAY[part], f"{path} imports {name}"
+                seen += 1
+            elif package in FOREIGN:
+                assert part in FOREIGN[package], f"{path} imports {name}"
+    assert seen > 30
+
+
+def test_no_adapter_imports_another():
+    families = {path.stem for path in (ROOT / "integrations").glob("*.py")} - {"__init__", "spec", "attention"}
+    assert len(families) == 5
+    for path, _, names in imports():
+        if path.stem in families:
+            assert not {name.split(".")[-1] for name in names} & families, path
+
+
+def test_import_is_cold():
+    code = (
+        "import sys, stgfast; print([name for name in ('triton', 'diffusers', 'transformers') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
