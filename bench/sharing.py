@@ -28,6 +28,7 @@ import torch
 import stgfast
 
 LAYER, SCALE, CFG = 34, 1.0, 4.5
+CPU = f"{torch.get_num_threads()} cores, {platform.machine()}"
 NARROW = {  # all widths of Mochi divided by 12, so that blocks have their share of the work
     "num_attention_heads": 4,
     "attention_head_dim": 64,
@@ -158,7 +159,7 @@ def main() -> int:
         "frames": options.frames,
         "steps": options.steps,
         "rounds": options.rounds,
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.machine(),
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else CPU,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "stgfast": stgfast.__version__,

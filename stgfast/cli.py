@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections.abc import Sequence
 
 from stgfast.version import __version__
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_demo(seed: int) -> int:
     from stgfast.toy.demo import run
 
+    warnings.filterwarnings("ignore", "In CPU autocast")  # diffusers' Mochi says so on every CPU
     demo = run(seed)
     print("A Mochi of 48 blocks, narrow, with random weights: it renders noise, and computes what the real one does.\n")
     print(demo.plan)

@@ -3,9 +3,9 @@
 A pipeline calls its denoiser once or more in every step. While a guided call runs, the engine stands in for those
 calls, and for those of the denoiser's blocks:
 
-    first call of a step     what every branch weighs at this moment             Session._begin_step
-    every call of a step     its branches as one stack, no row computed twice    Session._predict
-    last call of a step      g, which the pipeline then combines with itself     Session._combine
+    first call of a step     what every branch weighs at this moment             GuidedRun._begin_step
+    every call of a step     its branches as one stack, no row computed twice    GuidedRun._predict
+    last call of a step      g, which the pipeline then combines with itself     GuidedRun._combine
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from stgfast.kernels import combine
 CACHED_PLANS = 64
 
 
-class Session:
+class GuidedRun:
     """One guided call of a pipeline while it runs."""
 
     def __init__(
@@ -48,7 +48,7 @@ class Session:
         self.step = 0  # steps done
         self.turn = 0  # calls of the denoiser done in this step
 
-    def run(self, call: Callable[[], Any]) -> Any:
+    def whole(self, call: Callable[[], Any]) -> Any:
         layout = self.layout
         with (
             self._uncompiled(),

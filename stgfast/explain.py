@@ -21,7 +21,8 @@ class Phase:
     first: int
     last: int
     weights: dict[str, float]  # at the first step of the phase; empty where the pipeline is left alone
-    rescale: float
+    rescale: float  # likewise
+    varies: bool  # whether later steps of the phase weigh the same branches differently
     plans: tuple[Plan, ...]  # one for every call of the denoiser
 
     @property
@@ -121,8 +122,9 @@ def explain(pipe: Any, **arguments: Any) -> Explanation:
     for (_, weighed), same in itertools.groupby(range(steps), key=lambda step: (bool(phase(step)[0]), phase(step)[2])):
         run = list(same)
         weights, rescale, _ = phase(run[0])
+        varies = any(phase(step) != phase(run[0]) for step in run)
         plans = tuple(make_plan(branches_for(guidance, sources, weighed), depth) for sources in calls)
-        phases.append(Phase(run[0], run[-1], weights, rescale, plans))
+        phases.append(Phase(run[0], run[-1], weights, rescale, varies, plans))
     return Explanation(adapter.pipeline, adapter.protocol, depth, cfg, guidance, installed.max_rows, tuple(phases))
 
 
@@ -130,7 +132,8 @@ def _formula(phase: Phase) -> str:
     if not phase.weights:
         return "the pipeline's own"
     terms = " ".join(f"{weight:+g} {branch}" for branch, weight in phase.weights.items())
-    return f"g = {terms}" + (f", rescaled by {phase.rescale:g}" if phase.rescale else "")
+    rescaled = f", rescaled by {phase.rescale:g}" if phase.rescale else ""
+    return f"g = {terms}{rescaled}" + (f" at step {phase.first}, then by schedule" if phase.varies else "")
 
 
 def _blocks(rows: Sequence[int]) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from stgfast.batching.seam import Call, handling
 from stgfast.call import SETTINGS, check, check_layers, settle
-from stgfast.engine import Session
+from stgfast.engine import GuidedRun
 from stgfast.errors import SettingsError, wrong
 from stgfast.guidance import Guidance
 from stgfast.integrations import adapter_for
@@ -95,8 +95,8 @@ def guided_call(pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[s
     callback = call.get("callback_on_step_end")
     if callable(callback) and not hasattr(callback, "tensor_inputs"):
         call["callback_on_step_end"] = _outside(callback)
-    session = Session(pipe, installed.adapter, guidance, call=call, max_rows=installed.max_rows)
-    return session.run(functools.partial(original, *bound.args, **bound.kwargs))
+    run = GuidedRun(pipe, installed.adapter, guidance, call=call, max_rows=installed.max_rows)
+    return run.whole(functools.partial(original, *bound.args, **bound.kwargs))
 
 
 def _outside(callback: Callable[..., Any]) -> Callable[..., Any]:

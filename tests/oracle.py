@@ -6,6 +6,7 @@ and what it hands its scheduler is replaced by guidance computed branch by branc
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -129,6 +130,7 @@ def plain_method(pipe: Any, plainly: Plainly, stacked: bool, joint: bool) -> Ite
             result = torch.stack([g * factor for g, factor in zip(result, each, strict=True)])
         return result.to(output.dtype)
 
+    @functools.wraps(step)  # pipelines look at its signature
     def guided_step(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if plainly.acts[state.step]:
             output = guided(output)

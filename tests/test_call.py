@@ -137,6 +137,12 @@ class Unknown:
     pass
 
 
+def without_denoiser():
+    pipe = models.pipeline("mochi")
+    pipe.transformer = None
+    return pipe
+
+
 def wan(**parts):
     pipe = models.pipeline("wan")
     for name, part in parts.items():
@@ -154,6 +160,10 @@ ACCELERATE = {
     "a timestep for every token": (
         lambda: stgfast.accelerate(wan(expand_timesteps=True)),
         "WanPipeline: Wan 2.2 with a timestep for every token is not supported",
+    ),
+    "no denoiser": (
+        lambda: stgfast.accelerate(without_denoiser()),
+        "pipe.transformer: got None, expected the model whose steps are to be guided",
     ),
     "a layer out of range": (
         lambda: guided(guidance=Guidance(Perturbation([2, 6]))),

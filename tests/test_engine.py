@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+import diffusers
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -29,6 +30,12 @@ class Case:
     max_rows: int | None = None
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    scheduler: str = ""
+
+    @property
+    def moments(self):
+        """Steps that the scheduler makes."""
+        return 2 * self.steps - 1 if "Heun" in self.scheduler else self.steps
 
     @property
     def arguments(self):
@@ -45,7 +52,8 @@ class Case:
         return {**models.sizes(self.family, **steps, **scale), **given, "generator": generators}
 
     def pipe(self):
-        pipe = models.pipeline(self.family, models.transformer(self.family, seed=7 + self.seed), self.dtype)
+        scheduler = getattr(diffusers, self.scheduler)() if self.scheduler else None
+        pipe = models.pipeline(self.family, models.transformer(self.family, seed=7 + self.seed), self.dtype, scheduler)
         if self.videos > 1:  # pipelines repeat what they encode, and not what they are given
             encode = pipe.encode_prompt
             pipe.encode_prompt = lambda **kwargs: [
@@ -57,12 +65,12 @@ class Case:
     def plainly(self):
         def at(schedule):
             if callable(schedule):
-                return [schedule(step / self.steps) for step in range(self.steps)]
-            return list(schedule) if isinstance(schedule, tuple) else [schedule] * self.steps
+                return [schedule(step / self.moments) for step in range(self.moments)]
+            return list(schedule) if isinstance(schedule, tuple) else [schedule] * self.moments
 
         guidance = self.guidance
         weak = [Weak(p.layers, p.kind, at(p.scale), p.of, p.base) for p in guidance.perturbations]
-        acts = [guidance.start <= step / self.steps < guidance.stop for step in range(self.steps)]
+        acts = [guidance.start <= step / self.moments < guidance.stop for step in range(self.moments)]
         return Plainly(weak, self.cfg, at(guidance.rescale), acts)
 
 
@@ -117,7 +125,7 @@ def cases(draw):
 
 
 @given(cases())
-@settings(max_examples=60)
+@settings(max_examples=150)
 @example(Case("mochi", Guidance(Perturbation([0]))))
 @example(Case("mochi", Guidance(Perturbation([5]))))
 @example(Case("ltx", Guidance([Perturbation([2]), Perturbation([2, 4])], rescale=0.7), prompts=3))
@@ -150,7 +158,7 @@ def identities(case, layer, step):
 
 
 @given(cases())
-@settings(max_examples=40)
+@settings(max_examples=100)
 @example(Case("mochi", Guidance([Perturbation([1, 3]), Perturbation([1, 4]), Perturbation([1, 3])]), prompts=2))
 def test_computes_every_history_once(case):
     pipe = stgfast.accelerate(case.pipe(), case.guidance, max_rows=case.max_rows)
@@ -209,3 +217,18 @@ def test_a_prompt_does_not_know_its_neighbours(family):
     together = run_fast(Case(family, guidance, prompts=3))
     alone = run_fast(Case(family, guidance, prompts=1))
     assert distance(together[:1], alone) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler"),
+    [
+        ("wan", "FlowMatchHeunDiscreteScheduler"),
+        ("cogvideox", "CogVideoXDPMScheduler"),
+        ("wan", "FlowMatchEulerDiscreteScheduler"),
+        ("hunyuan", "FlowMatchLCMScheduler"),
+    ],
+)
+def test_other_schedulers(family, scheduler):
+    """Heun's calls the denoiser twice for most steps; CogVideoX's DPM draws noise."""
+    case = Case(family, Guidance(Perturbation([2], scale=1.5), rescale=0.3), steps=4, scheduler=scheduler)
+    assert distance(run_fast(case), run_plain(case)) <= 1e-5

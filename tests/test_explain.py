@@ -59,6 +59,8 @@ def test_a_calls_settings_are_explained():
     assert stgfast.explain(pipe, **call, stg_layers=[0]).block_rows == 4 * (2 + 5 * 3)
     assert stgfast.explain(pipe, **call, stg_scale=0).block_rows == 4 * 12
     assert stgfast.explain(pipe, **call, guidance_scale=1.0).block_rows == 4 * (4 + 2 * 2)
+    varying = str(stgfast.explain(pipe, **call, stg_scale=lambda progress: 1 + progress))
+    assert "steps 0 to 3 of 4: g = -3.5 uncond +5.5 cond -1 perturbed0 at step 0, then by schedule" in varying
     with pytest.raises(stgfast.SettingsError, match="got \\[9\\]"):
         stgfast.explain(pipe, **call, stg_layers=[9])
     with pytest.raises(TypeError, match="typo"):

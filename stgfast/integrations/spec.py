@@ -69,6 +69,8 @@ class Adapter:
 
     def layout(self, pipe: Any) -> Layout:
         """The blocks of a pipeline's denoiser, with what is known about them."""
+        if getattr(pipe, self.denoiser) is None:
+            raise SettingsError(f"pipe.{self.denoiser}: got None, expected the model whose steps are to be guided")
         denoiser = unwrapped(getattr(pipe, self.denoiser))
         if compiled_in_place(denoiser):
             raise SettingsError(

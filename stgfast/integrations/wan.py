@@ -9,7 +9,7 @@ from stgfast.integrations.spec import Adapter
 
 
 def unsupported(pipe: Any) -> str | None:
-    if pipe.transformer is None or getattr(pipe, "transformer_2", None) is not None:
+    if pipe.config.get("boundary_ratio") is not None or getattr(pipe, "transformer_2", None) is not None:
         return "Wan 2.2 with two transformers"
     if pipe.config.get("expand_timesteps"):
         return "Wan 2.2 with a timestep for every token"
