@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from stgfast.errors import SettingsError, wrong
@@ -30,16 +31,14 @@ def settle(guidance: Guidance, call: CallArguments, given: Mapping[str, Any]) ->
         if one in given and other in given:
             raise wrong(f"{one} and {other}", (given[one], given[other]), "one of them: they say the same thing")
     if "stg" in given:
-        if len(given) > 1:
-            raise wrong("stg beside other settings", sorted(given), "either stg, or the others")
-        if not isinstance(given["stg"], Guidance):
-            raise wrong("stg", given["stg"], "a stgfast.Guidance")
-        return given["stg"]
+        guidance = given.pop("stg")
+        if given:
+            raise wrong("settings beside stg", sorted(given), "none: stg says all of it")
+        if not isinstance(guidance, Guidance):
+            raise wrong("stg", guidance, "a stgfast.Guidance")
     rescale = given.get("stg_rescale")
     if "do_rescaling" in given:
         rescale = PAPER_RESCALE if given["do_rescaling"] else 0.0
-    if rescale is None and call.get("guidance_rescale"):
-        rescale = call["guidance_rescale"]  # the pipeline's own argument of that meaning
     scale = given.get("stg_scale")
     changes = {
         "layers": given.get("stg_layers", given.get("stg_applied_layers_idx")),
@@ -47,14 +46,14 @@ def settle(guidance: Guidance, call: CallArguments, given: Mapping[str, Any]) ->
         "scale": scale,
     }
     changes = {name: change for name, change in changes.items() if change is not None}
-    off = isinstance(scale, int | float) and scale == 0
-    if off:  # everything is off, but what the same call asks for
-        explicit = "stg_rescale" in given or "do_rescaling" in given
+    if isinstance(scale, Real) and scale == 0:  # off, but for what the same call asks for
         if len(changes) > 1:
-            guidance.with_perturbation(**changes)  # a wrong setting is wrong at scale 0 too
-        return Guidance(rescale=rescale if explicit and rescale else 0.0)
+            guidance.with_perturbation(**changes)  # what is wrong is wrong at scale 0 too
+        return Guidance(rescale=rescale or 0.0)
     if changes:
         guidance = guidance.with_perturbation(**changes)
+    if rescale is None:
+        rescale = call.get("guidance_rescale") or None  # the pipeline's own argument of that meaning
     return guidance if rescale is None else dataclasses.replace(guidance, rescale=rescale)
 
 

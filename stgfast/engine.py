@@ -25,7 +25,7 @@ from stgfast.batching.rows import spans, take
 from stgfast.batching.seam import Call, handling, held
 from stgfast.batching.stack import Stack
 from stgfast.errors import EngineError, SettingsError
-from stgfast.guidance import COND, UNCOND, Guidance, Moment
+from stgfast.guidance import ATTENTION, COND, UNCOND, Guidance, Moment
 from stgfast.integrations.spec import Adapter, CallArguments
 from stgfast.kernels import combine
 
@@ -50,9 +50,10 @@ class GuidedRun:
 
     def whole(self, call: Callable[[], Any]) -> Any:
         layout = self.layout
+        masked = {layer for part in self.guidance.perturbations if part.kind == ATTENTION for layer in part.layers}
         with (
             self._uncompiled(),
-            held([layout.denoiser, *layout.blocks, *layout.attentions]),
+            held([layout.denoiser, *layout.blocks, *(layout.attentions[layer] for layer in sorted(masked))]),
             handling({layout.denoiser: self._denoise}),
         ):
             return call()

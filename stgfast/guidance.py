@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from stgfast.errors import SettingsError, wrong
 
-KINDS = ("residual", "attention")
+RESIDUAL, ATTENTION = KINDS = ("residual", "attention")
 COND, UNCOND, GUIDED = "cond", "uncond", "guided"
 
 # A number; one number for every step; or a function of the step's progress, from 0 up to (not including) 1.

@@ -61,6 +61,8 @@ def test_the_pipelines_own_rescale_is_about_guided_predictions():
     pipe = guided("ltx")
     expected = clip(guided("ltx", Guidance(Perturbation([2]), rescale=0.3)), "ltx")
     torch.testing.assert_close(clip(pipe, "ltx", guidance_rescale=0.3), expected, rtol=1e-5, atol=1e-5)
+    inside = clip(pipe, "ltx", guidance_rescale=0.3, stg=Guidance(Perturbation([2]), rescale=0.9))
+    torch.testing.assert_close(inside, expected, rtol=1e-5, atol=1e-5)
     both = clip(pipe, "ltx", guidance_rescale=0.3, stg_rescale=0.6)
     expected = clip(guided("ltx", Guidance(Perturbation([2]), rescale=0.6)), "ltx")
     torch.testing.assert_close(both, expected, rtol=1e-5, atol=1e-5)
@@ -212,7 +214,10 @@ CALLS = {
     ),
     "two names for layers": ({"stg_layers": [1], "stg_applied_layers_idx": [2]}, "expected one of them: they say"),
     "two names for rescale": ({"stg_rescale": 0.7, "do_rescaling": True}, "expected one of them: they say the same"),
-    "guidance and settings": ({"stg": GUIDANCE, "stg_scale": 1}, "stg beside other settings: got ['stg', 'stg_scale']"),
+    "guidance and settings": (
+        {"stg": GUIDANCE, "stg_scale": 1},
+        "settings beside stg: got ['stg_scale'], expected none",
+    ),
     "no Guidance": ({"stg": 2.0}, "stg: got 2.0, expected a stgfast.Guidance"),
     "a branch that needs CFG": (
         {"stg": UNCOND, "guidance_scale": 1.0},

@@ -17,9 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from stgfast.guidance import COND, Guidance
-
-RESIDUAL = "residual"
+from stgfast.guidance import COND, RESIDUAL, Guidance
 
 
 @dataclass(frozen=True)
