@@ -1,11 +1,17 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command, from the root of a checkout: bash bench/gpu.sh [folder for results]
-# It needs torch with CUDA, diffusers and pytest, and installs nothing. Results are lines of JSON, one file a question.
+# It needs torch with CUDA, triton, diffusers, pytest and hypothesis, and installs nothing. Tests first: no speed is
+# reported of what does not work. Results are lines of JSON, one file for each question.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-bench/results}"
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+unset TRITON_INTERPRET
 
+python3 -m pytest -q -o addopts="" tests/kernels 2>&1 | tee "$out/gpu-tests.txt"
+python3 -m stgfast.cli doctor | tee "$out/doctor.txt"
+python3 bench/combine.py --device cuda --save "$out/combine.jsonl"
+python3 bench/attention.py --tokens 2048 8192 32768 --save "$out/attention.jsonl"
 python3 bench/sharing.py --device cuda --size small --rounds 15 --save "$out/sharing.jsonl"
 python3 bench/sharing.py --device cuda --size full --frames 31 --steps 2 --rounds 3 --save "$out/sharing.jsonl"

@@ -15,8 +15,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="render a clip with CFG and with CFG + STG on a tiny random model")
     demo.add_argument("--seed", type=int, default=0)
+    commands.add_parser("doctor", help="what is installed, what of it runs here, and what is chosen")
     arguments = parser.parse_args(argv)
-    return run_demo(arguments.seed)
+    return run_demo(arguments.seed) if arguments.command == "demo" else run_doctor()
 
 
 def run_demo(seed: int) -> int:
@@ -30,6 +31,13 @@ def run_demo(seed: int) -> int:
     for clip in demo.clips:
         print(f"{clip.name:10} {clip.block_rows:12} {clip.seconds:9.2f}   {clip.shape[1:]}")
     print(f"\nThe two clips differ by {demo.change:.2g} (root mean square, pixels from 0 to 1).")
+    return 0
+
+
+def run_doctor() -> int:
+    from stgfast.doctor import report
+
+    print(report())
     return 0
 
 

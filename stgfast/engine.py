@@ -51,6 +51,8 @@ class GuidedRun:
     def whole(self, call: Callable[[], Any]) -> Any:
         layout = self.layout
         masked = {layer for part in self.guidance.perturbations if part.kind == ATTENTION for layer in part.layers}
+        if layout.attend is not None and not self.compiled:
+            masked = set(range(layout.depth))
         with (
             self._uncompiled(),
             held([layout.denoiser, *layout.blocks, *(layout.attentions[layer] for layer in sorted(masked))]),

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+import torch
 
 import stgfast
 from stgfast.cli import main
@@ -15,6 +16,18 @@ def test_demo(capsys):
     assert rows == {"CFG": 6 * 96, "CFG + STG": 6 * 109}
     assert "blocks 35 to 47: 3 rows" in printed
     assert float(re.search(r"differ by ([\d.e-]+)", printed)[1]) > 0
+
+
+def test_doctor(capsys):
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    for line in (
+        rf"^  torch +{re.escape(torch.__version__)}$",
+        r"^  flash-attn +flash_attn is not installed$|^  flash-attn +runs on cuda, not on cpu$",
+        r"^  sdpa +runs here$",
+        r"^  Mochi +\S+ \(",
+    ):
+        assert re.search(line, printed, re.MULTILINE), line
 
 
 def test_version(capsys):

@@ -1,7 +1,10 @@
 """The engine against the plain method: the same clip, and no block-row more than there are histories."""
 
+import dataclasses
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import diffusers
 import pytest
@@ -11,8 +14,9 @@ from hypothesis import strategies as st
 
 import stgfast
 from stgfast import Guidance, Perturbation
+from stgfast.integrations import ADAPTERS
 from tests import models
-from tests.oracle import Plainly, Weak, attention_of, blocks_of, plain_method
+from tests.oracle import Plainly, Weak, blocks_of, plain_method
 
 DEPTHS = {"mochi": 6, "ltx": 6, "cogvideox": 6, "hunyuan": 12, "wan": 6}
 STACKED = ("mochi", "ltx", "cogvideox")
@@ -136,6 +140,28 @@ def test_equals_branch_by_branch(case):
     assert distance(run_fast(case), run_plain(case)) <= 1e-5
 
 
+@contextmanager
+def counted_attention(pipe, family):
+    """The rows whose self-attention is computed, block by block: seen at torch's attention itself."""
+    blocks = blocks_of(pipe.transformer)
+    rows, now = [0] * len(blocks), []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def count(query, key, value, *args, **kwargs):
+        if now and query.shape[-2] == key.shape[-2]:  # not attention to the text
+            rows[now[-1]] += query.shape[0]
+        return attend(query, key, value, *args, **kwargs)
+
+    hooks = []
+    for number, block in enumerate(blocks):
+        hooks.append(block.register_forward_pre_hook(lambda *_, number=number: now.append(number)))
+        hooks.append(block.register_forward_hook(lambda *_: now.clear()))
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", count):
+        yield rows
+    for hook in hooks:
+        hook.remove()
+
+
 def histories(case, layer, step):
     """The different computations that block `layer` has to do in a step, for one prompt, from the settings alone."""
     plainly = case.plainly()
@@ -163,17 +189,16 @@ def identities(case, layer, step):
 def test_computes_every_history_once(case):
     pipe = stgfast.accelerate(case.pipe(), case.guidance, max_rows=case.max_rows)
     rows = [0] * DEPTHS[case.family]
-    attended = [0] * DEPTHS[case.family]
     for number, block in enumerate(blocks_of(pipe.transformer)):
-        for module, counted in ((block, rows), (attention_of(block), attended)):
 
-            def count(module, args, kwargs, number=number, counted=counted):
-                some = (*args, *kwargs.values())[0].shape[0]
-                assert case.max_rows is None or some <= case.max_rows
-                counted[number] += some
+        def count(module, args, kwargs, number=number):
+            some = (*args, *kwargs.values())[0].shape[0]
+            assert case.max_rows is None or some <= case.max_rows
+            rows[number] += some
 
-            module.register_forward_pre_hook(count, with_kwargs=True)
-    pipe(**case.arguments)
+        block.register_forward_pre_hook(count, with_kwargs=True)
+    with counted_attention(pipe, case.family) as attended:
+        pipe(**case.arguments)
     count = case.prompts * case.videos
     expected = [sum(len(histories(case, k, step)) for step in range(case.steps)) * count for k in range(len(rows))]
     assert rows == expected
@@ -185,14 +210,9 @@ def test_computes_every_history_once(case):
 def test_masked_rows_run_no_attention(family):
     case = Case(family, Guidance(Perturbation([1, 3], kind="attention")), prompts=2, cfg=None)
     pipe = stgfast.accelerate(case.pipe(), case.guidance)
-    seen = {}
-    for number, block in enumerate(blocks_of(pipe.transformer)):
-        attention_of(block).register_forward_pre_hook(
-            lambda module, args, kwargs, number=number: seen.update({number: (*args, *kwargs.values())[0].shape[0]}),
-            with_kwargs=True,
-        )
-    pipe(**case.arguments)
-    assert [seen[k] for k in range(5)] == [2, 2, 4, 2, 4]
+    with counted_attention(pipe, family) as rows:
+        pipe(**case.arguments)
+    assert rows[:5] == [case.steps * count for count in (2, 2, 4, 2, 4)]
 
 
 @pytest.mark.parametrize("family", models.FAMILIES)
@@ -232,3 +252,21 @@ def test_other_schedulers(family, scheduler):
     """Heun's calls the denoiser twice for most steps; CogVideoX's DPM draws noise."""
     case = Case(family, Guidance(Perturbation([2], scale=1.5), rescale=0.3), steps=4, scheduler=scheduler)
     assert distance(run_fast(case), run_plain(case)) <= 1e-5
+
+
+@pytest.mark.parametrize("max_rows", [None, 2])
+def test_attention_of_all_rows_at_once(monkeypatch, max_rows):
+    """Mochi's attention is replaced on a GPU alone; here it is on a CPU too."""
+    adapter = dataclasses.replace(ADAPTERS["MochiPipeline"], attend_on=("cpu", "cuda"))
+    monkeypatch.setitem(ADAPTERS, "MochiPipeline", adapter)
+    guidance = Guidance([Perturbation([1, 3], kind="attention"), Perturbation([2])], rescale=0.5)
+    case = Case("mochi", guidance, prompts=2, videos=2, max_rows=max_rows)
+    own = []
+    pipe = stgfast.accelerate(case.pipe(), guidance, max_rows=max_rows)
+    for block in pipe.transformer.transformer_blocks:
+        block.attn1.register_forward_pre_hook(lambda *_: own.append(True))
+    with counted_attention(pipe, "mochi") as rows:
+        fast = pipe(**case.arguments).frames
+    assert distance(fast, run_plain(case)) <= 1e-5
+    assert not own
+    assert rows == [case.steps * count for count in (8, 8, 12, 12, 16, 16)]

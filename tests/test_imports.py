@@ -22,14 +22,15 @@ MAY = {
     "install": COMMON | {"call", "engine", "integrations", "batching"},
     "explain": COMMON | {"call", "install", "batching"},
     "toy": {"explain", "install", "toy"},
-    "cli": {"version", "toy"},
+    "doctor": {"kernels", "version"},
+    "cli": {"version", "toy", "doctor"},
     "": {"errors", "explain", "guidance", "install", "version"},
 }
 FOREIGN = {  # third-party packages, and the only parts that may import them
     "diffusers": {"integrations", "toy"},
     "triton": {"kernels"},
     "transformers": set(),
-    "torch": {"kernels", "batching", "integrations", "engine", "toy"},
+    "torch": {"kernels", "batching", "integrations", "engine", "toy", "doctor"},
 }
 
 

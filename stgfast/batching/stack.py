@@ -25,6 +25,9 @@ class Layout:
     state     the arguments that a block passes on, in the order in which it returns them
     rows      the arguments, of blocks and of their attention, that have a row for every sample
     identity  `identity(attention module, *args, **kwargs)`: the module's call with output = V
+    attend    `attend(attention module, masked, source, *args, **kwargs)`: the module's call for rows of which some are
+              the identity and some have the same input; None where the module's own is made, as it is on a device
+              that is none of `attend_on`
     """
 
     denoiser: nn.Module
@@ -33,6 +36,8 @@ class Layout:
     state: tuple[str, ...]
     rows: frozenset[str]
     identity: Callable[..., Any]
+    attend: Callable[..., Any] | None = None
+    attend_on: tuple[str, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -57,7 +62,9 @@ class Stack:
     ):
         self.layout, self.plan, self.prompts, self.max_rows, self.compiled = layout, plan, prompts, max_rows, compiled
         self._done = 0
-        self._masked: list[bool] = []  # for every row of the block that runs now: is its self-attention the identity?
+        # Of every row of the block that runs now: is its self-attention the identity, and what input is it of?
+        self._masked: list[bool] = []
+        self._inputs: list[int] = []
         self._taken: dict[tuple[str, tuple[int, ...]], tuple[Any, Any]] = {}
 
     def handlers(self) -> Mapping[nn.Module, Handler]:
@@ -65,7 +72,7 @@ class Stack:
         layout, handlers = self.layout, dict[nn.Module, Handler]()
         for number, (block, step) in enumerate(zip(layout.blocks, self.plan.steps, strict=True)):
             handlers[block] = functools.partial(self._block, number)
-            if any(step.marks):
+            if any(step.marks) or layout.attend is not None:
                 handlers[layout.attentions[number]] = self._attention
         return handlers
 
@@ -107,15 +114,24 @@ class Stack:
         # Nothing can stand in for a call inside compiled code, so a block with masked rows runs as it is written.
         module = arguments.module
         call: Call = module._call_impl if any(masked) else self.compiled.get(module, plain)
+        inputs = [group * self.prompts + prompt for group in step.run for prompt in range(self.prompts)]
         outputs = []
         for chunk in chunks(len(masked), self.max_rows):
-            self._masked = masked[chunk]
+            self._masked, self._inputs = masked[chunk], inputs[chunk]
             outputs.append(_as_tuple(self._only(arguments, [chunk], len(masked)).given_to(call)))
         return [join(parts) for parts in zip(*outputs, strict=True)]
 
     def _attention(self, plain: Call, arguments: Arguments) -> Any:
         """Stands in for a self-attention: rows that are masked run none of it."""
         rows = len(self._masked)
+        if self.layout.attend is not None and arguments["hidden_states"].device.type in self.layout.attend_on:
+            # Rows of one input are projected once.
+            different = list(dict.fromkeys(self._inputs))
+            once = self._only(arguments, spans([self._inputs.index(one) for one in different], 1), rows)
+            source = [different.index(one) for one in self._inputs]
+            return once.given_to(functools.partial(self.layout.attend, arguments.module, self._masked, source))
+        if not any(self._masked):
+            return arguments.given_to(plain)
         calls: dict[bool, Call] = {False: plain, True: functools.partial(self.layout.identity, arguments.module)}
         outputs, order = [], []
         for mask, call in calls.items():

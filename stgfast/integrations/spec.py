@@ -45,6 +45,10 @@ class Adapter:
     live         the CFG scale that the pipeline will combine this step with
     unsupported  what a pipeline instance has that is not supported, if anything
     identity     the call of an attention module with output = V
+    attend       `attend(module, masked, source, *args, **kwargs)`: the whole call of an attention module, where the
+                 model's own is slow; output row b is of input row `source[b]`, and the identity where `masked[b]`
+    attend_on    the kinds of device where it is faster
+    processor    the class of attention processor that it does the work of; with another one it is not used
     denoiser     the pipeline's component that is called every step
     """
 
@@ -59,6 +63,9 @@ class Adapter:
     live: Callable[[Any, CallArguments], float | None] = live_scale
     unsupported: Callable[[Any], str | None] = nothing_missing
     identity: Callable[..., Any] = identity_attention
+    attend: Callable[..., Any] | None = None
+    attend_on: tuple[str, ...] = ("cuda",)
+    processor: str = ""
     denoiser: str = "transformer"
 
     def calls(self, cfg: bool) -> tuple[tuple[str, ...], ...]:
@@ -79,7 +86,9 @@ class Adapter:
             )
         blocks = [block for path in self.blocks for block in denoiser.get_submodule(path).children()]
         attentions = [block.get_submodule(self.attention) for block in blocks]
-        return Layout(denoiser, blocks, attentions, self.state, self.rows, self.identity)
+        stock = all(type(getattr(module, "processor", None)).__name__ == self.processor for module in attentions)
+        attend = self.attend if stock and not any(map(compiled_in_place, blocks)) else None
+        return Layout(denoiser, blocks, attentions, self.state, self.rows, self.identity, attend, self.attend_on)
 
     @property
     def combines_in_float32(self) -> bool:

@@ -7,23 +7,98 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stgfast.kernels.combine_checks import check_combine
 
-def combine(branches: Sequence[Tensor], weights: Sequence[float], *, rescale: float = 0.0) -> Tensor:
+
+def combine(
+    branches: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    rescale: float = 0.0,
+    orthogonal: tuple[int, int] | None = None,
+    x0: tuple[Tensor, float | Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """Guidance: `g = sum_b w_b x_b`, then `g *= phi * std(x_0) / std(g) + 1 - phi` with `phi = rescale`.
 
-    The weights add up to 1, so the sum is taken as `x_0 + sum_b w_b (x_b - x_0)`: predictions are close to one another,
-    and differences of close numbers lose nothing. `x_0` is the conditional branch. Branches are `(prompts, ...)`; the
-    standard deviations are unbiased and taken per prompt, so a prompt's result knows nothing of its neighbours.
+    `x_0` is the conditional branch. The weights add up to 1, so the sum is taken as `x_0 - sum_b w_b d_b` with
+    `d_b = x_0 - x_b`: predictions are close to one another, and differences of close numbers lose nothing. Branches
+    are `(prompts, ...)`; standard deviations, unbiased, and inner products are taken per prompt, so a prompt's result
+    knows nothing of its neighbours.
 
-    Works in float32, or wider if a branch is wider, and returns that dtype.
+    `orthogonal=(i, j)`: of `d_j` only the part orthogonal to `d_i` counts.
+
+    `x0=(sample, sigma)`: branches are velocities, the formulas are meant for `sample - sigma * x_b`, and the velocity
+    of their result is returned. As weights add up to 1, only the rescale takes notice.
+
+    Works in float32, or wider if a branch is wider, and returns a new tensor of that dtype, or of `dtype`.
     """
+    check_combine(branches, weights, orthogonal=orthogonal, x0=x0, dtype=dtype)
     wide = torch.promote_types(branches[0].dtype, torch.float32)
-    base = branches[0].to(wide)
-    guided = base
-    for branch, weight in zip(branches[1:], weights[1:], strict=True):
-        guided = guided + weight * (branch.to(wide) - base)
-    if rescale:
-        dims = tuple(range(1, base.ndim))
-        ratio = base.std(dim=dims, keepdim=True) / guided.std(dim=dims, keepdim=True)
-        guided = guided * (rescale * ratio + (1.0 - rescale))
-    return guided
+    base, *others = (_elements(branch, wide) for branch in branches)
+    distances = [torch.zeros_like(base), *(base - other for other in others)]
+    if orthogonal is not None:
+        i, j = orthogonal
+        distances[j] = distances[j] - _along(distances[j], distances[i])
+    guided = base - sum(weight * distance for weight, distance in zip(weights, distances, strict=True))
+    if rescale and x0 is None:
+        guided = _rescaled_by(rescale, base, guided) * guided
+    elif rescale and x0 is not None:
+        sample, sigma = _elements(x0[0], wide), x0[1]
+        if isinstance(sigma, Tensor):
+            sigma = sigma.to(wide).reshape(-1, 1)
+        factor = _rescaled_by(rescale, sample - sigma * base, sample - sigma * guided)
+        # (sample - factor * (sample - sigma * guided)) / sigma
+        guided = factor * guided + (1.0 - factor) / sigma * sample
+    return guided.reshape(branches[0].shape).to(dtype or wide)
+
+
+def _elements(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As (prompts, elements)."""
+    return tensor.to(dtype).reshape(tensor.shape[0], -1)
+
+
+def _along(vector: Tensor, direction: Tensor) -> Tensor:
+    """The part along a direction; where that is 0, there is none."""
+    square = (direction * direction).sum(1, keepdim=True)
+    return (vector * direction).sum(1, keepdim=True) / square.where(square != 0, 1.0) * direction
+
+
+def _rescaled_by(phi: float, base: Tensor, guided: Tensor) -> Tensor:
+    return phi * base.std(1, keepdim=True) / guided.std(1, keepdim=True) + (1.0 - phi)
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    identity: Sequence[bool],
+    *,
+    source: Sequence[int],
+    tokens: tuple[int, int],
+    kv_len: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float,
+) -> Tensor:
+    """Softmax attention for a stack of rows, or a copy of V for those with `identity`.
+
+    Output row b reads input row `source[b]`. Keys from `kv_len` of that row on are not attended to; `bias` is a boolean
+    mask (true: attend) or is added to the scores. A query with nothing to attend to gives 0. An identity row copies V
+    for its `tokens`, from first to one past last, and attends as usual elsewhere. Works in float32, or wider.
+    """
+    rows, dtype, device = list(source), q.dtype, q.device
+    wide = torch.promote_types(dtype, torch.float32)
+    q, k, v = q[rows].to(wide), k[rows].to(wide), v[rows].to(wide)
+    scores = q @ k.mT * scale
+    if bias is not None:
+        bias = bias.expand(-1 if bias.shape[0] > 1 else max(rows) + 1, -1, -1, -1)[rows]
+        scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias.to(wide)
+    if kv_len is not None:
+        beyond = torch.arange(k.shape[2], device=device) >= kv_len[rows, None]
+        scores = scores.masked_fill(beyond[:, None, None], -torch.inf)
+    out = torch.softmax(scores, dim=-1).nan_to_num(0.0) @ v
+    first, last = tokens
+    for row, same in enumerate(identity):
+        if same:
+            out[row, :, first:last] = v[row, :, first:last]
+    return out.to(dtype)

@@ -72,3 +72,41 @@ def test_identity_attention_is_attention_that_returns_values(pipeline):
         attention.forward = compare
     pipe(**models.prompt(family, 2), **models.sizes(family, guidance_scale=1.0), generator=models.generators(2))
     assert len(compared) == 4 * layout.depth
+
+
+@pytest.mark.parametrize("pipeline", [name for name, adapter in ADAPTERS.items() if adapter.attend])
+def test_attend_is_the_models_own_attention(pipeline):
+    """For plain rows, for identity rows, and for several rows of one input."""
+    adapter, family = ADAPTERS[pipeline], PIPELINES[pipeline]
+    pipe = models.pipeline(family, models.transformer(family, seed=1))
+    layout = adapter.layout(pipe)
+    assert layout.attend is adapter.attend
+    compared = []
+
+    for attention in layout.attentions:
+        forward = attention.forward
+
+        def compare(*args, attention=attention, forward=forward, **kwargs):
+            plain, values = forward(*args, **kwargs), oracle_identity(forward)(*args, **kwargs)
+            masked, source = [False, True, True, False], [1, 0, 1, 0]
+            mine = adapter.attend(attention, masked, source, *args, **kwargs)
+            for one, both in zip(mine, zip(plain, values, strict=True), strict=True):
+                expected = torch.stack([both[mask][row] for mask, row in zip(masked, source, strict=True)])
+                torch.testing.assert_close(one, expected)
+            compared.append(True)
+            return plain
+
+        attention.forward = compare
+    given = models.prompt(family, 2)
+    given["prompt_attention_mask"] = torch.rand(given["prompt_attention_mask"].shape) > 0.4  # valid tokens anywhere
+    pipe(**given, **models.sizes(family, guidance_scale=1.0), generator=models.generators(2))
+    assert len(compared) == 4 * layout.depth
+
+
+def test_attend_gives_way_to_another_processor():
+    class Custom(type(models.transformer("mochi").transformer_blocks[0].attn1.processor)):
+        pass
+
+    pipe = models.pipeline("mochi")
+    pipe.transformer.transformer_blocks[3].attn1.processor = Custom()
+    assert ADAPTERS["MochiPipeline"].layout(pipe).attend is None

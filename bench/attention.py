@@ -1,0 +1,100 @@
+"""How fast is attention over a stack of rows, beside what is installed? On a GPU.
+
+A stack of three rows, one of them the identity: the fused launch, and every split form, beside the fastest attention
+on all three rows, which is what guidance costs where masked rows are computed and thrown away. Also one identity row
+alone, as a fraction of the rate at which the device copies. Results agree with each other before anything is timed.
+
+    python bench/attention.py [--tokens 2048 8192 32768] [--save FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import stgfast
+from stgfast.kernels import backends
+
+HEADS = 24
+STACK = {"identity": [False, False, True]}
+
+
+def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Medians of interleaved rounds."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 2):
+        for name, call in calls.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            stop.record()
+            stop.synchronize()
+            if number >= 2:  # the first two warm up
+                taken[name].append(start.elapsed_time(stop))
+    return {name: statistics.median(times) for name, times in taken.items()}
+
+
+def compare(size: int, tokens: int, rounds: int) -> dict[str, Any]:
+    q, k, v = (
+        torch.randn(3, tokens, HEADS, size, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)
+    )
+    names = [n for n in ("triton", *backends.BACKENDS) if n != "math" and not backends.unavailable(n, "cuda", False)]
+    expected = backends.masked_attention(q, k, v, **STACK, impl="sdpa").float()
+    calls: dict[str, Callable[[], Any]] = {}
+    for name in (*names, "auto"):
+        error = (backends.masked_attention(q, k, v, **STACK, impl=name).float() - expected).abs().max()
+        if not error <= 2e-2 * expected.abs().max():
+            raise SystemExit(f"{name} disagrees with sdpa at size {size}, {tokens} tokens: {error:.2g}; nothing timed")
+        calls[f"stack, {name}"] = lambda name=name: backends.masked_attention(q, k, v, **STACK, impl=name)
+        if name != "auto":
+            calls[f"three rows, {name}"] = lambda name=name: backends.masked_attention(q, k, v, impl=name)
+    calls["identity row"] = lambda: backends.masked_attention(q[:1], k[:1], v[:1], [True], impl="triton")
+    target = torch.empty_like(v[:1])
+    calls["copy of a row"] = lambda: target.copy_(v[:1])
+    times = milliseconds(calls, rounds)
+    fastest = min(times[f"three rows, {name}"] for name in names)
+    others = min(times[f"three rows, {name}"] for name in names if name != "triton")
+    return {
+        "bench": "attention",
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "stgfast": stgfast.__version__,
+        "size of a head": size,
+        "tokens": tokens,
+        "heads": HEADS,
+        "milliseconds": {name: round(value, 4) for name, value in times.items()},
+        "stack of three with one identity row / fastest on three rows": round(times["stack, auto"] / fastest, 3),
+        "fastest of the others / triton, three rows": round(others / times["three rows, triton"], 3),
+        "identity row: share of the copy rate": round(times["copy of a row"] / times["identity row"], 3),
+        "triton TFLOP/s": round(3 * 4 * tokens**2 * size * HEADS / times["three rows, triton"] / 1e9, 1),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 16384, 32768, 65536])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--save", type=Path, help="a file to add the results to, one line of JSON each")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("this benchmark needs a GPU")
+        return 1
+    for size in (64, 128):
+        for tokens in options.tokens:
+            row = compare(size, tokens, options.rounds)
+            print(json.dumps(row))
+            if options.save:
+                with options.save.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,293 @@
+"""Who computes attention over a stack of rows.
+
+Two forms. Fused: one Triton launch for all rows (`triton`). Split: the rows that attend go to whatever is fastest on
+the device, identity rows are a copy (every other name). `auto` measures once for every shape on a GPU, and remembers.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stgfast.kernels import reference
+from stgfast.kernels.attention_checks import check_attention, expected
+from stgfast.kernels.layout import empty_like_query
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]  # q, k, v, bias or mask, scale
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def _sdpa_by(backend: str) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel  # which loads triton
+
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return _sdpa(q, k, v, bias, scale)
+
+    return attend
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    out: Tensor = flash_attn_func(*(t.transpose(1, 2) for t in (q, k, v)), softmax_scale=scale)
+    return out.transpose(1, 2)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    if bias is not None and bias.dtype == torch.bool:
+        bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill(~bias, -torch.inf)
+    if bias is not None:
+        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    out: Tensor = memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_bias=bias, scale=scale)
+    return out.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Attention over plain rows: who does it, on what, and whether a bias may be given."""
+
+    attend: Attend
+    devices: tuple[str, ...]
+    takes_bias: bool
+    package: str = ""
+
+    def missing(self, device: str, bias: bool) -> str:
+        """Why it cannot run; empty where it can."""
+        if device not in self.devices:
+            return f"runs on {' and '.join(self.devices)}, not on {device}"
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"{self.package} is not installed"
+        return "takes no mask, bias or kv_len" if bias and not self.takes_bias else ""
+
+
+BOTH, CUDA = ("cpu", "cuda"), ("cuda",)
+BACKENDS = {
+    "sdpa": Backend(_sdpa, BOTH, takes_bias=True),
+    "math": Backend(_sdpa_by("MATH"), BOTH, takes_bias=True),
+    "flash": Backend(_sdpa_by("FLASH_ATTENTION"), CUDA, takes_bias=False),
+    "efficient": Backend(_sdpa_by("EFFICIENT_ATTENTION"), CUDA, takes_bias=True),
+    "cudnn": Backend(_sdpa_by("CUDNN_ATTENTION"), CUDA, takes_bias=True),
+    "flash-attn": Backend(_flash_attn, CUDA, takes_bias=False, package="flash_attn"),
+    "xformers": Backend(_xformers, CUDA, takes_bias=True, package="xformers"),
+}
+WHOLE = ("reference", "triton")  # these compute all rows, identity and plain
+NAMES = ("auto", *WHOLE, *BACKENDS)
+
+
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    identity: Sequence[bool] | None = None,
+    *,
+    kv_len: Tensor | None = None,
+    bias: Tensor | None = None,
+    source: Sequence[int] | None = None,
+    tokens: tuple[int, int] | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Attention for a whole stack: row b is softmax attention, or a copy of V where `identity[b]`.
+
+    q, k, v   (rows, heads, tokens, size), in any memory order whose last stride is 1
+    kv_len    int32 on the device: how many keys each row of k and v has; the others are never read
+    bias      boolean (true: attend) or added to the scores; broadcastable over rows, heads and queries
+    source    the row of q, k, v, kv_len and bias that each output row reads: several may read one
+    tokens    the range of tokens that an identity row copies; it attends as usual elsewhere
+    impl      one of `NAMES`; a named one never falls back to another
+
+    What it computes is written in `reference.masked_attention`.
+    """
+    rows = list(range(q.shape[0])) if source is None else list(source)
+    same = [False] * len(rows) if identity is None else [bool(flag) for flag in identity]
+    span = (0, q.shape[2]) if tokens is None else (int(tokens[0]), int(tokens[1]))
+    check_attention(q, k, v, same, kv_len=kv_len, bias=bias, source=rows, tokens=span)
+    if bias is not None and bias.ndim < 4:
+        bias = bias[(None,) * (4 - bias.ndim)]
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if impl not in NAMES:
+        raise expected("impl", repr(impl), f"one of {', '.join(NAMES)}")
+    call = Call(q, k, v, tuple(same), tuple(rows), span, kv_len, bias, factor)
+    return call.by(choose(call) if impl == "auto" else impl)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One checked call, every option spelt out."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    identity: tuple[bool, ...]
+    source: tuple[int, ...]
+    tokens: tuple[int, int]
+    kv_len: Tensor | None
+    bias: Tensor | None
+    scale: float
+
+    def by(self, name: str) -> Tensor:
+        reason = unavailable(name, self.q.device.type, self.biased)
+        if reason:
+            raise expected("impl", repr(name), f"another: it {reason}")
+        if name == "reference":
+            return reference.masked_attention(
+                self.q,
+                self.k,
+                self.v,
+                self.identity,
+                source=self.source,
+                tokens=self.tokens,
+                kv_len=self.kv_len,
+                bias=self.bias,
+                scale=self.scale,
+            )
+        if name == "triton":
+            from stgfast.kernels import attention
+
+            given = (self.identity, self.source, self.tokens, self.kv_len, self.bias, self.scale)
+            out: Tensor = attention.masked_attention(self.q, self.k, self.v, *given)
+            return out
+        return self._split(BACKENDS[name].attend)
+
+    @property
+    def biased(self) -> bool:
+        return self.bias is not None or self.kv_len is not None
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """What a choice is remembered by."""
+        sizes = (*self.q.shape[1:], self.k.shape[2], len(self.source), sum(self.identity), *self.tokens)
+        kinds = (self.q.dtype, self.q.device, self.kv_len is not None)
+        return (*sizes, *kinds, None if self.bias is None else (self.bias.dtype, self.bias.shape[2] > 1))
+
+    def _split(self, attend: Attend) -> Tensor:
+        """Rows that attend in one call, identity rows as a copy."""
+        first, last = self.tokens
+        queries = self.q.shape[2]
+        plain = [row for row, same in enumerate(self.identity) if not same]
+        if len(plain) == len(self.identity):
+            return self._attended(attend, plain, slice(None))
+        out = empty_like_query(self.q, len(self.source))
+        if plain:
+            _put(out, plain, slice(None), self._attended(attend, plain, slice(None)))
+        masked = [row for row, same in enumerate(self.identity) if same]
+        for row in masked:
+            out[row, :, first:last] = self.v[self.source[row], :, first:last]
+        for part in (slice(0, first), slice(last, queries)):
+            if part.stop > part.start:
+                _put(out, masked, part, self._attended(attend, masked, part))
+        return out
+
+    def _attended(self, attend: Attend, rows: list[int], queries: slice) -> Tensor:
+        """Attention for some output rows and some of their queries."""
+        where = [self.source[row] for row in rows]
+        q, k, v = (_rows(t, where) for t in (self.q[:, :, queries], self.k, self.v))
+        bias = self.bias
+        if bias is not None:
+            bias = bias[:, :, queries] if bias.shape[2] > 1 else bias
+            bias = _rows(bias, where) if bias.shape[0] > 1 else bias
+        if self.kv_len is None:
+            return attend(q, k, v, bias, self.scale)
+        reach = _rows(self.kv_len, where)[:, None, None, None]
+        valid = torch.arange(k.shape[2], device=k.device) < reach
+        if bias is None:
+            bias = valid
+        else:
+            bias = bias & valid if bias.dtype == torch.bool else bias.masked_fill(~valid, -torch.inf)
+        return attend(q, k, v, bias, self.scale)
+
+
+def _rows(tensor: Tensor, where: list[int]) -> Tensor:
+    """Rows of a tensor: a view where they are neighbours."""
+    if where == list(range(where[0], where[0] + len(where))):
+        return tensor[where[0] : where[0] + len(where)]
+    return torch.stack([tensor[row] for row in where])
+
+
+def _put(out: Tensor, rows: list[int], queries: slice, values: Tensor) -> None:
+    if rows == list(range(rows[0], rows[0] + len(rows))):
+        out[rows[0] : rows[0] + len(rows), :, queries] = values
+    else:
+        for row, value in zip(rows, values, strict=True):
+            out[row, :, queries] = value
+
+
+def triton_runs(device: str) -> bool:
+    """Whether Triton kernels run here: on a GPU, or on a CPU in Triton's interpreter."""
+    installed = importlib.util.find_spec("triton") is not None
+    return installed and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def unavailable(name: str, device: str, biased: bool) -> str:
+    """Why an implementation cannot run; empty where it can."""
+    if name == "triton":
+        return "" if triton_runs(device) else f"needs a GPU or Triton's interpreter, not {device}"
+    return "" if name == "reference" else BACKENDS[name].missing(device, biased)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for a shape, with the milliseconds measured, and why others could not run."""
+
+    name: str
+    milliseconds: dict[str, float]
+    failed: dict[str, str]
+
+
+choices: dict[tuple[Any, ...], Choice] = {}
+
+
+def choose(call: Call) -> str:
+    """The fastest implementation for this shape; nothing is measured on a CPU, nor inside a compiled graph."""
+    device = call.q.device.type
+    if device != "cuda":
+        return "sdpa"
+    if call.shape not in choices:
+        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
+            return "triton" if triton_runs(device) else "sdpa"
+        choices[call.shape] = _measured(call)
+    return choices[call.shape].name
+
+
+def _measured(call: Call) -> Choice:
+    times: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for name in ("triton", *BACKENDS):
+        if name == "math":
+            continue  # keeps all scores: never the fastest, and often out of memory
+        reason = unavailable(name, call.q.device.type, call.biased)
+        if reason:
+            failed[name] = reason
+            continue
+        try:
+            times[name] = _milliseconds(functools.partial(call.by, name))
+        except RuntimeError as error:  # a backend that refuses this shape says so when it is called
+            failed[name] = str(error).splitlines()[0]
+    return Choice(min(times, key=lambda name: times[name]), times, failed)
+
+
+def _milliseconds(run: Callable[[], Tensor], warmup: int = 2, rounds: int = 5) -> float:
+    for _ in range(warmup):
+        run()
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(rounds):
+        run()
+    stop.record()
+    stop.synchronize()
+    return float(start.elapsed_time(stop)) / rounds

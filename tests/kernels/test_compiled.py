@@ -1,0 +1,34 @@
+"""Kernels compiled ahead of time, with no GPU: registers, shared memory and matrix instructions of three chips."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[2] / "bench"
+CODE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import resources
+for usage in resources.defaults(int(sys.argv[2])):
+    print(usage.name, usage.registers, usage.spills, usage.shared, usage.matrix, sep="|")
+    assert usage.shared <= resources.SHARED[usage.arch]
+"""
+
+
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_default_configurations_fit_the_chip(arch):
+    """In a process of its own: this one's triton is the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", CODE, str(BENCH), str(arch)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr
+    rows = [line.split("|") for line in ran.stdout.splitlines()]
+    assert len(rows) >= 6
+    for name, registers, spills, _, matrix in rows:
+        assert int(spills) == 0, name
+        assert 0 < int(registers) <= 255, name
+        if name.startswith("attention bf16"):
+            assert int(matrix) > 0, f"{name}: not the chip's own matrix instructions"
