@@ -24,7 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from stgfast.kernels import attention
+from stgfast.kernels import attention, combination
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may have
@@ -71,7 +71,9 @@ def compiled(
 
 
 def _aligned(name: str, types: dict[str, str]) -> bool:
-    return name in types and (types[name].startswith("*") or re.fullmatch(r"s[qkvo][bhn]", name) is not None)
+    return name in types and (
+        types[name].startswith("*") or re.fullmatch(r"s[qkvo][bhn]|(sample_)?stride|chunk", name) is not None
+    )
 
 
 def assembled(ptx: str, arch: int) -> tuple[int, int]:
@@ -103,11 +105,33 @@ def attention_usage(arch: int, size: int, dtype: str = "bf16", bias: int = 0, *,
     return compiled(name, attention.attention_kernel, arch, types, constants, warps=cut.warps, stages=cut.stages)
 
 
+def combine_usage(
+    arch: int, count: int, dtype: str = "bf16", *, rescale: bool = True, orthogonal: bool = False
+) -> list[Usage]:
+    """Both launches, or the one that is enough."""
+    types = {f"x{i}_ptr": f"*{dtype}" for i in range(combination.MOST_BRANCHES)}
+    types |= {f"w{i}": "fp32" for i in range(1, combination.MOST_BRANCHES)} | {"sample_ptr": f"*{dtype}"}
+    types |= {"sigma": "fp32", "phi": "fp32", "sums_ptr": "*fp32", "out_ptr": "*fp32"}
+    types |= dict.fromkeys(("stride", "sample_stride", "sigma_stride", "numel", "chunk", "parts"), "i32")
+    constants = {"COUNT": count, "SIGMA": 0, "RESCALE": rescale, "ORTHOGONAL": orthogonal, "SUMS": combination.SUMS}
+    constants |= {"BLOCK": combination.BLOCK}
+    kernels = {"combine": (combination.combine_kernel, {**constants, "PARTS": combination.PARTS})}
+    if rescale or orthogonal:
+        kernels["sums of"] = (combination.sums_kernel, constants)
+    what = f" {count} branches {dtype}{', rescale' if rescale else ''}{', orthogonal' if orthogonal else ''}"
+    return [
+        compiled(name + what, kernel, arch, types, values, warps=combination.WARPS, stages=3)
+        for name, (kernel, values) in kernels.items()
+    ]
+
+
 def defaults(arch: int) -> list[Usage]:
     """The kernels as the supported models launch them: plain, and with keys or scores masked."""
     sizes = sorted(set(HEADS.values()))
     rows = [attention_usage(arch, size) for size in sizes]
     rows += [attention_usage(arch, size, bias=bias) for size in sizes for bias in (attention.MASK, attention.ADDED)]
+    for count in (2, 3, 4):
+        rows += combine_usage(arch, count) + combine_usage(arch, count, rescale=False)
     return rows
 
 
@@ -121,6 +145,7 @@ def others(arch: int) -> list[Usage]:
         for size in sizes
         for bias in (attention.MASK, attention.ADDED)
     ]
+    rows += combine_usage(arch, 4, orthogonal=True) + combine_usage(arch, 8) + combine_usage(arch, 8, dtype="fp32")
     return rows + [attention_usage(arch, size, dtype="fp32") for size in sizes]
 
 
@@ -128,12 +153,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save", type=Path, help="a file to write the table to")
     options = parser.parse_args()
-    rows = [row for arch in SHARED for row in defaults(arch) + others(arch)]
+    usual = {arch: defaults(arch) for arch in SHARED}
+    rows = [row for arch in SHARED for row in usual[arch] + others(arch)]
     text = "\n".join([f"triton {triton.__version__}", HEADER, *map(str, rows)])
     print(text)
     if options.save:
         options.save.write_text(text + "\n")
-    return 1 if any(row.spills or row.shared > SHARED[row.arch] for row in rows) else 0
+    spilled = any(row.spills for rows in usual.values() for row in rows)
+    return 1 if spilled or any(row.shared > SHARED[row.arch] for row in rows) else 0
 
 
 if __name__ == "__main__":

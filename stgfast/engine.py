@@ -144,9 +144,12 @@ class GuidedRun:
         """g in place of every prediction that the pipeline holds: whatever its CFG scale, u + s (c - u) is then g."""
         cond = self.predictions[COND]
         weights = {COND: self.weights.get(COND, 0.0), **self.weights}
-        guided = combine([self.predictions[name] for name in weights], list(weights.values()), rescale=self.rescale)
-        if not self.adapter.combines_in_float32:
-            guided = guided.to(cond.dtype)
+        guided = combine(
+            [self.predictions[name] for name in weights],
+            list(weights.values()),
+            rescale=self.rescale,
+            dtype=None if self.adapter.combines_in_float32 else cond.dtype,
+        )
         for tensor in self.handed:
             tensor.copy_(guided)
         copies = len(self.calls[self.turn])

@@ -12,7 +12,7 @@ from stgfast.batching.rows import spans, take
 from stgfast.guidance import Guidance, Perturbation
 from stgfast.integrations.attention import project
 from stgfast.integrations.spec import Adapter
-from stgfast.kernels.backends import masked_attention
+from stgfast.kernels import masked_attention
 
 
 def attend(

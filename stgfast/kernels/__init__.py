@@ -1,5 +1,43 @@
 """What the engine asks of a device. Each operation's specification is in `reference`."""
 
-from stgfast.kernels.reference import combine
+from __future__ import annotations
 
-__all__ = ["combine"]
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stgfast.kernels import reference
+from stgfast.kernels.attention_checks import expected
+from stgfast.kernels.backends import masked_attention, unavailable
+
+__all__ = ["combine", "masked_attention"]
+
+IMPLS = ("auto", "reference", "triton")
+
+
+def combine(
+    branches: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    rescale: float = 0.0,
+    orthogonal: tuple[int, int] | None = None,
+    x0: tuple[Tensor, float | Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """`reference.combine`, by the implementation that suits the device; a named one never falls back to another."""
+    if impl not in IMPLS:
+        raise expected("impl", repr(impl), f"one of {', '.join(IMPLS)}")
+    device = branches[0].device.type if len(branches) else "cpu"
+    if impl == "auto":
+        suits = device == "cuda" and branches[0].dtype != torch.float64
+        impl = "triton" if suits and not unavailable("triton", device, biased=False) else "reference"
+    if impl == "reference":
+        return reference.combine(branches, weights, rescale=rescale, orthogonal=orthogonal, x0=x0, dtype=dtype)
+    reason = unavailable(impl, device, biased=False)
+    if reason:
+        raise expected("impl", repr(impl), f"another: it {reason}")
+    from stgfast.kernels import combination  # imports triton
+
+    return combination.combine(branches, weights, rescale=rescale, orthogonal=orthogonal, x0=x0, dtype=dtype)

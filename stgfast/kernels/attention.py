@@ -201,7 +201,8 @@ class Config(NamedTuple):
 
 
 def config(dim: int, bits: int, bias: int, per_query: bool, major: int) -> Config:
-    """What spills no register on a chip of this compute capability; `bench/resources.py` shows it.
+    """What spills no register at the sizes of video models, on a chip of this compute capability, and hardly any at
+    others; `bench/resources.py` shows it.
 
     `dim` is the padded size of a head, `per_query` whether the bias differs from query to query.
     """

@@ -232,9 +232,10 @@ def triton_runs(device: str) -> bool:
     return installed and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def unavailable(name: str, device: str, biased: bool) -> str:
     """Why an implementation cannot run; empty where it can."""
+    if torch.compiler.is_compiling():  # nothing can be looked up: what cannot run says so when it is called
+        return ""
     if name == "triton":
         return "" if triton_runs(device) else f"needs a GPU or Triton's interpreter, not {device}"
     return "" if name == "reference" else BACKENDS[name].missing(device, biased)
@@ -257,9 +258,11 @@ def choose(call: Call) -> str:
     device = call.q.device.type
     if device != "cuda":
         return "sdpa"
+    if torch.compiler.is_compiling():
+        return "triton"
     if call.shape not in choices:
-        if torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
-            return "triton" if triton_runs(device) else "sdpa"
+        if torch.cuda.is_current_stream_capturing():
+            return "triton"
         choices[call.shape] = _measured(call)
     return choices[call.shape].name
 

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stgfast.kernels.attention_checks import expected
+
 MOST_BRANCHES = 8
-
-
-def expected(what: str, got: object, right: str) -> ValueError:
-    return ValueError(f"{what}: got {got}, expected {right}")
 
 
 def check_combine(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stgfast.kernels import combine
+from stgfast.kernels.reference import combine
 
 WEIGHTS = (5.5, -3.5, -1.0)
 
@@ -13,14 +13,25 @@ def branches(dtype, mean=0.0, prompts=3):
     return [(cond + 0.1 * torch.randn_like(cond)).to(dtype) for _ in range(3)]
 
 
-def exact(given, weights, rescale):
-    wide = [tensor.double() for tensor in given]
-    result = sum(weight * tensor for weight, tensor in zip(weights, wide, strict=True))
-    if rescale:
-        for prompt in range(len(result)):
-            ratio = wide[0][prompt].std() / result[prompt].std()
-            result[prompt] *= rescale * ratio + 1 - rescale
-    return result
+def exact(given, weights, rescale=0.0, orthogonal=None, x0=None):
+    """Prompt by prompt, each step as the formula has it, in x0 space where it is meant there."""
+    results = []
+    for prompt in range(len(given[0])):
+        x = [tensor[prompt].double() for tensor in given]
+        if x0 is not None:
+            sample = x0[0][prompt].double()
+            sigma = torch.as_tensor(x0[1]).double().expand(len(given[0]))[prompt].to(sample.device)
+            x = [sample - sigma * velocity for velocity in x]
+        if orthogonal is not None:
+            i, j = orthogonal
+            towards, other = x[i] - x[0], x[j] - x[0]
+            if towards.any():
+                x[j] = x[j] - (other * towards).sum() / (towards * towards).sum() * towards
+        g = sum(weight * tensor for weight, tensor in zip(weights, x, strict=True))
+        if rescale:
+            g = g * (rescale * x[0].std() / g.std() + 1 - rescale)
+        results.append(g if x0 is None else (sample - g) / sigma)
+    return torch.stack(results)
 
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7, 1.0])
@@ -31,6 +42,47 @@ def test_is_the_weighted_sum(dtype, rescale):
     assert result.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     error = (result.double() - exact(given, WEIGHTS, rescale)).norm() / exact(given, WEIGHTS, rescale).norm()
     assert error < (1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize("form", ["plain", "float", "scalar", "each"])
+@pytest.mark.parametrize("orthogonal", [None, (1, 2), (2, 1)])
+def test_options(rescale, form, orthogonal):
+    given = branches(torch.float32)
+    sigma = {"float": 0.3, "scalar": torch.tensor(0.3), "each": torch.tensor([0.9, 0.3, 0.1])}.get(form)
+    options = {"rescale": rescale, "orthogonal": orthogonal}
+    options["x0"] = None if sigma is None else (torch.randn_like(given[0]), sigma)
+    right = exact(given, WEIGHTS, **options)
+    result = combine(given, WEIGHTS, **options)
+    assert (result - right).norm() / right.norm() < 2e-6
+    wide = [tensor.double() for tensor in given]
+    assert (combine(wide, WEIGHTS, **options) - right).norm() / right.norm() < 1e-7  # sigma is float32
+
+
+def test_orthogonal():
+    """Of the second difference, only what the first does not say already."""
+    base, first, second = branches(torch.float64)
+    only_second = combine([base, first, second], (2.0, 0.0, -1.0), orthogonal=(1, 2)) - base
+    for prompt in range(3):
+        assert abs((only_second[prompt] * (base - first)[prompt]).sum()) < 1e-10
+    torch.testing.assert_close(combine([base, first, first], (2.0, 0.0, -1.0), orthogonal=(1, 2)), base)
+
+
+def test_nothing_is_orthogonal_to_no_difference():
+    base, _, second = branches(torch.float32)
+    with_part = combine([base, base, second], (2.0, 0.0, -1.0), orthogonal=(1, 2))
+    assert torch.equal(with_part, combine([base, base, second], (2.0, 0.0, -1.0)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_output_dtype(dtype):
+    given = branches(torch.float16)
+    assert torch.equal(combine(given, WEIGHTS, dtype=dtype), combine(given, WEIGHTS).to(dtype))
+
+
+def test_the_result_is_a_new_tensor():
+    given = branches(torch.float32)[:1]
+    assert combine(given, (1.0,)).data_ptr() != given[0].data_ptr()
 
 
 def test_full_rescale_gives_the_conditional_standard_deviation():
