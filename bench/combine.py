@@ -104,9 +104,9 @@ def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def counted(call: Callable[[], Any]) -> Counting:
+def counted(call: Callable[[list[Tensor]], Any], given: list[Tensor]) -> Counting:
     with Counting() as count:
-        call()
+        call(given)
     return count
 
 
@@ -124,7 +124,7 @@ def table(numel: int = 4096) -> list[dict[str, Any]]:
         size = given[0].nbytes
         row: dict[str, Any] = {"case": str(case), "floor": case.floor(size) / size}
         for name in ("as_written", "reference"):
-            count = counted(lambda call=getattr(case, name), given=given: call(given))
+            count = counted(getattr(case, name), given)
             row |= {name: round(count.bytes / size, 1), f"{name} operations": count.operations}
         rows.append(row)
     return rows

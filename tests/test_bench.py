@@ -8,6 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+import combine
 import sharing
 
 
@@ -39,3 +40,15 @@ def test_sharing_prints_no_number_when_the_sides_disagree(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "disagree" in printed
     assert "seconds" not in printed
+
+
+def test_combine_counts_bytes(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["combine.py"])
+    assert combine.main() == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2 + len(combine.CASES)
+    rows = {row["case"]: row for row in combine.table(numel=64)}
+    plain = rows["2 branches"]
+    # c - u reads two and writes one, times a number reads and writes one, and the subtraction is as the first
+    assert (plain["floor"], plain["as_written"], plain["as_written operations"]) == (3, 8, 3)
+    assert rows["3 branches, rescale"]["floor"] == 7
+    assert all(row["floor"] < row["as_written"] < row["reference"] for row in rows.values())

@@ -36,11 +36,13 @@ def combine(
     check_combine(branches, weights, orthogonal=orthogonal, x0=x0, dtype=dtype)
     wide = torch.promote_types(branches[0].dtype, torch.float32)
     base, *others = (_elements(branch, wide) for branch in branches)
-    distances = [torch.zeros_like(base), *(base - other for other in others)]
+    distances = [base - other for other in others]
     if orthogonal is not None:
-        i, j = orthogonal
-        distances[j] = distances[j] - _along(distances[j], distances[i])
-    guided = base - sum(weight * distance for weight, distance in zip(weights, distances, strict=True))
+        i, j = (b - 1 for b in orthogonal)
+        distances[j] -= _along(distances[j], distances[i])
+    guided = base.clone()
+    for weight, distance in zip(weights[1:], distances, strict=True):
+        guided -= weight * distance
     if rescale and x0 is None:
         guided = _rescaled_by(rescale, base, guided) * guided
     elif rescale and x0 is not None:
