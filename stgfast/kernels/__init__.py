@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from stgfast.kernels import reference
-from stgfast.kernels.attention_checks import expected
 from stgfast.kernels.backends import masked_attention, unavailable
+from stgfast.kernels.blur import blur
+from stgfast.kernels.checks import expected
 
-__all__ = ["combine", "masked_attention"]
+__all__ = ["blur", "combine", "masked_attention"]
 
 IMPLS = ("auto", "reference", "triton")
 

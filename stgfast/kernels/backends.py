@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stgfast.kernels import reference
-from stgfast.kernels.attention_checks import check_attention, expected
+from stgfast.kernels.checks import check_attention, expected
 from stgfast.kernels.layout import empty_like_query
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]  # q, k, v, bias or mask, scale
@@ -86,6 +86,8 @@ BACKENDS = {
 }
 WHOLE = ("reference", "triton")  # these compute all rows, identity and plain
 NAMES = ("auto", *WHOLE, *BACKENDS)
+YARDSTICK = "sdpa"  # what `auto` holds the others against: a fast result that is wrong is never chosen
+ROUNDINGS = 16  # of the largest value, by which two right results may differ
 
 
 def masked_attention(
@@ -270,15 +272,21 @@ def choose(call: Call) -> str:
 def _measured(call: Call) -> Choice:
     times: dict[str, float] = {}
     failed: dict[str, str] = {}
-    for name in ("triton", *BACKENDS):
-        if name == "math":
-            continue  # keeps all scores: never the fastest, and often out of memory
+    wanted = call.by(YARDSTICK)
+    bound = ROUNDINGS * torch.finfo(call.q.dtype).eps * float(call.v.abs().max())
+    for name in (YARDSTICK, "triton", *BACKENDS):
+        if name == "math" or name in times:
+            continue  # `math` keeps all scores: never the fastest, and often out of memory
         reason = unavailable(name, call.q.device.type, call.biased)
         if reason:
             failed[name] = reason
             continue
         try:
-            times[name] = _milliseconds(functools.partial(call.by, name))
+            off = float((call.by(name) - wanted).abs().max())
+            if name != YARDSTICK and not off <= bound:
+                failed[name] = f"differs from {YARDSTICK} by {off:.2g}, which rounding does not explain"
+            else:
+                times[name] = _milliseconds(functools.partial(call.by, name))
         except RuntimeError as error:  # a backend that refuses this shape says so when it is called
             failed[name] = str(error).splitlines()[0]
     return Choice(min(times, key=lambda name: times[name]), times, failed)

@@ -18,8 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stgfast.kernels.attention_checks import expected
-from stgfast.kernels.combine_checks import MOST_BRANCHES, check_combine
+from stgfast.kernels.checks import MOST_BRANCHES, check_combine, expected
 
 BLOCK, PARTS, WARPS = 2048, 256, 8
 SUMS = 9  # what a part leaves, see `sums_kernel`

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from stgfast.kernels.combine_checks import check_combine
+from stgfast.kernels.blur import kernel
+from stgfast.kernels.checks import check_blur, check_combine
 
 
 def combine(
@@ -104,3 +107,28 @@ def masked_attention(
         if same:
             out[row, :, first:last] = v[row, :, first:last]
     return out.to(dtype)
+
+
+def blur(x: Tensor, grid: tuple[int, int, int], sigma: float, *, first: int = 0) -> Tensor:
+    """(rows, tokens, channels) with the tokens of a (frames, height, width) grid, from `first` on, blurred in space.
+
+    A Gaussian of `sigma` tokens in every frame, reflected at its borders; an infinite one is the frame's mean. Works
+    in float32, or wider.
+    """
+    check_blur(x, grid, sigma, first=first)
+    frames, height, width = grid
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    before, video, after = wide.tensor_split([first, first + frames * height * width], dim=1)
+    images = video.reshape(-1, height, width, x.shape[2]).movedim(3, 1)  # (rows * frames, channels, height, width)
+    if math.isinf(sigma):
+        images = images.mean(dim=(2, 3), keepdim=True).expand_as(images)
+    else:
+        for dim, size in ((2, height), (3, width)):
+            weights = torch.tensor(kernel(size, sigma), dtype=wide.dtype, device=x.device)
+            shape = [1, 1, len(weights), 1] if dim == 2 else [1, 1, 1, len(weights)]
+            reach = len(weights) // 2
+            padded = F.pad(images, (0, 0, reach, reach) if dim == 2 else (reach, reach, 0, 0), mode="reflect")
+            every = weights.reshape(shape).expand(x.shape[2], *shape[1:])
+            images = F.conv2d(padded, every, groups=x.shape[2])
+    video = images.movedim(1, 3).reshape(video.shape)
+    return torch.cat([before, video, after], dim=1).to(x.dtype)
