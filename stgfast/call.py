@@ -62,12 +62,12 @@ def check(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments) 
     check_layers(pipe, adapter, guidance)
     if guidance.inert:
         return
-    denoiser = getattr(pipe, adapter.denoiser)
-    if getattr(denoiser, "is_cache_enabled", False):
-        raise SettingsError(
-            f"pipe.{adapter.denoiser} has a cache enabled, which keeps what blocks gave for the rows of earlier steps "
-            f"and cannot be combined with guidance; call pipe.{adapter.denoiser}.disable_cache()"
-        )
+    for name in adapter.denoisers:
+        if getattr(getattr(pipe, name, None), "is_cache_enabled", False):
+            raise SettingsError(
+                f"pipe.{name} has a cache enabled, which keeps what blocks gave for the rows of earlier steps and "
+                f"cannot be combined with guidance; call pipe.{name}.disable_cache()"
+            )
     needs = "a cfg schedule" if guidance.cfg is not None else ""
     needs = next((f"a perturbation of {p.of} against {p.base}" for p in guidance.perturbations if p.needs_cfg), needs)
     if needs and adapter.requested(call) is None:
@@ -89,10 +89,11 @@ def steps_of(call: CallArguments) -> int:
 
 
 def check_layers(pipe: Any, adapter: Adapter, guidance: Guidance, *, default: bool = False) -> None:
-    depth = adapter.layout(pipe).depth
-    for perturbation in guidance.perturbations:
-        beyond = [layer for layer in perturbation.layers if layer >= depth]
-        if beyond:
-            whose = "the paper's layers for this model" if default else "layers"
-            advice = "; choose some with stgfast.Guidance(stgfast.Perturbation([...]))" if default else ""
-            raise wrong(f"{whose}, {adapter.pipeline}", beyond, f"numbers from 0 to {depth - 1}{advice}")
+    for layout in adapter.layouts(pipe).values():
+        for perturbation in guidance.perturbations:
+            beyond = [layer for layer in perturbation.layers if layer >= layout.layers]
+            if beyond:
+                whose = "the paper's layers for this model" if default else "layers"
+                advice = "; choose some with stgfast.Guidance(stgfast.Perturbation([...]))" if default else ""
+                raise wrong(f"{whose}, {adapter.pipeline}", beyond, f"numbers from 0 to {layout.layers - 1}{advice}")
+            layout.marks(perturbation)  # which says what the model does not have

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,11 @@ from stgfast.batching.arguments import Arguments
 from stgfast.batching.plan import Plan, branches_for, make_plan
 from stgfast.batching.rows import spans, take
 from stgfast.batching.seam import Call, handling, held
-from stgfast.batching.stack import Stack
+from stgfast.batching.stack import Layout, Stack
 from stgfast.errors import EngineError, SettingsError
-from stgfast.guidance import ATTENTION, COND, UNCOND, Guidance, Moment
+from stgfast.guidance import ATTENTION, COND, GUIDED, UNCOND, Guidance, Moment
 from stgfast.integrations.spec import Adapter, CallArguments
 from stgfast.kernels import combine
-
-CACHED_PLANS = 64
 
 
 class GuidedRun:
@@ -39,42 +37,50 @@ class GuidedRun:
         self, pipe: Any, adapter: Adapter, guidance: Guidance, *, call: CallArguments, max_rows: int | None = None
     ):
         self.pipe, self.adapter, self.guidance, self.call, self.max_rows = pipe, adapter, guidance, call, max_rows
-        self.layout = adapter.layout(pipe)
+        self.layouts = adapter.layouts(pipe)
         # A denoiser compiled as a whole would not let its blocks be reached: they are compiled one by one instead.
-        compile_as_given = getattr(getattr(pipe, adapter.denoiser), "dynamo_ctx", None)
         self.compiled: dict[nn.Module, Call] = {}
-        if compile_as_given is not None:
-            self.compiled = {block: compile_as_given(block._call_impl) for block in self.layout.blocks}
+        for name, layout in self.layouts.items():
+            compile_as_given = getattr(getattr(pipe, name), "dynamo_ctx", None)
+            if compile_as_given is not None:
+                self.compiled |= {unit.module: compile_as_given(unit.module._call_impl) for unit in layout.units}
+        self.plans: dict[tuple[str, tuple[str, ...], frozenset[str]], Plan] = {}
         self.step = 0  # steps done
         self.turn = 0  # calls of the denoiser done in this step
 
     def whole(self, call: Callable[[], Any]) -> Any:
-        layout = self.layout
-        masked = {layer for part in self.guidance.perturbations if part.kind == ATTENTION for layer in part.layers}
-        if layout.attend is not None and not self.compiled:
-            masked = set(range(layout.depth))
-        with (
-            self._uncompiled(),
-            held([layout.denoiser, *layout.blocks, *(layout.attentions[layer] for layer in sorted(masked))]),
-            handling({layout.denoiser: self._denoise}),
-        ):
+        modules = [module for layout in self.layouts.values() for module in self._reached(layout)]
+        handlers = {layout.denoiser: functools.partial(self._denoise, name) for name, layout in self.layouts.items()}
+        with self._uncompiled(), held(modules), handling(handlers):
             return call()
+
+    def _reached(self, layout: Layout) -> Iterator[nn.Module]:
+        """The modules that are stood in for."""
+        masked = {layer for part in self.guidance.perturbations if part.kind == ATTENTION for layer in part.layers}
+        every = layout.attend is not None and not self.compiled
+        yield layout.denoiser
+        for unit in layout.units:
+            yield unit.module
+            if every or unit.layer in masked:
+                yield from (module for _, module in unit.attentions)
 
     @contextmanager
     def _uncompiled(self) -> Iterator[None]:
-        """Within the block, the pipeline holds the denoiser itself and not a compiled wrapper around it."""
-        parts, name = vars(self.pipe), self.adapter.denoiser
-        given, parts[name] = parts[name], self.layout.denoiser
+        """Within the block, the pipeline holds its denoisers themselves and not compiled wrappers around them."""
+        parts = vars(self.pipe)
+        given = {name: parts[name] for name in self.layouts}
+        parts |= {name: layout.denoiser for name, layout in self.layouts.items()}
         try:
             yield
         finally:
-            if parts[name] is self.layout.denoiser:  # and not another one, put there meanwhile
-                parts[name] = given
+            for name, layout in self.layouts.items():
+                if parts[name] is layout.denoiser:  # and not another one, put there meanwhile
+                    parts[name] = given[name]
 
-    def _denoise(self, plain: Call, arguments: Arguments) -> Any:
-        """Stands in for the denoiser."""
+    def _denoise(self, name: str, plain: Call, arguments: Arguments) -> Any:
+        """Stands in for a denoiser."""
         if self.turn == 0:
-            self._begin_step()
+            self._begin_step(name)
         last = self.turn == len(self.calls) - 1
         sources = self.calls[self.turn]
         if self.acts:
@@ -83,19 +89,18 @@ class GuidedRun:
         elif self.max_rows is None and not self.compiled:
             output = arguments.given_to(plain)
         else:  # the pipeline's own step, within the bound on rows, or block by block
-            output = self._compute(
-                plain, arguments, sources, _plan(Guidance(), sources, frozenset(sources), self.layout.depth)
-            )
+            output = self._compute(plain, arguments, sources, self._plan(Guidance(), sources, frozenset(sources)))
         self.turn = 0 if last else self.turn + 1
         self.step += last
         return output
 
-    def _begin_step(self) -> None:
-        steps = self.pipe.num_timesteps
+    def _begin_step(self, name: str) -> None:
+        self.name, self.layout = name, self.layouts[name]
+        steps = self.adapter.steps(self.pipe)
         if self.step >= steps:
             raise EngineError(f"denoising steps: got one more than the {steps} that the scheduler has")
         moment = Moment(self.step, steps)
-        cfg = self.adapter.live(self.pipe, self.call)
+        self.cfg = cfg = self.adapter.live(self.pipe, self.call, name)
         self.calls = self.adapter.calls(cfg is not None)
         self.acts = self.guidance.acts(moment)
         self.predictions: dict[str, Tensor] = {}  # of every branch, as the step's calls give them
@@ -108,11 +113,13 @@ class GuidedRun:
 
     def _needs_uncond(self) -> bool:
         parts = zip(self.guidance.names, self.guidance.perturbations, strict=True)
-        return UNCOND in self.weights or any(part.of == UNCOND and name in self.weights for name, part in parts)
+        return not {UNCOND, GUIDED}.isdisjoint(self.weights) or any(
+            part.of == UNCOND and name in self.weights for name, part in parts
+        )
 
     def _predict(self, plain: Call, arguments: Arguments, sources: tuple[str, ...]) -> None:
         """Every branch that starts from the rows of this call."""
-        plan = _plan(self.guidance, sources, frozenset(self.weights), self.layout.depth)
+        plan = self._plan(self.guidance, sources, frozenset(self.weights))
         if not plan.branches:
             return
         output = self._compute(plain, arguments, sources, plan)
@@ -122,7 +129,7 @@ class GuidedRun:
 
     def _compute(self, plain: Call, arguments: Arguments, sources: tuple[str, ...], plan: Plan) -> Any:
         """The denoiser's output for the branches of a plan, given arguments with the rows of their sources."""
-        rows = arguments["hidden_states"].shape[0]
+        rows = arguments[self.adapter.sample].shape[0]
         prompts, left = divmod(rows, len(sources))
         if left:
             raise EngineError(f"rows of the denoiser: got {rows}, expected as many for each of {', '.join(sources)}")
@@ -143,22 +150,34 @@ class GuidedRun:
     def _combine(self) -> Any:
         """g in place of every prediction that the pipeline holds: whatever its CFG scale, u + s (c - u) is then g."""
         cond = self.predictions[COND]
+        if GUIDED in self.weights:
+            uncond, scale = self.predictions[UNCOND], cast(Tensor, self.cfg)
+            self.predictions[GUIDED] = uncond + scale * (cond - uncond)
         weights = {COND: self.weights.get(COND, 0.0), **self.weights}
         guided = combine(
             [self.predictions[name] for name in weights],
             list(weights.values()),
             rescale=self.rescale,
-            dtype=None if self.adapter.combines_in_float32 else cond.dtype,
+            dtype=None if self.adapter.float32 else cond.dtype,
         )
         for tensor in self.handed:
             tensor.copy_(guided)
         copies = len(self.calls[self.turn])
         return self.form(torch.cat([guided] * copies) if copies > 1 else guided)
 
+    def _plan(self, guidance: Guidance, sources: tuple[str, ...], weighed: frozenset[str]) -> Plan:
+        key = (self.name, sources, weighed)
+        if key not in self.plans:
+            self.plans[key] = plan_for(guidance, sources, weighed, self.layout)
+        return self.plans[key]
 
-@functools.lru_cache(maxsize=CACHED_PLANS)
-def _plan(guidance: Guidance, sources: tuple[str, ...], weighed: frozenset[str], depth: int) -> Plan:
-    return make_plan(branches_for(guidance, sources, weighed), depth)
+
+def plan_for(guidance: Guidance, sources: Sequence[str], weighed: Collection[str], layout: Layout) -> Plan:
+    """The plan of a call of the denoiser on these rows, where these branches have a weight."""
+    if GUIDED in weighed:
+        weighed = {*weighed, COND, UNCOND}
+    branches = branches_for(guidance, sources, weighed, layout.marks)
+    return make_plan(branches, layout.depth, full=layout.full)
 
 
 def _in_form_of(output: Any, prediction: Tensor) -> Any:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stgfast.batching.plan import Plan, branches_for, make_plan
+from stgfast.batching.plan import Plan
 from stgfast.call import SETTINGS, check, settle, steps_of
+from stgfast.engine import plan_for
 from stgfast.guidance import Guidance, Moment, Schedule
 from stgfast.install import installed_on
 
@@ -104,7 +105,8 @@ def explain(pipe: Any, **arguments: Any) -> Explanation:
     bound.apply_defaults()
     call = bound.arguments
     guidance = settle(installed.guidance, call, given)
-    depth = adapter.layout(pipe).depth
+    layout = next(iter(adapter.layouts(pipe).values()))
+    depth = layout.depth
     check(pipe, adapter, guidance, call)
     cfg = adapter.requested(call)
     calls = adapter.calls(cfg is not None)
@@ -123,7 +125,7 @@ def explain(pipe: Any, **arguments: Any) -> Explanation:
         run = list(same)
         weights, rescale, _ = phase(run[0])
         varies = any(phase(step) != phase(run[0]) for step in run)
-        plans = tuple(make_plan(branches_for(guidance, sources, weighed), depth) for sources in calls)
+        plans = tuple(plan_for(guidance, sources, weighed, layout) for sources in calls)
         phases.append(Phase(run[0], run[-1], weights, rescale, varies, plans))
     return Explanation(adapter.pipeline, adapter.protocol, depth, cfg, guidance, installed.max_rows, tuple(phases))
 

@@ -22,9 +22,12 @@ from stgfast.errors import SettingsError, wrong
 
 RESIDUAL, ATTENTION = KINDS = ("residual", "attention")
 COND, UNCOND, GUIDED = "cond", "uncond", "guided"
+AXES = ("spatial", "temporal")
 
 # A number; one number for every step; or a function of the step's progress, from 0 up to (not including) 1.
 Schedule = float | Sequence[float] | Callable[[float], float]
+# A pipeline's CFG scale: none, a number, or a number for every frame in whatever form the pipeline has it.
+Scale = None | float | Any
 
 
 class Moment(NamedTuple):
@@ -48,6 +51,7 @@ class Perturbation:
     scale   w in the formula above; a step where it is 0 does not compute the branch
     of      the branch that is made weak: `cond`, or `uncond`
     base    what it is held against: `cond`, `uncond`, or `guided` (the CFG result). Left out: the same as `of`
+    axis    `spatial` or `temporal`, for models with blocks or attention along each; left out: both
     """
 
     layers: Sequence[int]
@@ -55,6 +59,7 @@ class Perturbation:
     scale: Schedule = 1.0
     of: str = COND
     base: str = ""
+    axis: str = ""
 
     def __post_init__(self) -> None:
         _set(self, "layers", _layers(self.layers))
@@ -66,6 +71,8 @@ class Perturbation:
         _set(self, "base", self.base or self.of)
         if self.base not in (COND, UNCOND, GUIDED):
             raise wrong("`base` of a perturbation", self.base, "'cond', 'uncond' or 'guided'")
+        if self.axis not in ("", *AXES):
+            raise wrong("axis of a perturbation", self.axis, "'spatial', 'temporal', or '' for both")
 
     @property
     def needs_cfg(self) -> bool:
@@ -109,14 +116,18 @@ class Guidance:
         if not 0 <= self.start < self.stop <= 1:
             raise wrong("start and stop", (self.start, self.stop), "fractions of the run with 0 <= start < stop <= 1")
 
-    def weights(self, moment: Moment, cfg: float | None) -> dict[str, float]:
+    def weights(self, moment: Moment, cfg: Scale) -> dict[str, float]:
         """The weight of every branch at this moment; the weights add up to 1, and a branch of weight 0 is left out.
 
-        `cfg` is the pipeline's own scale, None where it runs without CFG.
+        `cfg` is the pipeline's own scale, None where it runs without CFG. Where that is no single number, the CFG
+        result is a branch of its own, `guided`.
         """
         if cfg is not None and self.cfg is not None:
             cfg = value(self.cfg, moment)
-        guided = {COND: 1.0} if cfg is None else {UNCOND: 1.0 - cfg, COND: cfg}
+        if isinstance(cfg, float):
+            guided = {UNCOND: 1.0 - cfg, COND: cfg}
+        else:
+            guided = {COND if cfg is None else GUIDED: 1.0}
         total = dict(guided)
         for name, perturbation in zip(self.names, self.perturbations, strict=True):
             scale = value(perturbation.scale, moment)
@@ -148,8 +159,9 @@ class Guidance:
         return self.cfg is None and all(isinstance(s, float) and s == 0.0 for s in (*scales, self.rescale))
 
     def with_perturbation(self, **changes: Any) -> Guidance:
-        """The same guidance with fields of its one perturbation changed, as a call's arguments ask."""
-        if len(self.perturbations) > 1:
+        """The same guidance with fields of its one perturbation changed, as a call's arguments ask; the same along
+        several axes are one."""
+        if len({replace(part, axis="") for part in self.perturbations}) > 1:
             raise SettingsError(
                 f"{', '.join(changes)} of one perturbation: got {len(self.perturbations)} perturbations in the "
                 f"pipeline's guidance, expected stg=Guidance(...) for this call"
@@ -158,7 +170,7 @@ class Guidance:
             if "layers" not in changes:
                 raise wrong("stg_layers", None, "layer numbers, as the pipeline's guidance has no perturbation")
             return replace(self, perturbations=(Perturbation(**changes),))
-        return replace(self, perturbations=(replace(self.perturbations[0], **changes),))
+        return replace(self, perturbations=tuple(replace(part, **changes) for part in self.perturbations))
 
     def check_steps(self, steps: int) -> None:
         """Evaluate every schedule for a run of `steps` steps, so that a wrong one stops before the first."""

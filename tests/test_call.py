@@ -103,6 +103,7 @@ def test_dynamic_cfg_of_cogvideox():
     from stgfast.integrations import ADAPTERS
 
     pipe, scales = guided("cogvideox"), []
+    call = {"guidance_scale": 6.0, "use_dynamic_cfg": True}
     announced = []
 
     def note(pipe, step, time, tensors):
@@ -111,7 +112,7 @@ def test_dynamic_cfg_of_cogvideox():
 
     adapter = ADAPTERS["CogVideoXPipeline"]
     pipe.transformer.register_forward_pre_hook(
-        lambda module, args: announced.append(adapter.live(pipe, {"guidance_scale": 6.0, "use_dynamic_cfg": True}))
+        lambda module, args: announced.append(adapter.live(pipe, call, "transformer"))
     )
     dynamic = clip(pipe, "cogvideox", use_dynamic_cfg=True, callback_on_step_end=note)
     assert announced == scales

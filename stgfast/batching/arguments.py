@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from typing import Any
 
@@ -27,6 +27,15 @@ class Arguments:
         args = tuple(change(name, value) for name, value in zip_longest(names, self.args, fillvalue=""))
         kwargs = {name: change(name, value) for name, value in self.kwargs.items()}
         return Arguments(self.module, args, kwargs)
+
+    def replaced(self, changes: Mapping[str, Any]) -> Arguments:
+        """The same arguments, but for some by name."""
+        if not changes:
+            return self
+        changed = self.changed(changes.get)
+        given = {*changed.kwargs, *_parameters(type(self.module))[: len(self.args)]}
+        changed.kwargs |= {name: value for name, value in changes.items() if name not in given}
+        return changed
 
     def given_to(self, call: Callable[..., Any]) -> Any:
         return call(*self.args, **self.kwargs)

@@ -8,16 +8,17 @@ perturbations so far. A `group` is one such computation, with one row for every 
     order  the stack it leaves behind, in terms of run + keep
 
 so that a stack grows only where histories part. Groups that run come first: the others' rows are then a tail, and
-what runs is a leading slice, a view and not a copy.
+what runs is a leading slice, a view and not a copy. Where a model itself handles the rows between its blocks, the
+stack is full: every block leaves a row for every branch behind, copies of what it computed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from stgfast.guidance import COND, RESIDUAL, Guidance
+from stgfast.guidance import COND, RESIDUAL, Guidance, Perturbation
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Branch:
 class Step(NamedTuple):
     """What one block does. Indices count groups: `run` and `keep` in the stack before it, `order` in run + keep."""
 
+    before: int  # groups in the stack
     run: tuple[int, ...]
     marks: tuple[str, ...]  # for every group in `run`: "" plain, or the kind of perturbation inside the block
     keep: tuple[int, ...]
@@ -52,19 +54,20 @@ class Plan:
         return tuple(len(step.run) for step in self.steps)
 
 
-def make_plan(branches: Sequence[Branch], depth: int) -> Plan:
-    """The plan for `depth` blocks that computes no history twice."""
+def make_plan(branches: Sequence[Branch], depth: int, *, full: bool = False) -> Plan:
+    """The plan for `depth` blocks that computes no history twice; `full`: with a full stack after every block."""
     # A group stands for the branches that share its history; the first of them lends it its per-row arguments.
     by_source: dict[str, list[int]] = {}
     for number, branch in enumerate(branches):
         by_source.setdefault(branch.source, []).append(number)
     groups = list(by_source.values())
-    before = [members[0] for members in groups]  # where each group lies in the stack: first, one group per branch
+    places = [members[0] for members in groups]  # where each group lies in the stack: first, one group per branch
+    before = len(branches)
     steps = []
     for layer in range(depth):
         run: list[tuple[int, str, list[int]]] = []
         keep: list[tuple[int, list[int]]] = []
-        for place, members in zip(before, groups, strict=True):
+        for place, members in zip(places, groups, strict=True):
             by_mark: dict[str, list[int]] = {}
             for number in members:
                 by_mark.setdefault(branches[number].marks.get(layer, ""), []).append(number)
@@ -74,12 +77,15 @@ def make_plan(branches: Sequence[Branch], depth: int) -> Plan:
                 else:
                     run.append((place, mark, same))
         groups = [same for *_, same in run] + [same for _, same in keep]
-        before = list(range(len(groups)))
-        order = tuple(before)
-        if layer == depth - 1:
+        if full or layer == depth - 1:
             order = tuple(next(i for i, same in enumerate(groups) if n in same) for n in range(len(branches)))
+            places = [members[0] for members in groups]
+        else:
+            order = tuple(range(len(groups)))
+            places = list(order)
         steps.append(
             Step(
+                before=before,
                 run=tuple(place for place, *_ in run),
                 marks=tuple(mark for _, mark, _ in run),
                 keep=tuple(place for place, _ in keep),
@@ -87,18 +93,29 @@ def make_plan(branches: Sequence[Branch], depth: int) -> Plan:
                 rows_of=tuple(same[0] for *_, same in run),
             )
         )
+        before = len(order)
     return Plan(tuple(branches), tuple(steps))
 
 
-def branches_for(guidance: Guidance, sources: Sequence[str], weighed: Collection[str]) -> tuple[Branch, ...]:
-    """The branches that a call of the denoiser computes, given the rows it was called on and the branches
-    that have a weight in this step.
+def marks_by_layer(part: Perturbation) -> Mapping[int, str]:
+    """What a perturbation does, where every block is a layer."""
+    return dict.fromkeys(part.layers, part.kind)
+
+
+def branches_for(
+    guidance: Guidance,
+    sources: Sequence[str],
+    weighed: Collection[str],
+    marks: Callable[[Perturbation], Mapping[int, str]] = marks_by_layer,
+) -> tuple[Branch, ...]:
+    """The branches that a call of the denoiser computes, given the rows it was called on, the branches that have a
+    weight in this step, and what a perturbation does to which blocks.
 
     The conditional branch is always among them: every difference is taken from it.
     """
     plain = [Branch(source, source) for source in sources if source in weighed or source == COND]
     weak = [
-        Branch(name, part.of, dict.fromkeys(part.layers, part.kind))
+        Branch(name, part.of, marks(part))
         for name, part in zip(guidance.names, guidance.perturbations, strict=True)
         if name in weighed and part.of in sources
     ]

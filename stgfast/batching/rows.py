@@ -25,16 +25,20 @@ def spans(groups: Sequence[int], size: int) -> list[slice]:
 
 
 def take(value: Any, where: Sequence[slice], rows: int, name: str) -> Any:
-    """The rows `where` of an argument that has `rows` rows; whatever has no rows of its own is left as it is."""
+    """The rows `where` of an argument that has `rows` rows; whatever has no rows of its own is left as it is.
+
+    A sample's row may be several neighbours, its frames say: then so many for every sample.
+    """
     if isinstance(value, tuple | list):
         return type(value)(take(part, where, rows, name) for part in value)
     if not isinstance(value, Tensor) or value.ndim == 0 or (value.shape[0] == 1 and rows > 1):
         return value
-    if value.shape[0] != rows:
-        raise EngineError(f"argument {name!r}: got {value.shape[0]} rows, expected {rows}")
-    if len(where) == 1:
-        return value if where[0] == slice(0, rows) else value[where[0]]
-    return torch.cat([value[part] for part in where])
+    each, left = divmod(value.shape[0], rows)
+    if left:
+        raise EngineError(f"argument {name!r}: got {value.shape[0]} rows, expected {rows}, or as many for each")
+    if list(where) == [slice(0, rows)]:
+        return value
+    return join([value[part.start * each : part.stop * each] for part in where])
 
 
 def join(pieces: Sequence[Tensor]) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -15,33 +15,85 @@ from stgfast.batching.arguments import Arguments
 from stgfast.batching.plan import Plan, Step
 from stgfast.batching.rows import chunks, join, spans, take
 from stgfast.batching.seam import Call, Handler
-from stgfast.errors import EngineError
+from stgfast.errors import EngineError, wrong
+from stgfast.guidance import ATTENTION, RESIDUAL, Perturbation
+
+NO_CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+
+
+class Unit(NamedTuple):
+    """A module that is run for some of the rows: a block, or part of one.
+
+    layer       its number in a perturbation; None for what is never perturbed, and only shared
+    attentions  its self-attentions, each with its axis, which is "" where tokens are not told apart by axes
+    wrapped     it returns a tuple even of one
+    """
+
+    module: nn.Module
+    layer: int | None
+    attentions: tuple[tuple[str, nn.Module], ...] = ()
+    wrapped: bool = False
+
+    @property
+    def axes(self) -> set[str]:
+        return {axis for axis, _ in self.attentions}
 
 
 @dataclass(frozen=True)
 class Layout:
     """What a denoiser's stack of blocks is made of.
 
-    state     the arguments that a block passes on, in the order in which it returns them
-    rows      the arguments, of blocks and of their attention, that have a row for every sample
+    units     in the order in which the model runs them
+    state     the arguments that a unit passes on, in the order in which it returns them
+    rows      the arguments, of units and of their attention, that have a row for every sample
+    full      the model itself handles rows between its units
     identity  `identity(attention module, *args, **kwargs)`: the module's call with output = V
     attend    `attend(attention module, masked, source, *args, **kwargs)`: the module's call for rows of which some are
               the identity and some have the same input; None where the module's own is made, as it is on a device
               that is none of `attend_on`
+    changes   for a kind of perturbation, the arguments with which a unit is called for it
     """
 
     denoiser: nn.Module
-    blocks: Sequence[nn.Module]
-    attentions: Sequence[nn.Module]  # the self-attention of every block
+    units: Sequence[Unit]
     state: tuple[str, ...]
     rows: frozenset[str]
     identity: Callable[..., Any]
+    full: bool = False
     attend: Callable[..., Any] | None = None
     attend_on: tuple[str, ...] = ()
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: NO_CHANGES)
 
     @property
     def depth(self) -> int:
-        return len(self.blocks)
+        return len(self.units)
+
+    @property
+    def layers(self) -> int:
+        """How many layers there are to be perturbed."""
+        return len({unit.layer for unit in self.units} - {None})
+
+    @property
+    def axes(self) -> set[str]:
+        return {axis for unit in self.units for axis in unit.axes} - {""}
+
+    def marks(self, part: Perturbation) -> dict[int, str]:
+        """What a perturbation does, by the number of the unit."""
+        if part.axis and part.axis not in self.axes:
+            raise wrong("axis of a perturbation", part.axis, f"{_either(self.axes)} for this model")
+        marks = {}
+        for number, unit in enumerate(self.units):
+            if unit.layer not in part.layers or (part.axis and part.axis not in unit.axes):
+                continue
+            whole = not part.axis or unit.axes == {part.axis}
+            if not whole and part.kind == RESIDUAL:
+                raise wrong("residual perturbation along an axis", part.axis, "none: this model's blocks have all axes")
+            marks[number] = part.kind if whole else f"{part.kind} {part.axis}"
+        return marks
+
+
+def _either(axes: set[str]) -> str:
+    return " or ".join(sorted(axes)) if axes else "none"
 
 
 class Stack:
@@ -62,18 +114,19 @@ class Stack:
     ):
         self.layout, self.plan, self.prompts, self.max_rows, self.compiled = layout, plan, prompts, max_rows, compiled
         self._done = 0
-        # Of every row of the block that runs now: is its self-attention the identity, and what input is it of?
-        self._masked: list[bool] = []
+        # Of every row of the block that runs now: what is done to it, and what input is it of?
+        self._marks: list[str] = []
         self._inputs: list[int] = []
-        self._taken: dict[tuple[str, tuple[int, ...]], tuple[Any, Any]] = {}
+        self._taken: dict[tuple[str, tuple[int, ...], int], tuple[Any, Any]] = {}
 
     def handlers(self) -> Mapping[nn.Module, Handler]:
         """What stands in for the calls of this pass."""
         layout, handlers = self.layout, dict[nn.Module, Handler]()
-        for number, (block, step) in enumerate(zip(layout.blocks, self.plan.steps, strict=True)):
-            handlers[block] = functools.partial(self._block, number)
-            if any(step.marks) or layout.attend is not None:
-                handlers[layout.attentions[number]] = self._attention
+        for number, (unit, step) in enumerate(zip(layout.units, self.plan.steps, strict=True)):
+            handlers[unit.module] = functools.partial(self._block, number)
+            if any(map(self._inside, step.marks)) or layout.attend is not None:
+                for axis, attention in unit.attentions:
+                    handlers[attention] = functools.partial(self._attention, axis)
         return handlers
 
     def finish(self) -> None:
@@ -81,61 +134,80 @@ class Stack:
         if self._done != self.layout.depth:
             raise EngineError(f"blocks run by the model: got {self._done}, expected {self.layout.depth}")
 
+    def _inside(self, mark: str) -> bool:
+        """Whether a mark is about the attention inside of a block."""
+        return mark.startswith(ATTENTION) and mark not in self.layout.changes
+
     def _block(self, number: int, plain: Call, arguments: Arguments) -> Any:
         """Stands in for block `number`."""
         if number != self._done:
             raise EngineError(f"blocks run in order: got block {number}, expected block {self._done}")
         step = self.plan.steps[number]
-        before = [arguments[name] for name in self.layout.state]
-        computed = self._compute(step, plain, self._chosen(step, arguments)) if step.run else [None] * len(before)
+        before = [arguments[name] for name in self.layout.state] if step.keep else []
+        if step.run:
+            computed: Sequence[Any] = self._compute(step, plain, self._chosen(step, arguments))
+        else:
+            computed = [None] * len(before)
         self._done = number + 1
-        return _as_given([self._after(step, new, old) for new, old in zip(computed, before, strict=True)])
+        both = itertools.zip_longest(computed, before)
+        return _as_given([self._after(step, new, old) for new, old in both], wrapped=self.layout.units[number].wrapped)
 
     def _chosen(self, step: Step, arguments: Arguments) -> Arguments:
         """The arguments of a block for the groups that it computes."""
-        branches = len(self.plan.branches) * self.prompts
 
         def choose(name: str, value: Any) -> Any:
             if name in self.layout.state:
-                return take(value, spans(step.run, self.prompts), value.shape[0], name)
+                return take(value, spans(step.run, self.prompts), step.before * self.prompts, name)
             if name not in self.layout.rows:
                 return value
             # The same for every block of a pass, so taken once for each set of groups.
-            given, taken = self._taken.get((name, step.rows_of), (None, None))
-            if given is not value:
-                taken = take(value, spans(step.rows_of, self.prompts), branches, name)
-                self._taken[name, step.rows_of] = (value, taken)
-            return taken
+            key = (name, step.rows_of, id(value))
+            if key not in self._taken:
+                rows = len(self.plan.branches) * self.prompts
+                self._taken[key] = (value, take(value, spans(step.rows_of, self.prompts), rows, name))
+            return self._taken[key][1]
 
         return arguments.changed(choose)
 
-    def _compute(self, step: Step, plain: Call, arguments: Arguments) -> Sequence[Tensor]:
-        masked = [bool(mark) for mark in step.marks for _ in range(self.prompts)]
+    def _compute(self, step: Step, plain: Call, arguments: Arguments) -> Sequence[Any]:
+        marks = [mark for mark in step.marks for _ in range(self.prompts)]
+        inputs = [group * self.prompts + prompt for group in step.run for prompt in range(self.prompts)]
         # Nothing can stand in for a call inside compiled code, so a block with masked rows runs as it is written.
         module = arguments.module
-        call: Call = module._call_impl if any(masked) else self.compiled.get(module, plain)
-        inputs = [group * self.prompts + prompt for group in step.run for prompt in range(self.prompts)]
+        call: Call = module._call_impl if any(map(self._inside, marks)) else self.compiled.get(module, plain)
         outputs = []
-        for chunk in chunks(len(masked), self.max_rows):
-            self._masked, self._inputs = masked[chunk], inputs[chunk]
-            outputs.append(_as_tuple(self._only(arguments, [chunk], len(masked)).given_to(call)))
-        return [join(parts) for parts in zip(*outputs, strict=True)]
+        for part in self._parts(marks):
+            self._marks, self._inputs = marks[part], inputs[part]
+            changes = self.layout.changes.get(marks[part.start], {})
+            given = self._only(arguments, [part], len(marks)).replaced(changes)
+            outputs.append(_as_tuple(given.given_to(call)))
+        return [join(parts) if parts[0] is not None else None for parts in zip(*outputs, strict=True)]
 
-    def _attention(self, plain: Call, arguments: Arguments) -> Any:
+    def _parts(self, marks: Sequence[str]) -> list[slice]:
+        """Rows that a block is called on at once: within the bound, and with the same arguments."""
+        parts, start = [], 0
+        for _, same in itertools.groupby(marks, key=lambda mark: mark if mark in self.layout.changes else ""):
+            count = len(list(same))
+            parts += [slice(start + part.start, start + part.stop) for part in chunks(count, self.max_rows)]
+            start += count
+        return parts
+
+    def _attention(self, axis: str, plain: Call, arguments: Arguments) -> Any:
         """Stands in for a self-attention: rows that are masked run none of it."""
-        rows = len(self._masked)
+        rows = len(self._marks)
+        masked = [mark in (ATTENTION, f"{ATTENTION} {axis}") for mark in self._marks]
         if self.layout.attend is not None and arguments["hidden_states"].device.type in self.layout.attend_on:
             # Rows of one input are projected once.
             different = list(dict.fromkeys(self._inputs))
             once = self._only(arguments, spans([self._inputs.index(one) for one in different], 1), rows)
             source = [different.index(one) for one in self._inputs]
-            return once.given_to(functools.partial(self.layout.attend, arguments.module, self._masked, source))
-        if not any(self._masked):
+            return once.given_to(functools.partial(self.layout.attend, arguments.module, masked, source))
+        if not any(masked):
             return arguments.given_to(plain)
         calls: dict[bool, Call] = {False: plain, True: functools.partial(self.layout.identity, arguments.module)}
         outputs, order = [], []
         for mask, call in calls.items():
-            mine = [row for row, masked in enumerate(self._masked) if masked is mask]
+            mine = [row for row, is_masked in enumerate(masked) if is_masked is mask]
             if mine:
                 outputs.append(_as_tuple(self._only(arguments, spans(mine, 1), rows).given_to(call)))
                 order += mine
@@ -148,15 +220,15 @@ class Stack:
             lambda name, value: take(value, where, rows, name) if name in self.layout.rows else value
         )
 
-    def _after(self, step: Step, computed: Tensor | None, before: Tensor) -> Tensor:
+    def _after(self, step: Step, computed: Tensor | None, before: Tensor | None) -> Tensor | None:
         """The stack that a block leaves: computed groups and kept ones, in the plan's order."""
-        runs = len(step.run)
-        pieces = []
+        runs, pieces = len(step.run), []
         for kept, groups in itertools.groupby(step.order, key=lambda group: group >= runs):
             source = before if kept else computed
-            assert source is not None
+            if source is None:
+                return None  # of an output that a block may leave out
             where = spans([step.keep[group - runs] if kept else group for group in groups], self.prompts)
-            pieces += [source if part == slice(0, source.shape[0]) else source[part] for part in where]
+            pieces.append(take(source, where, (step.before if kept else runs) * self.prompts, "output of a block"))
         return join(pieces)
 
 
@@ -164,6 +236,6 @@ def _as_tuple(output: Any) -> tuple[Any, ...]:
     return output if isinstance(output, tuple) else (output,)
 
 
-def _as_given(outputs: Sequence[Tensor]) -> Any:
+def _as_given(outputs: Sequence[Any], *, wrapped: bool = False) -> Any:
     """Outputs in the form in which modules return them: one alone, several as a tuple."""
-    return tuple(outputs) if len(outputs) > 1 else outputs[0]
+    return tuple(outputs) if wrapped or len(outputs) > 1 else outputs[0]

@@ -9,7 +9,7 @@ from stgfast.guidance import Guidance, Perturbation
 from stgfast.integrations.spec import Adapter, CallArguments, requested_scale
 
 
-def live(pipe: Any, call: CallArguments) -> float | None:
+def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
     """Whether there is CFG is settled when the call begins; `use_dynamic_cfg` sets each step's scale only after the
     denoiser was called, from the timestep, so it is computed here from the same formula."""
     asked = requested_scale(call)
@@ -26,7 +26,7 @@ COGVIDEOX = Adapter(
     blocks=("transformer_blocks",),
     state=("hidden_states", "encoder_hidden_states"),
     rows=frozenset({"hidden_states", "encoder_hidden_states", "timestep", "timestep_cond", "ofs", "temb"}),
-    attention="attn1",
+    float32=True,
     live=live,
     defaults=Guidance(Perturbation([11], scale=1.0)),
 )

@@ -16,7 +16,7 @@ def requested(call: CallArguments) -> float | None:
     return float(call["true_cfg_scale"]) if call["true_cfg_scale"] > 1 and negative else None
 
 
-def live(pipe: Any, call: CallArguments) -> float | None:
+def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
     return requested(call)
 
 

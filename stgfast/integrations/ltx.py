@@ -9,7 +9,6 @@ LTX = Adapter(
     pipeline="LTXPipeline",
     protocol="stacked",
     blocks=("transformer_blocks",),
-    state=("hidden_states",),
     rows=frozenset(
         {
             "hidden_states",
@@ -21,6 +20,6 @@ LTX = Adapter(
             "image_rotary_emb",
         }
     ),
-    attention="attn1",
+    float32=True,
     defaults=Guidance(Perturbation([19], scale=1.0), rescale=0.7),
 )

@@ -71,7 +71,7 @@ MOCHI = Adapter(
     rows=frozenset(
         {"hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask", "temb", "attention_mask"}
     ),
-    attention="attn1",
+    float32=True,
     identity=identity,
     attend=attend,
     processor="MochiAttnProcessor2_0",

@@ -20,9 +20,7 @@ WAN = Adapter(
     pipeline="WanPipeline",
     protocol="sequential",
     blocks=("blocks",),
-    state=("hidden_states",),
     rows=frozenset({"hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image", "temb"}),
-    attention="attn1",
     unsupported=unsupported,
     # As the paper's code does it for Wan: the unconditional branch is made weak, and held against the CFG result.
     defaults=Guidance(Perturbation([2], scale=2.0, of=UNCOND, base=GUIDED)),

@@ -12,6 +12,19 @@ from tests.oracle import _identity as oracle_identity
 PIPELINES = {models.index()["models"][family]["pipeline"]: family for family in models.FAMILIES}
 
 
+def only(layouts):
+    (layout,) = layouts.values()
+    return layout
+
+
+def attentions(layout):
+    return [module for unit in layout.units for _, module in unit.attentions]
+
+
+def modules(layout):
+    return [*(unit.module for unit in layout.units), *attentions(layout)]
+
+
 def names(function):
     return set(inspect.signature(function).parameters)
 
@@ -19,9 +32,9 @@ def names(function):
 @pytest.mark.parametrize("pipeline", ADAPTERS)
 def test_rows_are_arguments_of_denoiser_block_or_attention(pipeline):
     adapter = ADAPTERS[pipeline]
-    layout = adapter.layout(models.pipeline(PIPELINES[pipeline]))
+    layout = only(adapter.layouts(models.pipeline(PIPELINES[pipeline])))
     known = names(type(layout.denoiser).forward)
-    for module in (*layout.blocks, *layout.attentions):
+    for module in modules(layout):
         known |= names(type(module).forward)
         known |= names(module.processor.__call__) if hasattr(module, "processor") else set()
     assert adapter.rows <= known
@@ -33,7 +46,7 @@ def test_every_argument_with_a_row_for_every_sample_is_known(pipeline):
     """Seen from inside of the modules: with 5 prompts and no CFG, what has 5 rows is per row."""
     adapter, family = ADAPTERS[pipeline], PIPELINES[pipeline]
     pipe = models.pipeline(family)
-    layout = adapter.layout(pipe)
+    layout = only(adapter.layouts(pipe))
     found = set()
 
     def look(module, args, kwargs):
@@ -43,7 +56,7 @@ def test_every_argument_with_a_row_for_every_sample_is_known(pipeline):
             if isinstance(first, torch.Tensor) and first.ndim and first.shape[0] == 5:
                 found.add(name)
 
-    for module in (layout.denoiser, *layout.blocks, *layout.attentions):
+    for module in (layout.denoiser, *modules(layout)):
         module.register_forward_pre_hook(look, with_kwargs=True)
     pipe(**models.prompt(family, 5), **models.sizes(family, guidance_scale=1.0), generator=models.generators(5))
     assert found <= adapter.rows
@@ -54,10 +67,10 @@ def test_every_argument_with_a_row_for_every_sample_is_known(pipeline):
 def test_identity_attention_is_attention_that_returns_values(pipeline):
     adapter, family = ADAPTERS[pipeline], PIPELINES[pipeline]
     pipe = models.pipeline(family, models.transformer(family, seed=1))
-    layout = adapter.layout(pipe)
+    layout = only(adapter.layouts(pipe))
     compared = []
 
-    for attention in layout.attentions:
+    for attention in attentions(layout):
         forward = attention.forward
 
         def compare(*args, attention=attention, forward=forward, **kwargs):
@@ -79,11 +92,11 @@ def test_attend_is_the_models_own_attention(pipeline):
     """For plain rows, for identity rows, and for several rows of one input."""
     adapter, family = ADAPTERS[pipeline], PIPELINES[pipeline]
     pipe = models.pipeline(family, models.transformer(family, seed=1))
-    layout = adapter.layout(pipe)
+    layout = only(adapter.layouts(pipe))
     assert layout.attend is adapter.attend
     compared = []
 
-    for attention in layout.attentions:
+    for attention in attentions(layout):
         forward = attention.forward
 
         def compare(*args, attention=attention, forward=forward, **kwargs):
@@ -109,4 +122,4 @@ def test_attend_gives_way_to_another_processor():
 
     pipe = models.pipeline("mochi")
     pipe.transformer.transformer_blocks[3].attn1.processor = Custom()
-    assert ADAPTERS["MochiPipeline"].layout(pipe).attend is None
+    assert only(ADAPTERS["MochiPipeline"].layouts(pipe)).attend is None
