@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -28,46 +28,85 @@ class Weak:
     scales: Sequence[float]
     of: str = "cond"
     base: str = "cond"
+    axis: str = ""
 
 
 @dataclass
 class Plainly:
-    """Guidance for the plain method; `cfg` is None without CFG."""
+    """Guidance for the plain method. `cfg` is None without CFG; a function is asked with pipeline and denoiser."""
 
     weak: Sequence[Weak]
-    cfg: float | None
+    cfg: Any
     rescale: Sequence[float]
     acts: Sequence[bool]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a model runs, one after the other: a block, its layer's number if it has one, its self-attentions."""
+
+    module: Any
+    layer: int | None
+    attentions: dict[str, Any] = field(default_factory=dict)
 
 
 def blocks_of(model: Any) -> list[torch.nn.Module]:
     return [block for name in STACKS for block in getattr(model, name, [])]
 
 
-def attention_of(block: Any) -> torch.nn.Module:
-    return block.attn1 if hasattr(block, "attn1") else block.attn
+def parts_of(model: Any) -> list[Part]:
+    """Of a model that is a list of blocks, or several."""
+    blocks = enumerate(blocks_of(model))
+    return [Part(block, i, {"": block.attn1 if hasattr(block, "attn1") else block.attn}) for i, block in blocks]
+
+
+def first(given: list[Any]) -> Any:
+    return given[0]
+
+
+def first_two(given: list[Any]) -> Any:
+    return given[0], given[1]
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the plain method has to know of a pipeline.
+
+    stacked    the denoiser is called on `[uncond | cond]` at once; else on cond, then on uncond
+    parts      what a model runs, in order
+    unchanged  what a block returns that does nothing, of its positional arguments and those called `passed`
+    sent       what the pipeline hands its scheduler for a prediction
+    """
+
+    stacked: bool
+    parts: Callable[[Any], list[Part]] = parts_of
+    unchanged: Callable[[list[Any]], Any] = first
+    passed: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
+    sent: Callable[[Any, torch.Tensor], torch.Tensor] = lambda pipe, prediction: prediction
+    denoisers: tuple[str, ...] = ("transformer",)
 
 
 @contextmanager
-def weakened(model: Any, layers: Sequence[int], kind: str) -> Iterator[None]:
+def weakened(facts: Facts, model: Any, layers: Sequence[int], kind: str, axis: str = "") -> Iterator[None]:
     """The model with some layers perturbed, for all rows."""
     with ExitStack() as stack:
-        for layer in layers:
-            block = blocks_of(model)[layer]
-            if kind == "residual":
-                stack.enter_context(mock.patch.object(block, "forward", _unchanged))
-            else:
-                attention = attention_of(block)
-                stack.enter_context(mock.patch.object(attention, "forward", _identity(attention.forward)))
+        for part in facts.parts(model):
+            if part.layer not in layers:
+                continue
+            attentions = [module for name, module in part.attentions.items() if axis in ("", name)]
+            if kind == "attention":
+                for attention in attentions:
+                    stack.enter_context(mock.patch.object(attention, "forward", _identity(attention.forward)))
+            elif attentions:
+                stack.enter_context(mock.patch.object(part.module, "forward", _skipped(facts)))
         yield
 
 
-def _unchanged(*args: Any, **kwargs: Any) -> Any:
-    given = list(args) + [kwargs[name] for name in ("hidden_states", "encoder_hidden_states") if name in kwargs]
-    return UNCHANGED["returns"](given)
+def _skipped(facts: Facts) -> Callable[..., Any]:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return facts.unchanged([*args, *(kwargs[name] for name in facts.passed if name in kwargs)])
 
-
-UNCHANGED: dict[str, Callable[[list[Any]], Any]] = {}
+    return forward
 
 
 def _identity(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -85,59 +124,68 @@ def _value(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextmanager
-def plain_method(pipe: Any, plainly: Plainly, stacked: bool, joint: bool) -> Iterator[SimpleNamespace]:
-    """Within the block, calls of this stock pipeline are guided the plain way.
-
-    `stacked`: the denoiser is called on `[uncond | cond]` at once; `joint`: blocks pass on the text as well.
-    """
-    model, scheduler = pipe.transformer, pipe.scheduler
-    forward, step = model.forward, scheduler.step
-    calls: list[dict[str, Any]] = []
+def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNamespace]:
+    """Within the block, calls of this stock pipeline are guided the plain way."""
+    scheduler = pipe.scheduler
+    step = scheduler.step
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
     state = SimpleNamespace(step=0)
+    there = [name for name in facts.denoisers if getattr(pipe, name, None) is not None]
+    forwards = {name: getattr(pipe, name).forward for name in there}
 
-    def record(**kwargs: Any) -> Any:
-        calls.append(kwargs)
-        return forward(**kwargs)
+    def recorder(name: str) -> Callable[..., Any]:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            calls.append((name, args, kwargs))
+            return forwards[name](*args, **kwargs)
 
-    def predict(source: str, layers: Sequence[int] = (), kind: str = "") -> torch.Tensor:
-        kwargs = calls[0]
-        if plainly.cfg is not None and stacked:
-            half = (
-                slice(None, len(kwargs["hidden_states"]) // 2)
-                if source == "uncond"
-                else slice(len(kwargs["hidden_states"]) // 2, None)
-            )
-            kwargs = {n: v[half] if isinstance(v, torch.Tensor) and v.ndim else v for n, v in kwargs.items()}
+        return functools.wraps(forwards[name])(record)
+
+    def predict(source: str, weak: Weak | None = None) -> torch.Tensor:
+        name, args, kwargs = calls[0]
+        if plainly.cfg is not None and facts.stacked:
+            rows = len(args[0] if args else kwargs.get("hidden_states", kwargs.get("sample")))
+            half = slice(None, rows // 2) if source == "uncond" else slice(rows // 2, None)
+
+            def mine(value: Any) -> Any:
+                return value[half] if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows else value
+
+            args, kwargs = tuple(map(mine, args)), {name: mine(value) for name, value in kwargs.items()}
         elif source == "uncond":
-            kwargs = calls[1]
-        with weakened(model, layers, kind):
-            return forward(**kwargs)[0].double()
+            name, args, kwargs = calls[1]
+        with ExitStack() as stack:
+            if weak is not None:
+                model = getattr(pipe, name)
+                stack.enter_context(weakened(facts, model, weak.layers, weak.kind, weak.axis))
+            return forwards[name](*args, **kwargs)[0].double()
 
-    def guided(output: torch.Tensor) -> torch.Tensor:
+    def guided() -> torch.Tensor:
         cond = predict("cond")
         plain = {"cond": cond, "guided": cond}
         if plainly.cfg is not None:
             uncond = predict("uncond")
-            plain |= {"uncond": uncond, "guided": uncond + plainly.cfg * (cond - uncond)}
+            scale = plainly.cfg(pipe, calls[0][0]) if callable(plainly.cfg) else plainly.cfg
+            plain |= {"uncond": uncond, "guided": uncond + scale * (cond - uncond)}
         result = plain["guided"]
         for weak in plainly.weak:
             if weak.scales[state.step]:
-                perturbed = predict(weak.of, weak.layers, weak.kind)
-                result = result + weak.scales[state.step] * (plain[weak.base] - perturbed)
+                result = result + weak.scales[state.step] * (plain[weak.base] - predict(weak.of, weak))
         phi = plainly.rescale[state.step]
         if phi:
             each = [phi * c.std() / g.std() + 1 - phi for c, g in zip(cond, result, strict=True)]
             result = torch.stack([g * factor for g, factor in zip(result, each, strict=True)])
-        return result.to(output.dtype)
+        return result
 
     @functools.wraps(step)  # pipelines look at its signature
     def guided_step(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if plainly.acts[state.step]:
-            output = guided(output)
+            given, output = output, facts.sent(pipe, guided()).to(output.dtype)
+            assert output.shape == given.shape
         calls.clear()
         state.step += 1
         return step(output, *args, **kwargs)
 
-    UNCHANGED["returns"] = (lambda given: (given[0], given[1])) if joint else (lambda given: given[0])
-    with mock.patch.object(model, "forward", record), mock.patch.object(scheduler, "step", guided_step):
+    with ExitStack() as stack:
+        for name in there:
+            stack.enter_context(mock.patch.object(getattr(pipe, name), "forward", recorder(name)))
+        stack.enter_context(mock.patch.object(scheduler, "step", guided_step))
         yield state

@@ -16,7 +16,7 @@ import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.integrations import ADAPTERS
 from tests import models
-from tests.oracle import Plainly, Weak, blocks_of, plain_method
+from tests.oracle import Facts, Plainly, Weak, blocks_of, first, first_two, plain_method
 
 DEPTHS = {"mochi": 6, "ltx": 6, "cogvideox": 6, "hunyuan": 12, "wan": 6}
 STACKED = ("mochi", "ltx", "cogvideox")
@@ -80,7 +80,8 @@ class Case:
 
 def run_plain(case):
     pipe = case.pipe()
-    with plain_method(pipe, case.plainly(), case.family in STACKED, case.family in JOINT):
+    facts = Facts(stacked=case.family in STACKED, unchanged=first_two if case.family in JOINT else first)
+    with plain_method(pipe, case.plainly(), facts):
         return pipe(**case.arguments).frames
 
 

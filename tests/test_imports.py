@@ -20,7 +20,7 @@ MAY = {
     "engine": COMMON | {"integrations", "batching", "kernels"},
     "call": COMMON | {"integrations"},
     "install": COMMON | {"call", "engine", "integrations", "batching"},
-    "explain": COMMON | {"call", "install", "batching"},
+    "explain": COMMON | {"call", "engine", "install", "batching"},
     "toy": {"explain", "install", "toy"},
     "doctor": {"kernels", "version"},
     "cli": {"version", "toy", "doctor"},

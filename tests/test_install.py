@@ -236,7 +236,7 @@ OWNERS = {
 @pytest.mark.parametrize("owner", OWNERS)
 def test_works_with_whatever_else_owns_calls(owner, first):
     """The judge is the plain method, on a pipeline that nothing else owns."""
-    from tests.oracle import Plainly, Weak, plain_method
+    from tests.oracle import Facts, Plainly, Weak, first_two, plain_method
 
     torch.compiler.reset()
     pipe = models.pipeline("mochi")
@@ -257,7 +257,7 @@ def test_works_with_whatever_else_owns_calls(owner, first):
     if owner in ("lora", "to"):
         OWNERS[owner](plain)
     weak = [Weak([2], "residual", [1.0] * 3), Weak([3], "attention", [1.0] * 3)]
-    with plain_method(plain, Plainly(weak, 4.5, [0.5] * 3, [True] * 3), stacked=True, joint=True):
+    with plain_method(plain, Plainly(weak, 4.5, [0.5] * 3, [True] * 3), Facts(stacked=True, unchanged=first_two)):
         expected = clip(plain, **changes)
     for latents in guided:
         assert (latents - expected).norm() <= 1e-5 * expected.norm()

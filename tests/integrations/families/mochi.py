@@ -1,0 +1,20 @@
+"""Mochi: a list of blocks, a stacked call, text carried along."""
+
+import diffusers
+
+from tests import models
+from tests.integrations.family import Family
+from tests.oracle import Facts, first_two
+
+
+def build(other=False):
+    scheduler = diffusers.FlowMatchLCMScheduler() if other else None
+    return models.pipeline("mochi", models.transformer("mochi", seed=1), scheduler=scheduler)
+
+
+def arguments(prompts, cfg=True):
+    sizes = models.sizes("mochi", num_inference_steps=2, guidance_scale=4.0 if cfg else 1.0)
+    return {**sizes, **models.prompt("mochi", prompts), "generator": models.generators(prompts)}
+
+
+FAMILIES = [Family("Mochi", build, arguments, Facts(stacked=True, unchanged=first_two), cfg=4.0)]

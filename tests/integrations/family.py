@@ -1,0 +1,111 @@
+"""What a test has to know of a pipeline family, and the runs that every family goes through.
+
+The files in `families/` have one or more `Family` each; `test_families.py` collects them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from stgfast import Guidance
+from tests.oracle import Facts, Plainly, Weak, plain_method
+
+
+@dataclass(frozen=True)
+class Family:
+    """A tiny random pipeline.
+
+    build      a fresh pipeline with stock or other scheduler: `build(other=False)`; the same weights every time
+    arguments  a call for a number of prompts, with generators, latents out: `arguments(prompts, cfg=True)`
+    cfg        the CFG scale of such a call, or a function of pipeline and denoiser; None where it has no CFG at all
+    result     the tensor in what the pipeline returns
+    layers     an early layer and a late one
+    steps      steps that the scheduler makes, with the stock one and with the other
+    """
+
+    name: str
+    build: Callable[..., Any]
+    arguments: Callable[..., dict[str, Any]]
+    facts: Facts
+    cfg: Any
+    result: Callable[[Any], Any] = lambda output: output.frames
+    layers: tuple[int, int] = (1, 3)
+    steps: tuple[int, int] = (2, 2)
+    kinds: tuple[str, ...] = ("residual", "attention")
+
+    def run(self, pipe: Any, prompts: int = 1, cfg: bool = True, **settings: Any) -> torch.Tensor:
+        with torch.no_grad():
+            result = self.result(pipe(**self.arguments(prompts, cfg=cfg), **settings))
+        assert isinstance(result, torch.Tensor)
+        assert result.isfinite().all()
+        return result
+
+    def plain(self, guidance: Guidance, prompts: int = 1, cfg: bool = True, other: bool = False) -> torch.Tensor:
+        """A clip by the plain method."""
+        pipe, steps = self.build(other=other), self.steps[other]
+
+        def at(schedule: Any) -> list[float]:
+            return list(schedule) if isinstance(schedule, tuple) else [schedule] * steps
+
+        weak = [Weak(p.layers, p.kind, at(p.scale), p.of, p.base, p.axis) for p in guidance.perturbations]
+        plainly = Plainly(weak, self.cfg if cfg else None, at(guidance.rescale), [True] * steps)
+        with plain_method(pipe, plainly, self.facts):
+            return self.run(pipe, prompts, cfg)
+
+    def denoisers(self, pipe: Any) -> list[Any]:
+        return [getattr(pipe, name) for name in self.facts.denoisers if getattr(pipe, name, None) is not None]
+
+    @contextmanager
+    def counted(self, pipe: Any) -> Iterator[list[int]]:
+        """How many rows every part runs on, counted by hooks on the real modules."""
+        counts: list[list[int]] = []
+        handles = []
+        for model in self.denoisers(pipe):
+            for part in self.facts.parts(model):
+                rows: list[int] = []
+                counts.append(rows)
+
+                def hook(module: Any, args: Any, kwargs: Any, rows: list[int] = rows) -> None:
+                    rows.append(len(args[0] if args else kwargs["hidden_states"]))
+
+                handles.append(part.module.register_forward_pre_hook(hook, with_kwargs=True))
+        total: list[int] = []
+        yield total
+        total += [sum(rows) for rows in counts]
+        for handle in handles:
+            handle.remove()
+
+    def histories(self, pipe: Any, guidance: Guidance, cfg: bool) -> list[int]:
+        """How many rows for one prompt every part has to run on in one step: one for every different history."""
+        counts = []
+        for model in self.denoisers(pipe):
+            before: dict[tuple[str, Any], tuple[Any, ...]] = {}
+            branches = [
+                ("cond", None),
+                *([("uncond", None)] if cfg else []),
+                *((p.of, p) for p in guidance.perturbations),
+            ]
+            for branch in branches:
+                before[branch] = (branch[0],)
+            for part in self.facts.parts(model):
+                run = set()
+                for source, weak in branches:
+                    done = ""
+                    touched = weak is not None and part.layer in weak.layers and weak.axis in ("", *part.attentions)
+                    if touched:
+                        whole = weak.axis == "" or set(part.attentions) == {weak.axis}
+                        done = weak.kind if whole else f"{weak.kind} {weak.axis}"
+                    before[source, weak] = (*before[source, weak], done)
+                    if done != "residual":
+                        run.add(before[source, weak])
+                counts.append(len(run))
+        return counts
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.double() - other.double()).norm() / other.double().norm())

@@ -1,0 +1,98 @@
+"""Every supported pipeline against the plain method, on a tiny random model."""
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+import stgfast
+from stgfast import Guidance, Perturbation
+from tests.integrations import families
+from tests.integrations.family import distance
+
+MODULES = [
+    importlib.import_module(f"{families.__name__}.{found.name}") for found in pkgutil.iter_modules(families.__path__)
+]
+FAMILIES = {family.name: family for module in MODULES for family in module.FAMILIES}
+every = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+# kind, rescale, prompts, other scheduler, CFG
+CASES = {
+    "residual": ("residual", 0.0, 1, False, True),
+    "attention, rescaled, two prompts": ("attention", 0.7, 2, False, True),
+    "residual, rescaled, two prompts, another scheduler": ("residual", 0.7, 2, True, True),
+    "attention, another scheduler": ("attention", 0.0, 1, True, True),
+    "both, no CFG": ("both", 0.7, 1, False, False),
+}
+
+
+@every
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_equals_the_plain_method(family, case):
+    kind, rescale, prompts, other, cfg = case
+    early, late = family.layers
+    kinds = family.kinds if kind == "both" else (kind,)
+    if not set(kinds) <= set(family.kinds):
+        pytest.skip(f"{family.name} has no {kind} perturbation")
+    cfg = cfg and family.cfg is not None
+    parts = [Perturbation([late, early][n:], kind=one, scale=1.5 - n) for n, one in enumerate(kinds)]
+    guidance = Guidance(parts, rescale=rescale)
+    expected = family.plain(guidance, prompts, cfg, other)
+    pipe = stgfast.accelerate(family.build(other=other), guidance)
+    made = family.run(pipe, prompts, cfg)
+    assert made.shape == expected.shape
+    assert distance(made, expected) < 1e-5
+    plain = family.run(family.build(other=other), prompts, cfg)
+    assert distance(made, plain) > 1e-3, "a guidance that changes nothing shows nothing"
+
+
+@every
+def test_no_history_runs_twice(family):
+    early, late = family.layers
+    guidance = Guidance(
+        [Perturbation([late], kind=family.kinds[0]), Perturbation([early, late], kind=family.kinds[-1])]
+    )
+    cfg = family.cfg is not None
+    stock, pipe = family.build(), family.build()
+    with family.counted(stock) as one:
+        family.run(stock, 2, cfg)
+    stgfast.accelerate(pipe, guidance)
+    with family.counted(pipe) as guided:
+        family.run(pipe, 2, cfg)
+    wanted = family.histories(pipe, guidance, cfg)
+    rows = 2 if cfg else 1
+    assert [rows * made for made in guided] == [count * per for count, per in zip(wanted, one, strict=True)]
+
+
+@every
+def test_scale_0_and_restore_leave_the_stock_result(family):
+    stock = family.build()
+    expected = family.run(stock)
+    before = dict(vars(stock))
+    pipe = stgfast.accelerate(stock, Guidance(Perturbation([family.layers[1]], kind=family.kinds[0])))
+    assert torch.equal(family.run(pipe, stg_scale=0.0), expected)
+    stgfast.restore(pipe)
+    assert vars(pipe).keys() == before.keys()
+    assert all(vars(pipe)[name] is value for name, value in before.items() if isinstance(value, torch.nn.Module))
+    for model in family.denoisers(pipe):
+        assert all("_compiled_call_impl" not in vars(module) for module in model.modules())
+    assert torch.equal(family.run(pipe), expected)
+
+
+@every
+def test_max_rows_changes_nothing(family):
+    guidance = Guidance(Perturbation([family.layers[1]], kind=family.kinds[-1]))
+    expected = family.run(stgfast.accelerate(family.build(), guidance), 2)
+    made = family.run(stgfast.accelerate(family.build(), guidance, max_rows=1), 2)
+    assert distance(made, expected) < 1e-5
+
+
+@every
+def test_explain_counts_what_runs(family):
+    guidance = Guidance(Perturbation([family.layers[1]], kind=family.kinds[0]))
+    pipe = stgfast.accelerate(family.build(), guidance)
+    cfg = family.cfg is not None
+    explained = stgfast.explain(pipe, **family.arguments(1, cfg=cfg))
+    first = family.facts.parts(family.denoisers(pipe)[0])
+    assert explained.phases[0].rows == tuple(family.histories(pipe, guidance, cfg)[: len(first)])
+    assert str(explained)
