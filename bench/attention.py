@@ -1,6 +1,6 @@
 """How fast is attention over a stack of rows, beside what is installed? On a GPU.
 
-A stack of three rows, one of them the identity: the fused launch, and every split form, beside the fastest attention
+A stack of three rows, one of them the identity: the fused launches, and every split form, beside the fastest attention
 on all three rows, which is what guidance costs where masked rows are computed and thrown away. Also one identity row
 alone, as a fraction of the rate at which the device copies. Results agree with each other before anything is timed.
 
@@ -42,25 +42,37 @@ def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 
 def compare(size: int, tokens: int, rounds: int) -> dict[str, Any]:
+    from stgfast.kernels import attention_hopper  # imports triton
+
     q, k, v = (
         torch.randn(3, tokens, HEADS, size, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)
     )
-    names = [n for n in ("triton", *backends.BACKENDS) if n != "math" and not backends.unavailable(n, "cuda", False)]
+    fused = ["triton"] if attention_hopper.unsuitable(q, k, v, None) else ["triton", "hopper"]
+    split = [n for n in backends.BACKENDS if n != "math" and not backends.unavailable(n, "cuda", False)]
     expected = backends.masked_attention(q, k, v, **STACK, impl="sdpa").float()
     calls: dict[str, Callable[[], Any]] = {}
-    for name in (*names, "auto"):
+    for name in (*fused, *split, "auto"):
         error = (backends.masked_attention(q, k, v, **STACK, impl=name).float() - expected).abs().max()
         if not error <= 2e-2 * expected.abs().max():
             raise SystemExit(f"{name} disagrees with sdpa at size {size}, {tokens} tokens: {error:.2g}; nothing timed")
         calls[f"stack, {name}"] = lambda name=name: backends.masked_attention(q, k, v, **STACK, impl=name)
         if name != "auto":
             calls[f"three rows, {name}"] = lambda name=name: backends.masked_attention(q, k, v, impl=name)
-    calls["identity row"] = lambda: backends.masked_attention(q[:1], k[:1], v[:1], [True], impl="triton")
+    for name in fused:
+        calls[f"identity row, {name}"] = lambda name=name: backends.masked_attention(
+            q[:1], k[:1], v[:1], [True], impl=name
+        )
     target = torch.empty_like(v[:1])
     calls["copy of a row"] = lambda: target.copy_(v[:1])
     times = milliseconds(calls, rounds)
-    fastest = min(times[f"three rows, {name}"] for name in names)
-    others = min(times[f"three rows, {name}"] for name in names if name != "triton")
+    plain = {name: times[f"three rows, {name}"] for name in (*fused, *split)}
+    fastest, others = min(plain.values()), min(plain[name] for name in split)
+    figures: dict[str, float] = {}
+    for name in fused:
+        copies = times["copy of a row"] / times[f"identity row, {name}"]
+        figures[f"fastest of the split forms / {name}, three rows"] = round(others / plain[name], 3)
+        figures[f"identity row, {name}: share of the copy rate"] = round(copies, 3)
+        figures[f"{name} TFLOP/s"] = round(3 * 4 * tokens**2 * size * HEADS / plain[name] / 1e9, 1)
     return {
         "bench": "attention",
         "device": torch.cuda.get_device_name(),
@@ -71,9 +83,7 @@ def compare(size: int, tokens: int, rounds: int) -> dict[str, Any]:
         "heads": HEADS,
         "milliseconds": {name: round(value, 4) for name, value in times.items()},
         "stack of three with one identity row / fastest on three rows": round(times["stack, auto"] / fastest, 3),
-        "fastest of the others / triton, three rows": round(others / times["three rows, triton"], 3),
-        "identity row: share of the copy rate": round(times["copy of a row"] / times["identity row"], 3),
-        "triton TFLOP/s": round(3 * 4 * tokens**2 * size * HEADS / times["three rows, triton"] / 1e9, 1),
+        **figures,
     }
 
 

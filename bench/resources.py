@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from stgfast.kernels import attention, combination
+from stgfast.kernels import attention, attention_hopper, combination
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may have
@@ -41,16 +43,20 @@ class Usage:
     spills: int  # bytes
     shared: int  # bytes
     matrix: int  # matrix instructions of the chip's own kind
-    warps: int
+    warps: int  # those the compiler adds for groups of their own are counted
+    specialised: bool  # does each group of warps have code of its own?
 
     def __str__(self) -> str:
         return (
             f"sm_{self.arch:<4} {self.name:52} {self.registers:9} {self.spills:7} {self.shared / 1024:10.1f} "
-            f"{self.matrix:7} {self.warps:6}"
+            f"{self.matrix:7} {self.warps:6} {'yes' if self.specialised else 'no':>11}"
         )
 
 
-HEADER = f"{'chip':7} {'kernel':52} {'registers':>9} {'spills':>7} {'shared KB':>10} {'matrix':>7} {'warps':>6}"
+HEADER = (
+    f"{'chip':7} {'kernel':52} {'registers':>9} {'spills':>7} {'shared KB':>10} {'matrix':>7} {'warps':>6} "
+    f"{'specialised':>11}"
+)
 
 
 def compiled(
@@ -67,7 +73,8 @@ def compiled(
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spills = assembled(made.asm["ptx"], arch)
     matrix = len(re.findall(MATRIX[arch], made.asm["ptx"]))
-    return Usage(name, arch, registers, spills, made.metadata.shared, matrix, warps)
+    specialised = "ttg.warp_specialize" in made.asm["ttgir"]
+    return Usage(name, arch, registers, spills, made.metadata.shared, matrix, made.metadata.num_warps, specialised)
 
 
 def _aligned(name: str, types: dict[str, str]) -> bool:
@@ -83,26 +90,49 @@ def assembled(ptx: str, arch: int) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        tool = TOOLS / ("ptxas-blackwell" if new else "ptxas")
+        blackwell = TOOLS / "ptxas-blackwell"  # of triton 3.6 and later; before, one served all chips
+        tool = blackwell if new and blackwell.exists() else TOOLS / "ptxas"
         command = [tool, "-v", f"--gpu-name={target}", file.name, "-o", os.devnull]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     stores, loads = map(int, re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said).groups())
     return int(re.search(r"Used (\d+) registers", said)[1]), stores + loads
 
 
+def attention_types(dtype: str) -> dict[str, str]:
+    types = {f"{n}_ptr": f"*{dtype}" for n in ("q", "k", "v", "out")}
+    types |= {"source_ptr": "*i32", "identity_ptr": "*i8", "kv_len_ptr": "*i32"}
+    types |= {f"s{t}{a}": "i32" for t in "qkvo" for a in "bhn"}
+    return types | dict.fromkeys(("heads", "queries", "all_keys", "first", "last"), "i32") | {"scale": "fp32"}
+
+
 def attention_usage(arch: int, size: int, dtype: str = "bf16", bias: int = 0, *, per_query: bool = False) -> Usage:
     dim = attention.padded(size)
     cut = attention.config(dim, 32 if dtype == "fp32" else 16, bias, per_query, arch // 10)
-    types = {f"{n}_ptr": f"*{dtype}" for n in ("q", "k", "v", "out")}
-    types |= {"source_ptr": "*i32", "identity_ptr": "*i8", "kv_len_ptr": "*i32"}
-    types["bias_ptr"] = "*u8" if bias == attention.MASK else f"*{dtype}"
-    types |= {f"s{t}{a}": "i32" for t in "qkvo" for a in "bhn"} | {f"sb{a}": "i32" for a in "bhmn"}
-    types |= dict.fromkeys(("heads", "queries", "all_keys", "first", "last"), "i32") | {"scale": "fp32"}
+    types = attention_types(dtype) | {"bias_ptr": "*u8" if bias == attention.MASK else f"*{dtype}"}
+    types |= {f"sb{a}": "i32" for a in "bhmn"}
     constants = {"D": size, "DIM": dim, "M": cut.m, "N": cut.n, "BIAS": bias, "PER_QUERY": per_query}
     constants |= {"LAST_APART": cut.last_apart, "HAS_IDENTITY": True, "HAS_KV_LEN": True}
     what = ("", " mask", " bias")[bias] + (" per query" if per_query else "")
     name = f"attention {dtype} D {size}{what}, {cut.m}x{cut.n}, {cut.stages} stages"
     return compiled(name, attention.attention_kernel, arch, types, constants, warps=cut.warps, stages=cut.stages)
+
+
+def hopper_usage(size: int, dtype: str = "bf16", *, kv_len: bool = True) -> Usage:
+    """With `kv_len` its last tile of keys is not whole either; without, every tile is."""
+    dim = attention.padded(size)
+    cut = attention_hopper.config(dim)
+    constants = {"D": size, "DIM": dim, "M": cut.m, "N": cut.n, "TAIL": kv_len, "HAS_KV_LEN": kv_len}
+    constants |= {"HAS_IDENTITY": True}
+    what = "hopper, kv_len" if kv_len else "hopper"
+    name = f"attention {dtype} D {size} {what}, {cut.m}x{cut.n}, {cut.stages} stages"
+    kernel, types = attention_hopper.attention_hopper_kernel, attention_types(dtype)
+    return compiled(name, kernel, 90, types, constants, warps=cut.warps, stages=cut.stages)
+
+
+def hopper_usages(arch: int, sizes: Sequence[int], *, kv_len: bool = True) -> list[Usage]:
+    """Nothing on other chips, nor where this triton has no descriptors."""
+    runs = arch == 90 and hasattr(tl, "make_tensor_descriptor")
+    return [hopper_usage(size, kv_len=kv_len) for size in sizes if size <= attention_hopper.MAX_SIZE] if runs else []
 
 
 def combine_usage(
@@ -130,6 +160,7 @@ def defaults(arch: int) -> list[Usage]:
     sizes = sorted(set(HEADS.values()))
     rows = [attention_usage(arch, size) for size in sizes]
     rows += [attention_usage(arch, size, bias=bias) for size in sizes for bias in (attention.MASK, attention.ADDED)]
+    rows += hopper_usages(arch, sizes) + hopper_usages(arch, sizes, kv_len=False)
     for count in (2, 3, 4):
         rows += combine_usage(arch, count) + combine_usage(arch, count, rescale=False)
     return rows
@@ -138,7 +169,7 @@ def defaults(arch: int) -> list[Usage]:
 def others(arch: int) -> list[Usage]:
     """Everything else that the kernels take."""
     sizes = (*sorted(set(HEADS.values())), 256)
-    rows = [attention_usage(arch, size) for size in ODD_HEADS]
+    rows = [attention_usage(arch, size) for size in ODD_HEADS] + hopper_usages(arch, ODD_HEADS)
     rows += [attention_usage(arch, 256, bias=bias) for bias in (attention.MASK, attention.ADDED)]
     rows += [
         attention_usage(arch, size, bias=bias, per_query=True)

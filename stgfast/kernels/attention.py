@@ -152,17 +152,18 @@ def attention_kernel(
     k_head = k_ptr + src * skb + head * skh
     v_head = v_ptr + src * svb + head * svh
 
-    attends = q_ok
     if HAS_IDENTITY:
-        if tl.load(identity_ptr + row) != 0:
-            # Stored before anything is accumulated: kept until the end, V would cost registers throughout the loop.
-            copies = q_ok & (offs_m >= first) & (offs_m < last)
-            where = copies[:, None] & d_ok[None, :]
-            values = v_head + wide_m * svn + (rows_m[:, None] * svn + offs_d[None, :])
-            tl.store(out, tl.load(values, mask=where), mask=where)
-            if (start_m >= first) & (tl.minimum(start_m + M, queries) <= last):
-                return
-            attends = q_ok & ((offs_m < first) | (offs_m >= last))
+        # A row that attends has an empty range: a return within another branch does not compile before triton 3.4.
+        same = tl.load(identity_ptr + row) != 0
+        begin = tl.where(same, first, 0)
+        end = tl.where(same, last, 0)
+        # Stored before anything is accumulated: kept until the end, V would cost registers throughout the loop.
+        copies = q_ok & (offs_m >= begin) & (offs_m < end)
+        where = copies[:, None] & d_ok[None, :]
+        values = v_head + wide_m * svn + (rows_m[:, None] * svn + offs_d[None, :])
+        tl.store(out, tl.load(values, mask=where), mask=where)
+        if (start_m >= begin) & (tl.minimum(start_m + M, queries) <= end):
+            return
 
     q_tile = q_ptr + src * sqb + head * sqh + wide_m * sqn + (rows_m[:, None] * sqn + offs_d[None, :])
     q = tl.load(q_tile, mask=q_ok[:, None] & d_ok[None, :], other=0.0)
@@ -187,6 +188,9 @@ def attention_kernel(
                 D, DIM, M, N, BIAS, PER_QUERY, True,
             )  # fmt: skip
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # a query without keys gives 0
+    attends = q_ok
+    if HAS_IDENTITY:
+        attends = q_ok & ((offs_m < begin) | (offs_m >= end))
     tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=attends[:, None] & d_ok[None, :])
 
 
@@ -261,37 +265,38 @@ def masked_attention(
     dim = padded(size)
     cut = config(dim, 8 * q.element_size(), kind, per_query, capability(q.device))
     sources = _on_device(tuple(source), torch.int32, q.device)
-    attention_kernel[(triton.cdiv(queries, cut.m) * heads * rows,)](
-        q,
-        k,
-        v,
-        out,
-        sources,
-        _on_device(tuple(identity), torch.int8, q.device) if any(identity) else sources,
-        sources if kv_len is None else kv_len,
-        numbers,
-        *q.stride()[:3],
-        *k.stride()[:3],
-        *v.stride()[:3],
-        *out.stride()[:3],
-        *strides,
-        heads,
-        queries,
-        k.shape[2],
-        *tokens,
-        scale * LOG2_E,
-        D=size,
-        DIM=dim,
-        M=cut.m,
-        N=cut.n,
-        BIAS=kind,
-        PER_QUERY=per_query,
-        LAST_APART=cut.last_apart,
-        HAS_IDENTITY=any(identity),
-        HAS_KV_LEN=kv_len is not None,
-        num_warps=cut.warps,
-        num_stages=cut.stages,
-    )
+    with torch.cuda.device_of(out):
+        attention_kernel[(triton.cdiv(queries, cut.m) * heads * rows,)](
+            q,
+            k,
+            v,
+            out,
+            sources,
+            _on_device(tuple(identity), torch.int8, q.device) if any(identity) else sources,
+            sources if kv_len is None else kv_len,
+            numbers,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *out.stride()[:3],
+            *strides,
+            heads,
+            queries,
+            k.shape[2],
+            *tokens,
+            scale * LOG2_E,
+            D=size,
+            DIM=dim,
+            M=cut.m,
+            N=cut.n,
+            BIAS=kind,
+            PER_QUERY=per_query,
+            LAST_APART=cut.last_apart,
+            HAS_IDENTITY=any(identity),
+            HAS_KV_LEN=kv_len is not None,
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+        )
     return out
 
 

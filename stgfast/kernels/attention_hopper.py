@@ -1,10 +1,10 @@
 """Attention over a stack of rows in one Triton launch, for Hopper: tiles come by TMA, and warps are specialised.
 
-One warp group fetches tiles of keys and values while two others multiply, each with half of a program's queries. The
-compiler makes them out of a plain loop, and on this chip does so only where a program asks for four warps, descriptors
-are made on the device, one loop holds every product, and no program returns early. It has never run on a GPU.
-
 The operation is that of `stgfast.kernels.attention`, for fewer calls: `unsuitable` says which it does not take.
+
+One group of warps fetches tiles, two others compute, each with half of a program's queries. The compiler makes the
+groups, and does so on this chip only if a program asks for four warps, makes its descriptors on the device, has all
+products in one loop, and does not return early. Compiled for the chip and run in the interpreter; never on a GPU yet.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from stgfast.kernels.attention import LOG2_E, Config, _on_device, capability, padded
-from stgfast.kernels.checks import expected
 from stgfast.kernels.layout import empty_like_query
 
-MAX_SIZE = 128  # of a head: two groups of warps have no registers for a larger output
-ALIGNED = 16  # bytes, to which TMA wants the beginning of every row
+DTYPES = (torch.float16, torch.bfloat16)
+HOPPER = 9  # its compute capability
+MAX_SIZE = 128  # of a head
+ALIGNED = 16  # bytes: where TMA wants rows to begin
 
 
 @triton.jit
@@ -76,9 +77,10 @@ def attention_hopper_kernel(
     v_head = v_ptr + src * svb + head * svh
 
     attends = offs_m < queries
-    some_attend = True
+    any_attends = True
     if HAS_IDENTITY:
-        # A row that attends has an empty range; a branch of its own would keep the compiler from specialising warps.
+        # A row that attends copies an empty range. Both groups that compute copy the whole tile: the compiler halves
+        # only what belongs to a product.
         same = tl.load(identity_ptr + row) != 0
         begin = tl.where(same, first, 0)
         end = tl.where(same, last, 0)
@@ -87,13 +89,13 @@ def attention_hopper_kernel(
         values = v_head + wide_m * svn + (rows_m[:, None] * svn + offs_d[None, :])
         tl.store(out, tl.load(values, mask=where), mask=where)
         attends = attends & ((offs_m < begin) | (offs_m >= end))
-        some_attend = (start_m < begin) | (tl.minimum(start_m + M, queries) > end)
+        any_attends = (start_m < begin) | (tl.minimum(start_m + M, queries) > end)
 
-    if some_attend:
+    if any_attends:
         keys = all_keys
         if HAS_KV_LEN:
             keys = tl.minimum(tl.maximum(tl.load(kv_len_ptr + src), 0), all_keys).to(tl.int32)
-        # What lies beyond `keys`, or beyond D, arrives as 0. No descriptor may be empty.
+        # What lies beyond a descriptor's shape, keys or D, arrives as 0. The shape may not be empty.
         reach = tl.maximum(keys, 1)
         q_tiles = tl.make_tensor_descriptor(q_ptr + src * sqb + head * sqh, [queries, D], [sqn, 1], [M, DIM])
         k_tiles = tl.make_tensor_descriptor(k_ptr + src * skb + head * skh, [reach, D], [skn, 1], [N, DIM])
@@ -107,7 +109,7 @@ def attention_hopper_kernel(
             scores = tl.dot(q, k.T)  # [M, N]
             if TAIL:
                 scores = tl.where((start + tl.arange(0, N) < keys)[None, :], scores, float("-inf"))
-            # Every tile has a key, so no maximum is -inf; the scale is positive: maximum and it commute.
+            # Every tile has a key: no maximum is -inf. The scale is positive: maximum and it commute.
             new_top = tl.maximum(top, tl.max(scores, 1) * scale)
             p = tl.math.exp2(scores * scale - new_top[:, None])
             keep = tl.math.exp2(top - new_top)
@@ -117,3 +119,115 @@ def attention_hopper_kernel(
             top = new_top
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # a query without keys gives 0
         tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=attends[:, None] & d_ok)
+
+
+def config(dim: int) -> Config:
+    """Fits the chip and spills nothing: `bench/resources.py`. Stages are a power of two, or their ring costs divisions.
+
+    `dim` is the padded size of a head.
+    """
+    return Config(128, 128, 4, 4 if dim <= 64 else 2)
+
+
+def unsupported(device: torch.device) -> str:
+    """Why it cannot run on a device; empty where it can. Goes on from "it"."""
+    if not hasattr(tl, "make_tensor_descriptor"):
+        return f"needs triton 3.4 or later, not {triton.__version__}"
+    major = capability(device)
+    return "" if major == HOPPER else f"needs compute capability {HOPPER}, not {major}"
+
+
+def unsuitable(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
+    """Why it cannot compute a call; empty where it can. Goes on from "it"."""
+    reason, width, size = unsupported(q.device), q.element_size(), q.shape[-1]
+    if reason:
+        return reason
+    if bias is not None:
+        return "takes no mask and no bias"
+    if q.dtype not in DTYPES:
+        return f"takes {' and '.join(map(str, DTYPES))}, not {q.dtype}"
+    if size > MAX_SIZE or size * width % ALIGNED:
+        return f"takes sizes of a head that are multiples of {ALIGNED // width} up to {MAX_SIZE}, not {size}"
+    apart = [name for name, tensor in (("q", q), ("k", k), ("v", v)) if not _aligned(tensor)]
+    return f"needs rows that begin at multiples of {ALIGNED} bytes, unlike {' and '.join(apart)}" if apart else ""
+
+
+def _aligned(tensor: Tensor) -> bool:
+    *steps, last = tensor.stride()
+    places = (tensor.data_ptr(), *(step * tensor.element_size() for step in steps))
+    return last == 1 and all(place % ALIGNED == 0 for place in places)
+
+
+@torch.library.custom_op("stgfast::masked_attention_hopper", mutates_args=())
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    identity: Sequence[bool],
+    source: Sequence[int],
+    tokens: Sequence[int],
+    kv_len: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The operation as `stgfast.kernels.masked_attention` hands it down: checked, every option spelt out."""
+    reason = unsuitable(q, k, v, bias)
+    if reason:  # a compiled graph asks nobody before
+        raise ValueError(f"masked attention for Hopper {reason}")
+    rows, (_, heads, queries, size) = len(source), q.shape
+    out = empty_like_query(q, rows)
+    if not out.numel():
+        return out
+    dim = padded(size)
+    cut = config(dim)
+    sources = _on_device(tuple(source), torch.int32, q.device)
+    with torch.cuda.device_of(q):
+        triton.set_allocator(_descriptors)  # every launch: it holds for one thread, and others set theirs
+        attention_hopper_kernel[(triton.cdiv(queries, cut.m) * heads * rows,)](
+            q,
+            k,
+            v,
+            out,
+            sources,
+            _on_device(tuple(identity), torch.int8, q.device) if any(identity) else sources,
+            sources if kv_len is None else kv_len,
+            *q.stride()[:3],
+            *k.stride()[:3],
+            *v.stride()[:3],
+            *out.stride()[:3],
+            heads,
+            queries,
+            k.shape[2],
+            *tokens,
+            scale * LOG2_E,
+            D=size,
+            DIM=dim,
+            M=cut.m,
+            N=cut.n,
+            TAIL=kv_len is not None or k.shape[2] % cut.n != 0,
+            HAS_IDENTITY=any(identity),
+            HAS_KV_LEN=kv_len is not None,
+            num_warps=cut.warps,
+            num_stages=cut.stages,
+        )
+    return out
+
+
+@masked_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    identity: Sequence[bool],
+    source: Sequence[int],
+    tokens: Sequence[int],
+    kv_len: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    return empty_like_query(q, len(source))
+
+
+def _descriptors(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory of a launch for its descriptors; torch's memory is aligned to more than they need."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")

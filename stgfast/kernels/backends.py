@@ -84,7 +84,7 @@ BACKENDS = {
     "flash-attn": Backend(_flash_attn, CUDA, takes_bias=False, package="flash_attn"),
     "xformers": Backend(_xformers, CUDA, takes_bias=True, package="xformers"),
 }
-WHOLE = ("reference", "triton")  # these compute all rows, identity and plain
+WHOLE = ("reference", "triton", "hopper")  # these compute all rows, identity and plain
 NAMES = ("auto", *WHOLE, *BACKENDS)
 YARDSTICK = "sdpa"  # what `auto` holds the others against: a fast result that is wrong is never chosen
 ROUNDINGS = 16  # of the largest value, by which two right results may differ
@@ -117,10 +117,10 @@ def masked_attention(
     rows = list(range(q.shape[0])) if source is None else list(source)
     same = [False] * len(rows) if identity is None else [bool(flag) for flag in identity]
     span = (0, q.shape[2]) if tokens is None else (int(tokens[0]), int(tokens[1]))
-    check_attention(q, k, v, same, kv_len=kv_len, bias=bias, source=rows, tokens=span)
+    factor = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+    check_attention(q, k, v, same, kv_len=kv_len, bias=bias, source=rows, tokens=span, scale=factor)
     if bias is not None and bias.ndim < 4:
         bias = bias[(None,) * (4 - bias.ndim)]
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if impl not in NAMES:
         raise expected("impl", repr(impl), f"one of {', '.join(NAMES)}")
     call = Call(q, k, v, tuple(same), tuple(rows), span, kv_len, bias, factor)
@@ -142,7 +142,7 @@ class Call:
     scale: float
 
     def by(self, name: str) -> Tensor:
-        reason = unavailable(name, self.q.device.type, self.biased)
+        reason = self.refused_by(name)
         if reason:
             raise expected("impl", repr(name), f"another: it {reason}")
         if name == "reference":
@@ -157,13 +157,23 @@ class Call:
                 bias=self.bias,
                 scale=self.scale,
             )
-        if name == "triton":
-            from stgfast.kernels import attention
+        if name in ("triton", "hopper"):
+            from stgfast.kernels import attention, attention_hopper
 
+            fused = attention.masked_attention if name == "triton" else attention_hopper.masked_attention
             given = (self.identity, self.source, self.tokens, self.kv_len, self.bias, self.scale)
-            out: Tensor = attention.masked_attention(self.q, self.k, self.v, *given)
+            out: Tensor = fused(self.q, self.k, self.v, *given)
             return out
         return self._split(BACKENDS[name].attend)
+
+    def refused_by(self, name: str) -> str:
+        """Why an implementation cannot run this call; empty where it can."""
+        reason = unavailable(name, self.q.device.type, self.biased)
+        if reason or name != "hopper" or torch.compiler.is_compiling():
+            return reason
+        from stgfast.kernels import attention_hopper  # imports triton
+
+        return attention_hopper.unsuitable(self.q, self.k, self.v, self.bias)
 
     @property
     def biased(self) -> bool:
@@ -173,7 +183,7 @@ class Call:
     def shape(self) -> tuple[Any, ...]:
         """What a choice is remembered by."""
         sizes = (*self.q.shape[1:], self.k.shape[2], len(self.source), sum(self.identity), *self.tokens)
-        kinds = (self.q.dtype, self.q.device, self.kv_len is not None)
+        kinds = (self.q.dtype, self.q.device, self.kv_len is not None, self.refused_by("hopper"))
         return (*sizes, *kinds, None if self.bias is None else (self.bias.dtype, self.bias.shape[2] > 1))
 
     def _split(self, attend: Attend) -> Tensor:
@@ -238,7 +248,11 @@ def unavailable(name: str, device: str, biased: bool) -> str:
     """Why an implementation cannot run; empty where it can."""
     if torch.compiler.is_compiling():  # nothing can be looked up: what cannot run says so when it is called
         return ""
-    if name == "triton":
+    if name == "hopper" and triton_runs(device):
+        from stgfast.kernels import attention_hopper  # imports triton
+
+        return attention_hopper.unsupported(torch.device(device))
+    if name in ("triton", "hopper"):
         return "" if triton_runs(device) else f"needs a GPU or Triton's interpreter, not {device}"
     return "" if name == "reference" else BACKENDS[name].missing(device, biased)
 
@@ -274,10 +288,11 @@ def _measured(call: Call) -> Choice:
     failed: dict[str, str] = {}
     wanted = call.by(YARDSTICK)
     bound = ROUNDINGS * torch.finfo(call.q.dtype).eps * float(call.v.abs().max())
+    # `hopper` has not run on a GPU yet: what might wait forever is not tried unasked.
     for name in (YARDSTICK, "triton", *BACKENDS):
         if name == "math" or name in times:
             continue  # `math` keeps all scores: never the fastest, and often out of memory
-        reason = unavailable(name, call.q.device.type, call.biased)
+        reason = call.refused_by(name)
         if reason:
             failed[name] = reason
             continue
@@ -287,7 +302,7 @@ def _measured(call: Call) -> Choice:
                 failed[name] = f"differs from {YARDSTICK} by {off:.2g}, which rounding does not explain"
             else:
                 times[name] = _milliseconds(functools.partial(call.by, name))
-        except RuntimeError as error:  # a backend that refuses this shape says so when it is called
+        except Exception as error:  # a backend that refuses this shape says so when it is called
             failed[name] = str(error).splitlines()[0]
     return Choice(min(times, key=lambda name: times[name]), times, failed)
 

@@ -27,7 +27,10 @@ def check_attention(
     bias: Tensor | None,
     source: Sequence[int],
     tokens: tuple[int, int],
+    scale: float,
 ) -> None:
+    if not 0 < scale < math.inf:
+        raise expected("scale", scale, "a finite number above 0")
     tensors = {"q": q, "k": k, "v": v}
     for name, tensor in tensors.items():
         if tensor.ndim != 4:
