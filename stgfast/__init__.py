@@ -3,10 +3,13 @@
 from stgfast.errors import EngineError, SettingsError, UnsupportedPipelineError
 from stgfast.explain import explain
 from stgfast.guidance import Guidance, Perturbation
+from stgfast.guided import guided
 from stgfast.install import accelerate, restore
+from stgfast.integrations.spec import Adapter
 from stgfast.version import __version__
 
 __all__ = [
+    "Adapter",
     "EngineError",
     "Guidance",
     "Perturbation",
@@ -15,5 +18,6 @@ __all__ = [
     "__version__",
     "accelerate",
     "explain",
+    "guided",
     "restore",
 ]

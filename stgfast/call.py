@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -24,8 +25,17 @@ SETTINGS = (
 PAPER_RESCALE = 0.7
 
 
-def settle(guidance: Guidance, call: CallArguments, given: Mapping[str, Any]) -> Guidance:
-    """The guidance of one call: the pipeline's, changed by the call's settings."""
+def settings_of(pipeline: type[Any]) -> tuple[str, ...]:
+    """The settings that a pipeline does not have itself, with a meaning of its own."""
+    own = inspect.signature(pipeline.__call__).parameters
+    return tuple(name for name in SETTINGS if name not in own)
+
+
+def settle(guidance: Guidance, own_rescale: float | None, given: Mapping[str, Any]) -> Guidance:
+    """The guidance of one call: the pipeline's, changed by the call's settings.
+
+    `own_rescale` is what the call asks for by the pipeline's own means.
+    """
     given = {name: setting for name, setting in given.items() if setting is not None}
     for one, other in (("stg_layers", "stg_applied_layers_idx"), ("stg_rescale", "do_rescaling")):
         if one in given and other in given:
@@ -53,14 +63,17 @@ def settle(guidance: Guidance, call: CallArguments, given: Mapping[str, Any]) ->
     if changes:
         guidance = guidance.with_perturbation(**changes)
     if rescale is None:
-        rescale = call.get("guidance_rescale") or None  # the pipeline's own argument of that meaning
+        rescale = own_rescale
     return guidance if rescale is None else dataclasses.replace(guidance, rescale=rescale)
 
 
 def check(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments) -> None:
     """Everything about a call that can be known to be wrong before it starts."""
     check_layers(pipe, adapter, guidance)
-    if guidance.inert:
+    unfit = adapter.unfit(pipe, guidance, call)
+    if unfit:
+        raise SettingsError(f"{adapter.pipeline}: {unfit}")
+    if guidance.inert and not adapter.announces(pipe):
         return
     for name in adapter.denoisers:
         if getattr(getattr(pipe, name, None), "is_cache_enabled", False):
@@ -72,7 +85,7 @@ def check(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments) 
     needs = next((f"a perturbation of {p.of} against {p.base}" for p in guidance.perturbations if p.needs_cfg), needs)
     if needs and adapter.requested(call) is None:
         raise SettingsError(f"{needs}: got a call without CFG, expected {CFG_ON[adapter.protocol]}")
-    guidance.check_steps(steps_of(call))
+    guidance.check_steps(adapter.steps_asked(call))
 
 
 CFG_ON = {
@@ -82,18 +95,12 @@ CFG_ON = {
 }
 
 
-def steps_of(call: CallArguments) -> int:
-    """How many steps a call asks for."""
-    own = next((call[name] for name in ("timesteps", "sigmas") if call.get(name) is not None), None)
-    return len(own) if own is not None else int(call["num_inference_steps"])
-
-
 def check_layers(pipe: Any, adapter: Adapter, guidance: Guidance, *, default: bool = False) -> None:
     for layout in adapter.layouts(pipe).values():
         for perturbation in guidance.perturbations:
             beyond = [layer for layer in perturbation.layers if layer >= layout.layers]
             if beyond:
-                whose = "the paper's layers for this model" if default else "layers"
+                whose = "the default layers of this model" if default else "layers"
                 advice = "; choose some with stgfast.Guidance(stgfast.Perturbation([...]))" if default else ""
                 raise wrong(f"{whose}, {adapter.pipeline}", beyond, f"numbers from 0 to {layout.layers - 1}{advice}")
             layout.marks(perturbation)  # which says what the model does not have

@@ -49,20 +49,30 @@ class GuidedRun:
         self.turn = 0  # calls of the denoiser done in this step
 
     def whole(self, call: Callable[[], Any]) -> Any:
+        with self.in_place():
+            return call()
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within the block, calls of the denoiser are guided."""
         modules = [module for layout in self.layouts.values() for module in self._reached(layout)]
         handlers = {layout.denoiser: functools.partial(self._denoise, name) for name, layout in self.layouts.items()}
-        with self._uncompiled(), held(modules), handling(handlers):
-            return call()
+        with self.adapter.within(self.pipe), self._uncompiled(), held(modules), handling(handlers):
+            yield
 
     def _reached(self, layout: Layout) -> Iterator[nn.Module]:
         """The modules that are stood in for."""
-        masked = {layer for part in self.guidance.perturbations if part.kind == ATTENTION for layer in part.layers}
+        masked = self._masked(layout)
         every = layout.attend is not None and not self.compiled
         yield layout.denoiser
         for unit in layout.units:
             yield unit.module
             if every or unit.layer in masked:
                 yield from (module for _, module in unit.attentions)
+
+    def _masked(self, layout: Layout) -> set[int | None]:
+        """The layers with attention to be stood in for."""
+        return {layer for part in self.guidance.perturbations if part.kind == ATTENTION for layer in part.layers}
 
     @contextmanager
     def _uncompiled(self) -> Iterator[None]:
@@ -124,7 +134,7 @@ class GuidedRun:
             return
         output = self._compute(plain, arguments, sources, plan)
         self.form = functools.partial(_in_form_of, output)
-        predictions = (output[0] if isinstance(output, tuple) else output.sample).chunk(len(plan.branches))
+        predictions = _prediction_in(output).chunk(len(plan.branches))
         self.predictions |= zip([branch.name for branch in plan.branches], predictions, strict=True)
 
     def _compute(self, plain: Call, arguments: Arguments, sources: tuple[str, ...], plan: Plan) -> Any:
@@ -160,8 +170,13 @@ class GuidedRun:
             rescale=self.rescale,
             dtype=None if self.adapter.float32 else cond.dtype,
         )
-        for tensor in self.handed:
-            tensor.copy_(guided)
+        if self.handed and self.adapter.early:
+            # The pipeline has used c already: with this for u, its own u + s (c - u) is g.
+            scale = cast(Tensor, self.cfg)
+            guided = (guided - scale * cond.to(guided.dtype)) / (1 - scale)
+        else:
+            for tensor in self.handed:
+                tensor.copy_(guided)
         copies = len(self.calls[self.turn])
         return self.form(torch.cat([guided] * copies) if copies > 1 else guided)
 
@@ -180,8 +195,16 @@ def plan_for(guidance: Guidance, sources: Sequence[str], weighed: Collection[str
     return make_plan(branches, layout.depth, full=layout.full)
 
 
+def _prediction_in(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output.sample)
+
+
 def _in_form_of(output: Any, prediction: Tensor) -> Any:
     """A denoiser's output with another prediction in it."""
+    if isinstance(output, Tensor):
+        return prediction
     if isinstance(output, tuple):
         return (prediction, *output[1:])
     return dataclasses.replace(output, sample=prediction)

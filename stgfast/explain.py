@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stgfast.announced import plan_of
 from stgfast.batching.plan import Plan
-from stgfast.call import SETTINGS, check, settle, steps_of
+from stgfast.batching.stack import Layout
+from stgfast.call import check, settings_of, settle
 from stgfast.engine import plan_for
 from stgfast.guidance import Guidance, Moment, Schedule
 from stgfast.install import installed_on
+from stgfast.integrations.spec import Adapter, CallArguments
 
 
 @dataclass(frozen=True)
@@ -24,7 +28,8 @@ class Phase:
     weights: dict[str, float]  # at the first step of the phase; empty where the pipeline is left alone
     rescale: float  # likewise
     varies: bool  # whether later steps of the phase weigh the same branches differently
-    plans: tuple[Plan, ...]  # one for every call of the denoiser
+    plans: tuple[Plan, ...]  # one for every call of the denoiser that computes anything
+    announced: bool = False  # the pipeline asks for these branches, and combines them, itself
 
     @property
     def steps(self) -> int:
@@ -65,15 +70,18 @@ class Explanation:
     @property
     def cfg_alone(self) -> int:
         """What the pipeline computes without stgfast."""
+        if any(phase.announced for phase in self.phases):
+            return self.unshared
         return sum(phase.steps for phase in self.phases) * self.depth * (1 if self.cfg is None else 2)
 
     def __str__(self) -> str:
-        scale = "without CFG" if self.cfg is None else f"CFG scale {self.cfg:g}"
-        lines = [f"{self.pipeline}: {self.depth} blocks, {self.protocol}, {scale}", *self._settings()]
+        scale = ", without CFG" if self.cfg is None else f", CFG scale {self.cfg:g}"
+        scale = "" if any(phase.announced for phase in self.phases) else scale
+        lines = [f"{self.pipeline}: {self.depth} blocks, {self.protocol}{scale}", *self._settings()]
         total = sum(phase.steps for phase in self.phases)
         for phase in self.phases:
             lines.append(f"steps {phase.first} to {phase.last} of {total}: {_formula(phase)}")
-            if phase.weights:
+            if phase.weights or phase.announced:
                 lines += [f"  {line}" for line in _blocks(phase.rows)]
         lines.append(
             f"block-rows per prompt: {self.block_rows}; {self.unshared} without sharing "
@@ -100,18 +108,27 @@ def explain(pipe: Any, **arguments: Any) -> Explanation:
     """The plan of `pipe(**arguments)`, without running it; arguments left out have the pipeline's defaults."""
     installed = installed_on(pipe)
     adapter = installed.adapter
-    given = {name: arguments.pop(name) for name in SETTINGS if name in arguments}
+    given = {name: arguments.pop(name) for name in settings_of(installed.original) if name in arguments}
     bound = inspect.signature(installed.original.__call__).bind_partial(pipe, **arguments)
     bound.apply_defaults()
     call = bound.arguments
-    guidance = settle(installed.guidance, call, given)
-    layout = next(iter(adapter.layouts(pipe).values()))
-    depth = layout.depth
+    announced = adapter.announces(pipe)
+    guidance = settle(installed.guidance(pipe), None if announced else adapter.own_rescale(call), given)
     check(pipe, adapter, guidance, call)
+    layout = next(iter(adapter.layouts(pipe).values()))
+    if announced:
+        cfg, phases = None, _announced(pipe, adapter, guidance, call, layout)
+    else:
+        cfg, phases = adapter.requested(call), _weighed(adapter, guidance, call, layout)
+    return Explanation(adapter.pipeline, adapter.protocol, layout.depth, cfg, guidance, installed.max_rows, phases)
+
+
+def _weighed(adapter: Adapter, guidance: Guidance, call: CallArguments, layout: Layout) -> tuple[Phase, ...]:
+    """Where the engine combines."""
     cfg = adapter.requested(call)
     calls = adapter.calls(cfg is not None)
     every = frozenset(source for sources in calls for source in sources)
-    steps = steps_of(call)
+    steps = adapter.steps_asked(call)
 
     def phase(step: int) -> tuple[dict[str, float], float, frozenset[str]]:
         moment = Moment(step, steps)
@@ -127,10 +144,34 @@ def explain(pipe: Any, **arguments: Any) -> Explanation:
         varies = any(phase(step) != phase(run[0]) for step in run)
         plans = tuple(plan_for(guidance, sources, weighed, layout) for sources in calls)
         phases.append(Phase(run[0], run[-1], weights, rescale, varies, plans))
-    return Explanation(adapter.pipeline, adapter.protocol, depth, cfg, guidance, installed.max_rows, tuple(phases))
+    return tuple(phases)
+
+
+def _announced(
+    pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, layout: Layout
+) -> tuple[Phase, ...]:
+    """Where the pipeline asks for its weak branches, and combines, itself."""
+    assert adapter.passes is not None
+    assert adapter.preview is not None
+    steps, seen = adapter.steps_asked(call), copy.copy(pipe)
+    passes = []
+    for step in range(steps):
+        moment = Moment(step, steps)
+        adapter.preview(seen, call, moment)
+        passes.append(adapter.passes(seen, call, guidance, moment, next(iter(adapter.layouts(pipe)))))
+    phases = []
+    for _, same in itertools.groupby(range(steps), key=lambda step: passes[step]):
+        run = list(same)
+        one = passes[run[0]]
+        plans = tuple(plan_of(one, asked, layout) for asked in one.turns if not set(asked) <= one.weak.keys())
+        phases.append(Phase(run[0], run[-1], {}, 0.0, False, plans, announced=True))
+    return tuple(phases)
 
 
 def _formula(phase: Phase) -> str:
+    if phase.announced:
+        branches = [branch.name for plan in phase.plans for branch in plan.branches]
+        return f"the pipeline asks for {', '.join(branches)} and combines them itself"
     if not phase.weights:
         return "the pipeline's own"
     terms = " ".join(f"{weight:+g} {branch}" for branch, weight in phase.weights.items())

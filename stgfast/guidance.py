@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from stgfast.errors import SettingsError, wrong
 
-RESIDUAL, ATTENTION = KINDS = ("residual", "attention")
+RESIDUAL, ATTENTION, ISOLATE = KINDS = ("residual", "attention", "isolate")
 COND, UNCOND, GUIDED = "cond", "uncond", "guided"
 AXES = ("spatial", "temporal")
 
@@ -47,7 +47,8 @@ class Perturbation:
 
     layers  block numbers, from 0, in the order in which the model runs them
     kind    `residual` (STG-R): the block passes its input through;
-            `attention` (STG-A): the block's self-attention is the identity, output = V
+            `attention` (STG-A): the block's self-attention is the identity, output = V;
+            `isolate`: attention between video and audio is off, for models that have both
     scale   w in the formula above; a step where it is 0 does not compute the branch
     of      the branch that is made weak: `cond`, or `uncond`
     base    what it is held against: `cond`, `uncond`, or `guided` (the CFG result). Left out: the same as `of`
@@ -64,7 +65,7 @@ class Perturbation:
     def __post_init__(self) -> None:
         _set(self, "layers", _layers(self.layers))
         if self.kind not in KINDS:
-            raise wrong("kind of perturbation", self.kind, "'residual' (STG-R) or 'attention' (STG-A)")
+            raise wrong("kind of perturbation", self.kind, "'residual' (STG-R), 'attention' (STG-A) or 'isolate'")
         _set(self, "scale", _schedule("scale", self.scale))
         if self.of not in (COND, UNCOND):
             raise wrong("perturbed branch `of`", self.of, "'cond' or 'uncond'")

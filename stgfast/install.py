@@ -8,8 +8,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from stgfast.announced import AnnouncedRun
 from stgfast.batching.seam import Call, handling
-from stgfast.call import SETTINGS, check, check_layers, settle
+from stgfast.call import check, check_layers, settings_of, settle
 from stgfast.engine import GuidedRun
 from stgfast.errors import SettingsError, wrong
 from stgfast.guidance import Guidance
@@ -25,26 +26,36 @@ class Installed:
     """What `accelerate` leaves on a pipeline."""
 
     adapter: Adapter
-    guidance: Guidance
+    given: Guidance | None
     max_rows: int | None
     original: type[Any]
 
+    def guidance(self, pipe: Any) -> Guidance:
+        """What was given, or the default: nothing where the pipeline asks for weak branches itself."""
+        return self.given or (Guidance() if self.adapter.announces(pipe) else self.adapter.defaults)
 
-def accelerate(pipe: Pipe, guidance: Guidance | None = None, *, max_rows: int | None = None) -> Pipe:
-    """Guide every call of this diffusers pipeline by `guidance`, or by the paper's settings for its model.
 
-    `max_rows` bounds the samples that a block computes at once, for memory; the result is the same. Accelerating
-    again replaces the settings. The pipeline itself is returned, changed in place; `restore` undoes it.
+def accelerate(
+    pipe: Pipe, guidance: Guidance | None = None, *, max_rows: int | None = None, adapter: Adapter | None = None
+) -> Pipe:
+    """Guide every call of this diffusers pipeline by `guidance`, or by the default settings for its model.
+
+    `max_rows` bounds the samples that a block computes at once, for memory; the result is the same. `adapter` has the
+    facts of a pipeline that stgfast does not know. Accelerating again replaces all of it. The pipeline itself is
+    returned, changed in place; `restore` undoes it.
     """
     before: Installed | None = getattr(pipe, INSTALLED, None)
-    adapter = adapter_for(pipe)
+    adapter = adapter_for(pipe) if adapter is None else adapter
+    if adapter.pipeline != type(pipe).__name__:
+        raise wrong("adapter", adapter.pipeline, f"one for {type(pipe).__name__}")
     if guidance is not None and not isinstance(guidance, Guidance):
         raise wrong("guidance", guidance, "a stgfast.Guidance, or None for the paper's settings")
     if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
         raise wrong("max_rows", max_rows, "a number of rows, 1 or more, or None for no bound")
-    check_layers(pipe, adapter, guidance or adapter.defaults, default=guidance is None)
     original: Any = before.original if before else type(pipe)
-    pipe.__dict__[INSTALLED] = Installed(adapter, guidance or adapter.defaults, max_rows, original)
+    installed = Installed(adapter, guidance, max_rows, original)
+    check_layers(pipe, adapter, installed.guidance(pipe), default=guidance is None)
+    pipe.__dict__[INSTALLED] = installed
     pipe.__class__ = _guided_class(original)
     return pipe
 
@@ -68,16 +79,17 @@ def installed_on(pipe: Any) -> Installed:
 def _guided_class(original: Any) -> Any:
     """A class that differs from the pipeline's own in its call alone."""
 
+    settings = settings_of(original)
+
     @functools.wraps(original.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {name: kwargs.pop(name) for name in SETTINGS if name in kwargs}
+        given = {name: kwargs.pop(name) for name in settings if name in kwargs}
         return guided_call(self, original.__call__, args, kwargs, given)
 
     signature = inspect.signature(original.__call__)
-    extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in SETTINGS]
-    __call__.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*signature.parameters.values(), *extra]
-    )
+    extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in settings]
+    parameters = sorted([*signature.parameters.values(), *extra], key=lambda parameter: parameter.kind)
+    __call__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     body = {"__call__": __call__, "__module__": original.__module__, "__qualname__": original.__qualname__}
     return type(original.__name__, (original,), {**body, "__doc__": original.__doc__})
 
@@ -88,14 +100,17 @@ def guided_call(pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[s
     bound = inspect.signature(original).bind(pipe, *args, **kwargs)
     bound.apply_defaults()
     call = bound.arguments
-    guidance = settle(installed.guidance, call, given)
+    announced = installed.adapter.announces(pipe)
+    guidance = settle(installed.guidance(pipe), None if announced else installed.adapter.own_rescale(call), given)
     check(pipe, installed.adapter, guidance, call)
-    if guidance.inert and installed.max_rows is None:
+    if guidance.inert and installed.max_rows is None and not announced:
         return original(pipe, *args, **kwargs)
     callback = call.get("callback_on_step_end")
     if callable(callback) and not hasattr(callback, "tensor_inputs"):
         call["callback_on_step_end"] = _outside(callback)
-    run = GuidedRun(pipe, installed.adapter, guidance, call=call, max_rows=installed.max_rows)
+    run = (AnnouncedRun if announced else GuidedRun)(
+        pipe, installed.adapter, guidance, call=call, max_rows=installed.max_rows
+    )
     return run.whole(functools.partial(original, *bound.args, **bound.kwargs))
 
 

@@ -147,6 +147,8 @@ def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNa
             half = slice(None, rows // 2) if source == "uncond" else slice(rows // 2, None)
 
             def mine(value: Any) -> Any:
+                if isinstance(value, dict):
+                    return {name: mine(part) for name, part in value.items()}
                 return value[half] if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows else value
 
             args, kwargs = tuple(map(mine, args)), {name: mine(value) for name, value in kwargs.items()}

@@ -8,6 +8,7 @@ import torch
 
 import stgfast
 from stgfast import Guidance, Perturbation, SettingsError, UnsupportedPipelineError
+from stgfast.integrations import ADAPTERS
 from tests import models
 
 GUIDANCE = Guidance(Perturbation([2], scale=1.0))
@@ -140,29 +141,30 @@ class Unknown:
     pass
 
 
+class CogVideoXPipe:
+    pass
+
+
 def without_denoiser():
     pipe = models.pipeline("mochi")
     pipe.transformer = None
     return pipe
 
 
-def wan(**parts):
-    pipe = models.pipeline("wan")
-    for name, part in parts.items():
-        pipe.register_modules(**{name: part}) if name == "transformer_2" else pipe.register_to_config(**{name: part})
-    return pipe
-
-
-OTHERS = "expected one of CogVideoXPipeline, HunyuanVideoPipeline, LTXPipeline, MochiPipeline, WanPipeline"
 ACCELERATE = {
-    "an unknown pipeline": (lambda: stgfast.accelerate(Unknown()), f"pipeline: got Unknown, {OTHERS}"),
-    "two transformers": (
-        lambda: stgfast.accelerate(wan(transformer_2=models.transformer("wan"))),
-        "WanPipeline: Wan 2.2 with two transformers is not supported",
+    "an unknown pipeline": (lambda: stgfast.accelerate(Unknown()), "pipeline: got Unknown, expected one of the "),
+    "an unknown relative": (
+        lambda: stgfast.accelerate(CogVideoXPipe()),
+        "(the closest are CogVideoXPipeline, ",
     ),
-    "a timestep for every token": (
-        lambda: stgfast.accelerate(wan(expand_timesteps=True)),
-        "WanPipeline: Wan 2.2 with a timestep for every token is not supported",
+    "what an adapter takes": (
+        lambda: stgfast.accelerate(Unknown()),
+        "or its facts in accelerate(pipe, adapter=stgfast.Adapter(...)): pipeline, protocol, rows, defaults, blocks, "
+        "state, attention at least",
+    ),
+    "an adapter of another": (
+        lambda: stgfast.accelerate(models.pipeline("mochi"), adapter=ADAPTERS["WanPipeline"]),
+        "adapter: got 'WanPipeline', expected one for MochiPipeline",
     ),
     "no denoiser": (
         lambda: stgfast.accelerate(without_denoiser()),
@@ -174,7 +176,7 @@ ACCELERATE = {
     ),
     "default layers out of range": (
         lambda: stgfast.accelerate(models.pipeline("mochi")),
-        "the paper's layers for this model, MochiPipeline: got [34], expected numbers from 0 to 5; choose some with "
+        "the default layers of this model, MochiPipeline: got [34], expected numbers from 0 to 5; choose some with "
         "stgfast.Guidance(stgfast.Perturbation([...]))",
     ),
     "max_rows of 0": (lambda: guided(max_rows=0), "max_rows: got 0, expected a number of rows, 1 or more"),
@@ -201,7 +203,7 @@ CALLS = {
     "a layer out of range": ({"stg_layers": [99]}, "layers, MochiPipeline: got [99], expected numbers from 0 to 5"),
     "empty layers": ({"stg_layers": []}, "layers: got [], expected layer numbers such as [8]"),
     "empty layers at scale 0": ({"stg_layers": [], "stg_scale": 0}, "layers: got []"),
-    "an unknown mode": ({"stg_mode": "STG"}, "kind of perturbation: got 'STG', expected 'residual' (STG-R) or"),
+    "an unknown mode": ({"stg_mode": "STG"}, "kind of perturbation: got 'STG', expected 'residual' (STG-R), 'att"),
     "NaN": ({"stg_scale": math.nan}, "scale: got nan, expected a finite number"),
     "infinity": ({"stg_scale": math.inf}, "scale: got inf, expected a finite number"),
     "a short schedule": (

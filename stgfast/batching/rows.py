@@ -29,7 +29,11 @@ def take(value: Any, where: Sequence[slice], rows: int, name: str) -> Any:
 
     A sample's row may be several neighbours, its frames say: then so many for every sample.
     """
+    if isinstance(value, dict):
+        return {key: take(part, where, rows, f"{name}[{key!r}]") for key, part in value.items()}
     if isinstance(value, tuple | list):
+        if len(value) == rows and all(isinstance(part, int) for part in value):
+            return type(value)(number for part in where for number in value[part])  # a number for every sample
         return type(value)(take(part, where, rows, name) for part in value)
     if not isinstance(value, Tensor) or value.ndim == 0 or (value.shape[0] == 1 and rows > 1):
         return value
@@ -39,6 +43,17 @@ def take(value: Any, where: Sequence[slice], rows: int, name: str) -> Any:
     if list(where) == [slice(0, rows)]:
         return value
     return join([value[part.start * each : part.stop * each] for part in where])
+
+
+def take_packed(value: Tensor, counts: Sequence[int], where: Sequence[slice], rows: int, name: str) -> Tensor:
+    """The rows `where` of samples that lie one after another along dimension 1, so many tokens each."""
+    if len(counts) != rows or sum(counts) != value.shape[1]:
+        raise EngineError(
+            f"argument {name!r}: got {value.shape[1]} tokens for {len(counts)} samples of {sum(counts)} tokens in all, "
+            f"expected {rows} samples"
+        )
+    samples = value.split(list(counts), dim=1)
+    return torch.cat([sample for part in where for sample in samples[part]], dim=1)
 
 
 def join(pieces: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.plan import Plan, Step
-from stgfast.batching.rows import chunks, join, spans, take
+from stgfast.batching.rows import chunks, join, spans, take, take_packed
 from stgfast.batching.seam import Call, Handler
 from stgfast.errors import EngineError, wrong
 from stgfast.guidance import ATTENTION, RESIDUAL, Perturbation
@@ -27,12 +27,14 @@ class Unit(NamedTuple):
     layer       its number in a perturbation; None for what is never perturbed, and only shared
     attentions  its self-attentions, each with its axis, which is "" where tokens are not told apart by axes
     wrapped     it returns a tuple even of one
+    state       the arguments that it passes on, where they are not those of the layout
     """
 
     module: nn.Module
     layer: int | None
     attentions: tuple[tuple[str, nn.Module], ...] = ()
     wrapped: bool = False
+    state: tuple[str, ...] = ()
 
     @property
     def axes(self) -> set[str]:
@@ -46,6 +48,8 @@ class Layout:
     units     in the order in which the model runs them
     state     the arguments that a unit passes on, in the order in which it returns them
     rows      the arguments, of units and of their attention, that have a row for every sample
+    packed    those that have the tokens of all samples one after another along dimension 1, each with the argument
+              that says how many tokens a sample has
     full      the model itself handles rows between its units
     identity  `identity(attention module, *args, **kwargs)`: the module's call with output = V
     attend    `attend(attention module, masked, source, *args, **kwargs)`: the module's call for rows of which some are
@@ -63,6 +67,7 @@ class Layout:
     attend: Callable[..., Any] | None = None
     attend_on: tuple[str, ...] = ()
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: NO_CHANGES)
+    packed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:
@@ -81,10 +86,14 @@ class Layout:
         """What a perturbation does, by the number of the unit."""
         if part.axis and part.axis not in self.axes:
             raise wrong("axis of a perturbation", part.axis, f"{_either(self.axes)} for this model")
+        if part.kind not in (RESIDUAL, ATTENTION, *self.changes):
+            raise wrong("kind of perturbation", part.kind, f"{_either({RESIDUAL, ATTENTION})} for this model")
         marks = {}
         for number, unit in enumerate(self.units):
             if unit.layer not in part.layers or (part.axis and part.axis not in unit.axes):
                 continue
+            if part.kind == ATTENTION and not unit.attentions and ATTENTION not in self.changes:
+                raise wrong(f"kind of perturbation at layer {unit.layer}", part.kind, f"{RESIDUAL!r} for this model")
             whole = not part.axis or unit.axes == {part.axis}
             if not whole and part.kind == RESIDUAL:
                 raise wrong("residual perturbation along an axis", part.axis, "none: this model's blocks have all axes")
@@ -143,28 +152,29 @@ class Stack:
         if number != self._done:
             raise EngineError(f"blocks run in order: got block {number}, expected block {self._done}")
         step = self.plan.steps[number]
-        before = [arguments[name] for name in self.layout.state] if step.keep else []
+        state = self.layout.units[number].state or self.layout.state
+        before = [arguments[name] for name in state] if step.keep else []
         if step.run:
-            computed: Sequence[Any] = self._compute(step, plain, self._chosen(step, arguments))
+            computed: Sequence[Any] = self._compute(step, plain, self._chosen(step, arguments, state))
         else:
             computed = [None] * len(before)
         self._done = number + 1
         both = itertools.zip_longest(computed, before)
         return _as_given([self._after(step, new, old) for new, old in both], wrapped=self.layout.units[number].wrapped)
 
-    def _chosen(self, step: Step, arguments: Arguments) -> Arguments:
+    def _chosen(self, step: Step, arguments: Arguments, state: tuple[str, ...]) -> Arguments:
         """The arguments of a block for the groups that it computes."""
 
         def choose(name: str, value: Any) -> Any:
-            if name in self.layout.state:
+            if name in state:
                 return take(value, spans(step.run, self.prompts), step.before * self.prompts, name)
-            if name not in self.layout.rows:
+            if name not in self.layout.rows and name not in self.layout.packed:
                 return value
             # The same for every block of a pass, so taken once for each set of groups.
             key = (name, step.rows_of, id(value))
             if key not in self._taken:
                 rows = len(self.plan.branches) * self.prompts
-                self._taken[key] = (value, take(value, spans(step.rows_of, self.prompts), rows, name))
+                self._taken[key] = (value, self._take(arguments, name, value, spans(step.rows_of, self.prompts), rows))
             return self._taken[key][1]
 
         return arguments.changed(choose)
@@ -216,9 +226,13 @@ class Stack:
 
     def _only(self, arguments: Arguments, where: list[slice], rows: int) -> Arguments:
         """Some of the rows of a call that has `rows` rows."""
-        return arguments.changed(
-            lambda name, value: take(value, where, rows, name) if name in self.layout.rows else value
-        )
+        return arguments.changed(lambda name, value: self._take(arguments, name, value, where, rows))
+
+    def _take(self, arguments: Arguments, name: str, value: Any, where: list[slice], rows: int) -> Any:
+        """Some of the rows of one argument."""
+        if name in self.layout.packed:
+            return take_packed(value, arguments[self.layout.packed[name]], where, rows, name)
+        return take(value, where, rows, name) if name in self.layout.rows else value
 
     def _after(self, step: Step, computed: Tensor | None, before: Tensor | None) -> Tensor | None:
         """The stack that a block leaves: computed groups and kept ones, in the plan's order."""

@@ -2,25 +2,97 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from typing import Any
 
 from stgfast.errors import UnsupportedPipelineError
-from stgfast.integrations.cogvideox import COGVIDEOX
-from stgfast.integrations.hunyuan_video import HUNYUAN_VIDEO
-from stgfast.integrations.ltx import LTX
+from stgfast.integrations.allegro import ALLEGRO
+from stgfast.integrations.cogvideox import COGVIDEOX, COGVIDEOX_CONTROL, COGVIDEOX_IMAGE, COGVIDEOX_VIDEO
+from stgfast.integrations.cosmos import COSMOS, COSMOS2_IMAGE, COSMOS2_VIDEO, COSMOS_VIDEO
+from stgfast.integrations.easyanimate import EASYANIMATE, EASYANIMATE_INPAINT
+from stgfast.integrations.flux import FLUX
+from stgfast.integrations.hunyuan_video import HUNYUAN_SKYREELS_IMAGE, HUNYUAN_VIDEO, HUNYUAN_VIDEO_IMAGE
+from stgfast.integrations.hunyuan_video15 import HUNYUAN_VIDEO_15, HUNYUAN_VIDEO_15_IMAGE, HUNYUAN_VIDEO_15_MODULAR
+from stgfast.integrations.kandinsky5 import KANDINSKY5, KANDINSKY5_IMAGE, KANDINSKY5_TO_IMAGE
+from stgfast.integrations.latte import LATTE
+from stgfast.integrations.ltx import LTX, LTX_CONDITION, LTX_IMAGE, LTX_MODULAR
+from stgfast.integrations.ltx2 import LTX2, LTX2_CONDITION, LTX2_IMAGE
 from stgfast.integrations.mochi import MOCHI
+from stgfast.integrations.skyreels_v2 import (
+    SKYREELS_V2,
+    SKYREELS_V2_FORCED,
+    SKYREELS_V2_FORCED_IMAGE,
+    SKYREELS_V2_IMAGE,
+)
 from stgfast.integrations.spec import Adapter
-from stgfast.integrations.wan import WAN
+from stgfast.integrations.stable_diffusion_3 import STABLE_DIFFUSION_3
+from stgfast.integrations.stable_diffusion_xl import STABLE_DIFFUSION_XL
+from stgfast.integrations.stable_video_diffusion import STABLE_VIDEO_DIFFUSION
+from stgfast.integrations.wan import WAN, WAN_22_MODULAR, WAN_IMAGE, WAN_MODULAR, WAN_VACE, WAN_VIDEO
 
-ADAPTERS = {adapter.pipeline: adapter for adapter in (MOCHI, LTX, COGVIDEOX, HUNYUAN_VIDEO, WAN)}
+ADAPTERS = {
+    adapter.pipeline: adapter
+    for adapter in (
+        STABLE_VIDEO_DIFFUSION,
+        LATTE,
+        MOCHI,
+        LTX2,
+        LTX2_IMAGE,
+        LTX2_CONDITION,
+        LTX,
+        LTX_IMAGE,
+        LTX_CONDITION,
+        LTX_MODULAR,
+        ALLEGRO,
+        COGVIDEOX,
+        COGVIDEOX_IMAGE,
+        COGVIDEOX_VIDEO,
+        COGVIDEOX_CONTROL,
+        EASYANIMATE,
+        EASYANIMATE_INPAINT,
+        HUNYUAN_VIDEO,
+        HUNYUAN_VIDEO_IMAGE,
+        HUNYUAN_SKYREELS_IMAGE,
+        HUNYUAN_VIDEO_15,
+        HUNYUAN_VIDEO_15_IMAGE,
+        HUNYUAN_VIDEO_15_MODULAR,
+        WAN,
+        WAN_IMAGE,
+        WAN_VIDEO,
+        WAN_VACE,
+        WAN_MODULAR,
+        WAN_22_MODULAR,
+        SKYREELS_V2,
+        SKYREELS_V2_IMAGE,
+        SKYREELS_V2_FORCED,
+        SKYREELS_V2_FORCED_IMAGE,
+        COSMOS,
+        COSMOS_VIDEO,
+        COSMOS2_IMAGE,
+        COSMOS2_VIDEO,
+        KANDINSKY5,
+        KANDINSKY5_IMAGE,
+        KANDINSKY5_TO_IMAGE,
+        STABLE_DIFFUSION_3,
+        STABLE_DIFFUSION_XL,
+        FLUX,
+    )
+}
 
 
 def adapter_for(pipe: Any) -> Adapter:
-    """The adapter of a pipeline instance, or one sentence that says what is supported instead."""
+    """The adapter of a pipeline instance, or what is supported instead and what it would take."""
     name = type(pipe).__name__
     adapter = ADAPTERS.get(name)
     if adapter is None:
-        raise UnsupportedPipelineError(f"pipeline: got {name}, expected one of {', '.join(sorted(ADAPTERS))}")
+        near = difflib.get_close_matches(name, ADAPTERS, n=3, cutoff=0.0)
+        needed = [field.name for field in dataclasses.fields(Adapter) if field.default is field.default_factory]
+        raise UnsupportedPipelineError(
+            f"pipeline: got {name}, expected one of the {len(ADAPTERS)} that are supported (the closest are "
+            f"{', '.join(near)}), or its facts in accelerate(pipe, adapter=stgfast.Adapter(...)): "
+            f"{', '.join([*needed, 'blocks', 'state', 'attention'])} at least"
+        )
     missing = adapter.unsupported(pipe)
     if missing:
         raise UnsupportedPipelineError(f"{name}: {missing} is not supported")

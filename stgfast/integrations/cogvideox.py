@@ -1,12 +1,14 @@
-"""CogVideoX."""
+"""CogVideoX: from text, from an image, from a video, and under a control video (CogVideoX-Fun)."""
 
 from __future__ import annotations
 
+import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 from stgfast.guidance import Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments, requested_scale
+from stgfast.integrations.spec import Adapter, CallArguments, requested_scale, steps_of_call
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
@@ -28,5 +30,16 @@ COGVIDEOX = Adapter(
     rows=frozenset({"hidden_states", "encoder_hidden_states", "timestep", "timestep_cond", "ofs", "temb"}),
     float32=True,
     live=live,
+    # Of 30 blocks (2B) or 42 (5B).
     defaults=Guidance(Perturbation([11], scale=1.0)),
 )
+
+COGVIDEOX_IMAGE = replace(COGVIDEOX, pipeline="CogVideoXImageToVideoPipeline")
+
+COGVIDEOX_VIDEO = replace(
+    COGVIDEOX,
+    pipeline="CogVideoXVideoToVideoPipeline",
+    steps_asked=functools.partial(steps_of_call, strength="strength"),
+)
+
+COGVIDEOX_CONTROL = replace(COGVIDEOX, pipeline="CogVideoXFunControlPipeline")

@@ -1,7 +1,8 @@
-"""HunyuanVideo."""
+"""HunyuanVideo: from text, and from an image (its own model, and SkyReels V1)."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from stgfast.guidance import Guidance, Perturbation
@@ -40,5 +41,15 @@ HUNYUAN_VIDEO = Adapter(
     attention="attn",
     requested=requested,
     live=live,
+    # Of 60 blocks: 20 with two streams, then 40 with one.
     defaults=Guidance(Perturbation([2], scale=1.0)),
 )
+
+# The image comes as further channels or as the first frame's tokens, which have a modulation of their own.
+HUNYUAN_VIDEO_IMAGE = replace(
+    HUNYUAN_VIDEO,
+    pipeline="HunyuanVideoImageToVideoPipeline",
+    rows=HUNYUAN_VIDEO.rows | {"token_replace_emb"},
+)
+
+HUNYUAN_SKYREELS_IMAGE = replace(HUNYUAN_VIDEO, pipeline="HunyuanSkyreelsImageToVideoPipeline")

@@ -1,19 +1,44 @@
-"""Wan 2.1."""
+"""Wan 2.1 and 2.2: text to video, image to video, video to video, and VACE."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+from torch import nn
+
+from stgfast.batching.seam import unwrapped
+from stgfast.batching.stack import Unit
 from stgfast.guidance import GUIDED, UNCOND, Guidance, Perturbation
-from stgfast.integrations.spec import Adapter
+from stgfast.integrations.guiders import guided_by, steps_of_modular_call
+from stgfast.integrations.spec import Adapter, CallArguments, steps_of_call
+
+
+def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
+    """The scales of a call stay what they were when it began; the model for low noise may have one of its own."""
+    if not pipe.do_classifier_free_guidance:
+        return None
+    second = call.get("guidance_scale_2") if denoiser == "transformer_2" else None
+    return float(call["guidance_scale"] if second is None else second)
 
 
 def unsupported(pipe: Any) -> str | None:
-    if pipe.config.get("boundary_ratio") is not None or getattr(pipe, "transformer_2", None) is not None:
-        return "Wan 2.2 with two transformers"
-    if pipe.config.get("expand_timesteps"):
-        return "Wan 2.2 with a timestep for every token"
+    one, other = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
+    if one is not None and other is not None and unwrapped(one) is unwrapped(other):
+        return "one model as both transformer and transformer_2, whose scales cannot be told apart,"
     return None
+
+
+def vace_units(denoiser: nn.Module) -> Sequence[Unit]:
+    """All hints are made first, from the control video; they are no layers of the model, and only shared."""
+    hints = [
+        Unit(block, None, state=("control_hidden_states",))
+        for block in denoiser.get_submodule("vace_blocks").children()
+    ]
+    blocks = enumerate(denoiser.get_submodule("blocks").children())
+    return [*hints, *(Unit(block, i, (("", block.get_submodule("attn1")),)) for i, block in blocks)]
 
 
 WAN = Adapter(
@@ -21,7 +46,27 @@ WAN = Adapter(
     protocol="sequential",
     blocks=("blocks",),
     rows=frozenset({"hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image", "temb"}),
+    denoisers=("transformer", "transformer_2"),
+    live=live,
     unsupported=unsupported,
     # As the paper's code does it for Wan: the unconditional branch is made weak, and held against the CFG result.
+    # The others below have no published settings, and take these.
     defaults=Guidance(Perturbation([2], scale=2.0, of=UNCOND, base=GUIDED)),
 )
+WAN_IMAGE = replace(WAN, pipeline="WanImageToVideoPipeline")
+WAN_VIDEO = replace(
+    WAN,
+    pipeline="WanVideoToVideoPipeline",
+    denoisers=("transformer",),
+    steps_asked=functools.partial(steps_of_call, strength="strength"),
+)
+WAN_VACE = replace(
+    WAN,
+    pipeline="WanVACEPipeline",
+    blocks=(),
+    units=vace_units,
+    rows=WAN.rows | {"control_hidden_states"},
+    full=True,  # a hint is added after some of the blocks
+)
+WAN_MODULAR = guided_by(WAN, "WanModularPipeline", steps_asked=steps_of_modular_call)
+WAN_22_MODULAR = replace(WAN_MODULAR, pipeline="Wan22ModularPipeline")

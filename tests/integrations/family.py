@@ -23,6 +23,7 @@ class Family:
     build      a fresh pipeline with stock or other scheduler: `build(other=False)`; the same weights every time
     arguments  a call for a number of prompts, with generators, latents out: `arguments(prompts, cfg=True)`
     cfg        the CFG scale of such a call, or a function of pipeline and denoiser; None where it has no CFG at all
+    cfg_asked  whether it is the call that asks for CFG
     result     the tensor in what the pipeline returns
     layers     an early layer and a late one
     steps      steps that the scheduler makes, with the stock one and with the other
@@ -37,6 +38,7 @@ class Family:
     layers: tuple[int, int] = (1, 3)
     steps: tuple[int, int] = (2, 2)
     kinds: tuple[str, ...] = ("residual", "attention")
+    cfg_asked: bool = True
 
     def run(self, pipe: Any, prompts: int = 1, cfg: bool = True, **settings: Any) -> torch.Tensor:
         with torch.no_grad():

@@ -1,5 +1,6 @@
 """Adapters against diffusers itself: what they say of models, blocks and attention is so."""
 
+import collections
 import inspect
 
 import pytest
@@ -7,14 +8,14 @@ import torch
 
 from stgfast.integrations import ADAPTERS
 from tests import models
+from tests.integrations.test_families import FAMILIES
 from tests.oracle import _identity as oracle_identity
 
-PIPELINES = {models.index()["models"][family]["pipeline"]: family for family in models.FAMILIES}
+every = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
-def only(layouts):
-    (layout,) = layouts.values()
-    return layout
+def layouts(family, pipe):
+    return list(ADAPTERS[type(pipe).__name__].layouts(pipe).values())
 
 
 def attentions(layout):
@@ -29,70 +30,60 @@ def names(function):
     return set(inspect.signature(function).parameters)
 
 
-@pytest.mark.parametrize("pipeline", ADAPTERS)
-def test_rows_are_arguments_of_denoiser_block_or_attention(pipeline):
-    adapter = ADAPTERS[pipeline]
-    layout = only(adapter.layouts(models.pipeline(PIPELINES[pipeline])))
-    known = names(type(layout.denoiser).forward)
-    for module in modules(layout):
-        known |= names(type(module).forward)
-        known |= names(module.processor.__call__) if hasattr(module, "processor") else set()
-    assert adapter.rows <= known
-    assert set(adapter.state) <= adapter.rows
+def test_every_pipeline_has_a_family():
+    """LTX-2 has tests of its own, as it makes its passes itself."""
+    tested = {type(family.build()).__name__ for family in FAMILIES.values()}
+    assert {name for name in ADAPTERS if not name.startswith("LTX2")} == tested
 
 
-@pytest.mark.parametrize("pipeline", ADAPTERS)
-def test_every_argument_with_a_row_for_every_sample_is_known(pipeline):
-    """Seen from inside of the modules: with 5 prompts and no CFG, what has 5 rows is per row."""
-    adapter, family = ADAPTERS[pipeline], PIPELINES[pipeline]
-    pipe = models.pipeline(family)
-    layout = only(adapter.layouts(pipe))
-    found = set()
-
-    def look(module, args, kwargs):
-        parameters = list(inspect.signature(type(module).forward).parameters)[1:]
-        for name, value in (*zip(parameters, args, strict=False), *kwargs.items()):
-            first = value[0] if isinstance(value, tuple) else value
-            if isinstance(first, torch.Tensor) and first.ndim and first.shape[0] == 5:
-                found.add(name)
-
-    for module in (layout.denoiser, *modules(layout)):
-        module.register_forward_pre_hook(look, with_kwargs=True)
-    pipe(**models.prompt(family, 5), **models.sizes(family, guidance_scale=1.0), generator=models.generators(5))
-    assert found <= adapter.rows
-    assert found >= set(adapter.state)
+def test_rows_are_arguments_of_denoiser_block_or_attention():
+    known = collections.defaultdict(set)
+    for family in FAMILIES.values():
+        pipe = family.build()
+        for layout in layouts(family, pipe):
+            for module in (layout.denoiser, *modules(layout)):
+                known[type(pipe).__name__] |= names(type(module).forward)
+                known[type(pipe).__name__] |= (
+                    names(module.processor.__call__) if hasattr(module, "processor") else set()
+                )
+    for pipeline, arguments in known.items():
+        assert ADAPTERS[pipeline].rows <= arguments, pipeline
+        assert set(ADAPTERS[pipeline].state) <= ADAPTERS[pipeline].rows, pipeline
 
 
-@pytest.mark.parametrize("pipeline", ADAPTERS)
-def test_identity_attention_is_attention_that_returns_values(pipeline):
-    adapter, family = ADAPTERS[pipeline], PIPELINES[pipeline]
-    pipe = models.pipeline(family, models.transformer(family, seed=1))
-    layout = only(adapter.layouts(pipe))
+@every
+def test_identity_attention_is_attention_that_returns_values(family):
+    if "attention" not in family.kinds:
+        pytest.skip(f"{family.name} has no attention perturbation")
+    pipe = family.build()
+    identity = ADAPTERS[type(pipe).__name__].identity
     compared = []
+    for layout in layouts(family, pipe):
+        for attention in attentions(layout):
+            forward = attention.forward
 
-    for attention in attentions(layout):
-        forward = attention.forward
+            def compare(*args, attention=attention, forward=forward, **kwargs):
+                mine = identity(attention, *args, **kwargs)
+                theirs = oracle_identity(forward)(*args, **kwargs)
+                both = zip(mine, theirs, strict=True) if isinstance(mine, tuple) else [(mine, theirs)]
+                for one, other in both:
+                    torch.testing.assert_close(one, other)
+                compared.append(attention)
+                return forward(*args, **kwargs)
 
-        def compare(*args, attention=attention, forward=forward, **kwargs):
-            mine = adapter.identity(attention, *args, **kwargs)
-            theirs = oracle_identity(forward)(*args, **kwargs)
-            both = zip(mine, theirs, strict=True) if isinstance(mine, tuple) else [(mine, theirs)]
-            for one, other in both:
-                torch.testing.assert_close(one, other)
-            compared.append(True)
-            return forward(*args, **kwargs)
-
-        attention.forward = compare
-    pipe(**models.prompt(family, 2), **models.sizes(family, guidance_scale=1.0), generator=models.generators(2))
-    assert len(compared) == 4 * layout.depth
+            attention.forward = compare
+    family.run(pipe, 1)
+    assert set(compared) == {module for layout in layouts(family, pipe) for module in attentions(layout)}
 
 
-@pytest.mark.parametrize("pipeline", [name for name, adapter in ADAPTERS.items() if adapter.attend])
-def test_attend_is_the_models_own_attention(pipeline):
+MOCHI = FAMILIES["Mochi"]
+
+
+def test_attend_is_the_models_own_attention():
     """For plain rows, for identity rows, and for several rows of one input."""
-    adapter, family = ADAPTERS[pipeline], PIPELINES[pipeline]
-    pipe = models.pipeline(family, models.transformer(family, seed=1))
-    layout = only(adapter.layouts(pipe))
+    pipe = models.pipeline("mochi", models.transformer("mochi", seed=1))
+    adapter = ADAPTERS["MochiPipeline"]
+    (layout,) = layouts(MOCHI, pipe)
     assert layout.attend is adapter.attend
     compared = []
 
@@ -110,9 +101,9 @@ def test_attend_is_the_models_own_attention(pipeline):
             return plain
 
         attention.forward = compare
-    given = models.prompt(family, 2)
+    given = models.prompt("mochi", 2)
     given["prompt_attention_mask"] = torch.rand(given["prompt_attention_mask"].shape) > 0.4  # valid tokens anywhere
-    pipe(**given, **models.sizes(family, guidance_scale=1.0), generator=models.generators(2))
+    pipe(**given, **models.sizes("mochi", guidance_scale=1.0), generator=models.generators(2))
     assert len(compared) == 4 * layout.depth
 
 
@@ -122,4 +113,5 @@ def test_attend_gives_way_to_another_processor():
 
     pipe = models.pipeline("mochi")
     pipe.transformer.transformer_blocks[3].attn1.processor = Custom()
-    assert only(ADAPTERS["MochiPipeline"].layouts(pipe)).attend is None
+    (layout,) = layouts(MOCHI, pipe)
+    assert layout.attend is None

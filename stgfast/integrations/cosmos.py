@@ -1,0 +1,51 @@
+"""Cosmos Predict 1 and 2: text to world, image or video to world, and text to image.
+
+All of them combine as `c + s (c - u)`, so that the scale of CFG as it is written here, `u + scale (c - u)`, is `1 + s`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from stgfast.guidance import Guidance, Perturbation
+from stgfast.integrations.spec import Adapter, CallArguments
+
+
+def requested(call: CallArguments) -> float | None:
+    return 1 + float(call["guidance_scale"]) if call["guidance_scale"] > 1 else None
+
+
+def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
+    return 1 + float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else None
+
+
+# What the model gives becomes x0 by the same linear step for cond and for uncond, and the frames that are given are put
+# in place of it alike in both: so whatever is the same for both stays so.
+COSMOS = Adapter(
+    pipeline="CosmosTextToWorldPipeline",
+    protocol="sequential",
+    blocks=("transformer_blocks",),
+    # `padding_mask` is one for all samples: the model repeats it itself.
+    rows=frozenset(
+        {
+            "hidden_states",
+            "timestep",
+            "encoder_hidden_states",
+            "condition_mask",
+            "embedded_timestep",
+            "temb",
+            "extra_pos_emb",
+        }
+    ),
+    requested=requested,
+    live=live,
+    # Our choice, nothing is published: 70% of the depth of the smaller models, which have 28 blocks; the 14B ones have
+    # 36. Predict 1 and 2 agree in this.
+    defaults=Guidance(Perturbation([19], scale=1.0)),
+)
+COSMOS_VIDEO = replace(COSMOS, pipeline="CosmosVideoToWorldPipeline")
+
+# These have x0 of the first prediction before they call for the second.
+COSMOS2_IMAGE = replace(COSMOS, pipeline="Cosmos2TextToImagePipeline", early=True, float32=True)
+COSMOS2_VIDEO = replace(COSMOS2_IMAGE, pipeline="Cosmos2VideoToWorldPipeline")

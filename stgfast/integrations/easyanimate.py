@@ -1,0 +1,56 @@
+"""EasyAnimate: from text, and from parts of a video."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from stgfast.guidance import Guidance, Perturbation
+from stgfast.integrations.attention import project
+from stgfast.integrations.spec import Adapter, CallArguments, steps_of_call
+
+
+def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
+    """A callback may switch CFG off; the scale stays what the pipeline was called with."""
+    return float(call["guidance_scale"]) if pipe.do_classifier_free_guidance else None
+
+
+def identity(
+    attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *others: Any, **named: Any
+) -> tuple[Tensor, Tensor]:
+    """Early blocks have projections of their own for text; later ones take those of the video, but for the last."""
+    text = (attn.to_v if attn.add_v_proj is None else attn.add_v_proj)(encoder_hidden_states)
+    return project(attn.to_out, attn.to_v(hidden_states)), project(getattr(attn, "to_add_out", None), text)
+
+
+EASYANIMATE = Adapter(
+    pipeline="EasyAnimatePipeline",
+    protocol="stacked",
+    blocks=("transformer_blocks",),
+    state=("hidden_states", "encoder_hidden_states"),
+    rows=frozenset(
+        {
+            "hidden_states",
+            "timestep",
+            "timestep_cond",
+            "encoder_hidden_states",
+            "encoder_hidden_states_t5",
+            "inpaint_latents",
+            "control_latents",
+            "temb",
+        }
+    ),
+    live=live,
+    identity=identity,
+    # Our choice, not published: about 70% of the way through its 48 blocks.
+    defaults=Guidance(Perturbation([33], scale=1.0)),
+)
+
+EASYANIMATE_INPAINT = replace(
+    EASYANIMATE,
+    pipeline="EasyAnimateInpaintPipeline",
+    steps_asked=functools.partial(steps_of_call, strength="strength"),
+)

@@ -1,0 +1,179 @@
+"""Pipelines with a guider: an object that says which passes a step makes, and combines them.
+
+Two ways. A guider that has weak passes itself (skip-layer and perturbed-attention guidance) is left in charge: its
+passes are answered from one shared computation, and combined as it does. Beside a guider of CFG alone the engine
+combines, as with any other pipeline, and the guider finds its two predictions equal.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from stgfast.errors import SettingsError
+from stgfast.guidance import ATTENTION, COND, RESIDUAL, UNCOND, Guidance, Moment, Perturbation
+from stgfast.integrations.spec import Adapter, CallArguments, Passes, nothing_missing
+
+CFG = "ClassifierFreeGuidance"
+WITH_WEAK_PASSES = ("SkipLayerGuidance", "PerturbedAttentionGuidance")
+WEAK = "perturbed"
+
+
+def guided_by(adapter: Adapter, pipeline: str, **changes: Any) -> Adapter:
+    """The facts of a pipeline that makes the steps of `adapter` under a guider, as modular pipelines do."""
+    return dataclasses.replace(
+        adapter,
+        pipeline=pipeline,
+        protocol="sequential",
+        float32=False,
+        unsupported=nothing_missing,
+        requested=requested,
+        live=live,
+        steps=steps,
+        own_rescale=own_rescale,
+        announces=announces,
+        passes=functools.partial(passes, blocks=adapter.blocks),
+        preview=preview,
+        within=quiet,
+        unfit=functools.partial(unfit, blocks=adapter.blocks),
+        **changes,
+    )
+
+
+def steps_of_modular_call(call: CallArguments) -> int:
+    """A modular pipeline's call names no arguments: what is left out has the default of the pipeline's blocks."""
+    given = call["kwargs"]
+    own = next((given[name] for name in ("timesteps", "sigmas") if given.get(name) is not None), None)
+    if own is not None:
+        return len(own)
+    inputs = {each.name: each.default for each in call["self"].blocks.inputs}
+    return int(given.get("num_inference_steps", inputs["num_inference_steps"]))
+
+
+def name_of(guider: Any) -> str:
+    return type(guider).__name__
+
+
+def guider_of(pipe: Any, denoiser: str) -> Any:
+    second = getattr(pipe, "guider_2", None)
+    return second if denoiser.endswith("_2") and second is not None else pipe.guider
+
+
+def guiders(pipe: Any) -> list[Any]:
+    return [guider for name in ("guider", "guider_2") if (guider := getattr(pipe, name, None)) is not None]
+
+
+def announces(pipe: Any) -> bool:
+    return any(name_of(guider) in WITH_WEAK_PASSES for guider in guiders(pipe))
+
+
+def requested(call: CallArguments) -> float | None:
+    """That of the first guider; none unless every guider has one."""
+    scales = [_scale(guider) if guider._enabled else 1.0 for guider in guiders(call["self"])]
+    return None if 1.0 in scales else scales[0]
+
+
+def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
+    guider = guider_of(pipe, denoiser)
+    return _scale(guider) if guider._is_cfg_enabled() else None
+
+
+def _scale(guider: Any) -> float:
+    """s in u + s (c - u); the original formulation is c + s (c - u)."""
+    return float(guider.guidance_scale) + (1.0 if guider.use_original_formulation else 0.0)
+
+
+def own_rescale(call: CallArguments) -> float | None:
+    return float(call["self"].guider.guidance_rescale) or None
+
+
+def steps(pipe: Any) -> int:
+    return int(next(g._num_inference_steps for g in guiders(pipe) if g._num_inference_steps is not None))
+
+
+def passes(
+    pipe: Any, call: CallArguments, guidance: Guidance, moment: Moment, denoiser: str, blocks: Sequence[str]
+) -> Passes:
+    """What the guider is going to ask for in this step, in its order."""
+    guider = guider_of(pipe, denoiser)
+    turns: list[tuple[str, ...]] = [(COND,)]
+    if guider._is_cfg_enabled():
+        turns.append((UNCOND,))
+    weak: dict[str, Perturbation | None] = {}
+    if name_of(guider) in WITH_WEAK_PASSES and guider._is_slg_enabled():
+        turns.append((WEAK,))
+        weak[WEAK] = perturbation_of(guider, getattr(pipe, denoiser), blocks)
+    return Passes(tuple(turns), weak)
+
+
+def perturbation_of(guider: Any, denoiser: nn.Module, blocks: Sequence[str]) -> Perturbation:
+    """What a guider's configuration means: layers counted through all stacks of blocks, as everywhere here."""
+    layers: list[int] = []
+    kinds = set()
+    for config in guider.skip_layer_config:
+        path = blocks[0] if config.fqn == "auto" else config.fqn
+        if path not in blocks:
+            raise SettingsError(f"fqn of {name_of(guider)}: got {path!r}, expected one of {', '.join(blocks)}")
+        sizes = [len(list(denoiser.get_submodule(block).children())) for block in blocks]
+        before, size = sum(sizes[: blocks.index(path)]), sizes[blocks.index(path)]
+        indices = [config.indices] if isinstance(config.indices, int) else list(config.indices)
+        if not indices or not all(0 <= index < size for index in indices):
+            raise SettingsError(f"layers of {name_of(guider)}: got {indices}, expected numbers from 0 to {size - 1}")
+        layers += [before + index for index in indices]
+        skipped = (config.skip_attention, config.skip_attention_scores, config.skip_ff, config.dropout)
+        kinds.add({(True, False, True, 1.0): RESIDUAL, (False, True, False, 1.0): ATTENTION}.get(skipped, ""))
+    if len(kinds) > 1 or "" in kinds:
+        raise SettingsError(
+            f"configuration of {name_of(guider)}: expected that all its layers skip the whole block, or all of them "
+            f"the attention scores alone"
+        )
+    return Perturbation(layers, kind=kinds.pop())
+
+
+def preview(pipe: Any, call: CallArguments, moment: Moment) -> None:
+    for name in ("guider", "guider_2"):
+        if getattr(pipe, name, None) is not None:
+            vars(pipe)[name] = copy.copy(getattr(pipe, name))
+            getattr(pipe, name).set_state(step=moment.step, num_inference_steps=moment.steps, timestep=None)
+
+
+def unfit(pipe: Any, guidance: Guidance, call: CallArguments, blocks: Sequence[str]) -> str | None:
+    for guider in guiders(pipe):
+        name = name_of(guider)
+        if name in WITH_WEAK_PASSES:
+            if not guidance.inert:
+                return f"a Guidance, and a guider of weak passes, {name}: expected one of the two"
+            perturbation_of(guider, pipe.transformer, blocks)
+        elif name != CFG:
+            return f"guider: got {name}, expected {CFG}, or {' or '.join(WITH_WEAK_PASSES)}"
+    return None
+
+
+@contextmanager
+def quiet(pipe: Any) -> Iterator[None]:
+    """Within the block, guiders leave the model alone: what their hooks would do has been computed already."""
+    for guider in guiders(pipe):
+        guider._num_inference_steps = None  # what a former call had is not this one's
+    quieted = [guider for guider in guiders(pipe) if name_of(guider) in WITH_WEAK_PASSES]
+    for guider in quieted:
+        vars(guider)["prepare_models"] = functools.partial(_count, guider)
+        vars(guider)["cleanup_models"] = _nothing
+    try:
+        yield
+    finally:
+        for guider in quieted:
+            del vars(guider)["prepare_models"], vars(guider)["cleanup_models"]
+
+
+def _count(guider: Any, denoiser: nn.Module) -> None:
+    guider._count_prepared += 1
+
+
+def _nothing(denoiser: nn.Module) -> None:
+    pass

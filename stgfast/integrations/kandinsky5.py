@@ -1,0 +1,51 @@
+"""Kandinsky 5: text to video, image to video, text to image."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from stgfast.guidance import Guidance, Perturbation
+from stgfast.integrations.spec import Adapter, CallArguments
+
+
+def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
+    """Whether there is CFG is looked up in every step; the scale stays what it was when the call began."""
+    return float(call["guidance_scale"]) if pipe.guidance_scale > 1 else None
+
+
+def identity(attn: Any, hidden_states: Tensor, *args: Any, **named: Any) -> Tensor:
+    out: Tensor = attn.out_layer(attn.to_value(hidden_states))
+    return out
+
+
+KANDINSKY5 = Adapter(
+    pipeline="Kandinsky5T2VPipeline",
+    protocol="sequential",
+    # The blocks of the text before these are small: they run for all rows, so that these need not.
+    blocks=("visual_transformer_blocks",),
+    attention="self_attention",
+    state=("visual_embed",),
+    rows=frozenset(
+        {
+            "hidden_states",
+            "encoder_hidden_states",
+            "timestep",
+            "pooled_projections",
+            "visual_embed",
+            "text_embed",
+            "time_embed",
+            "rope",
+            "rotary_emb",
+        }
+    ),
+    identity=identity,
+    live=live,
+    # Our choice, nothing is published: 70% of the depth of the Lite models, which have 32 blocks; Pro has 60.
+    defaults=Guidance(Perturbation([22], scale=1.0)),
+)
+# The first frame is given, and takes no part in the scheduler's step, but in the rescale.
+KANDINSKY5_IMAGE = replace(KANDINSKY5, pipeline="Kandinsky5I2VPipeline")
+KANDINSKY5_TO_IMAGE = replace(KANDINSKY5, pipeline="Kandinsky5T2IPipeline")

@@ -1,0 +1,48 @@
+"""Latte: blocks that attend over space and blocks that attend over time take turns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from stgfast.batching.stack import Unit
+from stgfast.guidance import ATTENTION, AXES, Guidance, Perturbation
+from stgfast.integrations.spec import Adapter, CallArguments, requested_scale
+
+
+def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
+    """The pipeline combines with what it was called with, whatever a callback sets."""
+    return requested_scale(call)
+
+
+def units(transformer: nn.Module) -> Sequence[Unit]:
+    """A layer is a pair of blocks, one along each axis."""
+    lists = (
+        transformer.get_submodule(name).children() for name in ("transformer_blocks", "temporal_transformer_blocks")
+    )
+    return [
+        Unit(block, layer, ((axis, block.get_submodule("attn1")),))
+        for layer, pair in enumerate(zip(*lists, strict=True))
+        for axis, block in zip(AXES, pair, strict=True)
+    ]
+
+
+def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
+    if not call["enable_temporal_attentions"] and not guidance.inert:
+        return "enable_temporal_attentions=False leaves out half of the blocks; leave it True, or use stg_scale=0"
+    return None
+
+
+LATTE = Adapter(
+    pipeline="LattePipeline",
+    protocol="stacked",
+    units=units,
+    rows=frozenset({"hidden_states", "timestep", "encoder_hidden_states"}),
+    full=True,  # tokens are turned from space to time and back between blocks
+    live=live,
+    unfit=unfit,
+    # Our choice: nothing is published for Latte, which has 28 layers.
+    defaults=Guidance([Perturbation([14], kind=ATTENTION, axis=axis) for axis in AXES]),
+)

@@ -1,0 +1,126 @@
+"""LTX-2: video and audio together. Its pipelines ask for their weak branches themselves and combine in x0 space."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stgfast.batching.stack import Unit
+from stgfast.guidance import ATTENTION, COND, ISOLATE, RESIDUAL, UNCOND, Guidance, Moment, Perturbation, value
+from stgfast.integrations.attention import project
+from stgfast.integrations.spec import Adapter, CallArguments, Passes
+
+WEAK, ISOLATED = "perturbed", "isolated"
+
+
+def units(denoiser: nn.Module) -> Sequence[Unit]:
+    blocks = enumerate(denoiser.get_submodule("transformer_blocks").children())
+    names = ("attn1", "audio_attn1")
+    return [Unit(block, i, tuple(("", block.get_submodule(name)) for name in names)) for i, block in blocks]
+
+
+def identity(attn: Any, hidden_states: Tensor, *others: Any, **named: Any) -> Tensor:
+    """Values, times a gate for every head where the model has gates."""
+    values = attn.to_v(hidden_states)
+    if attn.to_gate_logits is not None:
+        gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
+        values = (values.unflatten(2, (attn.heads, -1)) * gates[..., None]).flatten(2)
+    return project(attn.to_out, values)
+
+
+def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
+    depth = len(pipe.transformer.transformer_blocks)
+    blocks = call["spatio_temporal_guidance_blocks"] or []
+    stg = call["stg_scale"] > 0 or (call["audio_stg_scale"] or 0) > 0
+    if guidance.inert and stg and any(not 0 <= block < depth for block in blocks):
+        return f"spatio_temporal_guidance_blocks: got {list(blocks)}, expected numbers from 0 to {depth - 1}"
+    if guidance.cfg is not None or guidance.rescale != 0.0:
+        return "cfg and rescale of a Guidance: use the pipeline's own guidance_scale, guidance_rescale and audio_..."
+    kinds = [part.kind == ISOLATE for part in guidance.perturbations]
+    if kinds.count(True) > 1 or kinds.count(False) > 1:
+        return "several perturbations: expected one at most, and one that isolates video from audio"
+    if any(part.of != COND or part.base != COND for part in guidance.perturbations):
+        return "a perturbation of or against another branch: expected cond, as the pipeline itself has it"
+    return None
+
+
+def requested(call: CallArguments) -> float | None:
+    return float(call["guidance_scale"]) if call["guidance_scale"] > 1 else None
+
+
+def passes(pipe: Any, call: CallArguments, guidance: Guidance, moment: Moment, denoiser: str) -> Passes:
+    """What the pipeline asks for in the step that begins, in its own order."""
+    _switch_off(pipe, call)
+    depth = len(pipe.transformer.transformer_blocks)
+    weak = Perturbation(call["spatio_temporal_guidance_blocks"] or [0], kind=ATTENTION)
+    isolated = Perturbation(range(depth), kind=ISOLATE)
+    if not guidance.inert:
+        scales = {RESIDUAL: 0.0, ISOLATE: 0.0}
+        for part in guidance.perturbations:
+            scale = value(part.scale, moment) if guidance.acts(moment) else 0.0
+            scales[ISOLATE if part.kind == ISOLATE else RESIDUAL] = scale
+            weak, isolated = (weak, part) if part.kind == ISOLATE else (part, isolated)
+        pipe._stg_scale = pipe._audio_stg_scale = scales[RESIDUAL]
+        pipe._modality_scale = pipe._audio_modality_scale = 1.0 + scales[ISOLATE]
+    turns: list[tuple[str, ...]] = [(UNCOND, COND) if pipe.do_classifier_free_guidance else (COND,)]
+    branches: dict[str, Perturbation | None] = {}
+    later = bool(guidance.perturbations) and moment.step == 0
+    if later and not pipe.do_spatio_temporal_guidance and not pipe.do_modality_isolation_guidance:
+        # What a later step needs, the pipeline splits off in its first, and there only for a weak branch.
+        pipe._stg_scale = 1.0
+        branches[WEAK] = None
+    elif pipe.do_spatio_temporal_guidance:
+        branches[WEAK] = weak
+    if pipe.do_modality_isolation_guidance:
+        branches[ISOLATED] = isolated
+    return Passes((*turns, *((name,) for name in branches)), branches)
+
+
+def _switch_off(pipe: Any, call: CallArguments) -> None:
+    """0 is off: the pipeline takes an audio scale of 0 for one that was left out, and a modality scale of 0 for -1."""
+    if call["audio_stg_scale"] == 0:
+        pipe._audio_stg_scale = 0.0
+    for name in ("modality_scale", "audio_modality_scale"):
+        if call[name] == 0:
+            setattr(pipe, f"_{name}", 1.0)
+
+
+def preview(pipe: Any, call: CallArguments, moment: Moment) -> None:
+    for name in ("guidance_scale", "stg_scale", "modality_scale"):
+        setattr(pipe, f"_{name}", call[name])
+        setattr(pipe, f"_audio_{name}", call[f"audio_{name}"] or call[name])
+
+
+ROWS = {
+    *("hidden_states", "encoder_hidden_states", "encoder_attention_mask"),
+    *("audio_hidden_states", "audio_encoder_hidden_states", "audio_encoder_attention_mask"),
+    *("timestep", "audio_timestep", "sigma", "audio_sigma", "video_coords", "audio_coords"),
+    *("temb", "temb_audio", "temb_prompt", "temb_prompt_audio"),
+    *("temb_ca_scale_shift", "temb_ca_audio_scale_shift", "temb_ca_gate", "temb_ca_audio_gate"),
+    *("video_rotary_emb", "audio_rotary_emb", "ca_video_rotary_emb", "ca_audio_rotary_emb"),
+    *("query_rotary_emb", "key_rotary_emb", "attention_mask"),
+    *("video_self_attention_mask", "self_attention_mask", "audio_self_attention_mask"),
+    *("a2v_cross_attention_mask", "v2a_cross_attention_mask"),
+}
+LTX2 = Adapter(
+    pipeline="LTX2Pipeline",
+    protocol="announced",
+    units=units,
+    state=("hidden_states", "audio_hidden_states"),
+    rows=frozenset(ROWS),
+    identity=identity,
+    changes={ISOLATE: {"use_a2v_cross_attention": False, "use_v2a_cross_attention": False}},
+    announces=lambda pipe: True,
+    passes=passes,
+    preview=preview,
+    unfit=unfit,
+    requested=requested,
+    # The pipeline's own arguments are its settings: STG 1 at layer 28, modality 3, rescale 0.7.
+    defaults=Guidance(),
+)
+LTX2_IMAGE = dataclasses.replace(LTX2, pipeline="LTX2ImageToVideoPipeline")
+LTX2_CONDITION = dataclasses.replace(LTX2, pipeline="LTX2ConditionPipeline")

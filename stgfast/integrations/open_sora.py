@@ -1,0 +1,138 @@
+"""Open-Sora: 1.2 (STDiT3) and 2.0 (MMDiTModel), whose samplers are functions that are given the model.
+
+Neither is imported: a model is known by its class's name, and adapted by what it has. The samplers keep their CFG
+scales to themselves, so the scale of 1 that the adapters name is none of theirs: with it, the conditional prediction
+is what guidance adds to.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from stgfast.batching.stack import Unit
+from stgfast.errors import UnsupportedPipelineError
+from stgfast.guidance import ATTENTION, AXES, COND, GUIDED, UNCOND, Guidance, Perturbation
+from stgfast.integrations.spec import Adapter, CallArguments
+
+NOTHING = "uncond without image"  # the third row of a sampler that has a scale for the image too
+
+
+def requested(call: CallArguments) -> float | None:
+    return 1.0 if call["cfg"] else None
+
+
+def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
+    return requested(call)
+
+
+def unfit(pipe: Any, guidance: Guidance, call: CallArguments, *, settable: bool) -> str | None:
+    """`settable`: the sampler has one scale, and a guidance may name another to be used in its place."""
+    if not call["cfg"]:
+        needs = guidance.cfg is not None or any(part.needs_cfg for part in guidance.perturbations)
+        return "cfg=False leaves out the rows of CFG, which this guidance needs" if needs else None
+    if settable and guidance.cfg is not None:
+        return None
+    combined = "a rescale, or a perturbation held against the CFG result,"
+    if guidance.rescale != 0.0 or any(part.base == GUIDED for part in guidance.perturbations):
+        advice = (
+            "; say it as Guidance(..., cfg=7.0)" if settable else ", and it has two, which change from step to step"
+        )
+        return f"{combined} needs the CFG scale, which only the sampler knows{advice}"
+    if guidance.cfg is not None:
+        return "a CFG scale in place of the sampler's: it has two, which change from step to step"
+    return None
+
+
+# Open-Sora 1.2
+
+
+def stdit3_units(model: nn.Module) -> Sequence[Unit]:
+    """A layer is a pair of blocks, one along each axis."""
+    lists = (model.get_submodule(name).children() for name in ("spatial_blocks", "temporal_blocks"))
+    return [
+        Unit(block, layer, ((axis, block.get_submodule("attn")),))
+        for layer, pair in enumerate(zip(*lists, strict=True))
+        for axis, block in zip(AXES, pair, strict=True)
+    ]
+
+
+def stdit3_identity(attn: Any, x: Tensor) -> Tensor:
+    """One layer projects queries, keys and values."""
+    value: Tensor = attn.proj_drop(attn.proj(attn.qkv(x).chunk(3, dim=-1)[2]))
+    return value
+
+
+def stdit3_unsupported(pipe: Any) -> str | None:
+    if getattr(pipe.model, "enable_sequence_parallelism", False):
+        return "a model whose tokens are spread over processes"
+    known = {"self", "x", "timestep", "y", "mask", "x_mask", "fps", "height", "width", "kwargs"}
+    unknown = set(inspect.signature(type(pipe.model).forward).parameters) - known
+    if unknown:
+        return f"an STDiT3 of another version than 1.2, with {', '.join(sorted(unknown))},"
+    return None
+
+
+STDIT3 = Adapter(
+    pipeline="STDiT3",
+    protocol="stacked",
+    order=(COND, UNCOND),
+    units=stdit3_units,
+    state=("x",),
+    rows=frozenset({"x", "timestep", "y", "mask", "x_mask", "fps", "height", "width", "t", "t0"}),
+    packed={"y": "mask"},
+    identity=stdit3_identity,
+    requested=requested,
+    live=live,
+    unsupported=stdit3_unsupported,
+    unfit=functools.partial(unfit, settable=True),
+    denoisers=("model",),
+    sample="x",
+    defaults=Guidance([Perturbation([12], kind=ATTENTION, scale=2.0, axis=axis) for axis in AXES]),
+)
+
+
+# Open-Sora 2.0
+
+
+def mmdit_units(model: nn.Module) -> Sequence[Unit]:
+    """Blocks with text in a stream of its own, then blocks with one stream; attention is no module of theirs."""
+    double, single = (list(model.get_submodule(name).children()) for name in ("double_blocks", "single_blocks"))
+    return [
+        *(Unit(block, layer, state=("img", "txt")) for layer, block in enumerate(double)),
+        *(Unit(block, layer, state=("x",)) for layer, block in enumerate(single, len(double))),
+    ]
+
+
+MMDIT = Adapter(
+    pipeline="MMDiTModel",
+    protocol="stacked",
+    order=(COND, UNCOND, NOTHING),
+    units=mmdit_units,
+    rows=frozenset({"img", "img_ids", "txt", "txt_ids", "timesteps", "y_vec", "cond", "guidance", "vec", "pe", "x"}),
+    requested=requested,
+    live=live,
+    unfit=functools.partial(unfit, settable=False),
+    denoisers=("model",),
+    sample="img",
+    # Our choice: nothing is published for Open-Sora 2.0, which has 19 blocks with two streams and 38 with one.
+    defaults=Guidance(Perturbation([13])),
+)
+
+MODELS = {adapter.pipeline: adapter for adapter in (STDIT3, MMDIT)}
+
+
+def adapter_for_model(pipe: Any) -> Adapter:
+    """The adapter of `pipe.model`."""
+    name = type(pipe.model).__name__
+    adapter = MODELS.get(name)
+    if adapter is None:
+        raise UnsupportedPipelineError(f"model: got {name}, expected one of {', '.join(sorted(MODELS))}")
+    missing = adapter.unsupported(pipe)
+    if missing:
+        raise UnsupportedPipelineError(f"{name}: {missing} is not supported")
+    return adapter

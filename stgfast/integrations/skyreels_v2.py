@@ -1,0 +1,56 @@
+"""SkyReels-V2: text to video and image to video, all frames at once or by diffusion forcing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from stgfast.guidance import Guidance, Perturbation
+from stgfast.integrations.spec import Adapter, CallArguments, steps_of_call
+
+
+def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
+    """The scale of a call stays what it was when it began."""
+    return float(call["guidance_scale"]) if pipe.do_classifier_free_guidance else None
+
+
+def forced_steps(call: CallArguments) -> int:
+    """With `ar_step`, every block of frames sets out so many steps after the one before it; a first image is done."""
+    frames: int = (call["num_frames"] - 1) // 4 + 1 + (call.get("last_image") is not None)
+    size: int = call["causal_block_size"] or 1
+    blocks = frames // size - (call.get("image") is not None) // size
+    return steps_of_call(call) + (blocks - 1) * int(call["ar_step"])
+
+
+def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
+    base = call["base_num_frames"]
+    long = call["overlap_history"] is not None and base is not None and call["num_frames"] > base
+    if long and not guidance.inert:
+        return (
+            f"num_frames with overlap_history: got {call['num_frames']}, expected at most base_num_frames, {base}, "
+            f"as the steps of a longer video, made in several runs, are not known beforehand"
+        )
+    return None
+
+
+SKYREELS_V2 = Adapter(
+    pipeline="SkyReelsV2Pipeline",
+    protocol="sequential",
+    blocks=("blocks",),
+    rows=frozenset({"hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image", "temb"}),
+    live=live,
+    # Our choice, nothing is published: 70% of the depth of the 14B model, which has 40 blocks.
+    defaults=Guidance(Perturbation([28], scale=1.0)),
+)
+SKYREELS_V2_IMAGE = replace(
+    SKYREELS_V2,
+    pipeline="SkyReelsV2ImageToVideoPipeline",
+    # Our choice: there is a 1.3B model of 30 blocks beside the 14B one of 40, and this is late in both.
+    defaults=Guidance(Perturbation([24], scale=1.0)),
+)
+# A timestep for every frame. `fps` has an entry for every prompt as well, but the models that look at it take one
+# prompt at a time, so that its one entry goes for all rows.
+SKYREELS_V2_FORCED = replace(
+    SKYREELS_V2_IMAGE, pipeline="SkyReelsV2DiffusionForcingPipeline", steps_asked=forced_steps, unfit=unfit
+)
+SKYREELS_V2_FORCED_IMAGE = replace(SKYREELS_V2_FORCED, pipeline="SkyReelsV2DiffusionForcingImageToVideoPipeline")

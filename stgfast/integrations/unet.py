@@ -1,0 +1,37 @@
+"""The UNets of diffusers: what they run, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
+
+from torch import nn
+
+from stgfast.batching.stack import Unit
+
+
+def units(unet: nn.Module, lists: Mapping[str, str]) -> Sequence[Unit]:
+    """Residual blocks and resamplers are only shared; a layer is a transformer, with all that it has inside.
+
+    `lists` has the name of a transformer's list of blocks for every axis along which blocks attend.
+    """
+    found: list[Unit] = []
+    for block in (*_children(unet, "down_blocks"), unet.get_submodule("mid_block"), *_children(unet, "up_blocks")):
+        # The middle has one residual block more than transformers, at its end; some blocks have no transformers.
+        for resnet, transformer in zip_longest(_children(block, "resnets"), _children(block, "attentions")):
+            found.append(Unit(resnet, None))
+            if transformer is not None:
+                number = len({unit.layer for unit in found} - {None})
+                attentions = [
+                    (axis, block.get_submodule("attn1"))
+                    for axis, name in lists.items()
+                    for block in _children(transformer, name)
+                ]
+                found.append(Unit(transformer, number, tuple(attentions), wrapped=True))
+        found += [Unit(part, None) for name in ("downsamplers", "upsamplers") for part in _children(block, name)]
+    return found
+
+
+def _children(module: nn.Module, name: str) -> Iterable[nn.Module]:
+    listed = getattr(module, name, None)
+    return () if listed is None else listed.children()

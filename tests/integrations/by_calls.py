@@ -1,0 +1,72 @@
+"""The plain method for pipelines that make something of a prediction before their scheduler sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+
+from stgfast import Guidance
+from tests.integrations.family import Family
+from tests.oracle import weakened
+
+
+@dataclass(frozen=True)
+class ByCalls(Family):
+    """A family whose denoiser, called for cond and then for uncond, gives the guided prediction both times.
+
+    The arguments for uncond are known when cond is asked for: they are the same but for the text, which is in the
+    pipeline's arguments. With `known=False` they are not, and what was given for cond is filled in afterwards.
+    """
+
+    known: bool = True
+
+    def plain(self, guidance: Guidance, prompts: int = 1, cfg: bool = True, other: bool = False) -> torch.Tensor:
+        pipe = self.build(other=other)
+        scale = self.cfg if cfg else None
+        negative = {"encoder_hidden_states": self.arguments(prompts, cfg=cfg).get("negative_prompt_embeds")}
+        forward = pipe.transformer.forward
+        calls: list[dict[str, Any]] = []
+        held: list[torch.Tensor] = []
+        done = []
+
+        def guided(cond: dict[str, Any], uncond: dict[str, Any]) -> torch.Tensor:
+            inputs = {"cond": cond, "uncond": uncond}
+            plain = {"cond": forward(**cond)[0].double()}
+            plain["guided"] = plain["cond"]
+            if scale is not None:
+                plain["uncond"] = forward(**uncond)[0].double()
+                plain["guided"] = plain["uncond"] + scale * (plain["cond"] - plain["uncond"])
+            result = plain["guided"]
+            for part in guidance.perturbations:
+                with weakened(self.facts, pipe.transformer, part.layers, part.kind, part.axis):
+                    weak = forward(**inputs[part.of])[0].double()
+                strength = part.scale[len(done)] if isinstance(part.scale, tuple) else part.scale
+                result = result + strength * (plain[part.base] - weak)
+            if guidance.rescale:
+                pairs = zip(plain["cond"], result, strict=True)
+                phi = guidance.rescale
+                result = torch.stack([g * (phi * c.std() / g.std() + 1 - phi) for c, g in pairs])
+            done.append(True)
+            return result.float()
+
+        def called(**given: Any) -> tuple[torch.Tensor]:
+            calls.append(given)
+            last = scale is None or len(calls) == 2
+            if self.known and len(calls) == 1:
+                held.append(guided(given, {**given, **negative}))
+            elif not self.known and last:
+                result = guided(calls[0], given)
+                held[:] = [held[0].copy_(result) if held else result]
+            elif not self.known:
+                held.append(torch.zeros_like(given["hidden_states"]))
+            result = held[0].clone() if self.known else held[0]
+            if last:
+                calls.clear()
+                held.clear()
+            return (result,)
+
+        with mock.patch.object(pipe.transformer, "forward", called):
+            return self.run(pipe, prompts, cfg)

@@ -1,0 +1,66 @@
+"""HunyuanVideo: two kinds of blocks, text carried along, one call for cond and, with true CFG, another for uncond."""
+
+import diffusers
+import torch
+
+from tests import models
+from tests.integrations.family import Family
+from tests.oracle import Facts, first_two
+
+
+def builder(cls, **changes):
+    def build(other=False):
+        layers = {"num_layers": 3, "num_single_layers": 3}
+        pipe = models.pipeline("hunyuan", models.transformer("hunyuan", seed=1, **layers, **changes))
+        if other:
+            pipe.scheduler = diffusers.FlowMatchLCMScheduler()
+        parts = pipe.components
+        if cls is diffusers.HunyuanVideoImageToVideoPipeline:
+            parts["image_processor"] = None
+        built = cls(**parts)
+        built.set_progress_bar_config(disable=True)
+        return built
+
+    return build
+
+
+def arguments(prompts, cfg=True):
+    sizes = models.sizes("hunyuan", num_inference_steps=2, true_cfg_scale=4.0 if cfg else 1.0)
+    return {**sizes, **models.prompt("hunyuan", prompts), "generator": models.generators(prompts)}
+
+
+def from_image(prompts, cfg=True):
+    image = torch.rand(prompts, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return {**arguments(prompts, cfg), "image": image}
+
+
+FACTS = Facts(stacked=False, unchanged=first_two)
+FAMILIES = [
+    Family("HunyuanVideo", builder(diffusers.HunyuanVideoPipeline), arguments, FACTS, cfg=4.0),
+    Family(
+        "HunyuanVideo from an image as channels",
+        builder(
+            diffusers.HunyuanVideoImageToVideoPipeline,
+            image_condition_type="latent_concat",
+            in_channels=9,
+            guidance_embeds=False,
+        ),
+        from_image,
+        FACTS,
+        cfg=4.0,
+    ),
+    Family(
+        "HunyuanVideo from an image as tokens",
+        builder(diffusers.HunyuanVideoImageToVideoPipeline, image_condition_type="token_replace"),
+        from_image,
+        Facts(stacked=False, unchanged=first_two, sent=lambda pipe, prediction: prediction[:, :, 1:]),
+        cfg=4.0,
+    ),
+    Family(
+        "SkyReels V1 from an image",
+        builder(diffusers.HunyuanSkyreelsImageToVideoPipeline, in_channels=8, guidance_embeds=False),
+        from_image,
+        FACTS,
+        cfg=4.0,
+    ),
+]

@@ -1,0 +1,73 @@
+"""LTX-Video: a stacked call; with images, a timestep for every token and tokens that the scheduler does not step."""
+
+import diffusers
+import torch
+from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
+
+from tests import models
+from tests.integrations.family import Family
+from tests.oracle import Facts
+
+
+def builder(cls):
+    def build(other=False):
+        pipe = models.pipeline("ltx", models.transformer("ltx", seed=1))
+        if other and cls is diffusers.LTXConditionPipeline:  # no other class has a time for every token
+            pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
+        elif other:
+            pipe.scheduler = diffusers.FlowMatchLCMScheduler()
+        built = cls(**pipe.components)
+        built.set_progress_bar_config(disable=True)
+        return built
+
+    return build
+
+
+def arguments(prompts, cfg=True):
+    sizes = models.sizes("ltx", num_inference_steps=2, guidance_scale=3.0 if cfg else 1.0)
+    return {**sizes, **models.prompt("ltx", prompts), "generator": models.generators(prompts)}
+
+
+def images(count, seed=0):
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def from_image(prompts, cfg=True):
+    return {**arguments(prompts, cfg), "image": images(prompts)}
+
+
+def from_conditions(prompts, cfg=True):
+    """An image at the start, fixed, and one at a later frame, as tokens of its own and loosely held to."""
+    conditions = [
+        LTXVideoCondition(image=images(prompts), frame_index=0, strength=1.0),
+        LTXVideoCondition(image=images(prompts, seed=1), frame_index=8, strength=0.8),
+    ]
+    return {**arguments(prompts, cfg), "conditions": conditions}
+
+
+def without_first_frame(pipe, prediction):
+    """What the pipeline from an image has its scheduler step: all frames but the one that was given."""
+    frames, height, width = (
+        (9 - 1) // pipe.vae_temporal_compression_ratio + 1,
+        *[32 // pipe.vae_spatial_compression_ratio] * 2,
+    )
+    return prediction.unflatten(1, (frames, height, width)).permute(0, 4, 1, 2, 3)[:, :, 1:]
+
+
+FAMILIES = [
+    Family("LTX", builder(diffusers.LTXPipeline), arguments, Facts(stacked=True), cfg=3.0),
+    Family(
+        "LTX from an image",
+        builder(diffusers.LTXImageToVideoPipeline),
+        from_image,
+        Facts(stacked=True, sent=without_first_frame),
+        cfg=3.0,
+    ),
+    Family(
+        "LTX from conditions",
+        builder(diffusers.LTXConditionPipeline),
+        from_conditions,
+        Facts(stacked=True, sent=lambda pipe, prediction: -prediction),
+        cfg=3.0,
+    ),
+]

@@ -1,0 +1,76 @@
+"""SkyReels-V2: calls for cond and then for uncond; by diffusion forcing, a time and a scheduler for every frame."""
+
+import diffusers
+
+from tests import models
+from tests.integrations.by_calls import ByCalls
+from tests.integrations.families import wan
+from tests.integrations.family import Family
+from tests.oracle import Facts
+
+WITH_IMAGE = {"in_channels": 36, "image_dim": 20, "added_kv_proj_dim": 24}
+
+
+def builder(cls, **changes):
+    def build(other=False):
+        parts = models.pipeline("wan").components
+        parts = {name: part for name, part in parts.items() if not name.startswith("transformer")}
+        if other:  # one that takes a timestep that is rounded, as they are where every frame has its own
+            flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+            parts["scheduler"] = diffusers.DPMSolverMultistepScheduler(**flow)
+        if "image_dim" in changes:
+            parts |= {"image_encoder": wan.image_encoder(20), "image_processor": wan.image_processor()}
+        model = wan.transformer(1, diffusers.SkyReelsV2Transformer3DModel, **changes)
+        pipe = cls(**parts, transformer=model)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return build
+
+
+def forced(**more):
+    return wan.caller(base_num_frames=97, prompt=None, **more)
+
+
+def one_by_one(prompts, cfg=True):
+    """A model that is told the frame rate takes one prompt at a time."""
+    return forced(fps=16)(1, cfg)
+
+
+SEQUENTIAL = Facts(stacked=False)
+FORCED = diffusers.SkyReelsV2DiffusionForcingPipeline
+FORCED_IMAGE = diffusers.SkyReelsV2DiffusionForcingImageToVideoPipeline
+
+FAMILIES = [
+    Family("SkyReels-V2", builder(diffusers.SkyReelsV2Pipeline), wan.caller(), SEQUENTIAL, cfg=4.0),
+    Family(
+        "SkyReels-V2 from an image",
+        builder(diffusers.SkyReelsV2ImageToVideoPipeline, **WITH_IMAGE),
+        wan.long_prompts(wan.caller(image=wan.image)),
+        SEQUENTIAL,
+        cfg=4.0,
+    ),
+    ByCalls("SkyReels-V2 forced", builder(FORCED), forced(), SEQUENTIAL, cfg=4.0),
+    ByCalls(
+        "SkyReels-V2 forced, frame after frame",
+        builder(FORCED),
+        forced(ar_step=1),
+        SEQUENTIAL,
+        cfg=4.0,
+        steps=(4, 4),
+    ),
+    ByCalls(
+        "SkyReels-V2 forced, told the frame rate",
+        builder(FORCED, inject_sample_info=True),
+        one_by_one,
+        SEQUENTIAL,
+        cfg=4.0,
+    ),
+    ByCalls(
+        "SkyReels-V2 forced from an image",
+        builder(FORCED_IMAGE),
+        forced(image=wan.image),
+        SEQUENTIAL,
+        cfg=4.0,
+    ),
+]

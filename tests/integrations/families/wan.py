@@ -1,0 +1,159 @@
+"""Wan: calls for cond and then for uncond, of one transformer or of two; a timestep for every token; control hints."""
+
+import diffusers
+import PIL.Image
+import torch
+import transformers
+
+from tests import models
+from tests.integrations.family import Family
+from tests.oracle import Facts, Part, parts_of
+
+TWO = ("transformer", "transformer_2")
+TEXT_TOKENS = 512  # the model counts on so many where an image encoder's tokens come with them
+
+
+def transformer(seed, cls=diffusers.WanTransformer3DModel, **changes):
+    torch.manual_seed(seed)
+    model = cls(**{**models.config("wan"), "num_layers": 4, **changes})
+    models._spread(model)
+    return model.eval()
+
+
+def image_encoder(width):
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
+    config = transformers.CLIPVisionConfig(hidden_size=width, intermediate_size=width, **sizes)
+    return transformers.CLIPVisionModel(config).eval()
+
+
+def image_processor():
+    return transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=16)
+
+
+def builder(cls=diffusers.WanPipeline, model=diffusers.WanTransformer3DModel, two=False, settings=None, **changes):
+    def build(other=False):
+        parts = models.pipeline("wan").components
+        parts = {name: part for name, part in parts.items() if name not in TWO}
+        if other:
+            parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        if "image_dim" in changes:
+            parts |= {"image_encoder": image_encoder(changes["image_dim"]), "image_processor": image_processor()}
+        if two:
+            parts["transformer_2"] = transformer(2, model, **changes)
+        pipe = cls(**parts, **(settings or {}), transformer=transformer(1, model, **changes))
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return build
+
+
+def caller(**more):
+    """Arguments of a call; what is random of `more` is made with a seed."""
+
+    def arguments(prompts, cfg=True):
+        sizes = models.sizes("wan", num_inference_steps=2, guidance_scale=4.0 if cfg else 1.0)
+        made = {name: value() if callable(value) else value for name, value in more.items()}
+        if "strength" in more:
+            del sizes["num_frames"]  # the video has so many as it has
+        return {**sizes, **models.prompt("wan", prompts), "generator": models.generators(prompts), **made}
+
+    return arguments
+
+
+def image(seed=0):
+    pixels = torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(seed))
+    return PIL.Image.fromarray((pixels * 255).byte().numpy())
+
+
+def video():
+    return torch.rand(1, 9, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def long_prompts(arguments):
+    """The same, with as many text tokens as a model with image embeddings needs."""
+
+    def longer(prompts, cfg=True):
+        made = arguments(prompts, cfg)
+        embeds = {name: value for name, value in made.items() if name.endswith("prompt_embeds")}
+        return {**made, **{name: value.repeat(1, TEXT_TOKENS // 16, 1) for name, value in embeds.items()}}
+
+    return longer
+
+
+def two_scales(pipe, denoiser):
+    return 2.5 if denoiser == "transformer_2" else 4.0
+
+
+def control(prompts, cfg=True):
+    """One clip at a time and one generator is all that the pipeline takes."""
+    made = caller(video=video, mask=video().round(), conditioning_scale=[1.0, 0.7])(1, cfg)
+    return {**made, "generator": models.generators(1)[0]}
+
+
+def hints_and_blocks(model):
+    return [*(Part(block, None, {}) for block in model.vace_blocks), *parts_of(model)]
+
+
+SEQUENTIAL = Facts(stacked=False)
+BOTH = Facts(stacked=False, denoisers=TWO)
+BOUNDARY = {"boundary_ratio": 0.9}  # between the first step and the second
+EVERY_TOKEN = {"expand_timesteps": True}
+CONDITIONED = {"in_channels": 36}  # beside the latents their condition, and a mask
+WITH_IMAGE = {**CONDITIONED, "image_dim": 20, "added_kv_proj_dim": 24}
+FROM_IMAGE = diffusers.WanImageToVideoPipeline
+HINTS = {"vace_layers": [0, 2], "vace_in_channels": 96}
+
+FAMILIES = [
+    Family("Wan", builder(), caller(), SEQUENTIAL, cfg=4.0),
+    Family(
+        "Wan of two transformers",
+        builder(two=True, settings=BOUNDARY),
+        caller(guidance_scale_2=2.5),
+        BOTH,
+        cfg=two_scales,
+    ),
+    Family("Wan, a time for every token", builder(settings=EVERY_TOKEN), caller(), SEQUENTIAL, cfg=4.0),
+    Family(
+        "Wan from an image",
+        builder(FROM_IMAGE, **WITH_IMAGE),
+        long_prompts(caller(image=image)),
+        SEQUENTIAL,
+        cfg=4.0,
+    ),
+    Family(
+        "Wan from an image, of two transformers",
+        builder(FROM_IMAGE, two=True, settings=BOUNDARY, **CONDITIONED),
+        caller(image=image, guidance_scale_2=2.5),
+        BOTH,
+        cfg=two_scales,
+    ),
+    Family(
+        "Wan from an image, a time for every token",
+        builder(FROM_IMAGE, settings=EVERY_TOKEN),
+        caller(image=image),
+        SEQUENTIAL,
+        cfg=4.0,
+    ),
+    Family(
+        "Wan from a video",
+        builder(diffusers.WanVideoToVideoPipeline),
+        caller(video=video, num_inference_steps=4, strength=0.5),
+        SEQUENTIAL,
+        cfg=4.0,
+    ),
+    Family(
+        "Wan VACE",
+        builder(diffusers.WanVACEPipeline, diffusers.WanVACETransformer3DModel, **HINTS),
+        control,
+        Facts(stacked=False, parts=hints_and_blocks),
+        cfg=4.0,
+    ),
+    Family(
+        "Wan VACE of two transformers",
+        builder(diffusers.WanVACEPipeline, diffusers.WanVACETransformer3DModel, two=True, settings=BOUNDARY, **HINTS),
+        lambda prompts, cfg=True: {**control(prompts, cfg), "guidance_scale_2": 2.5},
+        Facts(stacked=False, parts=hints_and_blocks, denoisers=TWO),
+        cfg=two_scales,
+    ),
+]

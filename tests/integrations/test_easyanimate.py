@@ -1,0 +1,47 @@
+"""EasyAnimate from parts of a video: a start in the middle, the scale of a call, and attention without text's own."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import stgfast
+from stgfast import Guidance, Perturbation
+from tests.integrations.families import easyanimate
+from tests.integrations.family import distance
+
+TEXT, FRAME = easyanimate.FAMILIES
+
+
+def test_schedules_are_for_the_steps_that_strength_leaves():
+    def arguments(prompts, cfg=True):
+        return {**easyanimate.from_first_frame(prompts, cfg), "num_inference_steps": 3, "strength": 0.7}
+
+    family = dataclasses.replace(FRAME, arguments=arguments)
+    guidance = Guidance(Perturbation([4], scale=[2.0, 1.0]))
+    expected = family.plain(guidance)
+    pipe = stgfast.accelerate(family.build(), guidance)
+    # The pipeline draws what it starts from without a generator: from the state that building it left.
+    assert distance(family.run(pipe), expected) < 1e-5
+    assert sum(phase.steps for phase in stgfast.explain(pipe, **arguments(1)).phases) == 2
+    with pytest.raises(stgfast.SettingsError, match="got 3 numbers, expected 2"):
+        family.run(pipe, stg=Guidance(Perturbation([4], scale=[1.0] * 3)))
+
+
+def test_a_callback_that_changes_the_scale_changes_nothing():
+    """As in the pipeline itself, which combines with the argument that it was called with."""
+
+    def change(pipe, step, t, kwargs):
+        pipe._guidance_scale = 9.0
+        return kwargs
+
+    guidance = Guidance(Perturbation([4]))
+    expected = TEXT.run(stgfast.accelerate(TEXT.build(), guidance))
+    assert torch.equal(TEXT.run(stgfast.accelerate(TEXT.build(), guidance), callback_on_step_end=change), expected)
+
+
+@pytest.mark.parametrize("layer", [2, 3], ids=["projections for text", "shared projections"])
+def test_both_kinds_of_blocks(layer):
+    guidance = Guidance(Perturbation([layer], kind="attention"))
+    made = TEXT.run(stgfast.accelerate(TEXT.build(), guidance), 2)
+    assert distance(made, TEXT.plain(guidance, 2)) < 1e-5

@@ -1,0 +1,157 @@
+"""Guiders with weak passes: their own passes, shared, and right where diffusers' are not."""
+
+import diffusers
+import pytest
+import torch
+from diffusers import ClassifierFreeGuidance, PerturbedAttentionGuidance, SkipLayerGuidance
+from diffusers.hooks import LayerSkipConfig
+
+import stgfast
+from stgfast import Guidance, Perturbation
+from stgfast.errors import SettingsError
+from tests.integrations.families.hunyuan_video15 import FACTS, FAMILIES, arguments, build
+from tests.integrations.family import distance
+from tests.oracle import weakened
+
+HUNYUAN = FAMILIES[0]
+DEPTH = 5
+RANGE = {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
+PAG_RANGE = {"perturbed_guidance_start": 0.0, "perturbed_guidance_stop": 1.0}
+
+
+def skipping(layers=(3,), **settings):
+    config = LayerSkipConfig(list(layers), fqn="transformer_blocks")
+    return SkipLayerGuidance(**{"guidance_scale": 4.0, "skip_layer_config": config, **RANGE, **settings})
+
+
+def perturbing(layers=(3,), **settings):
+    given = {"guidance_scale": 4.0, "perturbed_guidance_layers": list(layers), **PAG_RANGE, **settings}
+    return PerturbedAttentionGuidance(**given)
+
+
+def clip(guider, accelerate=False, steps=4, **settings):
+    pipe = build(guider=guider)
+    if accelerate:
+        stgfast.accelerate(pipe)
+    with torch.no_grad():
+        return pipe(**{**arguments(1), "num_inference_steps": steps}, **settings).frames
+
+
+def passes_written_out(guider, kind, steps=4):
+    """The guider's formula, on passes made one by one: the weak one is the conditional one, made weak."""
+    pipe = build(guider=guider)
+    forward, called = pipe.transformer.forward, []
+
+    def record(**kwargs):
+        called.append(kwargs)
+        return forward(**kwargs)
+
+    def guided(data):
+        names = [batch.__guidance_identifier__ for batch in data]
+        preds = dict(zip(names, (batch.noise_pred for batch in data), strict=True))
+        if "pred_cond_skip" in preds:
+            with weakened(FACTS, pipe.transformer, [3], kind):
+                preds["pred_cond_skip"] = forward(**called[0])[0]
+        called.clear()
+        return guider.forward(**preds)
+
+    guider.prepare_models = lambda denoiser: setattr(guider, "_count_prepared", guider._count_prepared + 1)
+    guider.cleanup_models = lambda denoiser: None
+    pipe.transformer.forward = record
+    pipe.guider.__class__ = type(type(guider).__name__, (type(guider),), {"__call__": lambda self, data: guided(data)})
+    with torch.no_grad():
+        return pipe(**{**arguments(1), "num_inference_steps": steps}).frames
+
+
+CASES = {
+    "skipped layers": (skipping, {}, "residual"),
+    "skipped layers, rescaled": (skipping, {"guidance_rescale": 0.6}, "residual"),
+    "skipped layers, original formulation": (skipping, {"use_original_formulation": True}, "residual"),
+    "skipped layers without CFG": (skipping, {"guidance_scale": 1.0}, "residual"),
+    "skipped layers in part of the steps": (skipping, {"skip_layer_guidance_stop": 0.6}, "residual"),
+    "perturbed attention": (perturbing, {}, "attention"),
+    "perturbed attention, rescaled, without CFG": (
+        perturbing,
+        {"guidance_scale": 1.0, "guidance_rescale": 0.6},
+        "attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_shared_passes_are_the_guiders_own(case):
+    made_by, settings, kind = case
+    expected = passes_written_out(made_by(**settings), kind)
+    assert distance(clip(made_by(**settings), accelerate=True), expected) < 1e-5
+    assert distance(expected, clip(ClassifierFreeGuidance(guidance_scale=4.0))) > 1e-3
+
+
+def test_where_diffusers_fails():
+    """Its skip passes are not known to this model, and layer numbers given as a list are not taken."""
+    with pytest.raises(ValueError, match="HunyuanVideo15TransformerBlock"):
+        clip(skipping())
+    given = {"guidance_scale": 4.0, "skip_layer_guidance_layers": [3], **RANGE}
+    with pytest.raises(TypeError):
+        clip(SkipLayerGuidance(**given))
+    expected = clip(skipping(), accelerate=True)
+    assert torch.equal(clip(SkipLayerGuidance(**given), accelerate=True), expected)
+
+
+def test_no_history_runs_twice():
+    pipe = stgfast.accelerate(build(guider=skipping(stop=1.0)))
+    with HUNYUAN.counted(pipe) as rows, torch.no_grad():
+        pipe(**{**arguments(1), "num_inference_steps": 4})
+    # the first step is before the guider's range: it acts where start * steps < step
+    assert rows == [2 * 4] * 4 + [2 + 3 * 3]
+    explained = stgfast.explain(pipe, **{**arguments(1), "num_inference_steps": 4})
+    assert [phase.rows for phase in explained.phases] == [(2,) * 5, (2, 2, 2, 2, 3)]
+
+
+def test_the_guider_is_left_as_it_was():
+    guider = skipping()
+    before = set(vars(guider))
+    pipe = stgfast.accelerate(build(guider=guider))
+    with torch.no_grad():
+        pipe(**arguments(1))
+    assert set(vars(guider)) == before
+    assert pipe.guider is guider
+    assert not any(hasattr(module, "_diffusers_hook") for module in pipe.transformer.transformer_blocks)
+
+
+def test_a_guidance_beside_a_guider_of_cfg():
+    """Whatever the guider does beside CFG is asked of the engine: its own rescale, or the original formulation."""
+    guidance = Guidance(Perturbation([3]))
+    plain = stgfast.accelerate(build(guider=ClassifierFreeGuidance(guidance_scale=4.0)), guidance)
+    expected = HUNYUAN.run(plain, stg_rescale=0.6)
+    for settings in ({"guidance_scale": 4.0}, {"guidance_scale": 3.0, "use_original_formulation": True}):
+        guider = ClassifierFreeGuidance(guidance_rescale=0.6, **settings)
+        assert distance(HUNYUAN.run(stgfast.accelerate(build(guider=guider), guidance)), expected) < 1e-5
+
+
+WRONG = {
+    "layers": (skipping((7,)), None, r"layers of SkipLayerGuidance: got \[7\], expected numbers from 0 to 4"),
+    "stack": (
+        SkipLayerGuidance(skip_layer_config=LayerSkipConfig([1], fqn="blocks"), **RANGE),
+        None,
+        "fqn of SkipLayerGuidance: got 'blocks', expected one of transformer_blocks",
+    ),
+    "half a block": (
+        SkipLayerGuidance(skip_layer_config=LayerSkipConfig([1], skip_ff=False), **RANGE),
+        None,
+        "expected that all its layers skip the whole block",
+    ),
+    "both": (skipping(), Guidance(Perturbation([1])), "expected one of the two"),
+    "another": (
+        diffusers.AdaptiveProjectedGuidance(),
+        Guidance(Perturbation([1])),
+        "guider: got AdaptiveProjectedGuidance, expected ClassifierFreeGuidance, or SkipLayerGuidance",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_guiders_say_so(name):
+    guider, guidance, message = WRONG[name]
+    pipe = stgfast.accelerate(build(guider=guider), guidance)
+    with pytest.raises(SettingsError, match=message):
+        HUNYUAN.run(pipe)

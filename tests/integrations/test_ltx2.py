@@ -1,0 +1,227 @@
+"""LTX-2 against its own four passes, video and audio."""
+
+import diffusers
+import PIL.Image
+import pytest
+import torch
+from diffusers.pipelines.ltx2 import LTX2TextConnectors
+from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
+
+import stgfast
+from stgfast import Guidance, Perturbation
+from stgfast.errors import SettingsError
+from tests.integrations.family import distance
+from tests.models import _spread, generators
+
+DEPTH = 5
+TRANSFORMER = {
+    **{"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 8},
+    **{"cross_attention_dim": 16, "audio_in_channels": 4, "audio_out_channels": 4, "audio_num_attention_heads": 2},
+    **{"audio_attention_head_dim": 4, "audio_cross_attention_dim": 8, "num_layers": DEPTH, "caption_channels": 16},
+    **{"rope_double_precision": False, "perturbed_attn": True},
+}
+# 2.3 has gates in its attention and no projection of prompts
+VERSIONS = {
+    "2.0": {},
+    "2.3": {"gated_attn": True, "audio_gated_attn": True, "cross_attn_mod": True, "audio_cross_attn_mod": True},
+}
+CONNECTORS = {
+    **{"caption_channels": 16, "text_proj_in_factor": 2, "rope_double_precision": False},
+    **{"video_connector_num_attention_heads": 2, "video_connector_attention_head_dim": 8},
+    **{"video_connector_num_layers": 1, "video_connector_num_learnable_registers": None},
+    **{"audio_connector_num_attention_heads": 2, "audio_connector_attention_head_dim": 8},
+    **{"audio_connector_num_layers": 1, "audio_connector_num_learnable_registers": None},
+}
+VAE = {
+    **{"latent_channels": 4, "block_out_channels": (8,), "decoder_block_out_channels": (8,), "layers_per_block": (1,)},
+    **{"decoder_layers_per_block": (1, 1), "spatio_temporal_scaling": (True,), "patch_size": 1, "patch_size_t": 1},
+    **{"decoder_spatio_temporal_scaling": (True,), "decoder_inject_noise": (False, False)},
+    **{"downsample_type": ("spatial",), "upsample_residual": (False,), "upsample_factor": (1,)},
+    **{"down_block_types": ("LTX2VideoDownBlock3D",), "upsample_type": ("spatiotemporal",)},
+}
+AUDIO_VAE = {
+    **{"base_channels": 4, "ch_mult": (1,), "num_res_blocks": 1, "resolution": 32, "latent_channels": 2},
+    **{"sample_rate": 16000, "mel_hop_length": 160, "mel_bins": 8},
+}
+VOCODER = {
+    **{"in_channels": 16, "hidden_channels": 4, "upsample_kernel_sizes": [4, 4], "upsample_factors": [2, 2]},
+    **{"resnet_kernel_sizes": [3], "resnet_dilations": [[1, 3, 5]], "output_sampling_rate": 16000},
+}
+
+
+def build(cls="LTX2Pipeline", version="2.3", **changes):
+    torch.manual_seed(0)
+    model = diffusers.LTX2VideoTransformer3DModel(**{**TRANSFORMER, **VERSIONS[version], **changes})
+    _spread(model)
+    parts = {
+        "transformer": model.eval(),
+        "connectors": LTX2TextConnectors(**CONNECTORS).eval(),
+        "vae": diffusers.AutoencoderKLLTX2Video(**VAE).eval(),
+        "audio_vae": diffusers.AutoencoderKLLTX2Audio(**AUDIO_VAE).eval(),
+        "vocoder": LTX2Vocoder(**VOCODER).eval(),
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(),
+        "text_encoder": None,
+        "tokenizer": None,
+    }
+    pipe = getattr(diffusers, cls)(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def call(pipe, prompts=1, **changes):
+    """Video and audio latents."""
+    made = {}
+    for side in ("", "negative_"):
+        one = [
+            torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(n + 9 * len(side))) for n in range(prompts)
+        ]
+        made |= {f"{side}prompt_embeds": torch.cat(one), f"{side}prompt_attention_mask": torch.ones(prompts, 8).long()}
+    sizes = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2, "output_type": "latent"}
+    given = {"spatio_temporal_guidance_blocks": [3], "generator": generators(prompts)}
+    with torch.no_grad():
+        out = pipe(**{**made, **sizes, **given, **changes})
+    assert out.frames.isfinite().all()
+    return out.frames, out.audio
+
+
+def rows_of(pipe, **changes):
+    """Rows that every block runs on in one call."""
+    counts = [0] * DEPTH
+
+    def hook(number):
+        def count(module, args, kwargs):
+            counts[number] += len(kwargs["hidden_states"])
+
+        return count
+
+    handles = [
+        block.register_forward_pre_hook(hook(n), with_kwargs=True)
+        for n, block in enumerate(pipe.transformer.transformer_blocks)
+    ]
+    call(pipe, **changes)
+    for handle in handles:
+        handle.remove()
+    return counts
+
+
+OWN = {
+    "its defaults": {},
+    "STG alone": {
+        "guidance_scale": 1.0,
+        "audio_guidance_scale": 1.0,
+        "modality_scale": 1.0,
+        "audio_modality_scale": 1.0,
+    },
+    "modality alone": {"guidance_scale": 1.0, "audio_guidance_scale": 1.0, "stg_scale": 0.0, "audio_stg_scale": 0.0},
+    "CFG and STG, not rescaled": {
+        **{"modality_scale": 1.0, "audio_modality_scale": 1.0, "guidance_rescale": 0.0, "audio_guidance_rescale": 0.0},
+        **{"stg_scale": 2.0, "audio_stg_scale": 0.5, "spatio_temporal_guidance_blocks": [1, 4]},
+    },
+    "two prompts": {"prompts": 2},
+}
+
+
+def image():
+    pixels = torch.randint(256, (32, 32, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    return PIL.Image.fromarray(pixels.numpy())
+
+
+@pytest.mark.parametrize("own", OWN.values(), ids=OWN)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_equals_its_own_four_passes(version, own):
+    expected = call(build(version=version), **own)
+    made = call(stgfast.accelerate(build(version=version)), **own)
+    for one, other in zip(made, expected, strict=True):
+        assert distance(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("cls", ["LTX2ImageToVideoPipeline", "LTX2ConditionPipeline"])
+def test_with_an_image_too(cls):
+    from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+
+    if cls == "LTX2ImageToVideoPipeline":
+        given = {"image": image(), "image_crf": 0}
+    else:
+        given = {"conditions": [LTX2VideoCondition(frames=image(), index=0)]}
+    expected = call(build(cls), **given)
+    made = call(stgfast.accelerate(build(cls)), **given)
+    for one, other in zip(made, expected, strict=True):
+        assert distance(one, other) < 1e-5
+
+
+def test_no_history_runs_twice():
+    assert rows_of(build()) == [2 * 4] * DEPTH
+    # uncond, cond and the isolated one everywhere; the perturbed one from its layer on
+    assert rows_of(stgfast.accelerate(build())) == [2 * 3] * 3 + [2 * 4] * 2
+    explained = stgfast.explain(
+        stgfast.accelerate(build()), num_inference_steps=2, spatio_temporal_guidance_blocks=[3], num_frames=9
+    )
+    assert explained.phases[0].rows == (3, 3, 3, 4, 4)
+    assert (explained.unshared, explained.cfg_alone, explained.block_rows) == (2 * 20, 2 * 20, 2 * 17)
+    assert "the pipeline asks for uncond, cond, perturbed, isolated" in str(explained)
+
+
+def test_audio_alone_can_be_switched_off():
+    """The stock pipeline takes an audio scale of 0 for one that was left out."""
+    off = {"stg_scale": 1.5, "audio_stg_scale": 0.0}
+    _, taken = call(build(), **off)
+    _, same = call(build(), stg_scale=1.5, audio_stg_scale=1.5)
+    assert torch.equal(taken, same)
+    tiny = call(build(), stg_scale=1.5, audio_stg_scale=1e-30)  # what off is, up to rounding
+    made = call(stgfast.accelerate(build()), **off)
+    for one, other in zip(made, tiny, strict=True):
+        assert distance(one, other) < 1e-5
+    assert distance(made[1], taken) > 1e-3
+
+
+def test_0_switches_all_of_it_off():
+    zero = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 0.0, "audio_modality_scale": 0.0}
+    expected = call(build(), **{**zero, "modality_scale": 1.0, "audio_modality_scale": 1.0})
+    for one, other in zip(call(stgfast.accelerate(build()), **zero), expected, strict=True):
+        assert torch.equal(one, other)
+    pipe = build()
+    assert all(map(torch.equal, call(stgfast.restore(stgfast.accelerate(pipe))), call(build())))
+    assert all("_compiled_call_impl" not in vars(module) for module in pipe.transformer.modules())
+
+
+def test_stg_where_the_model_would_ignore_it():
+    """Without `perturbed_attn` the stock pipeline pays for an STG pass that is the conditional one again."""
+    pipe = build(perturbed_attn=False)
+    assert distance(call(pipe)[0], call(pipe, stg_scale=0.0, audio_stg_scale=0.0)[0]) < 1e-5
+    expected = call(build(perturbed_attn=True))
+    for one, other in zip(call(stgfast.accelerate(pipe)), expected, strict=True):
+        assert distance(one, other) < 1e-5
+
+
+def test_a_guidance_in_place_of_its_arguments():
+    guidance = Guidance(
+        [Perturbation([3], kind="attention", scale=0.5), Perturbation(range(DEPTH), "isolate", scale=1.5)]
+    )
+    expected = call(build(), stg_scale=0.5, audio_stg_scale=0.5, modality_scale=2.5, audio_modality_scale=2.5)
+    for one, other in zip(call(stgfast.accelerate(build(), guidance)), expected, strict=True):
+        assert distance(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("scales", [[1.0, 0.0], [0.0, 2.0]])
+def test_a_schedule(scales):
+    """A step whose scale is 0 computes no weak branch."""
+    pipe = stgfast.accelerate(build(), Guidance(Perturbation([3], kind="residual", scale=scales)))
+    assert rows_of(pipe) == [2 + 2] * 4 + [2 + 3]
+    assert distance(call(pipe)[0], call(build(), stg_scale=0.0, audio_stg_scale=0.0)[0]) > 1e-3
+
+
+def test_wrong_settings_say_so():
+    pipe = stgfast.accelerate(build())
+    with pytest.raises(
+        SettingsError, match=r"spatio_temporal_guidance_blocks: got \[28\], expected numbers from 0 to 4"
+    ):
+        call(pipe, spatio_temporal_guidance_blocks=[28])
+    wrong = {
+        "cfg and rescale": Guidance(Perturbation([3]), rescale=0.5),
+        "several perturbations": Guidance([Perturbation([3]), Perturbation([2])]),
+        "another branch": Guidance(Perturbation([3], of="uncond")),
+    }
+    for message, guidance in wrong.items():
+        with pytest.raises(SettingsError, match=message):
+            call(stgfast.accelerate(build(), guidance))
+    assert call(pipe)[0].shape[1] == 4

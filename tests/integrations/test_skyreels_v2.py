@@ -1,0 +1,56 @@
+"""What is special to SkyReels-V2: blocks of frames that set out one after the other, and long videos."""
+
+import pytest
+import torch
+
+import stgfast
+from stgfast import Guidance, Perturbation
+from stgfast.errors import SettingsError
+from tests.integrations.families import skyreels_v2
+from tests.integrations.family import distance
+
+FAMILIES = {family.name: family for family in skyreels_v2.FAMILIES}
+GUIDANCE = Guidance(Perturbation([1], scale=1.5))
+LONG = {"num_frames": 13, "base_num_frames": 9, "overlap_history": 5}
+
+
+def clip(family, pipe, **changes):
+    with torch.no_grad():
+        return family.result(pipe(**{**family.arguments(1), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "steps"),
+    [
+        ("SkyReels-V2 forced", {}, 2),
+        ("SkyReels-V2 forced, frame after frame", {}, 4),
+        ("SkyReels-V2 forced, frame after frame", {"num_frames": 13, "causal_block_size": 2, "ar_step": 2}, 4),
+        ("SkyReels-V2 forced from an image", {"ar_step": 1}, 3),
+        ("SkyReels-V2 forced from an image", {"ar_step": 1, "last_image": skyreels_v2.wan.image(seed=1)}, 4),
+    ],
+)
+def test_a_schedule_has_a_number_for_every_step(name, changes, steps):
+    """As many as the pipeline turns out to make."""
+    family = FAMILIES[name]
+    made = []
+    pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1], scale=[1.0] * steps)))
+    clip(family, pipe, **changes, callback_on_step_end=lambda pipe, step, time, tensors: made.append(step) or {})
+    assert len(made) == pipe.num_timesteps == steps
+    with pytest.raises(SettingsError, match=f"got 9 numbers, expected {steps}, one for every step"):
+        clip(family, pipe, **changes, stg_scale=[1.0] * 9)
+
+
+def test_a_schedule_over_frames_that_set_out_later():
+    family = FAMILIES["SkyReels-V2 forced, frame after frame"]
+    guidance = Guidance(Perturbation([1], scale=[0.0, 1.0, 2.0, 0.5]))
+    assert distance(family.run(stgfast.accelerate(family.build(), guidance)), family.plain(guidance)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["SkyReels-V2 forced", "SkyReels-V2 forced from an image"])
+def test_a_long_video_is_made_without_stg_or_not_at_all(name):
+    family = FAMILIES[name]
+    expected = clip(family, family.build(), **LONG)
+    pipe = stgfast.accelerate(family.build(), GUIDANCE)
+    with pytest.raises(SettingsError, match="num_frames with overlap_history: got 13, expected at most base_num_fra"):
+        clip(family, pipe, **LONG)
+    assert torch.equal(clip(family, pipe, **LONG, stg_scale=0.0), expected)
