@@ -2,14 +2,16 @@
 
 from stgfast.errors import EngineError, SettingsError, UnsupportedPipelineError
 from stgfast.explain import explain
-from stgfast.guidance import Guidance, Perturbation
+from stgfast.guidance import BySigma, Guidance, Perturbation
 from stgfast.guided import guided
 from stgfast.install import accelerate, restore
 from stgfast.integrations.spec import Adapter
+from stgfast.restart import restart
 from stgfast.version import __version__
 
 __all__ = [
     "Adapter",
+    "BySigma",
     "EngineError",
     "Guidance",
     "Perturbation",
@@ -19,5 +21,6 @@ __all__ = [
     "accelerate",
     "explain",
     "guided",
+    "restart",
     "restore",
 ]

@@ -17,8 +17,7 @@ from stgfast.batching.rows import join
 from stgfast.batching.seam import Call
 from stgfast.batching.stack import Layout
 from stgfast.engine import GuidedRun
-from stgfast.errors import EngineError
-from stgfast.guidance import COND, Moment
+from stgfast.guidance import COND
 from stgfast.integrations.spec import Passes
 
 
@@ -41,11 +40,8 @@ class AnnouncedRun(GuidedRun):
 
     def _begin_step(self, name: str) -> None:
         self.name, self.layout = name, self.layouts[name]
-        steps = self.adapter.steps(self.pipe)
-        if self.step >= steps:
-            raise EngineError(f"denoising steps: got one more than the {steps} that the scheduler has")
         assert self.adapter.passes is not None
-        self.passes: Passes = self.adapter.passes(self.pipe, self.call, self.guidance, Moment(self.step, steps), name)
+        self.passes: Passes = self.adapter.passes(self.pipe, self.call, self.guidance, self._moment(), name)
         self.held: dict[str, Any] = {}  # the output for every branch that was computed and not asked for yet
 
     def _masked(self, layout: Layout) -> set[int | None]:

@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any
 
 from stgfast.errors import SettingsError, wrong
-from stgfast.guidance import Guidance
+from stgfast.guidance import APG, CFG_ZERO, Guidance
 from stgfast.integrations.spec import Adapter, CallArguments
 
 # What a call takes beside the pipeline's own arguments.
@@ -67,32 +67,46 @@ def settle(guidance: Guidance, own_rescale: float | None, given: Mapping[str, An
     return guidance if rescale is None else dataclasses.replace(guidance, rescale=rescale)
 
 
-def check(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments) -> None:
+def check(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, *, max_rows: int | None = None) -> None:
     """Everything about a call that can be known to be wrong before it starts."""
     check_layers(pipe, adapter, guidance)
     unfit = adapter.unfit(pipe, guidance, call)
     if unfit:
         raise SettingsError(f"{adapter.pipeline}: {unfit}")
-    if guidance.inert and not adapter.announces(pipe):
+    inert = guidance.inert and not adapter.announces(pipe)
+    if not inert or max_rows is not None:
+        check_caches(pipe, adapter)
+    if inert:
         return
-    for name in adapter.denoisers:
-        if getattr(getattr(pipe, name, None), "is_cache_enabled", False):
-            raise SettingsError(
-                f"pipe.{name} has a cache enabled, which keeps what blocks gave for the rows of earlier steps and "
-                f"cannot be combined with guidance; call pipe.{name}.disable_cache()"
-            )
-    needs = "a cfg schedule" if guidance.cfg is not None else ""
+    changed = {"a cfg schedule": guidance.cfg is not None, "reuse_cfg": guidance.reuse_cfg > 1}
+    changed |= {f"project={kind!r}": guidance.project == kind for kind in (CFG_ZERO, APG)}
+    needs = next((what for what, there in changed.items() if there), "")
     needs = next((f"a perturbation of {p.of} against {p.base}" for p in guidance.perturbations if p.needs_cfg), needs)
     if needs and adapter.requested(call) is None:
-        raise SettingsError(f"{needs}: got a call without CFG, expected {CFG_ON[adapter.protocol]}")
-    guidance.check_steps(adapter.steps_asked(call))
+        raise SettingsError(f"{needs}: got a call without CFG, expected {adapter.cfg_on}")
+    scheduler = getattr(pipe, "scheduler", None)
+    if guidance.by_sigma and getattr(scheduler, "sigmas", None) is None:
+        got = "no scheduler" if scheduler is None else type(scheduler).__name__
+        raise wrong("a schedule over sigma", got, "a scheduler that has sigmas, or a schedule over steps or progress")
+    guidance.check_steps(adapter.steps_of_run(pipe, call))
 
 
-CFG_ON = {
-    "stacked": "guidance_scale above 1",
-    "sequential": "guidance_scale above 1",
-    "embedded": "true_cfg_scale above 1 and a negative_prompt",
-}
+def check_caches(pipe: Any, adapter: Adapter) -> None:
+    """A cache keeps what a module gave, for the same module's next call, which it takes to be about the same rows.
+
+    Here it is not: rows come and go from block to block, and from step to step, and `max_rows` makes several calls of
+    one. Where shapes happen to agree, what comes out is wrong without a word.
+    """
+    for name, hooks in adapter.caches(pipe).items():
+        if getattr(getattr(pipe, name), "is_cache_enabled", False):
+            advice = f"pipe.{name}.disable_cache()"
+        else:
+            registry = f"diffusers.hooks.HookRegistry.check_if_exists_or_initialize(pipe.{name})"
+            advice = f"for hook in {hooks}: {registry}.remove_hook(hook)"
+        raise SettingsError(
+            f"pipe.{name} has a cache ({', '.join(hooks)}), which gives back what blocks gave for the rows of earlier "
+            f"steps, where guidance has other rows; switch it off: {advice}"
+        )
 
 
 def check_layers(pipe: Any, adapter: Adapter, guidance: Guidance, *, default: bool = False) -> None:

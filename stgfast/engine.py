@@ -25,9 +25,10 @@ from stgfast.batching.rows import spans, take
 from stgfast.batching.seam import Call, handling, held
 from stgfast.batching.stack import Layout, Stack
 from stgfast.errors import EngineError, SettingsError
-from stgfast.guidance import ATTENTION, COND, GUIDED, UNCOND, Guidance, Moment
+from stgfast.guidance import APG, ATTENTION, BLUR, CFG_ZERO, COND, GUIDED, ORTHOGONAL, UNCOND, Guidance, Moment
 from stgfast.integrations.spec import Adapter, CallArguments
 from stgfast.kernels import combine
+from stgfast.reuse import Kept
 
 
 class GuidedRun:
@@ -47,6 +48,7 @@ class GuidedRun:
         self.plans: dict[tuple[str, tuple[str, ...], frozenset[str]], Plan] = {}
         self.step = 0  # steps done
         self.turn = 0  # calls of the denoiser done in this step
+        self.kept = Kept(guidance)
 
     def whole(self, call: Callable[[], Any]) -> Any:
         with self.in_place():
@@ -72,7 +74,9 @@ class GuidedRun:
 
     def _masked(self, layout: Layout) -> set[int | None]:
         """The layers with attention to be stood in for."""
-        return {layer for part in self.guidance.perturbations if part.kind == ATTENTION for layer in part.layers}
+        return {
+            layer for part in self.guidance.perturbations if part.kind in (ATTENTION, BLUR) for layer in part.layers
+        }
 
     @contextmanager
     def _uncompiled(self) -> Iterator[None]:
@@ -95,6 +99,8 @@ class GuidedRun:
         sources = self.calls[self.turn]
         if self.acts:
             self._predict(plain, arguments, sources)
+            if last:
+                self.kept.complete(self.predictions, self.old, self.scale)
             output = self._combine() if last else self._hand_out()
         elif self.max_rows is None and not self.compiled:
             output = arguments.given_to(plain)
@@ -106,10 +112,7 @@ class GuidedRun:
 
     def _begin_step(self, name: str) -> None:
         self.name, self.layout = name, self.layouts[name]
-        steps = self.adapter.steps(self.pipe)
-        if self.step >= steps:
-            raise EngineError(f"denoising steps: got one more than the {steps} that the scheduler has")
-        moment = Moment(self.step, steps)
+        moment = self._moment()
         self.cfg = cfg = self.adapter.live(self.pipe, self.call, name)
         self.calls = self.adapter.calls(cfg is not None)
         self.acts = self.guidance.acts(moment)
@@ -117,9 +120,27 @@ class GuidedRun:
         self.handed: list[Tensor] = []  # what the pipeline holds since an earlier call of this step
         if self.acts:
             self.weights = self.guidance.weights(moment, cfg)
+            self.scale = self.guidance.cfg_at(moment, cfg)
             self.rescale = self.guidance.phi(moment)
             if cfg is None and self._needs_uncond():
                 raise SettingsError(f"CFG was switched off at step {self.step}, but the guidance needs it")
+            needed = branches_of(self._weighed())
+            self.old = self.kept.old(needed, self.step, name)
+            self.computed = needed - self.old
+
+    def _moment(self) -> Moment:
+        steps = self.adapter.steps(self.pipe)
+        if self.step >= steps:
+            raise EngineError(f"denoising steps: got one more than the {steps} that the scheduler has")
+        if not self.guidance.by_sigma:
+            return Moment(self.step, steps)
+        if self.step == 0:
+            self.sigmas = self.adapter.sigmas(self.pipe)[-steps:]
+        return Moment(self.step, steps, self.sigmas[self.step])
+
+    def _weighed(self) -> Collection[str]:
+        """The branches that this step combines."""
+        return self.weights
 
     def _needs_uncond(self) -> bool:
         parts = zip(self.guidance.names, self.guidance.perturbations, strict=True)
@@ -129,7 +150,7 @@ class GuidedRun:
 
     def _predict(self, plain: Call, arguments: Arguments, sources: tuple[str, ...]) -> None:
         """Every branch that starts from the rows of this call."""
-        plan = self._plan(self.guidance, sources, frozenset(self.weights))
+        plan = self._plan(self.guidance, sources, self.computed)
         if not plan.branches:
             return
         output = self._compute(plain, arguments, sources, plan)
@@ -144,7 +165,8 @@ class GuidedRun:
         if left:
             raise EngineError(f"rows of the denoiser: got {rows}, expected as many for each of {', '.join(sources)}")
         where = spans([sources.index(branch.source) for branch in plan.branches], prompts)
-        stack = Stack(self.layout, plan, prompts, max_rows=self.max_rows, compiled=self.compiled)
+        grid = self.layout.grid and functools.partial(self.layout.grid.size, self.call, arguments)
+        stack = Stack(self.layout, plan, prompts, max_rows=self.max_rows, compiled=self.compiled, grid=grid)
         with handling(stack.handlers()):
             output = arguments.changed(
                 lambda name, value: take(value, where, rows, name) if name in self.adapter.rows else value
@@ -169,6 +191,7 @@ class GuidedRun:
             list(weights.values()),
             rescale=self.rescale,
             dtype=None if self.adapter.float32 else cond.dtype,
+            **self._directed(list(weights)),
         )
         if self.handed and self.adapter.early:
             # The pipeline has used c already: with this for u, its own u + s (c - u) is g.
@@ -180,6 +203,17 @@ class GuidedRun:
         copies = len(self.calls[self.turn])
         return self.form(torch.cat([guided] * copies) if copies > 1 else guided)
 
+    def _directed(self, names: list[str]) -> dict[str, Any]:
+        """Which difference loses its part along which direction; none where a branch of the two has no weight."""
+        project = self.guidance.project
+        if project == ORTHOGONAL and set(self.guidance.names) <= set(names):
+            return {"orthogonal": tuple(map(names.index, self.guidance.names))}
+        if project == CFG_ZERO and UNCOND in names:
+            return {"cfg_zero": names.index(UNCOND)}
+        if project == APG and UNCOND in names:
+            return {"apg": (names.index(UNCOND), self.guidance.eta)}
+        return {}
+
     def _plan(self, guidance: Guidance, sources: tuple[str, ...], weighed: frozenset[str]) -> Plan:
         key = (self.name, sources, weighed)
         if key not in self.plans:
@@ -187,10 +221,13 @@ class GuidedRun:
         return self.plans[key]
 
 
+def branches_of(weighed: Collection[str]) -> frozenset[str]:
+    """The branches that have to be known where these have a weight: the CFG result is made of two."""
+    return frozenset(weighed) - {GUIDED} | ({COND, UNCOND} if GUIDED in weighed else frozenset())
+
+
 def plan_for(guidance: Guidance, sources: Sequence[str], weighed: Collection[str], layout: Layout) -> Plan:
-    """The plan of a call of the denoiser on these rows, where these branches have a weight."""
-    if GUIDED in weighed:
-        weighed = {*weighed, COND, UNCOND}
+    """The plan of a call of the denoiser on these rows, where these branches are to be computed."""
     branches = branches_for(guidance, sources, weighed, layout.marks)
     return make_plan(branches, layout.depth, full=layout.full)
 

@@ -5,18 +5,28 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from stgfast.announced import plan_of
 from stgfast.batching.plan import Plan
 from stgfast.batching.stack import Layout
 from stgfast.call import check, settings_of, settle
-from stgfast.engine import plan_for
-from stgfast.guidance import Guidance, Moment, Schedule
+from stgfast.engine import branches_of, plan_for
+from stgfast.guidance import APG, CFG_ZERO, ORTHOGONAL, BySigma, Guidance, Moment, Perturbation, Schedule
 from stgfast.install import installed_on
 from stgfast.integrations.spec import Adapter, CallArguments
+from stgfast.reuse import Kept
+
+PROJECTED = {
+    ORTHOGONAL: "of the second perturbation, what the first one says already is left out",
+    CFG_ZERO: "of cond - uncond, the part along uncond is left out (CFG-Zero*)",
+    APG: "of cond - uncond, the part along cond is left out (APG)",
+}
+AS_IF_NOT_REUSED: dict[str, Any] = {"reuse": 1, "reuse_cfg": 1, "reuse_tolerance": None}
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,9 @@ class Phase:
     weights: dict[str, float]  # at the first step of the phase; empty where the pipeline is left alone
     rescale: float  # likewise
     varies: bool  # whether later steps of the phase weigh the same branches differently
-    plans: tuple[Plan, ...]  # one for every call of the denoiser that computes anything
+    # In how many steps the blocks run by which plans, one for every call of the denoiser that computes anything; there
+    # are several kinds of steps where some take branches from others.
+    kinds: tuple[tuple[int, tuple[Plan, ...]], ...]
     announced: bool = False  # the pipeline asks for these branches, and combines them, itself
 
     @property
@@ -37,12 +49,16 @@ class Phase:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """Rows that every block computes in a step, for one prompt."""
-        return tuple(sum(rows) for rows in zip(*(plan.computed for plan in self.plans), strict=True))
+        """Rows that every block computes in a step, the first of the phase, for one prompt."""
+        return _rows(self.kinds[0][1])
+
+    @property
+    def block_rows(self) -> int:
+        return sum(steps * sum(_rows(plans)) for steps, plans in self.kinds)
 
     @property
     def branches(self) -> int:
-        return sum(len(plan.branches) for plan in self.plans)
+        return max(sum(len(plan.branches) for plan in plans) for _, plans in self.kinds)
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,7 @@ class Explanation:
     @property
     def block_rows(self) -> int:
         """What the call computes."""
-        return sum(phase.steps * sum(phase.rows) for phase in self.phases)
+        return sum(phase.block_rows for phase in self.phases)
 
     @property
     def unshared(self) -> int:
@@ -82,7 +98,9 @@ class Explanation:
         for phase in self.phases:
             lines.append(f"steps {phase.first} to {phase.last} of {total}: {_formula(phase)}")
             if phase.weights or phase.announced:
-                lines += [f"  {line}" for line in _blocks(phase.rows)]
+                for steps, plans in phase.kinds:
+                    lines += [f"  in {steps} of them:"] if len(phase.kinds) > 1 else []
+                    lines += [f"  {line}" for line in _blocks(_rows(plans))]
         lines.append(
             f"block-rows per prompt: {self.block_rows}; {self.unshared} without sharing "
             f"({1 - self.block_rows / self.unshared:.1%} saved); {self.cfg_alone} without stgfast"
@@ -91,7 +109,7 @@ class Explanation:
 
     def _settings(self) -> list[str]:
         lines = [
-            f"{name}: {part.of} with {part.kind} at {_plural('layer', part.layers)}, scale {_short(part.scale)}, "
+            f"{name}: {part.of} with {_kind(part)} at {_plural('layer', part.layers)}, scale {_short(part.scale)}, "
             f"held against {part.base}"
             for name, part in zip(self.guidance.names, self.guidance.perturbations, strict=True)
         ]
@@ -99,6 +117,10 @@ class Explanation:
             lines.append(f"rescale: {_short(self.guidance.rescale)}")
         if self.guidance.cfg is not None:
             lines.append(f"CFG scale in place of the pipeline's: {_short(self.guidance.cfg)}")
+        if self.guidance.project:
+            eta = f", of which {self.guidance.eta:g} is left" if self.guidance.eta else ""
+            lines.append(f"projection: {PROJECTED[self.guidance.project]}{eta}")
+        lines += _reused(self.guidance)
         if self.max_rows is not None:
             lines.append(f"at most {self.max_rows} rows in a block at once")
         return lines
@@ -114,24 +136,27 @@ def explain(pipe: Any, **arguments: Any) -> Explanation:
     call = bound.arguments
     announced = adapter.announces(pipe)
     guidance = settle(installed.guidance(pipe), None if announced else adapter.own_rescale(call), given)
-    check(pipe, adapter, guidance, call)
+    check(pipe, adapter, guidance, call, max_rows=installed.max_rows)
     layout = next(iter(adapter.layouts(pipe).values()))
     if announced:
         cfg, phases = None, _announced(pipe, adapter, guidance, call, layout)
     else:
-        cfg, phases = adapter.requested(call), _weighed(adapter, guidance, call, layout)
+        cfg, phases = adapter.requested(call), _weighed(pipe, adapter, guidance, call, layout)
     return Explanation(adapter.pipeline, adapter.protocol, layout.depth, cfg, guidance, installed.max_rows, phases)
 
 
-def _weighed(adapter: Adapter, guidance: Guidance, call: CallArguments, layout: Layout) -> tuple[Phase, ...]:
+def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, layout: Layout) -> tuple[Phase, ...]:
     """Where the engine combines."""
     cfg = adapter.requested(call)
     calls = adapter.calls(cfg is not None)
     every = frozenset(source for sources in calls for source in sources)
-    steps = adapter.steps_asked(call)
+    steps = adapter.steps_of_run(pipe, call)
+    sigmas = _sigmas(pipe, adapter, call, steps) if guidance.by_sigma else [None] * steps
+    # How much changes from step to step is not known beforehand: this is the most that is computed.
+    kept = Kept(guidance if guidance.reuse_tolerance is None else replace(guidance, **AS_IF_NOT_REUSED))
 
     def phase(step: int) -> tuple[dict[str, float], float, frozenset[str]]:
-        moment = Moment(step, steps)
+        moment = Moment(step, steps, sigmas[step])
         if not guidance.acts(moment):
             return {}, 0.0, every
         weights = guidance.weights(moment, cfg)
@@ -142,8 +167,13 @@ def _weighed(adapter: Adapter, guidance: Guidance, call: CallArguments, layout: 
         run = list(same)
         weights, rescale, _ = phase(run[0])
         varies = any(phase(step) != phase(run[0]) for step in run)
-        plans = tuple(plan_for(guidance, sources, weighed, layout) for sources in calls)
-        phases.append(Phase(run[0], run[-1], weights, rescale, varies, plans))
+        needed = branches_of(weighed)
+        computed = Counter(needed - kept.old(needed if weights else (), step, "") for step in run)
+        kinds = tuple(
+            (count, tuple(plan_for(guidance, sources, branches, layout) for sources in calls))
+            for branches, count in computed.items()
+        )
+        phases.append(Phase(run[0], run[-1], weights, rescale, varies, kinds))
     return tuple(phases)
 
 
@@ -153,7 +183,7 @@ def _announced(
     """Where the pipeline asks for its weak branches, and combines, itself."""
     assert adapter.passes is not None
     assert adapter.preview is not None
-    steps, seen = adapter.steps_asked(call), copy.copy(pipe)
+    steps, seen = adapter.steps_of_run(pipe, call), copy.copy(pipe)
     passes = []
     for step in range(steps):
         moment = Moment(step, steps)
@@ -164,19 +194,45 @@ def _announced(
         run = list(same)
         one = passes[run[0]]
         plans = tuple(plan_of(one, asked, layout) for asked in one.turns if not set(asked) <= one.weak.keys())
-        phases.append(Phase(run[0], run[-1], {}, 0.0, False, plans, announced=True))
+        phases.append(Phase(run[0], run[-1], {}, 0.0, False, ((len(run), plans),), announced=True))
     return tuple(phases)
 
 
 def _formula(phase: Phase) -> str:
     if phase.announced:
-        branches = [branch.name for plan in phase.plans for branch in plan.branches]
+        branches = [branch.name for plan in phase.kinds[0][1] for branch in plan.branches]
         return f"the pipeline asks for {', '.join(branches)} and combines them itself"
     if not phase.weights:
         return "the pipeline's own"
     terms = " ".join(f"{weight:+g} {branch}" for branch, weight in phase.weights.items())
     rescaled = f", rescaled by {phase.rescale:g}" if phase.rescale else ""
     return f"g = {terms}{rescaled}" + (f" at step {phase.first}, then by schedule" if phase.varies else "")
+
+
+def _sigmas(pipe: Any, adapter: Adapter, call: CallArguments, steps: int) -> list[float]:
+    """The sigmas that the scheduler will have."""
+    ahead = copy.copy(pipe)
+    vars(ahead)["scheduler"] = copy.deepcopy(pipe.scheduler)
+    ahead.scheduler.set_timesteps(**adapter.schedule(pipe, call))
+    return adapter.sigmas(ahead)[-steps:]
+
+
+def _rows(plans: Sequence[Plan]) -> tuple[int, ...]:
+    return tuple(sum(rows) for rows in zip(*(plan.computed for plan in plans), strict=True))
+
+
+def _reused(guidance: Guidance) -> list[str]:
+    within = "" if guidance.reuse_tolerance is None else f" where they change by {guidance.reuse_tolerance:g} at most"
+    said = {"base - perturbed": guidance.reuse, "cond - uncond": guidance.reuse_cfg}
+    return [
+        f"approximately: {what} computed in every {_ordinal(every)} step{within}"
+        for what, every in said.items()
+        if every > 1
+    ]
+
+
+def _ordinal(number: int) -> str:
+    return {2: "2nd", 3: "3rd"}.get(number, f"{number}th")
 
 
 def _blocks(rows: Sequence[int]) -> list[str]:
@@ -188,11 +244,20 @@ def _blocks(rows: Sequence[int]) -> list[str]:
     return lines
 
 
+def _kind(part: Perturbation) -> str:
+    if part.sigma is None:
+        return part.kind
+    return f"{part.kind} of {'infinite sigma' if math.isinf(part.sigma) else f'sigma {part.sigma:g}'}"
+
+
 def _plural(word: str, numbers: Sequence[int]) -> str:
     return f"{word}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
 
 
 def _short(schedule: Schedule) -> str:
+    if isinstance(schedule, BySigma):
+        *before, (_, last) = schedule.levels
+        return f"by sigma ({''.join(f'{number:g} down to {sigma:g}, ' for sigma, number in before)}then {last:g})"
     if callable(schedule):
         return "a function of progress"
     return f"{schedule:g}" if isinstance(schedule, float) else f"one of {len(schedule)} numbers in every step"

@@ -11,6 +11,7 @@ optional rescale follows: `g *= phi * std(c) / std(g) + 1 - phi`, the standard d
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,21 +21,54 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from stgfast.errors import SettingsError, wrong
 
-RESIDUAL, ATTENTION, ISOLATE = KINDS = ("residual", "attention", "isolate")
+RESIDUAL, ATTENTION, BLUR, ISOLATE = KINDS = ("residual", "attention", "blur", "isolate")
 COND, UNCOND, GUIDED = "cond", "uncond", "guided"
-AXES = ("spatial", "temporal")
+AXES = SPATIAL, TEMPORAL = ("spatial", "temporal")
+ORTHOGONAL, CFG_ZERO, APG = PROJECTIONS = ("orthogonal", "cfg-zero", "apg")
+BY_SIGMA = "by_sigma"  # in settings written as data
 
-# A number; one number for every step; or a function of the step's progress, from 0 up to (not including) 1.
-Schedule = float | Sequence[float] | Callable[[float], float]
+
+@dataclass(frozen=True)
+class BySigma:
+    """A schedule over the noise level that the scheduler calls sigma, which falls during a run.
+
+    `BySigma([(0.99, 1.0), (0.9, 6.0), (0.6, 3.0)])` is 1 while sigma is 0.99 or more, then 6 down to 0.9, then 3.
+    """
+
+    levels: tuple[tuple[float, float], ...]
+
+    if TYPE_CHECKING:
+
+        def __init__(self, levels: Sequence[Sequence[float]]) -> None: ...
+
+    def __post_init__(self) -> None:
+        right = "pairs of sigma and number, with falling sigmas, such as [(0.99, 1.0), (0.9, 6.0)]"
+        levels: object = self.levels
+        if isinstance(levels, str) or not isinstance(levels, Sequence) or not levels:
+            raise wrong("levels of BySigma", levels, right)
+        if not all(isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2 for pair in levels):
+            raise wrong("levels of BySigma", levels, right)
+        pairs = tuple((_finite("sigma of BySigma", one), _finite("number of BySigma", two)) for one, two in levels)
+        if any(one <= other for (one, _), (other, _) in itertools.pairwise(pairs)):
+            raise wrong("sigmas of BySigma", [sigma for sigma, _ in pairs], "falling numbers")
+        _set(self, "levels", pairs)
+
+    def at(self, sigma: float) -> float:
+        return next((number for level, number in self.levels if sigma >= level), self.levels[-1][1])
+
+
+# A number; one number for every step; a function of the step's progress, from 0 up to (not including) 1; or by sigma.
+Schedule = float | Sequence[float] | Callable[[float], float] | BySigma
 # A pipeline's CFG scale: none, a number, or a number for every frame in whatever form the pipeline has it.
 Scale = None | float | Any
 
 
 class Moment(NamedTuple):
-    """Where a denoising run stands: step `step` of `steps`, counted from 0."""
+    """Where a denoising run stands: step `step` of `steps`, counted from 0, and the sigma there if it is known."""
 
     step: int
     steps: int
+    sigma: float | None = None
 
     @property
     def progress(self) -> float:
@@ -48,11 +82,13 @@ class Perturbation:
     layers  block numbers, from 0, in the order in which the model runs them
     kind    `residual` (STG-R): the block passes its input through;
             `attention` (STG-A): the block's self-attention is the identity, output = V;
+            `blur` (SEG, arXiv 2408.00760): its queries are blurred with a Gaussian over space, within every frame;
             `isolate`: attention between video and audio is off, for models that have both
     scale   w in the formula above; a step where it is 0 does not compute the branch
     of      the branch that is made weak: `cond`, or `uncond`
     base    what it is held against: `cond`, `uncond`, or `guided` (the CFG result). Left out: the same as `of`
     axis    `spatial` or `temporal`, for models with blocks or attention along each; left out: both
+    sigma   of a blur, in tokens; infinity, which is the default as it is of SEG: the mean of the frame
     """
 
     layers: Sequence[int]
@@ -61,11 +97,13 @@ class Perturbation:
     of: str = COND
     base: str = ""
     axis: str = ""
+    sigma: float | None = None
 
     def __post_init__(self) -> None:
         _set(self, "layers", _layers(self.layers))
         if self.kind not in KINDS:
-            raise wrong("kind of perturbation", self.kind, "'residual' (STG-R), 'attention' (STG-A) or 'isolate'")
+            kinds = "'residual' (STG-R), 'attention' (STG-A), 'blur' (SEG) or 'isolate'"
+            raise wrong("kind of perturbation", self.kind, kinds)
         _set(self, "scale", _schedule("scale", self.scale))
         if self.of not in (COND, UNCOND):
             raise wrong("perturbed branch `of`", self.of, "'cond' or 'uncond'")
@@ -74,6 +112,12 @@ class Perturbation:
             raise wrong("`base` of a perturbation", self.base, "'cond', 'uncond' or 'guided'")
         if self.axis not in ("", *AXES):
             raise wrong("axis of a perturbation", self.axis, "'spatial', 'temporal', or '' for both")
+        if self.kind == BLUR:
+            if self.axis == TEMPORAL:
+                raise wrong("axis of a blur", self.axis, "'spatial' or '': queries are blurred within frames")
+            _set(self, "sigma", math.inf if self.sigma is None else _sigma(self.sigma))
+        elif self.sigma is not None:
+            raise wrong(f"sigma of a perturbation of kind {self.kind!r}", self.sigma, f"none: it is that of {BLUR!r}")
 
     @property
     def needs_cfg(self) -> bool:
@@ -88,6 +132,15 @@ class Guidance:
     rescale        phi in the formula above, 0 (off) to 1
     cfg            the CFG scale, step by step, in place of the pipeline's own `guidance_scale`; None leaves it alone
     start, stop    guidance acts on the steps with `start <= progress < stop`; the others are the pipeline's own
+    project        one of two differences loses its part along another direction:
+                   `orthogonal`: of the second perturbation's, what the first one's says already (the paper's Eq. 21);
+                   `cfg-zero`: of `c - u`, what lies along `u` (CFG-Zero*); `apg`: what lies along `c`
+    eta            how much of that part `apg` leaves
+    reuse          an approximation, off at 1: the differences `base_i - p_i` are computed in every `reuse`-th step, and
+                   taken from the last such step in the others
+    reuse_cfg      the same for `c - u`
+    reuse_tolerance  with these, reuse a difference only where it changed by no more than this, in parts of its norm,
+                   between the last two times it was computed
     """
 
     perturbations: tuple[Perturbation, ...] = ()
@@ -95,6 +148,11 @@ class Guidance:
     cfg: Schedule | None = None
     start: float = 0.0
     stop: float = 1.0
+    project: str = ""
+    eta: float = 0.0
+    reuse: int = 1
+    reuse_cfg: int = 1
+    reuse_tolerance: float | None = None
 
     if TYPE_CHECKING:  # what the constructor takes is wider than what the fields hold afterwards
 
@@ -105,6 +163,11 @@ class Guidance:
             cfg: Schedule | None = None,
             start: float = 0.0,
             stop: float = 1.0,
+            project: str = "",
+            eta: float = 0.0,
+            reuse: int = 1,
+            reuse_cfg: int = 1,
+            reuse_tolerance: float | None = None,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -116,6 +179,30 @@ class Guidance:
             _set(self, name, _finite(name, getattr(self, name)))
         if not 0 <= self.start < self.stop <= 1:
             raise wrong("start and stop", (self.start, self.stop), "fractions of the run with 0 <= start < stop <= 1")
+        self._check_projection()
+        self._check_reuse()
+
+    def _check_projection(self) -> None:
+        if self.project not in ("", *PROJECTIONS):
+            raise wrong("project", self.project, f"{', '.join(map(repr, PROJECTIONS))}, or '' for none")
+        held = [f"{p.of} against {p.base}" for p in self.perturbations]
+        if self.project == ORTHOGONAL and held != [f"{COND} against {COND}"] * 2:
+            raise wrong("perturbations, one orthogonal to the other", held, "two of cond against cond")
+        _set(self, "eta", _finite("eta", self.eta))
+        if self.eta and self.project != APG:
+            raise wrong("eta", self.eta, f"0: it is that of project={APG!r}")
+
+    def _check_reuse(self) -> None:
+        for name in ("reuse", "reuse_cfg"):
+            every = getattr(self, name)
+            if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+                raise wrong(name, every, "a number of steps, 1 (off) or more")
+        if self.reuse_tolerance is not None:
+            _set(self, "reuse_tolerance", _finite("reuse_tolerance", self.reuse_tolerance))
+            if self.reuse_tolerance <= 0 or self.reuse == self.reuse_cfg == 1:
+                raise wrong(
+                    "reuse_tolerance", self.reuse_tolerance, "a number above 0, with reuse or reuse_cfg above 1"
+                )
 
     def weights(self, moment: Moment, cfg: Scale) -> dict[str, float]:
         """The weight of every branch at this moment; the weights add up to 1, and a branch of weight 0 is left out.
@@ -123,8 +210,7 @@ class Guidance:
         `cfg` is the pipeline's own scale, None where it runs without CFG. Where that is no single number, the CFG
         result is a branch of its own, `guided`.
         """
-        if cfg is not None and self.cfg is not None:
-            cfg = value(self.cfg, moment)
+        cfg = self.cfg_at(moment, cfg)
         if isinstance(cfg, float):
             guided = {UNCOND: 1.0 - cfg, COND: cfg}
         else:
@@ -138,6 +224,10 @@ class Guidance:
             total[name] = -scale
         return {branch: weight for branch, weight in total.items() if weight != 0.0}
 
+    def cfg_at(self, moment: Moment, own: Scale) -> Scale:
+        """The CFG scale, which in a run without CFG is none."""
+        return own if own is None or self.cfg is None else value(self.cfg, moment)
+
     def phi(self, moment: Moment) -> float:
         return value(self.rescale, moment)
 
@@ -146,7 +236,12 @@ class Guidance:
         if not self.start <= moment.progress < self.stop:
             return False
         scales = [p.scale for p in self.perturbations]
-        return self.cfg is not None or any(value(s, moment) != 0.0 for s in (*scales, self.rescale))
+        return self.changes_cfg or any(value(s, moment) != 0.0 for s in (*scales, self.rescale))
+
+    @property
+    def changes_cfg(self) -> bool:
+        """Whether CFG alone is not the pipeline's own."""
+        return self.cfg is not None or self.project in (CFG_ZERO, APG) or self.reuse_cfg > 1
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -157,7 +252,11 @@ class Guidance:
     def inert(self) -> bool:
         """Whether no step can differ from the pipeline's own."""
         scales = [p.scale for p in self.perturbations]
-        return self.cfg is None and all(isinstance(s, float) and s == 0.0 for s in (*scales, self.rescale))
+        return not self.changes_cfg and all(isinstance(s, float) and s == 0.0 for s in (*scales, self.rescale))
+
+    @property
+    def by_sigma(self) -> bool:
+        return any(isinstance(schedule, BySigma) for _, schedule in self._schedules())
 
     def with_perturbation(self, **changes: Any) -> Guidance:
         """The same guidance with fields of its one perturbation changed, as a call's arguments ask; the same along
@@ -171,6 +270,8 @@ class Guidance:
             if "layers" not in changes:
                 raise wrong("stg_layers", None, "layer numbers, as the pipeline's guidance has no perturbation")
             return replace(self, perturbations=(Perturbation(**changes),))
+        if changes.get("kind", BLUR) != BLUR:
+            changes["sigma"] = None  # that of the kind before goes with it
         return replace(self, perturbations=tuple(replace(part, **changes) for part in self.perturbations))
 
     def check_steps(self, steps: int) -> None:
@@ -178,7 +279,7 @@ class Guidance:
         for name, schedule in self._schedules():
             if isinstance(schedule, tuple) and len(schedule) != steps:
                 raise SettingsError(f"{name}: got {len(schedule)} numbers, expected {steps}, one for every step")
-            for step in range(steps):
+            for step in range(0 if isinstance(schedule, BySigma) else steps):  # whose numbers are known already
                 number = value(schedule, Moment(step, steps), name)
                 if name == "rescale" and not 0 <= number <= 1:
                     raise wrong(f"rescale at step {step}", number, "a number from 0 to 1")
@@ -195,6 +296,15 @@ class Guidance:
         mine = {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
         mine["perturbations"] = [{f.name: _plain(getattr(p, f.name)) for f in fields(p)} for p in self.perturbations]
         return mine
+
+    @classmethod
+    def preset(cls, name: str) -> Guidance:
+        """Published settings by name."""
+        from stgfast.presets import PRESETS  # which are made of this class
+
+        if name not in PRESETS:
+            raise wrong("preset", repr(name), f"one of {', '.join(PRESETS)}")
+        return PRESETS[name].guidance
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Guidance:
@@ -216,6 +326,12 @@ def value(schedule: Schedule, moment: Moment, name: str = "schedule") -> float:
     """A schedule's number at a moment."""
     if isinstance(schedule, float):
         return schedule
+    if isinstance(schedule, BySigma):
+        if moment.sigma is None:
+            raise SettingsError(
+                f"{name} over sigma: got a run whose sigmas are not known, expected a schedule over steps"
+            )
+        return schedule.at(moment.sigma)
     if callable(schedule):
         return _finite(f"{name} at progress {moment.progress:g}", schedule(moment.progress))
     return schedule[moment.step * len(schedule) // moment.steps]
@@ -235,6 +351,12 @@ def _finite(name: str, number: object) -> float:
 
 
 def _schedule(name: str, given: object) -> Schedule:
+    if isinstance(given, Mapping) and set(given) == {BY_SIGMA}:  # as `to_dict` has it
+        given = BySigma(given[BY_SIGMA])
+    if isinstance(given, BySigma):
+        if name == "rescale" and not all(0 <= number <= 1 for _, number in given.levels):
+            raise wrong(name, given, "numbers from 0 to 1")
+        return given
     if callable(given):
         return cast(Schedule, given)
     if isinstance(given, Sequence) and not isinstance(given, str):
@@ -245,6 +367,17 @@ def _schedule(name: str, given: object) -> Schedule:
     if name == "rescale" and not 0 <= number <= 1:
         raise wrong(name, number, "a number from 0 to 1")
     return number
+
+
+def _sigma(given: object) -> float:
+    right = "a number of tokens above 0, or infinity"
+    number: object = math.inf if given == "inf" else given  # as `to_dict` has it: JSON has no number for it
+    if isinstance(number, bool) or not hasattr(number, "__float__"):
+        raise wrong("sigma", given, right)
+    plain = float(cast(Real, number))
+    if not plain > 0:
+        raise wrong("sigma", given, right)
+    return plain
 
 
 def _layers(given: object) -> tuple[int, ...]:
@@ -272,4 +405,8 @@ def _known(what: str, data: Mapping[str, Any], cls: type) -> None:
 
 
 def _plain(setting: Any) -> Any:
+    if setting == math.inf:
+        return "inf"
+    if isinstance(setting, BySigma):
+        return {BY_SIGMA: [list(pair) for pair in setting.levels]}
     return list(setting) if isinstance(setting, tuple) else setting

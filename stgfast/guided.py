@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -47,7 +47,7 @@ def guided(
     chosen = adapter.defaults if guidance is None else guidance
     check_layers(sampler, adapter, chosen, default=guidance is None)
     call = {"num_inference_steps": steps, "cfg": cfg}
-    check(sampler, adapter, chosen, call)
+    check(sampler, adapter, chosen, call, max_rows=max_rows)
     run = SamplerRun(sampler, adapter, chosen, call=call, max_rows=max_rows)
     if chosen.inert and max_rows is None:
         yield
@@ -61,10 +61,9 @@ def guided(
 class SamplerRun(GuidedRun):
     """One run of a sampler, which combines predictions with scales that only it knows."""
 
-    def _begin_step(self, name: str) -> None:
-        super()._begin_step(name)
-        if self.acts and self.guidance.cfg is None:
-            self.weights |= {source: self.weights.get(source, 0.0) for source in self.calls[0]}
+    def _weighed(self) -> Collection[str]:
+        """All rows that the sampler combines itself, too."""
+        return self.weights if self.guidance.cfg is not None else {*self.weights, *self.calls[0]}
 
     def _denoise(self, name: str, plain: Call, arguments: Arguments) -> Any:
         """Rows that are not those of CFG would be taken for them: the sampler is held to it once, at its first step."""
@@ -99,7 +98,7 @@ class SamplerRun(GuidedRun):
         return self.form(torch.cat([self._beside(source) for source in sources]))
 
     def _beside(self, source: str) -> Tensor:
-        weights = {source: 0.0, **self.weights}
+        weights = {source: 0.0, COND: 0.0} | self.weights
         weights[COND] -= 1.0
         weights[source] += 1.0
         weights = {name: weight for name, weight in weights.items() if weight != 0.0}

@@ -102,7 +102,7 @@ def guided_call(pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[s
     call = bound.arguments
     announced = installed.adapter.announces(pipe)
     guidance = settle(installed.guidance(pipe), None if announced else installed.adapter.own_rescale(call), given)
-    check(pipe, installed.adapter, guidance, call)
+    check(pipe, installed.adapter, guidance, call, max_rows=installed.max_rows)
     if guidance.inert and installed.max_rows is None and not announced:
         return original(pipe, *args, **kwargs)
     callback = call.get("callback_on_step_end")

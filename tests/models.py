@@ -40,15 +40,15 @@ def transformer(family: str, seed: int | None = None, **changes: Any) -> torch.n
     if seed is None and not changes:
         model.load_state_dict(weights(family))
     else:
-        _spread(model)
+        spread(model)
     return model.eval()
 
 
-def _spread(model: torch.nn.Module) -> None:
-    """Initial weights hardly let rows differ; these do."""
+def spread(model: torch.nn.Module, gain: float = 1.5) -> None:
+    """Initial weights hardly let rows differ; these do. A smaller gain is for models that let roundings grow."""
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "norm" not in name:
-            torch.nn.init.normal_(parameter, std=1.5 / parameter[0].numel() ** 0.5)
+            torch.nn.init.normal_(parameter, std=gain / parameter[0].numel() ** 0.5)
         elif name.endswith("bias") or "pos_frequencies" in name:
             torch.nn.init.normal_(parameter, std=0.1)
 

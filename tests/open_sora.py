@@ -242,7 +242,7 @@ def image_to_video(model, noise, given, text, steps, scale, image_scale):
 def built(cls, **settings):
     torch.manual_seed(3)
     model = cls(**settings)
-    models._spread(model)
+    models.spread(model)
     for parameter in model.parameters():  # gates and CFG make much of rounding
         parameter.data *= 0.5 if parameter.ndim > 1 else 1.0
     return model.eval()

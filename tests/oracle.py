@@ -7,7 +7,8 @@ and what it hands its scheduler is replaced by guidance computed branch by branc
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 STACKS = ("transformer_blocks", "single_transformer_blocks", "blocks")
 
@@ -29,16 +31,21 @@ class Weak:
     of: str = "cond"
     base: str = "cond"
     axis: str = ""
+    sigma: float | None = None
 
 
 @dataclass
 class Plainly:
-    """Guidance for the plain method. `cfg` is None without CFG; a function is asked with pipeline and denoiser."""
+    """Guidance for the plain method. `cfg` is None without CFG; a function is asked with pipeline and denoiser.
+
+    `formula(cond, uncond, weak predictions, step)` may take the place of the one that is written here.
+    """
 
     weak: Sequence[Weak]
     cfg: Any
     rescale: Sequence[float]
     acts: Sequence[bool]
+    formula: Callable[..., torch.Tensor] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,11 @@ def parts_of(model: Any) -> list[Part]:
     return [Part(block, i, {"": block.attn1 if hasattr(block, "attn1") else block.attn}) for i, block in blocks]
 
 
+def lying(grid: tuple[int, int, int], after: int = 0) -> Callable[[int], tuple[int, tuple[int, int, int]]]:
+    """However many tokens there are: so many others, then those of a video."""
+    return lambda tokens: (after, grid)
+
+
 def first(given: list[Any]) -> Any:
     return given[0]
 
@@ -76,6 +88,10 @@ class Facts:
     parts      what a model runs, in order
     unchanged  what a block returns that does nothing, of its positional arguments and those called `passed`
     sent       what the pipeline hands its scheduler for a prediction
+    oblong     further arguments of a call whose frames are no squares, where there can be one
+    lies       in that call, by how many tokens queries are made of: which of them is the video's first, and its
+               (frames, height, width)
+    query      the part of a self-attention that makes the queries
     """
 
     stacked: bool
@@ -84,10 +100,15 @@ class Facts:
     passed: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
     sent: Callable[[Any, torch.Tensor], torch.Tensor] = lambda pipe, prediction: prediction
     denoisers: tuple[str, ...] = ("transformer",)
+    oblong: Mapping[str, Any] = field(default_factory=dict)
+    lies: Callable[[int], tuple[int, tuple[int, int, int]]] | None = None
+    query: str = "to_q"
 
 
 @contextmanager
-def weakened(facts: Facts, model: Any, layers: Sequence[int], kind: str, axis: str = "") -> Iterator[None]:
+def weakened(
+    facts: Facts, model: Any, layers: Sequence[int], kind: str, axis: str = "", sigma: float | None = None
+) -> Iterator[None]:
     """The model with some layers perturbed, for all rows."""
     with ExitStack() as stack:
         for part in facts.parts(model):
@@ -97,6 +118,11 @@ def weakened(facts: Facts, model: Any, layers: Sequence[int], kind: str, axis: s
             if kind == "attention":
                 for attention in attentions:
                     stack.enter_context(mock.patch.object(attention, "forward", _identity(attention.forward)))
+            elif kind == "blur":
+                for name, attention in part.attentions.items():
+                    if name != "temporal":
+                        query = getattr(attention, facts.query)
+                        stack.enter_context(mock.patch.object(query, "forward", _blurred(facts, query.forward, sigma)))
             elif attentions:
                 stack.enter_context(mock.patch.object(part.module, "forward", _skipped(facts)))
         yield
@@ -117,6 +143,35 @@ def _identity(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(*args, **kwargs)
 
     return attention
+
+
+def _blurred(facts: Facts, forward: Callable[..., Any], sigma: float | None) -> Callable[..., Any]:
+    """Queries with every frame blurred."""
+
+    def queries(*args: Any, **kwargs: Any) -> Any:
+        made = forward(*args, **kwargs).clone()
+        start, (frames, height, width) = facts.lies(made.shape[1])
+        for number in range(frames):
+            frame = slice(start + number * height * width, start + (number + 1) * height * width)
+            made[:, frame] = blurred(made[:, frame].unflatten(1, (height, width)), sigma).flatten(1, 2)
+        return made
+
+    return queries
+
+
+def blurred(images: torch.Tensor, sigma: float) -> torch.Tensor:
+    """(rows, height, width, channels), by a Gaussian of three sigma to each side, where there are so many tokens."""
+    if sigma == math.inf:
+        return images.mean(dim=(1, 2), keepdim=True).expand_as(images)
+    down, across = (min(math.ceil(6 * sigma) // 2, size // 2, size - 1) for size in images.shape[1:3])
+    padded = F.pad(images.movedim(3, 1), (across, across, down, down), mode="reflect").movedim(1, 3)
+    result, total = torch.zeros_like(images), 0.0
+    for i in range(-down, down + 1):
+        for j in range(-across, across + 1):
+            weight = math.exp(-(i**2 + j**2) / (2 * sigma**2))
+            rows, columns = slice(down + i, down + i + images.shape[1]), slice(across + j, across + j + images.shape[2])
+            result, total = result + weight * padded[:, rows, columns], total + weight
+    return result / total
 
 
 def _value(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
@@ -157,11 +212,14 @@ def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNa
         with ExitStack() as stack:
             if weak is not None:
                 model = getattr(pipe, name)
-                stack.enter_context(weakened(facts, model, weak.layers, weak.kind, weak.axis))
+                stack.enter_context(weakened(facts, model, weak.layers, weak.kind, weak.axis, weak.sigma))
             return forwards[name](*args, **kwargs)[0].double()
 
     def guided() -> torch.Tensor:
         cond = predict("cond")
+        if plainly.formula is not None:
+            uncond = None if plainly.cfg is None else predict("uncond")
+            return plainly.formula(cond, uncond, [predict(weak.of, weak) for weak in plainly.weak], state.step)
         plain = {"cond": cond, "guided": cond}
         if plainly.cfg is not None:
             uncond = predict("uncond")

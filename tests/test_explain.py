@@ -37,6 +37,15 @@ def test_block_rows_are_those_of_the_call(family, guidance):
     assert str(explained.block_rows) in str(explained)
 
 
+def test_the_text_of_a_blur():
+    guidance = Guidance([Perturbation([1], kind="blur", sigma=1.5), Perturbation([2, 3], kind="blur")])
+    lines = str(stgfast.explain(stgfast.accelerate(models.pipeline("mochi"), guidance), **models.sizes("mochi")))
+    assert lines.splitlines()[1:3] == [
+        "perturbed0: cond with blur of sigma 1.5 at layer 1, scale 1, held against cond",
+        "perturbed1: cond with blur of infinite sigma at layers 2, 3, scale 1, held against cond",
+    ]
+
+
 def test_the_text():
     guidance = Guidance(Perturbation([3], scale=2.0), rescale=0.7, start=0.5)
     pipe = stgfast.accelerate(models.pipeline("mochi"), guidance, max_rows=2)

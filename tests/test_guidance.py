@@ -1,6 +1,7 @@
 """Settings: what they mean, that they are checked when they are made, and that they survive JSON."""
 
 import dataclasses
+import json
 import math
 import re
 
@@ -103,6 +104,28 @@ def test_json_there_and_back(perturbations, rescale, cfg, start):
     assert Guidance.from_json(guidance.to_json()) == guidance
 
 
+@pytest.mark.parametrize("sigma", [None, 2, 0.5, math.inf])
+def test_a_sigma_there_and_back(sigma):
+    guidance = Guidance(Perturbation([1], kind="blur", sigma=sigma))
+    assert guidance.perturbations[0].sigma == (math.inf if sigma is None else sigma)
+    text = guidance.to_json()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert Guidance.from_json(text) == guidance
+
+
+def test_a_sigma_goes_with_its_kind():
+    guidance = Guidance(Perturbation([1], kind="blur", sigma=2.0))
+    (kept,), (gone,), (come,) = (
+        one.perturbations
+        for one in (
+            guidance.with_perturbation(scale=3.0),
+            guidance.with_perturbation(kind="attention"),
+            Guidance(Perturbation([1])).with_perturbation(kind="blur"),
+        )
+    )
+    assert (kept.sigma, gone.sigma, come.sigma) == (2.0, None, math.inf)
+
+
 def test_a_function_is_not_data():
     with pytest.raises(SettingsError, match="scale of perturbed0 to be written as data"):
         Guidance(Perturbation([1], scale=lambda p: p)).to_json()
@@ -114,7 +137,10 @@ WRONG = {
     "a layer that is no number": (lambda: Perturbation(["a"]), "layers: got ['a']"),
     "one layer, not a list": (lambda: Perturbation(8), "layers: got 8, expected layer numbers such as [8]"),
     "a fraction of a layer": (lambda: Perturbation([1.5]), "layers: got [1.5]"),
-    "an unknown kind": (lambda: Perturbation([1], kind="STG-X"), "got 'STG-X', expected 'residual' (STG-R) or 'att"),
+    "an unknown kind": (
+        lambda: Perturbation([1], kind="STG-X"),
+        "got 'STG-X', expected 'residual' (STG-R), 'attention'",
+    ),
     "NaN": (lambda: Perturbation([1], scale=math.nan), "scale: got nan, expected a finite number"),
     "infinity": (lambda: Perturbation([1], scale=-math.inf), "scale: got -inf, expected a finite number"),
     "NaN in a schedule": (lambda: Perturbation([1], scale=[1, math.nan]), "scale at step 1: got nan"),
@@ -123,6 +149,20 @@ WRONG = {
     "no scale": (lambda: Perturbation([1], scale=None), "scale: got None, expected a finite number"),
     "an unknown branch": (lambda: Perturbation([1], of="text"), "`of`: got 'text', expected 'cond' or 'uncond'"),
     "an unknown base": (lambda: Perturbation([1], base="u"), "got 'u', expected 'cond', 'uncond' or 'guided'"),
+    "a sigma of 0": (
+        lambda: Perturbation([1], kind="blur", sigma=0),
+        "sigma: got 0, expected a number of tokens above",
+    ),
+    "a sigma that is NaN": (lambda: Perturbation([1], kind="blur", sigma=math.nan), "sigma: got nan"),
+    "a sigma that is no number": (lambda: Perturbation([1], kind="blur", sigma="wide"), "sigma: got 'wide'"),
+    "a sigma of another kind": (
+        lambda: Perturbation([1], sigma=1.0),
+        "sigma of a perturbation of kind 'residual': got 1.0, expected none",
+    ),
+    "a blur over time": (
+        lambda: Perturbation([1], kind="blur", axis="temporal"),
+        "axis of a blur: got 'temporal', expected 'spatial' or ''",
+    ),
     "rescale above 1": (lambda: Guidance(rescale=1.5), "rescale: got 1.5, expected a number from 0 to 1"),
     "stop before start": (lambda: Guidance(start=0.5, stop=0.2), "start and stop: got (0.5, 0.2)"),
     "stop in steps": (lambda: Guidance(stop=30), "start and stop: got (0.0, 30.0), expected fractions of the run"),

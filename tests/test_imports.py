@@ -13,26 +13,40 @@ COMMON = {"errors", "guidance"}
 MAY = {
     "errors": set(),
     "version": set(),
-    "guidance": {"errors"},
+    "guidance": {"errors", "presets"},
+    "presets": {"guidance"},
     "kernels": set(),
     "batching": COMMON,
-    "integrations": COMMON | {"batching", "kernels"},
-    "engine": COMMON | {"integrations", "batching", "kernels"},
+    "integrations": COMMON | {"batching", "kernels", "presets"},
+    "reuse": COMMON,
+    "engine": COMMON | {"integrations", "batching", "kernels", "reuse"},
     "announced": COMMON | {"engine", "integrations", "batching"},
     "call": COMMON | {"integrations"},
     "guided": COMMON | {"call", "engine", "integrations", "batching", "kernels"},
     "install": COMMON | {"announced", "call", "engine", "integrations", "batching"},
-    "explain": COMMON | {"announced", "integrations", "call", "engine", "install", "batching"},
+    "explain": COMMON | {"announced", "integrations", "call", "engine", "install", "batching", "reuse"},
     "toy": {"explain", "install", "toy"},
     "doctor": {"kernels", "version"},
+    "restart": {"errors"},
     "cli": {"version", "toy", "doctor"},
-    "": {"errors", "explain", "guidance", "guided", "install", "integrations", "version"},
+    "": {"errors", "explain", "guidance", "guided", "install", "integrations", "restart", "version"},
 }
 FOREIGN = {  # third-party packages, and the only parts that may import them
     "diffusers": {"integrations", "toy"},
     "triton": {"kernels"},
     "transformers": set(),
-    "torch": {"announced", "kernels", "batching", "integrations", "engine", "guided", "toy", "doctor"},
+    "torch": {
+        "announced",
+        "reuse",
+        "kernels",
+        "batching",
+        "integrations",
+        "engine",
+        "guided",
+        "restart",
+        "toy",
+        "doctor",
+    },
 }
 
 
@@ -71,6 +85,7 @@ def test_no_adapter_imports_another():
         "spec",
         "attention",
         "guiders",
+        "unet",
     }
     assert len(families) > 10
     for path, _, names in imports():

@@ -1,70 +1,48 @@
-"""The README is true: its table is what the planner says, its settings exist, its explanation is printed."""
+"""The README is true: its table is what the planner says, its settings exist, its examples run."""
 
-import inspect
 import re
+import sys
 from pathlib import Path
 
 import diffusers
-import pytest
+import torch
 
 import stgfast
 from stgfast import Guidance, Perturbation, toy
 from stgfast.batching.plan import branches_for, make_plan
 from stgfast.call import SETTINGS
-from stgfast.guidance import Moment
 from stgfast.integrations import ADAPTERS
+from tests import models
+from tests.integrations.family import Family, distance
+from tests.oracle import Facts
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-ROWS = re.findall(
-    r"^\| `(\w+)`(?: \((.*?)\))? \| (\w+) \| layer (\d+), scale (\d)(?:, rescale ([\d.]+))? \| (\d+) "
-    r"\| (\d+), (\d+), (\d+) \| ([\d.]+)% \|$",
-    README,
-    re.MULTILINE,
-)
-DEPTHS = {  # of the released models: what the classes of diffusers have as defaults, and CogVideoX-5B
-    "MochiPipeline": diffusers.MochiTransformer3DModel,
-    "LTXPipeline": diffusers.LTXVideoTransformer3DModel,
-    "CogVideoXPipeline": diffusers.CogVideoXTransformer3DModel,
-    "HunyuanVideoPipeline": diffusers.HunyuanVideoTransformer3DModel,
-    "WanPipeline": diffusers.WanTransformer3DModel,
-}
+sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+import pipelines
 
-
-def depth_of(pipeline, variant):
-    if variant == "5B":
-        return 42
-    parameters = inspect.signature(DEPTHS[pipeline].__init__).parameters
-    return sum(parameters[name].default for name in ("num_layers", "num_single_layers") if name in parameters)
+README = pipelines.README.read_text()
 
 
 def test_every_pipeline_is_in_the_table():
-    assert {row[0] for row in ROWS} == set(ADAPTERS)
+    assert {name for model in pipelines.MODELS for name in model.pipelines} == set(ADAPTERS | pipelines.OPEN_SORA)
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]} {row[1]}")
-def test_table(row):
-    pipeline, variant, protocol, layer, scale, rescale, depth, plain, fast, alone, saved = row
-    adapter = ADAPTERS[pipeline]
-    perturbation = adapter.defaults.perturbations[0]
-    assert adapter.protocol == protocol
-    assert perturbation.layers == (int(layer),)
-    assert perturbation.scale == float(scale)
-    assert adapter.defaults.rescale == float(rescale or 0)
-    assert int(depth) == depth_of(pipeline, variant)
-    cfg = None if protocol == "embedded" else 4.0
-    weights = adapter.defaults.weights(Moment(0, 1), cfg)
-    plans = [make_plan(branches_for(adapter.defaults, call, weights), int(depth)) for call in adapter.calls(bool(cfg))]
-    computed = sum(sum(plan.computed) for plan in plans)
-    branches = sum(len(plan.branches) for plan in plans)
-    assert (computed, branches * int(depth)) == (int(fast), int(plain))
-    assert (branches - 1) * int(depth) == int(alone)
-    assert saved == f"{100 * (1 - int(fast) / int(plain)):.1f}"
+def test_the_table_is_what_the_adapters_say(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["pipelines.py", "--check"])
+    assert pipelines.main() == 0
+    other = tmp_path / "README.md"
+    other.write_text(README.replace("144, 109, 96", "144, 108, 96"))
+    monkeypatch.setattr(pipelines, "README", other)
+    assert pipelines.main() == 1
+    assert "--write" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["pipelines.py", "--write"])
+    assert pipelines.main() == 0
+    assert other.read_text() == README
 
 
 def test_wan_at_a_late_layer():
     late = Guidance(Perturbation([30], of="uncond", base="guided"))
     plans = [make_plan(branches_for(late, (source,), {"uncond", "perturbed0"}), 40) for source in ("cond", "uncond")]
-    assert "Wan at layer 30\ntakes 89 block-rows in place of 120" in README
+    assert "Wan 14B at layer 30\ntakes 89 block-rows in place of 120" in README
     assert sum(sum(plan.computed) for plan in plans) == 89
 
 
@@ -78,3 +56,36 @@ def test_every_setting_is_named():
         assert f"`{name}`" in README
     for name in ("make demo", "make test", "stgfast.accelerate", "restore", "explain", "max_rows"):
         assert name in README
+
+
+def sana(other=False):
+    torch.manual_seed(1)
+    heads = {"num_attention_heads": 2, "attention_head_dim": 16, "num_cross_attention_heads": 2}
+    widths = {"cross_attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 24, "in_channels": 4}
+    model = diffusers.SanaVideoTransformer3DModel(**heads, **widths, out_channels=4, num_layers=16)
+    models.spread(model, gain=1.0)
+    vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    pipe = diffusers.SanaVideoPipeline(None, None, vae, model.eval(), diffusers.FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sana_arguments(prompts, cfg=True):
+    generator = torch.Generator().manual_seed(0)
+    made = {"negative_prompt": None, "use_resolution_binning": False, "complex_human_instruction": None}
+    for side in ("", "negative_"):
+        made[f"{side}prompt_embeds"] = torch.randn(prompts, 6, 24, generator=generator)
+        made[f"{side}prompt_attention_mask"] = torch.ones(prompts, 6)
+    sizes = {"height": 32, "width": 64, "frames": 9, "num_inference_steps": 2, "output_type": "latent"}
+    return {**made, **sizes, "guidance_scale": 4.0, "generator": models.generators(prompts)}
+
+
+def test_the_adapter_for_a_pipeline_that_is_not_in_the_table():
+    (code,) = re.findall(r"```python\n(from stgfast import Adapter.*?)```", README, re.DOTALL)
+    family = Family("Sana-Video", sana, sana_arguments, Facts(stacked=True), cfg=4.0)
+    expected = family.plain(Guidance(Perturbation([14])), 2)
+    assert family.build().__class__.__name__ not in ADAPTERS
+    pipe = family.build()
+    exec(code, {"stgfast": stgfast, "pipe": pipe})
+    assert distance(family.run(pipe, 2), expected) < 1e-5
+    assert distance(family.run(sana(), 2), expected) > 1e-3

@@ -35,7 +35,7 @@ class Step(NamedTuple):
 
     before: int  # groups in the stack
     run: tuple[int, ...]
-    marks: tuple[str, ...]  # for every group in `run`: "" plain, or the kind of perturbation inside the block
+    marks: tuple[str, ...]  # for every group in `run`: "" plain, or what is perturbed inside the block, and how
     keep: tuple[int, ...]
     order: tuple[int, ...]
     rows_of: tuple[int, ...]  # for every group in `run`: the branch whose per-row arguments it takes

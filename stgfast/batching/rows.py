@@ -56,6 +56,19 @@ def take_packed(value: Tensor, counts: Sequence[int], where: Sequence[slice], ro
     return torch.cat([sample for part in where for sample in samples[part]], dim=1)
 
 
+def alone(value: Any) -> Any:
+    """The same memory as a tensor that is a view of no other.
+
+    Code is compiled for the shapes of what its arguments are views of, too; taken rows are views of more rows, or of
+    none, as it happens, and would have it compiled again.
+    """
+    if isinstance(value, dict):
+        return {key: alone(part) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(alone(part) for part in value)
+    return value.detach() if isinstance(value, Tensor) and not value.requires_grad else value
+
+
 def join(pieces: Sequence[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 

@@ -76,6 +76,18 @@ def compiled_in_place(module: nn.Module) -> bool:
     return getattr(call, "replaced", call) is not None
 
 
+def caching_hooks(denoiser: nn.Module) -> list[str]:
+    """The names of hooks of diffusers that keep something from call to call, in an order to remove them in."""
+    found: dict[str, None] = {}
+    for module in denoiser.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        for name, hook in registry.hooks.items() if registry is not None else ():
+            # Those of one cache share a state; one of them alone says that it has any.
+            if hook._is_stateful or any(type(part).__name__ == "StateManager" for part in vars(hook).values()):
+                found[name] = None
+    return [*reversed(found)]
+
+
 def _put(module: nn.Module) -> None:
     before = module.__dict__.get(ATTRIBUTE)
     plain = before or module._call_impl

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.plan import Plan, Step
-from stgfast.batching.rows import chunks, join, spans, take, take_packed
-from stgfast.batching.seam import Call, Handler
-from stgfast.errors import EngineError, wrong
-from stgfast.guidance import ATTENTION, RESIDUAL, Perturbation
+from stgfast.batching.rows import alone, chunks, join, spans, take, take_packed
+from stgfast.batching.seam import Call, Handler, compiled_in_place, handling, held
+from stgfast.errors import EngineError, SettingsError, wrong
+from stgfast.guidance import ATTENTION, BLUR, RESIDUAL, TEMPORAL, Perturbation
 
 NO_CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
@@ -41,6 +42,20 @@ class Unit(NamedTuple):
         return {axis for axis, _ in self.attentions}
 
 
+class Grid(NamedTuple):
+    """Where the tokens lie of which a self-attention makes queries.
+
+    size   `size(pipeline's call, denoiser's arguments, block's arguments)`: how many (frames, height, width) there are
+           in a row, or in as many as there are for every sample
+    last   other tokens, if any, come before these, and not after them
+    query  the part of the attention that makes the queries
+    """
+
+    size: Callable[[Mapping[str, Any], Arguments, Arguments], tuple[int, int, int]]
+    last: bool = False
+    query: str = "to_q"
+
+
 @dataclass(frozen=True)
 class Layout:
     """What a denoiser's stack of blocks is made of.
@@ -56,6 +71,8 @@ class Layout:
               the identity and some have the same input; None where the module's own is made, as it is on a device
               that is none of `attend_on`
     changes   for a kind of perturbation, the arguments with which a unit is called for it
+    grid      where tokens lie; None where that is not known, and queries cannot be blurred
+    blur      `blur(queries, (frames, height, width), sigma, first=...)`: with tokens from `first` on blurred in space
     """
 
     denoiser: nn.Module
@@ -68,6 +85,8 @@ class Layout:
     attend_on: tuple[str, ...] = ()
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: NO_CHANGES)
     packed: Mapping[str, str] = field(default_factory=dict)
+    grid: Grid | None = None
+    blur: Callable[..., Tensor] | None = None
 
     @property
     def depth(self) -> int:
@@ -86,19 +105,38 @@ class Layout:
         """What a perturbation does, by the number of the unit."""
         if part.axis and part.axis not in self.axes:
             raise wrong("axis of a perturbation", part.axis, f"{_either(self.axes)} for this model")
-        if part.kind not in (RESIDUAL, ATTENTION, *self.changes):
-            raise wrong("kind of perturbation", part.kind, f"{_either({RESIDUAL, ATTENTION})} for this model")
-        marks = {}
+        kinds = {RESIDUAL, ATTENTION, *self.changes, *([] if self.grid is None else [BLUR])}
+        if part.kind not in kinds:
+            raise wrong("kind of perturbation", part.kind, f"{_either(kinds)} for this model")
+        marks: dict[int, str] = {}
         for number, unit in enumerate(self.units):
             if unit.layer not in part.layers or (part.axis and part.axis not in unit.axes):
                 continue
             if part.kind == ATTENTION and not unit.attentions and ATTENTION not in self.changes:
                 raise wrong(f"kind of perturbation at layer {unit.layer}", part.kind, f"{RESIDUAL!r} for this model")
+            if part.kind == BLUR:
+                marks |= self._blurred(number, unit, part)
+                continue
             whole = not part.axis or unit.axes == {part.axis}
             if not whole and part.kind == RESIDUAL:
                 raise wrong("residual perturbation along an axis", part.axis, "none: this model's blocks have all axes")
             marks[number] = part.kind if whole else f"{part.kind} {part.axis}"
         return marks
+
+    def _blurred(self, number: int, unit: Unit, part: Perturbation) -> dict[int, str]:
+        """What a blur does to a unit: nothing where all attention is along time."""
+        attentions = [attention for axis, attention in unit.attentions if axis != TEMPORAL]
+        if any(getattr(attention, "fused_projections", False) for attention in attentions):
+            raise SettingsError(
+                f"blur of the queries at layer {unit.layer}: got fused projections, expected one of the queries alone; "
+                f"call unfuse_qkv_projections()"
+            )
+        return {number: f"{BLUR} {part.sigma}"} if attentions else {}
+
+
+def _sigma(mark: str) -> float | None:
+    kind, _, sigma = mark.partition(" ")
+    return float(sigma) if kind == BLUR else None
 
 
 def _either(axes: set[str]) -> str:
@@ -109,7 +147,8 @@ class Stack:
     """One pass of a model's blocks, in which every block computes the rows that its step of the plan says.
 
     The blocks are entered, and left, with `prompts` rows for every branch, in the order of the plan's branches.
-    `max_rows` bounds the rows that a block sees at once; `compiled` has calls to make in place of some blocks' own.
+    `max_rows` bounds the rows that a block sees at once; `compiled` has calls to make in place of some blocks' own;
+    `grid` says how many (frames, height, width) of tokens there are in a block that is called with these arguments.
     """
 
     def __init__(
@@ -120,12 +159,15 @@ class Stack:
         *,
         max_rows: int | None = None,
         compiled: Mapping[nn.Module, Call] = MappingProxyType({}),
+        grid: Callable[[Arguments], tuple[int, int, int]] | None = None,
     ):
         self.layout, self.plan, self.prompts, self.max_rows, self.compiled = layout, plan, prompts, max_rows, compiled
+        self.grid = grid
         self._done = 0
         # Of every row of the block that runs now: what is done to it, and what input is it of?
         self._marks: list[str] = []
         self._inputs: list[int] = []
+        self._tokens = (0, 0, 0)  # its (frames, height, width), where queries are blurred
         self._taken: dict[tuple[str, tuple[int, ...], int], tuple[Any, Any]] = {}
 
     def handlers(self) -> Mapping[nn.Module, Handler]:
@@ -145,7 +187,7 @@ class Stack:
 
     def _inside(self, mark: str) -> bool:
         """Whether a mark is about the attention inside of a block."""
-        return mark.startswith(ATTENTION) and mark not in self.layout.changes
+        return mark.startswith((ATTENTION, BLUR)) and mark not in self.layout.changes
 
     def _block(self, number: int, plain: Call, arguments: Arguments) -> Any:
         """Stands in for block `number`."""
@@ -154,6 +196,8 @@ class Stack:
         step = self.plan.steps[number]
         state = self.layout.units[number].state or self.layout.state
         before = [arguments[name] for name in state] if step.keep else []
+        if any(_sigma(mark) for mark in step.marks) and self.grid is not None:
+            self._tokens = self.grid(arguments)
         if step.run:
             computed: Sequence[Any] = self._compute(step, plain, self._chosen(step, arguments, state))
         else:
@@ -185,11 +229,14 @@ class Stack:
         # Nothing can stand in for a call inside compiled code, so a block with masked rows runs as it is written.
         module = arguments.module
         call: Call = module._call_impl if any(map(self._inside, marks)) else self.compiled.get(module, plain)
+        compiled = module in self.compiled or compiled_in_place(module)
         outputs = []
         for part in self._parts(marks):
             self._marks, self._inputs = marks[part], inputs[part]
             changes = self.layout.changes.get(marks[part.start], {})
             given = self._only(arguments, [part], len(marks)).replaced(changes)
+            if compiled:
+                given = given.changed(lambda name, value: alone(value))
             outputs.append(_as_tuple(given.given_to(call)))
         return [join(parts) if parts[0] is not None else None for parts in zip(*outputs, strict=True)]
 
@@ -206,7 +253,11 @@ class Stack:
         """Stands in for a self-attention: rows that are masked run none of it."""
         rows = len(self._marks)
         masked = [mark in (ATTENTION, f"{ATTENTION} {axis}") for mark in self._marks]
-        if self.layout.attend is not None and arguments["hidden_states"].device.type in self.layout.attend_on:
+        sigmas = [None if axis == TEMPORAL else _sigma(mark) for mark in self._marks]
+        if any(sigmas):  # rows of one input differ from the projection on: the module's own call, for each of them
+            unmasked = [sigma for sigma, mask in zip(sigmas, masked, strict=True) if not mask]
+            plain = functools.partial(self._with_blur, arguments.module, unmasked)
+        elif self.layout.attend is not None and arguments["hidden_states"].device.type in self.layout.attend_on:
             # Rows of one input are projected once.
             different = list(dict.fromkeys(self._inputs))
             once = self._only(arguments, spans([self._inputs.index(one) for one in different], 1), rows)
@@ -223,6 +274,35 @@ class Stack:
                 order += mine
         back = spans([order.index(row) for row in range(rows)], 1)
         return _as_given([take(join(parts), back, rows, "attention") for parts in zip(*outputs, strict=True)])
+
+    def _with_blur(self, attention: nn.Module, sigmas: Sequence[float | None], *args: Any, **kwargs: Any) -> Any:
+        """The call of a self-attention, with the queries blurred of rows that have a sigma."""
+        assert self.layout.grid is not None
+        query, seen = attention.get_submodule(self.layout.grid.query), list[Tensor]()
+
+        def blurred(plain: Call, arguments: Arguments) -> Tensor:
+            seen.append(arguments.given_to(plain))
+            return self._blur(seen[-1], sigmas)
+
+        with held([query]), handling({query: blurred}):
+            output = attention._call_impl(*args, **kwargs)
+        if len(seen) != 1:
+            raise EngineError(f"queries made by {self.layout.grid.query!r}: got {len(seen)} calls, expected one")
+        return output
+
+    def _blur(self, queries: Tensor, sigmas: Sequence[float | None]) -> Tensor:
+        assert self.layout.grid is not None
+        assert self.layout.blur is not None
+        # A sample's row may be several neighbours, its frames say.
+        each, tokens = len(queries) // len(sigmas), math.prod(self._tokens)
+        first = queries.shape[1] - tokens if self.layout.grid.last else 0
+        pieces, start = [], 0
+        for sigma, same in itertools.groupby(sigmas):
+            stop = start + len(list(same)) * each
+            part = queries[start:stop]
+            pieces.append(part if sigma is None else self.layout.blur(part, self._tokens, sigma, first=first))
+            start = stop
+        return join(pieces)
 
     def _only(self, arguments: Arguments, where: list[slice], rows: int) -> Arguments:
         """Some of the rows of a call that has `rows` rows."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from stgfast.batching.stack import Grid
 from stgfast.guidance import Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments, requested_scale
+from stgfast.integrations.spec import Adapter, CallArguments, patches, requested_scale
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
@@ -28,6 +29,7 @@ ALLEGRO = Adapter(
         }
     ),
     live=live,
-    # Our choice, not published: about 70% of the way through its 32 blocks.
+    grid=Grid(patches),
+    # About 70% of the way through its 32 blocks.
     defaults=Guidance(Perturbation([22], scale=1.0)),
 )

@@ -7,8 +7,9 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from stgfast.guidance import Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments, requested_scale, steps_of_call
+from stgfast.batching.stack import Grid
+from stgfast.integrations.spec import Adapter, CallArguments, patches, requested_scale, steps_of_call
+from stgfast.presets import PRESETS
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
@@ -17,7 +18,10 @@ def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
     asked = requested_scale(call)
     if asked is None or not call["use_dynamic_cfg"]:
         return asked and float(pipe.guidance_scale)
-    steps = pipe.num_timesteps
+    # The formula counts the steps that the call asks for, and not those that a scheduler from `stgfast.restart` makes
+    # again, unless they come as timesteps: then it is told how many there are.
+    again = getattr(pipe.scheduler, "repeated", 0) if call.get("timesteps") is None else 0
+    steps = pipe.num_timesteps - again
     progress = (steps - float(pipe.current_timestep)) / steps
     return 1 + asked * (1 - math.cos(math.pi * progress**5.0)) / 2
 
@@ -30,8 +34,10 @@ COGVIDEOX = Adapter(
     rows=frozenset({"hidden_states", "encoder_hidden_states", "timestep", "timestep_cond", "ofs", "temb"}),
     float32=True,
     live=live,
+    grid=Grid(functools.partial(patches, dims=(1, 3, 4)), last=True),
     # Of 30 blocks (2B) or 42 (5B).
-    defaults=Guidance(Perturbation([11], scale=1.0)),
+    defaults=PRESETS["cogvideox"].guidance,
+    source=PRESETS["cogvideox"].source,
 )
 
 COGVIDEOX_IMAGE = replace(COGVIDEOX, pipeline="CogVideoXImageToVideoPipeline")

@@ -5,11 +5,15 @@ All of them combine as `c + s (c - u)`, so that the scale of CFG as it is writte
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
+from stgfast.batching.stack import Grid
 from stgfast.guidance import Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments
+from stgfast.integrations.spec import Adapter, CallArguments, patches
 
 
 def requested(call: CallArguments) -> float | None:
@@ -18,6 +22,10 @@ def requested(call: CallArguments) -> float | None:
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
     return 1 + float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else None
+
+
+def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
+    return {"sigmas": np.linspace(0.0, 1.0, call["num_inference_steps"])}
 
 
 # What the model gives becomes x0 by the same linear step for cond and for uncond, and the frames that are given are put
@@ -40,12 +48,12 @@ COSMOS = Adapter(
     ),
     requested=requested,
     live=live,
-    # Our choice, nothing is published: 70% of the depth of the smaller models, which have 28 blocks; the 14B ones have
-    # 36. Predict 1 and 2 agree in this.
+    grid=Grid(patches),
+    # 70% of the depth of the smaller models, which have 28 blocks; the 14B ones have 36. Predict 1 and 2 agree in this.
     defaults=Guidance(Perturbation([19], scale=1.0)),
 )
 COSMOS_VIDEO = replace(COSMOS, pipeline="CosmosVideoToWorldPipeline")
 
 # These have x0 of the first prediction before they call for the second.
-COSMOS2_IMAGE = replace(COSMOS, pipeline="Cosmos2TextToImagePipeline", early=True, float32=True)
+COSMOS2_IMAGE = replace(COSMOS, pipeline="Cosmos2TextToImagePipeline", early=True, float32=True, schedule=schedule)
 COSMOS2_VIDEO = replace(COSMOS2_IMAGE, pipeline="Cosmos2VideoToWorldPipeline")

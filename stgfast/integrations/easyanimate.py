@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from stgfast.batching.stack import Grid
 from stgfast.guidance import Guidance, Perturbation
 from stgfast.integrations.attention import project
-from stgfast.integrations.spec import Adapter, CallArguments, steps_of_call
+from stgfast.integrations.spec import Adapter, CallArguments, patches, schedule_of_call, steps_of_call
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
@@ -24,6 +26,12 @@ def identity(
     """Early blocks have projections of their own for text; later ones take those of the video, but for the last."""
     text = (attn.to_v if attn.add_v_proj is None else attn.add_v_proj)(encoder_hidden_states)
     return project(attn.to_out, attn.to_v(hidden_states)), project(getattr(attn, "to_add_out", None), text)
+
+
+def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
+    """The pipeline looks at the scheduler's class."""
+    shift = {"mu": 1} if hasattr(pipe.scheduler, "time_shift") else {}
+    return {**schedule_of_call(pipe, call), **shift}
 
 
 EASYANIMATE = Adapter(
@@ -44,8 +52,10 @@ EASYANIMATE = Adapter(
         }
     ),
     live=live,
+    schedule=schedule,
     identity=identity,
-    # Our choice, not published: about 70% of the way through its 48 blocks.
+    grid=Grid(patches, last=True),
+    # About 70% of the way through its 48 blocks.
     defaults=Guidance(Perturbation([33], scale=1.0)),
 )
 

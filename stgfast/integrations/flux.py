@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from stgfast.batching.arguments import Arguments
+from stgfast.batching.stack import Grid
 from stgfast.guidance import Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments
+from stgfast.integrations.spec import Adapter, CallArguments, even_sigmas, shifted
 
 
 def requested(call: CallArguments) -> float | None:
@@ -20,6 +23,20 @@ def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
     return requested(call)
 
 
+def size(call: CallArguments, denoiser: Arguments, block: Arguments) -> tuple[int, int, int]:
+    """Latents come to the denoiser patched already, two by two."""
+    pipe = call["self"]
+    asked = (call[name] or pipe.default_sample_size * pipe.vae_scale_factor for name in ("height", "width"))
+    height, width = (int(pixels) // (2 * pipe.vae_scale_factor) for pixels in asked)
+    return 1, height, width
+
+
+def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
+    size = pipe.default_sample_size * pipe.vae_scale_factor
+    height, width = ((call[name] or size) // (2 * pipe.vae_scale_factor) for name in ("height", "width"))
+    return {**even_sigmas(pipe, call), **shifted(pipe, height * width, 256, 4096, 0.5, 1.15)}
+
+
 FLUX = Adapter(
     pipeline="FluxPipeline",
     protocol="embedded",
@@ -28,7 +45,10 @@ FLUX = Adapter(
     rows=frozenset({"hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance", "temb"}),
     attention="attn",
     requested=requested,
+    cfg_on="true_cfg_scale above 1 and a negative_prompt, or both of its embeds",
     live=live,
-    # No setting is published for this model; this is a late block of its 57.
+    schedule=schedule,
+    grid=Grid(size, last=True),
+    # A late block of its 57.
     defaults=Guidance(Perturbation([40], scale=1.0)),
 )

@@ -1,8 +1,8 @@
 """Pipelines with a guider: an object that says which passes a step makes, and combines them.
 
-Two ways. A guider that has weak passes itself (skip-layer and perturbed-attention guidance) is left in charge: its
-passes are answered from one shared computation, and combined as it does. Beside a guider of CFG alone the engine
-combines, as with any other pipeline, and the guider finds its two predictions equal.
+Two ways. A guider that has weak passes itself (skip-layer, perturbed-attention, smoothed-energy guidance) is left in
+charge: its passes are answered from one shared computation, and combined as it does. Beside a guider of CFG alone the
+engine combines, as with any other pipeline, and the guider finds its two predictions equal.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +18,12 @@ from typing import Any
 from torch import nn
 
 from stgfast.errors import SettingsError
-from stgfast.guidance import ATTENTION, COND, RESIDUAL, UNCOND, Guidance, Moment, Perturbation
+from stgfast.guidance import ATTENTION, BLUR, COND, RESIDUAL, UNCOND, Guidance, Moment, Perturbation
 from stgfast.integrations.spec import Adapter, CallArguments, Passes, nothing_missing
 
 CFG = "ClassifierFreeGuidance"
-WITH_WEAK_PASSES = ("SkipLayerGuidance", "PerturbedAttentionGuidance")
+SEG = "SmoothedEnergyGuidance"
+WITH_WEAK_PASSES = ("SkipLayerGuidance", "PerturbedAttentionGuidance", SEG)
 WEAK = "perturbed"
 
 
@@ -34,6 +36,7 @@ def guided_by(adapter: Adapter, pipeline: str, **changes: Any) -> Adapter:
         float32=False,
         unsupported=nothing_missing,
         requested=requested,
+        cfg_on="a guider that is enabled, with guidance_scale above 1",
         live=live,
         steps=steps,
         own_rescale=own_rescale,
@@ -106,17 +109,52 @@ def passes(
     if guider._is_cfg_enabled():
         turns.append((UNCOND,))
     weak: dict[str, Perturbation | None] = {}
-    if name_of(guider) in WITH_WEAK_PASSES and guider._is_slg_enabled():
+    if name_of(guider) in WITH_WEAK_PASSES and _has_weak_pass(guider):
         turns.append((WEAK,))
         weak[WEAK] = perturbation_of(guider, getattr(pipe, denoiser), blocks)
     return Passes(tuple(turns), weak)
 
 
+def _has_weak_pass(guider: Any) -> bool:
+    """Whether the step that the guider is at has one."""
+    return bool(guider._is_seg_enabled() if name_of(guider) == SEG else guider._is_slg_enabled())
+
+
 def perturbation_of(guider: Any, denoiser: nn.Module, blocks: Sequence[str]) -> Perturbation:
-    """What a guider's configuration means: layers counted through all stacks of blocks, as everywhere here."""
-    layers: list[int] = []
+    """What a guider's configuration means."""
+    if name_of(guider) == SEG:
+        return _blur_of(guider, denoiser, blocks)
     kinds = set()
     for config in guider.skip_layer_config:
+        skipped = (config.skip_attention, config.skip_attention_scores, config.skip_ff, config.dropout)
+        kinds.add({(True, False, True, 1.0): RESIDUAL, (False, True, False, 1.0): ATTENTION}.get(skipped, ""))
+    layers = _layers_of(guider, guider.skip_layer_config, denoiser, blocks)
+    if len(kinds) > 1 or "" in kinds:
+        raise SettingsError(
+            f"configuration of {name_of(guider)}: expected that all its layers skip the whole block, or all of them "
+            f"the attention scores alone"
+        )
+    return Perturbation(layers, kind=kinds.pop())
+
+
+def _blur_of(guider: Any, denoiser: nn.Module, blocks: Sequence[str]) -> Perturbation:
+    """As the paper has it: a Gaussian within every frame, and its mean for sigmas above the threshold.
+
+    diffusers 0.42 takes the mean for sigmas below it and the Gaussian above, both over the largest square of tokens
+    whatever the frames are, and never gets there: its guider does not count passes, so that none of them is blurred.
+    """
+    for config in guider.seg_guidance_config:
+        if config._query_proj_identifiers not in (None, ["to_q"]):
+            raise SettingsError(f"queries of {SEG}: got {config._query_proj_identifiers}, expected None or ['to_q']")
+    sigma = float(guider.seg_blur_sigma)
+    sigma = math.inf if sigma > guider.seg_blur_threshold_inf else sigma
+    return Perturbation(_layers_of(guider, guider.seg_guidance_config, denoiser, blocks), kind=BLUR, sigma=sigma)
+
+
+def _layers_of(guider: Any, configs: Sequence[Any], denoiser: nn.Module, blocks: Sequence[str]) -> list[int]:
+    """Layers counted through all stacks of blocks, as everywhere here."""
+    layers: list[int] = []
+    for config in configs:
         path = blocks[0] if config.fqn == "auto" else config.fqn
         if path not in blocks:
             raise SettingsError(f"fqn of {name_of(guider)}: got {path!r}, expected one of {', '.join(blocks)}")
@@ -126,14 +164,7 @@ def perturbation_of(guider: Any, denoiser: nn.Module, blocks: Sequence[str]) -> 
         if not indices or not all(0 <= index < size for index in indices):
             raise SettingsError(f"layers of {name_of(guider)}: got {indices}, expected numbers from 0 to {size - 1}")
         layers += [before + index for index in indices]
-        skipped = (config.skip_attention, config.skip_attention_scores, config.skip_ff, config.dropout)
-        kinds.add({(True, False, True, 1.0): RESIDUAL, (False, True, False, 1.0): ATTENTION}.get(skipped, ""))
-    if len(kinds) > 1 or "" in kinds:
-        raise SettingsError(
-            f"configuration of {name_of(guider)}: expected that all its layers skip the whole block, or all of them "
-            f"the attention scores alone"
-        )
-    return Perturbation(layers, kind=kinds.pop())
+    return layers
 
 
 def preview(pipe: Any, call: CallArguments, moment: Moment) -> None:
@@ -144,6 +175,8 @@ def preview(pipe: Any, call: CallArguments, moment: Moment) -> None:
 
 
 def unfit(pipe: Any, guidance: Guidance, call: CallArguments, blocks: Sequence[str]) -> str | None:
+    if "kwargs" in call and hasattr(pipe.scheduler, "restarts"):
+        return "a scheduler from stgfast.restart: a modular pipeline's guider does not count repeated steps"
     for guider in guiders(pipe):
         name = name_of(guider)
         if name in WITH_WEAK_PASSES:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from stgfast.guidance import Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments
+from stgfast.batching.stack import Grid
+from stgfast.integrations.spec import Adapter, CallArguments, even_sigmas, patches
+from stgfast.presets import PRESETS
 
 
 def requested(call: CallArguments) -> float | None:
@@ -40,9 +41,13 @@ HUNYUAN_VIDEO = Adapter(
     ),
     attention="attn",
     requested=requested,
+    cfg_on="true_cfg_scale above 1 and a negative_prompt, or both of its embeds",
     live=live,
+    schedule=even_sigmas,
+    grid=Grid(patches),
     # Of 60 blocks: 20 with two streams, then 40 with one.
-    defaults=Guidance(Perturbation([2], scale=1.0)),
+    defaults=PRESETS["hunyuan-video"].guidance,
+    source=PRESETS["hunyuan-video"].source,
 )
 
 # The image comes as further channels or as the first frame's tokens, which have a modulation of their own.

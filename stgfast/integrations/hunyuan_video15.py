@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from stgfast.batching.stack import Grid
 from stgfast.guidance import Guidance, Perturbation
 from stgfast.integrations.guiders import guided_by, steps_of_modular_call
-from stgfast.integrations.spec import Adapter
+from stgfast.integrations.spec import Adapter, even_sigmas, patches
 
 FACTS = Adapter(
     pipeline="",
@@ -28,7 +29,9 @@ FACTS = Adapter(
         }
     ),
     attention="attn",
-    # No setting is published for this model; this is a late layer of its 54.
+    schedule=even_sigmas,
+    grid=Grid(patches),
+    # A late layer of its 54.
     defaults=Guidance(Perturbation([37], scale=1.0)),
 )
 HUNYUAN_VIDEO_15 = guided_by(FACTS, "HunyuanVideo15Pipeline")

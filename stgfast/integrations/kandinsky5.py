@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from stgfast.guidance import Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments
+from stgfast.batching.stack import Grid
+from stgfast.guidance import BLUR, Guidance, Perturbation
+from stgfast.integrations.spec import Adapter, CallArguments, patches
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
@@ -19,6 +21,12 @@ def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
 def identity(attn: Any, hidden_states: Tensor, *args: Any, **named: Any) -> Tensor:
     out: Tensor = attn.out_layer(attn.to_value(hidden_states))
     return out
+
+
+def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
+    if pipe.transformer.config.attention_type == "nabla" and any(p.kind == BLUR for p in guidance.perturbations):
+        return "a blur of queries: expected a model of full attention, got nabla, which orders tokens in its own way"
+    return None
 
 
 KANDINSKY5 = Adapter(
@@ -43,7 +51,9 @@ KANDINSKY5 = Adapter(
     ),
     identity=identity,
     live=live,
-    # Our choice, nothing is published: 70% of the depth of the Lite models, which have 32 blocks; Pro has 60.
+    unfit=unfit,
+    grid=Grid(functools.partial(patches, dims=(1, 2, 3)), query="to_query"),
+    # 70% of the depth of the Lite models, which have 32 blocks; Pro has 60.
     defaults=Guidance(Perturbation([22], scale=1.0)),
 )
 # The first frame is given, and takes no part in the scheduler's step, but in the rescale.

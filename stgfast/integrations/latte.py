@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from stgfast.batching.stack import Unit
+from stgfast.batching.stack import Grid, Unit
 from stgfast.guidance import ATTENTION, AXES, Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments, requested_scale
+from stgfast.integrations.spec import Adapter, CallArguments, patches, requested_scale
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
@@ -42,7 +43,8 @@ LATTE = Adapter(
     rows=frozenset({"hidden_states", "timestep", "encoder_hidden_states"}),
     full=True,  # tokens are turned from space to time and back between blocks
     live=live,
+    grid=Grid(functools.partial(patches, dims=(3, 4))),  # every frame is a row of its own
     unfit=unfit,
-    # Our choice: nothing is published for Latte, which has 28 layers.
+    # The middle of 28 layers.
     defaults=Guidance([Perturbation([14], kind=ATTENTION, axis=axis) for axis in AXES]),
 )

@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from stgfast.guidance import Guidance, Perturbation
+from stgfast.batching.arguments import Arguments
+from stgfast.batching.stack import Grid
 from stgfast.integrations.guiders import guided_by, steps_of_modular_call
-from stgfast.integrations.spec import Adapter, steps_of_call
+from stgfast.integrations.spec import Adapter, CallArguments, even_sigmas, latent_tokens, shifted, steps_of_call
+from stgfast.presets import PRESETS
+
+
+def size(call: CallArguments, denoiser: Arguments, block: Arguments) -> tuple[int, int, int]:
+    return denoiser["num_frames"], denoiser["height"], denoiser["width"]
+
+
+def size_with_conditions(call: CallArguments, denoiser: Arguments, block: Arguments) -> tuple[int, int, int]:
+    """Conditions at later frames come before the video, as so many more frames of the same size."""
+    height, width = (call[name] // call["self"].vae_spatial_compression_ratio for name in ("height", "width"))
+    return denoiser["hidden_states"].shape[1] // (height * width), height, width
+
+
+def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
+    return {**even_sigmas(pipe, call), **shifted(pipe, latent_tokens(pipe, call), 256, 4096, 0.5, 1.15)}
+
+
+def condition_schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
+    from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
+
+    own = call["timesteps"]
+    return {"timesteps": linear_quadratic_schedule(call["num_inference_steps"]) * 1000 if own is None else own}
+
 
 LTX = Adapter(
     pipeline="LTXPipeline",
@@ -25,8 +51,11 @@ LTX = Adapter(
         }
     ),
     float32=True,
+    grid=Grid(size),
     # Of the 2B model, which has 28 blocks; the 13B model has 48, and is guided by schedules of its own.
-    defaults=Guidance(Perturbation([19], scale=1.0), rescale=0.7),
+    defaults=PRESETS["ltx"].guidance,
+    source=PRESETS["ltx"].source,
+    schedule=schedule,
 )
 
 # A timestep for every token; the frame that is given takes no part in the scheduler's step, but in the rescale.
@@ -36,6 +65,8 @@ LTX_CONDITION = replace(
     LTX,
     pipeline="LTXConditionPipeline",
     float32=False,
+    grid=Grid(size_with_conditions),
     steps_asked=functools.partial(steps_of_call, strength="denoise_strength"),
+    schedule=condition_schedule,
 )
 LTX_MODULAR = guided_by(LTX, "LTXModularPipeline", steps_asked=steps_of_modular_call)

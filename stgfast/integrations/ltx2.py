@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stgfast.batching.stack import Unit
 from stgfast.guidance import ATTENTION, COND, ISOLATE, RESIDUAL, UNCOND, Guidance, Moment, Perturbation, value
 from stgfast.integrations.attention import project
-from stgfast.integrations.spec import Adapter, CallArguments, Passes
+from stgfast.integrations.spec import Adapter, CallArguments, Passes, even_sigmas, latent_tokens, shifted
 
 WEAK, ISOLATED = "perturbed", "isolated"
 
@@ -40,6 +40,8 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
         return f"spatio_temporal_guidance_blocks: got {list(blocks)}, expected numbers from 0 to {depth - 1}"
     if guidance.cfg is not None or guidance.rescale != 0.0:
         return "cfg and rescale of a Guidance: use the pipeline's own guidance_scale, guidance_rescale and audio_..."
+    if guidance.project or guidance.reuse > 1 or guidance.reuse_cfg > 1:
+        return "project and reuse of a Guidance: the pipeline combines its passes itself, and computes all of them"
     kinds = [part.kind == ISOLATE for part in guidance.perturbations]
     if kinds.count(True) > 1 or kinds.count(False) > 1:
         return "several perturbations: expected one at most, and one that isolates video from audio"
@@ -95,6 +97,10 @@ def preview(pipe: Any, call: CallArguments, moment: Moment) -> None:
         setattr(pipe, f"_audio_{name}", call[f"audio_{name}"] or call[name])
 
 
+def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
+    return {**even_sigmas(pipe, call), **shifted(pipe, latent_tokens(pipe, call), 1024, 4096, 0.95, 2.05)}
+
+
 ROWS = {
     *("hidden_states", "encoder_hidden_states", "encoder_attention_mask"),
     *("audio_hidden_states", "audio_encoder_hidden_states", "audio_encoder_attention_mask"),
@@ -119,8 +125,10 @@ LTX2 = Adapter(
     preview=preview,
     unfit=unfit,
     requested=requested,
+    schedule=schedule,
     # The pipeline's own arguments are its settings: STG 1 at layer 28, modality 3, rescale 0.7.
     defaults=Guidance(),
+    source="the pipeline's own",
 )
 LTX2_IMAGE = dataclasses.replace(LTX2, pipeline="LTX2ImageToVideoPipeline")
 LTX2_CONDITION = dataclasses.replace(LTX2, pipeline="LTX2ConditionPipeline")

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stgfast.batching.rows import spans, take
-from stgfast.guidance import Guidance, Perturbation
+from stgfast.batching.stack import Grid
 from stgfast.integrations.attention import project
-from stgfast.integrations.spec import Adapter
+from stgfast.integrations.spec import Adapter, CallArguments, patches
 from stgfast.kernels import masked_attention
+from stgfast.presets import PRESETS
 
 
 def attend(
@@ -63,6 +65,12 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
+def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
+    from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
+
+    return {"sigmas": np.array(linear_quadratic_schedule(call["num_inference_steps"], 0.025))}
+
+
 MOCHI = Adapter(
     pipeline="MochiPipeline",
     protocol="stacked",
@@ -75,5 +83,8 @@ MOCHI = Adapter(
     identity=identity,
     attend=attend,
     processor="MochiAttnProcessor2_0",
-    defaults=Guidance(Perturbation([34], scale=1.0)),
+    schedule=schedule,
+    grid=Grid(patches),
+    defaults=PRESETS["mochi"].guidance,
+    source=PRESETS["mochi"].source,
 )

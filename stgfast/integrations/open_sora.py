@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from stgfast.batching.stack import Unit
 from stgfast.errors import UnsupportedPipelineError
-from stgfast.guidance import ATTENTION, AXES, COND, GUIDED, UNCOND, Guidance, Perturbation
+from stgfast.guidance import AXES, COND, GUIDED, UNCOND, Guidance, Perturbation
 from stgfast.integrations.spec import Adapter, CallArguments
+from stgfast.presets import PRESETS
 
 NOTHING = "uncond without image"  # the third row of a sampler that has a scale for the image too
 
@@ -37,8 +38,8 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments, *, settable: bool)
         return "cfg=False leaves out the rows of CFG, which this guidance needs" if needs else None
     if settable and guidance.cfg is not None:
         return None
-    combined = "a rescale, or a perturbation held against the CFG result,"
-    if guidance.rescale != 0.0 or any(part.base == GUIDED for part in guidance.perturbations):
+    combined = "a rescale, a projection, or a perturbation held against the CFG result,"
+    if guidance.rescale != 0.0 or guidance.project or any(part.base == GUIDED for part in guidance.perturbations):
         advice = (
             "; say it as Guidance(..., cfg=7.0)" if settable else ", and it has two, which change from step to step"
         )
@@ -92,7 +93,8 @@ STDIT3 = Adapter(
     unfit=functools.partial(unfit, settable=True),
     denoisers=("model",),
     sample="x",
-    defaults=Guidance([Perturbation([12], kind=ATTENTION, scale=2.0, axis=axis) for axis in AXES]),
+    defaults=PRESETS["open-sora"].guidance,
+    source=PRESETS["open-sora"].source,
 )
 
 
@@ -119,7 +121,7 @@ MMDIT = Adapter(
     unfit=functools.partial(unfit, settable=False),
     denoisers=("model",),
     sample="img",
-    # Our choice: nothing is published for Open-Sora 2.0, which has 19 blocks with two streams and 38 with one.
+    # Of 19 blocks with two streams and 38 with one.
     defaults=Guidance(Perturbation([13])),
 )
 

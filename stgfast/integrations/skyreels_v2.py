@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from stgfast.batching.stack import Grid
 from stgfast.guidance import Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments, steps_of_call
+from stgfast.integrations.spec import Adapter, CallArguments, patches, steps_of_call
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
@@ -39,13 +40,14 @@ SKYREELS_V2 = Adapter(
     blocks=("blocks",),
     rows=frozenset({"hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image", "temb"}),
     live=live,
-    # Our choice, nothing is published: 70% of the depth of the 14B model, which has 40 blocks.
+    grid=Grid(patches),
+    # 70% of the depth of the 14B model, which has 40 blocks.
     defaults=Guidance(Perturbation([28], scale=1.0)),
 )
 SKYREELS_V2_IMAGE = replace(
     SKYREELS_V2,
     pipeline="SkyReelsV2ImageToVideoPipeline",
-    # Our choice: there is a 1.3B model of 30 blocks beside the 14B one of 40, and this is late in both.
+    # There is a 1.3B model of 30 blocks beside the 14B one of 40, and this is late in both.
     defaults=Guidance(Perturbation([24], scale=1.0)),
 )
 # A timestep for every frame. `fps` has an entry for every prompt as well, but the models that look at it take one

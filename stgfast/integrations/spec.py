@@ -7,13 +7,16 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 from torch import nn
 
-from stgfast.batching.seam import compiled_in_place, unwrapped
-from stgfast.batching.stack import Layout, Unit
+from stgfast.batching.arguments import Arguments
+from stgfast.batching.seam import caching_hooks, compiled_in_place, unwrapped
+from stgfast.batching.stack import Grid, Layout, Unit
 from stgfast.errors import SettingsError
 from stgfast.guidance import COND, UNCOND, Guidance, Moment, Perturbation, Scale
 from stgfast.integrations.attention import identity_attention
+from stgfast.kernels import blur
 
 CallArguments = Mapping[str, Any]  # the arguments of one pipeline call by name, defaults filled in
 
@@ -43,8 +46,58 @@ def steps_of_call(call: CallArguments, strength: str = "") -> int:
     return min(int(steps * call[strength]), steps) if strength else steps
 
 
+def schedule_of_call(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
+    """The call's own times or sigmas, or how many steps it asks for."""
+    names = ("timesteps", "sigmas", "num_inference_steps")
+    return next({name: call[name]} for name in names if call.get(name) is not None)
+
+
+def even_sigmas(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
+    """From 1 down in equal steps, where the call has no sigmas of its own."""
+    own, steps = call.get("sigmas"), call["num_inference_steps"]
+    return {"sigmas": np.linspace(1.0, 0.0, steps + 1)[:-1] if own is None else own}
+
+
+def shifted(pipe: Any, tokens: int, base: int, most: int, low: float, high: float) -> Mapping[str, Any]:
+    """mu, a line through (base, low) and (most, high); the scheduler's configuration may have other points."""
+    config = pipe.scheduler.config
+    if not config.get("use_dynamic_shifting"):
+        return {}
+    base, most = config.get("base_image_seq_len", base), config.get("max_image_seq_len", most)
+    low, high = config.get("base_shift", low), config.get("max_shift", high)
+    return {"mu": low + (tokens - base) * (high - low) / (most - base)}
+
+
+def latent_tokens(pipe: Any, call: CallArguments) -> int:
+    """The tokens of LTX-Video and of LTX-2: one for every place of the latents. LTX-2 has a default for frames."""
+    frames = ((call["num_frames"] or 121) - 1) // pipe.vae_temporal_compression_ratio + 1
+    side = pipe.vae_spatial_compression_ratio
+    return int(frames * (call["height"] // side) * (call["width"] // side))
+
+
+def sigmas_of_pipe(pipe: Any) -> list[float]:
+    """Of a scheduler's list of sigmas, those of its steps; it has one more, at which it ends."""
+    return [float(sigma) for sigma in pipe.scheduler.sigmas[: len(pipe.scheduler.timesteps)]]
+
+
 def rescale_of_call(call: CallArguments) -> float | None:
     return call.get("guidance_rescale") or None
+
+
+def patches(
+    call: CallArguments, denoiser: Arguments, block: Arguments, dims: tuple[int, ...] = (2, 3, 4)
+) -> tuple[int, int, int]:
+    """How many (frames, height, width) of tokens a sample has, where it comes unpatched to the denoiser.
+
+    `dims` are the dimensions of these; where frames are left out, there is one, or they are rows of their own.
+    """
+    config: Any = denoiser.module.config
+    patch = config["patch_size"]
+    if isinstance(patch, int):
+        patch = (config.get("patch_size_t") or 1, patch, patch)
+    shape = denoiser["hidden_states"].shape
+    frames, height, width = [1, *(shape[dim] for dim in dims)][-3:]
+    return frames // patch[0], height // patch[1], width // patch[2]
 
 
 class Passes(NamedTuple):
@@ -74,14 +127,20 @@ class Adapter:
     packed       those of a block that have the tokens of all samples one after another along dimension 1, each with the
                  argument that says how many tokens a sample has
     attention    the self-attention of a block
-    defaults     the paper's settings
+    defaults     the settings where none are given
+    source       where these come from
     full         the model handles rows between its blocks: it adds to them, reshapes them or keeps them for later
     float32      the pipeline combines in float32, whatever the denoiser's type
     early        the pipeline has worked on what it got for cond before it calls for uncond
     requested    the CFG scale that a call asks for
+    cfg_on       how a call asks for CFG, in words
     live         the CFG scale that the pipeline will combine this step with, as seen by one of its denoisers
     steps        how many steps the pipeline is about to make, once it runs
     steps_asked  how many steps a call asks for, before it runs
+    sigmas       the noise levels of the steps to come, once the pipeline runs; there may be levels of steps left out
+                 before them
+    schedule     what the pipeline gives its scheduler's `set_timesteps`, device aside: by it the steps are counted that
+                 a scheduler from `stgfast.restart` adds
     unsupported  what a pipeline instance has that is not supported, if anything
     identity     the call of an attention module with output = V
     attend       `attend(module, masked, source, *args, **kwargs)`: the whole call of an attention module, where the
@@ -89,6 +148,7 @@ class Adapter:
     attend_on    the kinds of device where it is faster
     processor    the class of attention processor that it does the work of; with another one it is not used
     changes      for a kind of perturbation that the model itself knows, the arguments that ask a block for it
+    grid         where the tokens of a self-attention lie, for queries to be blurred; None where that is not known
     announces    whether a pipeline instance follows the announced protocol
     passes       what its next step asks for of a denoiser, by the guidance where that says something, else by the call
     own_rescale  the rescale that a call asks for by the pipeline's own means, if any
@@ -103,6 +163,7 @@ class Adapter:
     protocol: str
     rows: frozenset[str]
     defaults: Guidance
+    source: str = "our choice"
     blocks: tuple[str, ...] = ()
     units: Callable[[nn.Module], Sequence[Unit]] | None = None
     state: tuple[str, ...] = ("hidden_states",)
@@ -113,15 +174,19 @@ class Adapter:
     float32: bool = False
     early: bool = False
     requested: Callable[[CallArguments], float | None] = requested_scale
+    cfg_on: str = "guidance_scale above 1"
     live: Callable[[Any, CallArguments, str], Scale] = live_scale
     steps: Callable[[Any], int] = steps_of_pipe
     steps_asked: Callable[[CallArguments], int] = steps_of_call
+    schedule: Callable[[Any, CallArguments], Mapping[str, Any]] = schedule_of_call
+    sigmas: Callable[[Any], list[float]] = sigmas_of_pipe
     unsupported: Callable[[Any], str | None] = nothing_missing
     identity: Callable[..., Any] = identity_attention
     attend: Callable[..., Any] | None = None
     attend_on: tuple[str, ...] = ("cuda",)
     processor: str = ""
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    grid: Grid | None = None
     own_rescale: Callable[[CallArguments], float | None] = rescale_of_call
     announces: Callable[[Any], bool] = lambda pipe: False
     passes: Callable[[Any, CallArguments, Guidance, Moment, str], Passes] | None = None
@@ -137,12 +202,23 @@ class Adapter:
             return ((COND,),)
         return (self.order,) if self.protocol == "stacked" else ((COND,), (UNCOND,))
 
+    def steps_of_run(self, pipe: Any, call: CallArguments) -> int:
+        """How many steps a call will make: those that it asks for, and those that its scheduler makes again."""
+        steps = self.steps_asked(call)
+        restarts = getattr(getattr(pipe, "scheduler", None), "restarts", None)
+        return steps if restarts is None else steps + int(restarts(**self.schedule(pipe, call)))
+
     def layouts(self, pipe: Any) -> dict[str, Layout]:
         """The blocks of each of a pipeline's denoisers, with what is known about them."""
         there = [name for name in self.denoisers if getattr(pipe, name, None) is not None]
         if not there:
             raise SettingsError(f"pipe.{self.denoisers[0]}: got None, expected the model whose steps are to be guided")
         return {name: self.layout(name, getattr(pipe, name)) for name in there}
+
+    def caches(self, pipe: Any) -> dict[str, list[str]]:
+        """The hooks of caches, by name, on each of a pipeline's denoisers that has any."""
+        found = {name: caching_hooks(layout.denoiser) for name, layout in self.layouts(pipe).items()}
+        return {name: hooks for name, hooks in found.items() if hooks}
 
     def layout(self, name: str, given: nn.Module) -> Layout:
         denoiser = unwrapped(given)
@@ -166,6 +242,8 @@ class Adapter:
             attend_on=self.attend_on,
             changes=self.changes,
             packed=self.packed,
+            grid=self.grid,
+            blur=blur,
         )
 
     def _blocks(self, denoiser: nn.Module) -> list[Unit]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from stgfast.batching.stack import Unit
-from stgfast.guidance import Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments
+from stgfast.batching.stack import Grid, Unit
+from stgfast.guidance import Guidance
+from stgfast.integrations.spec import Adapter, CallArguments, patches, schedule_of_call, shifted
+from stgfast.presets import PRESETS
 
 
 def units(denoiser: nn.Module) -> Sequence[Unit]:
@@ -32,6 +34,14 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
     )
 
 
+def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
+    if call["mu"] is not None:
+        return {**schedule_of_call(pipe, call), "mu": call["mu"]}
+    size = pipe.default_sample_size * pipe.vae_scale_factor
+    sides = [(call[name] or size) // pipe.vae_scale_factor // pipe.patch_size for name in ("height", "width")]
+    return {**schedule_of_call(pipe, call), **shifted(pipe, sides[0] * sides[1], 256, 4096, 0.5, 1.16)}
+
+
 STABLE_DIFFUSION_3 = Adapter(
     pipeline="StableDiffusion3Pipeline",
     protocol="stacked",
@@ -39,6 +49,8 @@ STABLE_DIFFUSION_3 = Adapter(
     state=("encoder_hidden_states", "hidden_states"),
     rows=frozenset({"hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "temb"}),
     unfit=unfit,
-    # As skip-layer guidance was published for 3.5 medium; there for the steps from 0.01 to 0.2 of the run alone.
-    defaults=Guidance(Perturbation([7, 8, 9], scale=2.8), start=0.01, stop=0.2),
+    schedule=schedule,
+    grid=Grid(functools.partial(patches, dims=(2, 3))),
+    defaults=PRESETS["sd3.5-medium"].guidance,
+    source=PRESETS["sd3.5-medium"].source,
 )

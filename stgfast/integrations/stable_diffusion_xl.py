@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 
-from stgfast.guidance import ATTENTION, Guidance, Perturbation
 from stgfast.integrations.spec import Adapter, CallArguments, requested_scale
-from stgfast.integrations.unet import units
+from stgfast.integrations.unet import GRID, units
+from stgfast.presets import PRESETS
 
 
 def requested(call: CallArguments) -> float | None:
@@ -33,8 +33,10 @@ STABLE_DIFFUSION_XL = Adapter(
     ),
     full=True,  # every block's output is kept for the way up
     requested=requested,
+    cfg_on="guidance_scale above 1 and a unet that is not distilled, with time_cond_proj_dim=None",
+    grid=GRID,
     denoisers=("unet",),
     sample="sample",
-    # As perturbed-attention guidance was published: the middle of the UNet, scale 3.
-    defaults=Guidance(Perturbation([4], kind=ATTENTION, scale=3.0)),
+    defaults=PRESETS["sdxl"].guidance,
+    source=PRESETS["sdxl"].source,
 )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from stgfast.guidance import ATTENTION, AXES, Guidance, Perturbation, Scale
+from stgfast.guidance import APG, CFG_ZERO, Guidance, Scale
 from stgfast.integrations.spec import Adapter, CallArguments
-from stgfast.integrations.unet import units
+from stgfast.integrations.unet import GRID, units
+from stgfast.presets import PRESETS
 
 
 def requested(call: CallArguments) -> float | None:
@@ -26,9 +27,8 @@ def steps_asked(call: CallArguments) -> int:
 
 
 def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
-    needs = guidance.cfg is not None or any(part.needs_cfg for part in guidance.perturbations)
-    if needs and requested(call) is None:
-        return "this guidance needs CFG, got a call without it, expected max_guidance_scale above 1"
+    if guidance.project in (CFG_ZERO, APG) and guidance.cfg is None:
+        return f"project={guidance.project!r}: got a scale for every frame, expected one: Guidance(..., cfg=3.0)"
     return None
 
 
@@ -41,10 +41,13 @@ STABLE_VIDEO_DIFFUSION = Adapter(
     ),
     full=True,  # every block's output is kept for the way up
     requested=requested,
+    cfg_on="max_guidance_scale above 1",
     live=live,
     steps_asked=steps_asked,
     unfit=unfit,
+    grid=GRID,
     denoisers=("unet",),
     sample="sample",
-    defaults=Guidance([Perturbation([8], kind=ATTENTION, scale=2.0, axis=axis) for axis in AXES]),
+    defaults=PRESETS["svd"].guidance,
+    source=PRESETS["svd"].source,
 )

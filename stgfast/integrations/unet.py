@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import zip_longest
+from typing import Any
 
 from torch import nn
 
-from stgfast.batching.stack import Unit
+from stgfast.batching.arguments import Arguments
+from stgfast.batching.stack import Grid, Unit
 
 
 def units(unet: nn.Module, lists: Mapping[str, str]) -> Sequence[Unit]:
@@ -30,6 +32,15 @@ def units(unet: nn.Module, lists: Mapping[str, str]) -> Sequence[Unit]:
                 found.append(Unit(transformer, number, tuple(attentions), wrapped=True))
         found += [Unit(part, None) for name in ("downsamplers", "upsamplers") for part in _children(block, name)]
     return found
+
+
+def size(call: Mapping[str, Any], unet: Arguments, transformer: Arguments) -> tuple[int, int, int]:
+    """A transformer's image has the size of its level; every frame is a row of its own."""
+    height, width = transformer["hidden_states"].shape[2:]
+    return 1, height, width
+
+
+GRID = Grid(size)
 
 
 def _children(module: nn.Module, name: str) -> Iterable[nn.Module]:

@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from stgfast.batching.seam import unwrapped
-from stgfast.batching.stack import Unit
-from stgfast.guidance import GUIDED, UNCOND, Guidance, Perturbation
+from stgfast.batching.stack import Grid, Unit
 from stgfast.integrations.guiders import guided_by, steps_of_modular_call
-from stgfast.integrations.spec import Adapter, CallArguments, steps_of_call
+from stgfast.integrations.spec import Adapter, CallArguments, patches, steps_of_call
+from stgfast.presets import PRESETS
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
@@ -49,9 +49,9 @@ WAN = Adapter(
     denoisers=("transformer", "transformer_2"),
     live=live,
     unsupported=unsupported,
-    # As the paper's code does it for Wan: the unconditional branch is made weak, and held against the CFG result.
-    # The others below have no published settings, and take these.
-    defaults=Guidance(Perturbation([2], scale=2.0, of=UNCOND, base=GUIDED)),
+    grid=Grid(patches),
+    defaults=PRESETS["wan"].guidance,
+    source=PRESETS["wan"].source,
 )
 WAN_IMAGE = replace(WAN, pipeline="WanImageToVideoPipeline")
 WAN_VIDEO = replace(

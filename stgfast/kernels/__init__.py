@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ def combine(
     *,
     rescale: float = 0.0,
     orthogonal: tuple[int, int] | None = None,
+    cfg_zero: int | None = None,
+    apg: tuple[int, float] | None = None,
     x0: tuple[Tensor, float | Tensor] | None = None,
     dtype: torch.dtype | None = None,
     impl: str = "auto",
@@ -35,10 +37,14 @@ def combine(
         suits = device == "cuda" and branches[0].dtype != torch.float64
         impl = "triton" if suits and not unavailable("triton", device, biased=False) else "reference"
     if impl == "reference":
-        return reference.combine(branches, weights, rescale=rescale, orthogonal=orthogonal, x0=x0, dtype=dtype)
-    reason = unavailable(impl, device, biased=False)
-    if reason:
-        raise expected("impl", repr(impl), f"another: it {reason}")
-    from stgfast.kernels import combination  # imports triton
+        made: Callable[..., Tensor] = reference.combine
+    else:
+        reason = unavailable(impl, device, biased=False)
+        if reason:
+            raise expected("impl", repr(impl), f"another: it {reason}")
+        from stgfast.kernels import combination  # imports triton
 
-    return combination.combine(branches, weights, rescale=rescale, orthogonal=orthogonal, x0=x0, dtype=dtype)
+        made = combination.combine
+    return made(
+        branches, weights, rescale=rescale, orthogonal=orthogonal, cfg_zero=cfg_zero, apg=apg, x0=x0, dtype=dtype
+    )

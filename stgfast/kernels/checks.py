@@ -78,6 +78,8 @@ def check_combine(
     weights: Sequence[float],
     *,
     orthogonal: tuple[int, int] | None,
+    cfg_zero: int | None,
+    apg: tuple[int, float] | None,
     x0: tuple[Tensor, float | Tensor] | None,
     dtype: torch.dtype | None,
 ) -> None:
@@ -105,6 +107,16 @@ def check_combine(
                 f"two different branches from 1 to {len(others)}" if len(others) > 1 else "None, for so few branches"
             )
             raise expected("orthogonal", orthogonal, right)
+    directed = {"orthogonal": orthogonal, "cfg_zero": cfg_zero, "apg": apg}
+    given = [name for name, option in directed.items() if option is not None]
+    if len(given) > 1:
+        raise expected("options", " and ".join(given), "one of them at a time")
+    if cfg_zero is not None and not 1 <= cfg_zero < len(branches):
+        raise expected("cfg_zero", cfg_zero, f"a branch from 1 to {len(branches) - 1}")
+    if apg is not None and (len(apg) != 2 or not 1 <= apg[0] < len(branches) or not math.isfinite(apg[1])):
+        raise expected("apg", apg, f"a branch from 1 to {len(branches) - 1}, and a finite eta")
+    if x0 is not None and given and orthogonal is None:
+        raise expected(given[0], "x0 beside it", "branches that are meant as they are")
     if x0 is not None:
         _check_x0(base, x0)
 

@@ -23,6 +23,7 @@ from stgfast.kernels.checks import MOST_BRANCHES, check_combine, expected
 BLOCK, PARTS, WARPS = 2048, 256, 8
 SUMS = 9  # what a part leaves, see `sums_kernel`
 NO_SIGMA, NUMBER, ON_DEVICE = 0, 1, 2  # what `sigma` is; without one, `sample` is not read
+NOTHING, ORTHOGONAL, CFG_ZERO, APG = 0, 1, 2, 3  # what is taken along a direction, and which, see `_directed`
 SUPPORTED = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -63,6 +64,18 @@ def _tile(
 
 
 @triton.jit
+def _directed(base, first, second, DIRECTED: tl.constexpr):
+    """A direction and the difference that loses its part along it: x_1 - x_0 and x_2 - x_0, or x_1 - x_0 along x_1 or
+    along x_0."""
+    direction, difference = first, second
+    if DIRECTED == 2:
+        direction, difference = base + first, first
+    if DIRECTED == 3:
+        direction, difference = base, first
+    return direction, difference
+
+
+@triton.jit
 def _sigma_of(sigma, prompt, sigma_stride, SIGMA: tl.constexpr):
     number = sigma
     if SIGMA == 2:
@@ -85,12 +98,12 @@ def sums_kernel(
     w1, w2, w3, w4, w5, w6, w7,
     sample_ptr, sigma, sums_ptr,
     stride, sample_stride, sigma_stride, numel, chunk, parts,
-    COUNT: tl.constexpr, SIGMA: tl.constexpr, RESCALE: tl.constexpr, ORTHOGONAL: tl.constexpr,
+    COUNT: tl.constexpr, SIGMA: tl.constexpr, RESCALE: tl.constexpr, DIRECTED: tl.constexpr,
     SUMS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The sums of one part of one prompt, to `sums[prompt, :, part]`.
 
-    0, 1       <d, d> and <d, d'>, with d = x_1 - x_0 and d' = x_2 - x_0
+    0, 1       <d, d> and <d, d'>, with d the direction and d' the difference
     2, 3       mean of x_0, and sum of its squared deviations from it
     4, 5       the same of g, before anything is orthogonal
     6, 7, 8    the same of d, and the sum of the deviations of d times those of g
@@ -110,10 +123,11 @@ def sums_kernel(
     if RESCALE:
         # The origin is one for all parts of a prompt, so that their means are small numbers too, and exact enough.
         ok = lanes < numel
-        base, change, first, _ = _tile(
+        base, change, first, second = _tile(
             x0_ptr, x1_ptr, x2_ptr, x3_ptr, x4_ptr, x5_ptr, x6_ptr, x7_ptr, w1, w2, w3, w4, w5, w6, w7,
             offset, lanes, ok, COUNT,
         )  # fmt: skip
+        first, second = _directed(base, first, second, DIRECTED)
         base, change, first = _in_x0_space(base, change, first, sample, level, lanes, ok, SIGMA)
         count = tl.minimum(numel, BLOCK).to(tl.float32)
         base_origin = tl.sum(base) / count
@@ -135,7 +149,8 @@ def sums_kernel(
             x0_ptr, x1_ptr, x2_ptr, x3_ptr, x4_ptr, x5_ptr, x6_ptr, x7_ptr, w1, w2, w3, w4, w5, w6, w7,
             offset + begin + start, lanes, ok, COUNT,
         )  # fmt: skip
-        if ORTHOGONAL:
+        first, second = _directed(base, first, second, DIRECTED)
+        if DIRECTED != 0:
             dot += first * first
             cross += first * second
         if RESCALE:
@@ -146,14 +161,14 @@ def sums_kernel(
             base_square += base * base
             guided_sum += guided
             guided_square += guided * guided
-            if ORTHOGONAL:
+            if DIRECTED != 0:
                 first = tl.where(ok, first - first_origin, 0.0)
                 first_sum += first
                 first_square += first * first
                 product += guided * first
 
     out = sums_ptr + prompt * SUMS * parts + part
-    if ORTHOGONAL:
+    if DIRECTED != 0:
         tl.store(out, tl.sum(dot))
         tl.store(out + parts, tl.sum(cross))
     if RESCALE:
@@ -163,7 +178,7 @@ def sums_kernel(
         tl.store(out + 3 * parts, tl.sum(base_square) - base_mean * base_mean * length)
         tl.store(out + 4 * parts, guided_mean)
         tl.store(out + 5 * parts, tl.sum(guided_square) - guided_mean * guided_mean * length)
-        if ORTHOGONAL:
+        if DIRECTED != 0:
             first_mean = tl.sum(first_sum) / length
             tl.store(out + 6 * parts, first_mean)
             tl.store(out + 7 * parts, tl.sum(first_square) - first_mean * first_mean * length)
@@ -185,11 +200,11 @@ def combine_kernel(
     x0_ptr, x1_ptr, x2_ptr, x3_ptr, x4_ptr, x5_ptr, x6_ptr, x7_ptr,
     w1, w2, w3, w4, w5, w6, w7,
     sample_ptr, sigma, sums_ptr, out_ptr,
-    phi, stride, sample_stride, sigma_stride, numel, chunk, parts,
-    COUNT: tl.constexpr, SIGMA: tl.constexpr, RESCALE: tl.constexpr, ORTHOGONAL: tl.constexpr,
+    phi, along, stride, sample_stride, sigma_stride, numel, chunk, parts,
+    COUNT: tl.constexpr, SIGMA: tl.constexpr, RESCALE: tl.constexpr, DIRECTED: tl.constexpr,
     SUMS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One part of one prompt: out = factor * (x_0 + sum_b w_b (x_b - x_0) + toward * (x_1 - x_0)) + lift * sample."""
+    """One part of one prompt: out = factor * (x_0 + sum_b w_b (x_b - x_0) + toward * direction) + lift * sample."""
     program = tl.program_id(0)
     prompt = (program // parts).to(tl.int64)
     part = program % parts
@@ -200,14 +215,13 @@ def combine_kernel(
     sample = sample_ptr + prompt * sample_stride + begin
     out = out_ptr + prompt * numel + begin
 
-    if RESCALE or ORTHOGONAL:
+    if RESCALE or DIRECTED != 0:
         sums = sums_ptr + prompt * SUMS * parts
         index = tl.arange(0, PARTS)
-        if ORTHOGONAL:
-            # d' loses its part along d: w_2 <d, d'> / <d, d> goes from the weight of d
+        if DIRECTED != 0:
             dot = tl.sum(_of_parts(sums, 0, parts, index))
             cross = tl.sum(_of_parts(sums, 1, parts, index))
-            steer = -w2 * (cross / tl.where(dot == 0.0, 1.0, dot))
+            steer = along * (cross / tl.where(dot == 0.0, 1.0, dot))
             toward = steer.to(tl.float32)
         if RESCALE:
             count = tl.minimum(numel - index.to(tl.int64) * chunk, chunk)
@@ -216,7 +230,7 @@ def combine_kernel(
             base_square = tl.sum(_of_parts(sums, 3, parts, index) + count * base_off * base_off)
             guided_off = _from_mean(_of_parts(sums, 4, parts, index), count, numel)
             guided_square = tl.sum(_of_parts(sums, 5, parts, index) + count * guided_off * guided_off)
-            if ORTHOGONAL:
+            if DIRECTED != 0:
                 first_off = _from_mean(_of_parts(sums, 6, parts, index), count, numel)
                 first_square = tl.sum(_of_parts(sums, 7, parts, index) + count * first_off * first_off)
                 product = tl.sum(_of_parts(sums, 8, parts, index) + count * guided_off * first_off)
@@ -228,11 +242,12 @@ def combine_kernel(
 
     for start in range(0, length, BLOCK):
         ok = start + lanes < length
-        base, change, first, _ = _tile(
+        base, change, first, second = _tile(
             x0_ptr, x1_ptr, x2_ptr, x3_ptr, x4_ptr, x5_ptr, x6_ptr, x7_ptr, w1, w2, w3, w4, w5, w6, w7,
             offset + start, lanes, ok, COUNT,
         )  # fmt: skip
-        if ORTHOGONAL:
+        if DIRECTED != 0:
+            first, second = _directed(base, first, second, DIRECTED)
             change += toward * first
         guided = base + change
         if RESCALE:
@@ -247,13 +262,15 @@ def _combine(
     branches: Sequence[Tensor],
     weights: Sequence[float],
     rescale: float,
-    orthogonal: bool,
+    directed: int,
+    along: float,
     sample: Tensor | None,
     sigma: Tensor | None,
     sigma_number: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The operation checked and spelt out: `orthogonal` is of branch 2 to branch 1, `sample` is for a rescale alone."""
+    """The operation checked and spelt out: `directed` is about branch 1, and 2 where they are to be orthogonal, and
+    `along` is the weight of what is lost; `sample` is for a rescale alone."""
     rows, stride = _rows(branches)
     prompts, numel = rows[0].shape
     out = torch.empty(branches[0].shape, dtype=dtype, device=branches[0].device)
@@ -265,9 +282,9 @@ def _combine(
     unused = MOST_BRANCHES - len(branches)
     given = (*rows, *[rows[0]] * unused, *map(float, weights[1:]), *[0.0] * unused, noisy, level)
     strides = (stride, sample_stride, sigma_stride, numel)
-    kinds = {"COUNT": len(branches), "SIGMA": kind, "RESCALE": bool(rescale), "ORTHOGONAL": orthogonal, "SUMS": SUMS}
+    kinds = {"COUNT": len(branches), "SIGMA": kind, "RESCALE": bool(rescale), "DIRECTED": directed, "SUMS": SUMS}
     with torch.cuda.device_of(out):
-        if rescale or orthogonal:
+        if rescale or directed:
             chunk = triton.cdiv(triton.cdiv(numel, PARTS), BLOCK) * BLOCK
             parts = triton.cdiv(numel, chunk)
             sums = torch.empty(prompts, SUMS, parts, dtype=torch.float32, device=out.device)
@@ -275,7 +292,7 @@ def _combine(
         else:
             chunk, parts, sums = BLOCK, triton.cdiv(numel, BLOCK), out
         combine_kernel[(prompts * parts,)](
-            *given, sums, out, float(rescale), *strides, chunk, parts,
+            *given, sums, out, float(rescale), along, *strides, chunk, parts,
             **kinds, PARTS=PARTS, BLOCK=BLOCK, num_warps=WARPS,
         )  # fmt: skip
     return out
@@ -286,7 +303,8 @@ def _(
     branches: Sequence[Tensor],
     weights: Sequence[float],
     rescale: float,
-    orthogonal: bool,
+    directed: int,
+    along: float,
     sample: Tensor | None,
     sigma: Tensor | None,
     sigma_number: float,
@@ -309,26 +327,35 @@ def combine(
     *,
     rescale: float = 0.0,
     orthogonal: tuple[int, int] | None = None,
+    cfg_zero: int | None = None,
+    apg: tuple[int, float] | None = None,
     x0: tuple[Tensor, float | Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`reference.combine`, for float32, float16 and bfloat16."""
-    check_combine(branches, weights, orthogonal=orthogonal, x0=x0, dtype=dtype)
+    check_combine(branches, weights, orthogonal=orthogonal, cfg_zero=cfg_zero, apg=apg, x0=x0, dtype=dtype)
     dtype = dtype or torch.promote_types(branches[0].dtype, torch.float32)
     sample, sigma = (None, 1.0) if x0 is None or not rescale else x0
     dtypes = {"branches": branches[0].dtype, "dtype": dtype, "sample": (branches[0] if x0 is None else x0[0]).dtype}
     for what, got in dtypes.items():
         if got not in SUPPORTED:
             raise expected(what, got, f"{', '.join(map(str, SUPPORTED))}, or impl='reference'")
-    order = list(range(len(branches)))
+    directed, share = NOTHING, 0.0
+    first: tuple[int, ...] = ()
     if orthogonal is not None:
-        order = [0, *orthogonal, *(b for b in order[1:] if b not in orthogonal)]
+        directed, first, share = ORTHOGONAL, orthogonal, 1.0
+    elif cfg_zero is not None:
+        directed, first, share = CFG_ZERO, (cfg_zero,), 1.0
+    elif apg is not None:
+        directed, first, share = APG, apg[:1], 1.0 - apg[1]
+    order = [0, *first, *(b for b in range(1, len(branches)) if b not in first)]
     on_device = isinstance(sigma, Tensor)
     out: Tensor = _combine(
         [branches[b] for b in order],
         [weights[b] for b in order],
         rescale,
-        orthogonal is not None,
+        directed,
+        -share * weights[first[-1]] if first else 0.0,
         sample,
         sigma if on_device else None,
         1.0 if on_device else float(sigma),

@@ -19,6 +19,8 @@ def combine(
     *,
     rescale: float = 0.0,
     orthogonal: tuple[int, int] | None = None,
+    cfg_zero: int | None = None,
+    apg: tuple[int, float] | None = None,
     x0: tuple[Tensor, float | Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -29,20 +31,28 @@ def combine(
     are `(prompts, ...)`; standard deviations, unbiased, and inner products are taken per prompt, so a prompt's result
     knows nothing of its neighbours.
 
-    `orthogonal=(i, j)`: of `d_j` only the part orthogonal to `d_i` counts.
+    A difference may lose its part along a direction, one at a time:
+    `orthogonal=(i, j)`: `d_j` along `d_i` (STG, arXiv 2411.18664, Eq. 21);
+    `cfg_zero=b`: `d_b` along `x_b`, so that for `x_b` stands its multiple nearest to `x_0` (CFG-Zero*, 2503.18886);
+    `apg=(b, eta)`: `d_b` along `x_0`, of which `eta` times is left (adaptive projected guidance, 2410.02416).
 
     `x0=(sample, sigma)`: branches are velocities, the formulas are meant for `sample - sigma * x_b`, and the velocity
     of their result is returned. As weights add up to 1, only the rescale takes notice.
 
     Works in float32, or wider if a branch is wider, and returns a new tensor of that dtype, or of `dtype`.
     """
-    check_combine(branches, weights, orthogonal=orthogonal, x0=x0, dtype=dtype)
+    check_combine(branches, weights, orthogonal=orthogonal, cfg_zero=cfg_zero, apg=apg, x0=x0, dtype=dtype)
     wide = torch.promote_types(branches[0].dtype, torch.float32)
     base, *others = (_elements(branch, wide) for branch in branches)
     distances = [base - other for other in others]
     if orthogonal is not None:
         i, j = (b - 1 for b in orthogonal)
         distances[j] -= _along(distances[j], distances[i])
+    if cfg_zero is not None:
+        distances[cfg_zero - 1] -= _along(distances[cfg_zero - 1], others[cfg_zero - 1])
+    if apg is not None:
+        b, eta = apg
+        distances[b - 1] -= (1.0 - eta) * _along(distances[b - 1], base)
     guided = base.clone()
     for weight, distance in zip(weights[1:], distances, strict=True):
         guided -= weight * distance

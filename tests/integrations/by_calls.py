@@ -23,7 +23,9 @@ class ByCalls(Family):
 
     known: bool = True
 
-    def plain(self, guidance: Guidance, prompts: int = 1, cfg: bool = True, other: bool = False) -> torch.Tensor:
+    def plain(
+        self, guidance: Guidance, prompts: int = 1, cfg: bool = True, other: bool = False, **settings: Any
+    ) -> torch.Tensor:
         pipe = self.build(other=other)
         scale = self.cfg if cfg else None
         negative = {"encoder_hidden_states": self.arguments(prompts, cfg=cfg).get("negative_prompt_embeds")}
@@ -41,7 +43,7 @@ class ByCalls(Family):
                 plain["guided"] = plain["uncond"] + scale * (plain["cond"] - plain["uncond"])
             result = plain["guided"]
             for part in guidance.perturbations:
-                with weakened(self.facts, pipe.transformer, part.layers, part.kind, part.axis):
+                with weakened(self.facts, pipe.transformer, part.layers, part.kind, part.axis, part.sigma):
                     weak = forward(**inputs[part.of])[0].double()
                 strength = part.scale[len(done)] if isinstance(part.scale, tuple) else part.scale
                 result = result + strength * (plain[part.base] - weak)
@@ -69,4 +71,4 @@ class ByCalls(Family):
             return (result,)
 
         with mock.patch.object(pipe.transformer, "forward", called):
-            return self.run(pipe, prompts, cfg)
+            return self.run(pipe, prompts, cfg, **settings)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from stgfast import Guidance
-from tests.oracle import Facts, Plainly, Weak, plain_method
+from stgfast import Guidance, Perturbation
+from tests.oracle import Facts, Part, Plainly, Weak, plain_method
 
 
 @dataclass(frozen=True)
@@ -42,22 +42,31 @@ class Family:
 
     def run(self, pipe: Any, prompts: int = 1, cfg: bool = True, **settings: Any) -> torch.Tensor:
         with torch.no_grad():
-            result = self.result(pipe(**self.arguments(prompts, cfg=cfg), **settings))
+            result = self.result(pipe(**{**self.arguments(prompts, cfg=cfg), **settings}))
         assert isinstance(result, torch.Tensor)
         assert result.isfinite().all()
         return result
 
-    def plain(self, guidance: Guidance, prompts: int = 1, cfg: bool = True, other: bool = False) -> torch.Tensor:
-        """A clip by the plain method."""
-        pipe, steps = self.build(other=other), self.steps[other]
+    def plain(
+        self,
+        guidance: Guidance,
+        prompts: int = 1,
+        cfg: bool = True,
+        other: bool = False,
+        formula: Callable[..., torch.Tensor] | None = None,
+        **settings: Any,
+    ) -> torch.Tensor:
+        """A clip by the plain method, by another formula than the usual one where that is given."""
+        pipe = self.build(other=other)
+        steps = settings.get("num_inference_steps", self.steps[other])
 
         def at(schedule: Any) -> list[float]:
             return list(schedule) if isinstance(schedule, tuple) else [schedule] * steps
 
-        weak = [Weak(p.layers, p.kind, at(p.scale), p.of, p.base, p.axis) for p in guidance.perturbations]
-        plainly = Plainly(weak, self.cfg if cfg else None, at(guidance.rescale), [True] * steps)
+        weak = [Weak(p.layers, p.kind, at(p.scale), p.of, p.base, p.axis, p.sigma) for p in guidance.perturbations]
+        plainly = Plainly(weak, self.cfg if cfg else None, at(guidance.rescale), [True] * steps, formula)
         with plain_method(pipe, plainly, self.facts):
-            return self.run(pipe, prompts, cfg)
+            return self.run(pipe, prompts, cfg, **settings)
 
     def denoisers(self, pipe: Any) -> list[Any]:
         return [getattr(pipe, name) for name in self.facts.denoisers if getattr(pipe, name, None) is not None]
@@ -97,16 +106,22 @@ class Family:
             for part in self.facts.parts(model):
                 run = set()
                 for source, weak in branches:
-                    done = ""
-                    touched = weak is not None and part.layer in weak.layers and weak.axis in ("", *part.attentions)
-                    if touched:
-                        whole = weak.axis == "" or set(part.attentions) == {weak.axis}
-                        done = weak.kind if whole else f"{weak.kind} {weak.axis}"
+                    done = _done(weak, part) if weak is not None and part.layer in weak.layers else ""
                     before[source, weak] = (*before[source, weak], done)
                     if done != "residual":
                         run.add(before[source, weak])
                 counts.append(len(run))
         return counts
+
+
+def _done(weak: Perturbation, part: Part) -> str:
+    """What is done to a part at a layer of a perturbation."""
+    if weak.kind == "blur":
+        return "" if set(part.attentions) == {"temporal"} else f"blur {weak.sigma}"
+    if weak.axis not in ("", *part.attentions):
+        return ""
+    whole = weak.axis == "" or set(part.attentions) == {weak.axis}
+    return weak.kind if whole else f"{weak.kind} {weak.axis}"
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -2,12 +2,14 @@
 
 import importlib
 import pkgutil
+import re
 
+import diffusers
 import pytest
 import torch
 
 import stgfast
-from stgfast import Guidance, Perturbation
+from stgfast import Guidance, Perturbation, SettingsError
 from tests.integrations import families
 from tests.integrations.family import distance
 
@@ -15,6 +17,8 @@ MODULES = [
     importlib.import_module(f"{families.__name__}.{found.name}") for found in pkgutil.iter_modules(families.__path__)
 ]
 FAMILIES = {family.name: family for module in MODULES for family in module.FAMILIES}
+BLURRED = {name: family for name, family in FAMILIES.items() if family.facts.lies is not None}
+blurred = pytest.mark.parametrize("family", BLURRED.values(), ids=BLURRED)
 every = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 # kind, rescale, prompts, other scheduler, CFG
 CASES = {
@@ -46,6 +50,28 @@ def test_equals_the_plain_method(family, case):
     assert distance(made, expected) < 1e-5
     plain = family.run(family.build(other=other), prompts, cfg)
     assert distance(made, plain) > 1e-3, "a guidance that changes nothing shows nothing"
+
+
+@blurred
+def test_blur_equals_the_plain_method(family):
+    """A finite one and an infinite one, in frames that are no squares where there can be such."""
+    early, late = family.layers
+    guidance = Guidance(
+        [Perturbation([early, late], kind="blur", sigma=0.8), Perturbation([early], kind="blur", scale=2.0)]
+    )
+    cfg, oblong = family.cfg is not None, family.facts.oblong
+    expected = family.plain(guidance, 1, cfg, **oblong)
+    stock, pipe = family.build(), stgfast.accelerate(family.build(), guidance)
+    with family.counted(stock) as one:
+        plain = family.run(stock, 1, cfg, **oblong)
+    with family.counted(pipe) as guided:
+        made = family.run(pipe, 1, cfg, **oblong)
+    assert distance(made, expected) < 1e-5
+    assert distance(made, plain) > 1e-3
+    rows = 2 if cfg else 1
+    assert [rows * count for count in guided] == [
+        count * per for count, per in zip(family.histories(pipe, guidance, cfg), one, strict=True)
+    ]
 
 
 @every
@@ -98,3 +124,23 @@ def test_explain_counts_what_runs(family):
     first = family.facts.parts(family.denoisers(pipe)[0])
     assert explained.phases[0].rows == tuple(family.histories(pipe, guidance, cfg)[: len(first)])
     assert str(explained)
+
+
+@every
+def test_a_call_without_the_cfg_that_its_guidance_needs_is_told_how_to_ask_for_it(family):
+    pipe = family.build()
+    guiders = [name for name in ("guider", "guider_2") if getattr(pipe, name, None) is not None]
+    for name in guiders:
+        setattr(pipe, name, diffusers.ClassifierFreeGuidance(guidance_scale=1.0))
+    uncond = Guidance(Perturbation([family.layers[1]], kind=family.kinds[0], of="uncond"))
+    stgfast.accelerate(pipe, uncond)
+    for guidance, needs in ((uncond, "a perturbation of uncond against uncond"), (Guidance(cfg=3.0), "a cfg schedule")):
+        said = re.escape(f"{needs}: got a call without CFG, expected ") + r"(.*\b)?(\w+) above 1\b.*"
+        with pytest.raises(SettingsError) as refused:
+            family.run(pipe, cfg=False, stg=guidance)
+        told = re.fullmatch(said, str(refused.value))
+        assert told, refused.value
+        if guiders:
+            assert hasattr(getattr(pipe, guiders[0]), told[2])
+        else:
+            assert family.arguments(1, cfg=False)[told[2]] <= 1 < family.arguments(1, cfg=True)[told[2]]

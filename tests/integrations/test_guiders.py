@@ -1,19 +1,24 @@
 """Guiders with weak passes: their own passes, shared, and right where diffusers' are not."""
 
+import math
+
 import diffusers
 import pytest
 import torch
 from diffusers import ClassifierFreeGuidance, PerturbedAttentionGuidance, SkipLayerGuidance
+from diffusers.guiders import SmoothedEnergyGuidance
 from diffusers.hooks import LayerSkipConfig
+from diffusers.hooks.smoothed_energy_guidance_utils import SmoothedEnergyGuidanceConfig, _gaussian_blur_2d
 
 import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.errors import SettingsError
 from tests.integrations.families.hunyuan_video15 import FACTS, FAMILIES, arguments, build
 from tests.integrations.family import distance
-from tests.oracle import weakened
+from tests.oracle import blurred, weakened
 
 HUNYUAN = FAMILIES[0]
+OBLONG = FACTS.oblong
 DEPTH = 5
 RANGE = {"skip_layer_guidance_start": 0.0, "skip_layer_guidance_stop": 1.0}
 PAG_RANGE = {"perturbed_guidance_start": 0.0, "perturbed_guidance_stop": 1.0}
@@ -29,15 +34,19 @@ def perturbing(layers=(3,), **settings):
     return PerturbedAttentionGuidance(**given)
 
 
+def smoothing(layers=(3,), **settings):
+    return SmoothedEnergyGuidance(**{"guidance_scale": 4.0, "seg_guidance_layers": list(layers), **settings})
+
+
 def clip(guider, accelerate=False, steps=4, **settings):
     pipe = build(guider=guider)
     if accelerate:
         stgfast.accelerate(pipe)
     with torch.no_grad():
-        return pipe(**{**arguments(1), "num_inference_steps": steps}, **settings).frames
+        return pipe(**{**arguments(1), **OBLONG, "num_inference_steps": steps}, **settings).frames
 
 
-def passes_written_out(guider, kind, steps=4):
+def passes_written_out(guider, kind, sigma=None, steps=4):
     """The guider's formula, on passes made one by one: the weak one is the conditional one, made weak."""
     pipe = build(guider=guider)
     forward, called = pipe.transformer.forward, []
@@ -49,9 +58,9 @@ def passes_written_out(guider, kind, steps=4):
     def guided(data):
         names = [batch.__guidance_identifier__ for batch in data]
         preds = dict(zip(names, (batch.noise_pred for batch in data), strict=True))
-        if "pred_cond_skip" in preds:
-            with weakened(FACTS, pipe.transformer, [3], kind):
-                preds["pred_cond_skip"] = forward(**called[0])[0]
+        for name in preds.keys() & {"pred_cond_skip", "pred_cond_seg"}:
+            with weakened(FACTS, pipe.transformer, [3], kind, sigma=sigma):
+                preds[name] = forward(**called[0])[0]
         called.clear()
         return guider.forward(**preds)
 
@@ -60,7 +69,7 @@ def passes_written_out(guider, kind, steps=4):
     pipe.transformer.forward = record
     pipe.guider.__class__ = type(type(guider).__name__, (type(guider),), {"__call__": lambda self, data: guided(data)})
     with torch.no_grad():
-        return pipe(**{**arguments(1), "num_inference_steps": steps}).frames
+        return pipe(**{**arguments(1), **OBLONG, "num_inference_steps": steps}).frames
 
 
 CASES = {
@@ -84,6 +93,38 @@ def test_shared_passes_are_the_guiders_own(case):
     expected = passes_written_out(made_by(**settings), kind)
     assert distance(clip(made_by(**settings), accelerate=True), expected) < 1e-5
     assert distance(expected, clip(ClassifierFreeGuidance(guidance_scale=4.0))) > 1e-3
+
+
+SMOOTHED = {
+    "the mean": ({}, math.inf),
+    "a Gaussian, rescaled, original formulation": (
+        {"seg_blur_sigma": 0.8, "guidance_rescale": 0.6, "use_original_formulation": True},
+        0.8,
+    ),
+    "a threshold of its own": ({"seg_blur_sigma": 2.0, "seg_blur_threshold_inf": 1.5}, math.inf),
+    "without CFG, in part of the steps": (
+        {"seg_blur_sigma": 0.8, "guidance_scale": 1.0, "seg_guidance_stop": 0.6},
+        0.8,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SMOOTHED.values(), ids=SMOOTHED)
+def test_smoothed_passes_are_blurred_in_frames(case):
+    settings, sigma = case
+    expected = passes_written_out(smoothing(**settings), "blur", sigma)
+    assert distance(clip(smoothing(**settings), accelerate=True), expected) < 1e-5
+    assert distance(expected, passes_written_out(smoothing(**settings), "blur", 0.1)) > 1e-3
+
+
+def test_smoothing_of_diffusers():
+    """Its guider never gets to blur a pass, and what it would have done has mean and Gaussian exchanged."""
+    assert torch.equal(clip(smoothing()), clip(ClassifierFreeGuidance(guidance_scale=4.0)))
+    queries = torch.randn(1, 9, 4)
+    mean, gauss = (blurred(queries.unflatten(1, (3, 3)), sigma).flatten(1, 2) for sigma in (math.inf, 1e7))
+    below, above = (_gaussian_blur_2d(queries.clone(), 61, sigma, 9999.0) for sigma in (1.0, 1e7))
+    torch.testing.assert_close(below, mean)
+    torch.testing.assert_close(above, gauss)
 
 
 def test_where_diffusers_fails():
@@ -134,6 +175,16 @@ WRONG = {
         SkipLayerGuidance(skip_layer_config=LayerSkipConfig([1], fqn="blocks"), **RANGE),
         None,
         "fqn of SkipLayerGuidance: got 'blocks', expected one of transformer_blocks",
+    ),
+    "other queries": (
+        SmoothedEnergyGuidance(seg_guidance_config=SmoothedEnergyGuidanceConfig([1], "auto", ["to_k"])),
+        None,
+        r"queries of SmoothedEnergyGuidance: got \['to_k'\], expected None or \['to_q'\]",
+    ),
+    "layers of a blur": (
+        smoothing((5,)),
+        None,
+        r"layers of SmoothedEnergyGuidance: got \[5\], expected numbers from 0",
     ),
     "half a block": (
         SkipLayerGuidance(skip_layer_config=LayerSkipConfig([1], skip_ff=False), **RANGE),

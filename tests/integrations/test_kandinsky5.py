@@ -5,6 +5,7 @@ import warnings
 
 import diffusers
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 
 import stgfast
 from stgfast import Guidance, Perturbation
@@ -20,7 +21,8 @@ def test_sparse_attention():
 
     def build(other=False):
         pipe = kandinsky5.builder(diffusers.Kandinsky5T2VPipeline, **SPARSE)(other)
-        pipe.transformer.set_attention_backend("flex")
+        for block in pipe.transformer.visual_transformer_blocks:  # set on the model it would become everybody's
+            block.self_attention.processor._attention_backend = AttentionBackendName.FLEX
         return pipe
 
     def arguments(prompts, cfg=True):

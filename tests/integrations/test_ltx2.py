@@ -11,7 +11,7 @@ import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.errors import SettingsError
 from tests.integrations.family import distance
-from tests.models import _spread, generators
+from tests.models import generators, spread
 
 DEPTH = 5
 TRANSFORMER = {
@@ -52,7 +52,7 @@ VOCODER = {
 def build(cls="LTX2Pipeline", version="2.3", **changes):
     torch.manual_seed(0)
     model = diffusers.LTX2VideoTransformer3DModel(**{**TRANSFORMER, **VERSIONS[version], **changes})
-    _spread(model)
+    spread(model)
     parts = {
         "transformer": model.eval(),
         "connectors": LTX2TextConnectors(**CONNECTORS).eval(),
@@ -142,7 +142,7 @@ def test_with_an_image_too(cls):
     if cls == "LTX2ImageToVideoPipeline":
         given = {"image": image(), "image_crf": 0}
     else:
-        given = {"conditions": [LTX2VideoCondition(frames=image(), index=0)]}
+        given = {"conditions": [LTX2VideoCondition(frames=image(), index=0, crf=0)]}
     expected = call(build(cls), **given)
     made = call(stgfast.accelerate(build(cls)), **given)
     for one, other in zip(made, expected, strict=True):

@@ -13,7 +13,7 @@ def branches(dtype, mean=0.0, prompts=3):
     return [(cond + 0.1 * torch.randn_like(cond)).to(dtype) for _ in range(3)]
 
 
-def exact(given, weights, rescale=0.0, orthogonal=None, x0=None):
+def exact(given, weights, rescale=0.0, orthogonal=None, x0=None, cfg_zero=None, apg=None):
     """Prompt by prompt, each step as the formula has it, in x0 space where it is meant there."""
     results = []
     for prompt in range(len(given[0])):
@@ -27,6 +27,13 @@ def exact(given, weights, rescale=0.0, orthogonal=None, x0=None):
             towards, other = x[i] - x[0], x[j] - x[0]
             if towards.any():
                 x[j] = x[j] - (other * towards).sum() / (towards * towards).sum() * towards
+        if cfg_zero is not None:
+            u = x[cfg_zero]
+            x[cfg_zero] = (x[0] * u).sum() / (u * u).sum() * u
+        if apg is not None:
+            b, eta = apg
+            parallel = ((x[b] - x[0]) * x[0]).sum() / (x[0] * x[0]).sum() * x[0]
+            x[b] = x[0] + (x[b] - x[0] - parallel) + eta * parallel
         g = sum(weight * tensor for weight, tensor in zip(weights, x, strict=True))
         if rescale:
             g = g * (rescale * x[0].std() / g.std() + 1 - rescale)
@@ -66,6 +73,26 @@ def test_orthogonal():
     for prompt in range(3):
         assert abs((only_second[prompt] * (base - first)[prompt]).sum()) < 1e-10
     torch.testing.assert_close(combine([base, first, first], (2.0, 0.0, -1.0), orthogonal=(1, 2)), base)
+
+
+DIRECTED = [{"cfg_zero": 1}, {"cfg_zero": 2}, {"apg": (1, 0.0)}, {"apg": (2, 0.3)}]
+
+
+@pytest.mark.parametrize("rescale", [0.0, 0.7])
+@pytest.mark.parametrize("directed", DIRECTED, ids=str)
+def test_directed(rescale, directed):
+    given = branches(torch.float32, mean=0.5)
+    right = exact(given, WEIGHTS, rescale, **directed)
+    assert (combine(given, WEIGHTS, rescale=rescale, **directed) - right).norm() / right.norm() < 2e-6
+    wide = [tensor.double() for tensor in given]
+    made = combine(wide, WEIGHTS, rescale=rescale, **directed)
+    assert (made - right).norm() / right.norm() < 1e-10
+    assert (combine(wide, WEIGHTS, rescale=rescale) - right).norm() / right.norm() > 1e-3
+
+
+def test_apg_with_all_of_the_parallel_part_is_cfg():
+    given = branches(torch.float64)
+    torch.testing.assert_close(combine(given, WEIGHTS, apg=(1, 1.0)), combine(given, WEIGHTS))
 
 
 def test_nothing_is_orthogonal_to_no_difference():

@@ -5,7 +5,7 @@ import torch
 
 from tests import models
 from tests.integrations.family import Family
-from tests.oracle import Facts
+from tests.oracle import Facts, lying
 
 SIZES = {"num_frames": 9, "height": 32, "width": 32, "num_inference_steps": 2, "output_type": "latent"}
 
@@ -22,7 +22,7 @@ def build(other=False):
         sample_width=4,
         sample_frames=3,
     )
-    models._spread(model)
+    models.spread(model, gain=1.2)
     scheduler = diffusers.DPMSolverMultistepScheduler() if other else diffusers.EulerAncestralDiscreteScheduler()
     pipe = diffusers.AllegroPipeline(None, None, None, model.eval(), scheduler)
     pipe.set_progress_bar_config(disable=True)
@@ -49,4 +49,6 @@ def arguments(prompts, cfg=True):
     }
 
 
-FAMILIES = [Family("Allegro", build, arguments, Facts(stacked=True), cfg=7.5)]
+FAMILIES = [
+    Family("Allegro", build, arguments, Facts(stacked=True, oblong={"width": 48}, lies=lying((3, 2, 3))), cfg=7.5)
+]

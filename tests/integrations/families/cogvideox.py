@@ -1,11 +1,13 @@
 """CogVideoX: a stacked call, text carried along; what conditions it comes as further channels, or as the start."""
 
+from dataclasses import replace
+
 import diffusers
 import torch
 
 from tests import models
 from tests.integrations.family import Family
-from tests.oracle import Facts, first_two
+from tests.oracle import Facts, first_two, lying
 
 
 def builder(cls, other_scheduler=diffusers.CogVideoXDPMScheduler, **changes):
@@ -34,7 +36,9 @@ def from_image(prompts, cfg=True):
 
 
 def from_image_with_dynamic_cfg(prompts, cfg=True):
-    return {**from_image(prompts, cfg), "use_dynamic_cfg": True}
+    """Of the one size that there are positions for."""
+    size = {"width": 48, "image": pixels(prompts, 3, 32, 48)}
+    return {**arguments(prompts, cfg), **size, "use_dynamic_cfg": True}
 
 
 def from_video(prompts, cfg=True):
@@ -54,21 +58,31 @@ def live(pipe, denoiser):
     return pipe.guidance_scale
 
 
-FACTS = Facts(stacked=True, unchanged=first_two)
+FACTS = Facts(stacked=True, unchanged=first_two, oblong={"width": 48}, lies=lying((3, 2, 3), after=16))
+TWO_FRAMES_A_TOKEN = replace(
+    FACTS, oblong={"width": 48, "image": pixels(1, 3, 32, 48)}, lies=lying((2, 2, 3), after=16)
+)
 FAMILIES = [
     Family("CogVideoX", builder(diffusers.CogVideoXPipeline), arguments, FACTS, cfg=6.0),
     Family(
         "CogVideoX from an image",
-        builder(diffusers.CogVideoXImageToVideoPipeline, in_channels=8, use_learned_positional_embeddings=True),
+        builder(
+            diffusers.CogVideoXImageToVideoPipeline,
+            in_channels=8,
+            use_learned_positional_embeddings=True,
+            sample_width=6,
+        ),
         from_image_with_dynamic_cfg,
         FACTS,
         cfg=live,
     ),
     Family(
         "CogVideoX 1.5 from an image",
-        builder(diffusers.CogVideoXImageToVideoPipeline, in_channels=8, patch_size_t=2, ofs_embed_dim=2),
+        builder(
+            diffusers.CogVideoXImageToVideoPipeline, in_channels=8, patch_size_t=2, ofs_embed_dim=2, sample_width=6
+        ),
         from_image,
-        FACTS,
+        TWO_FRAMES_A_TOKEN,
         cfg=6.0,
     ),
     Family("CogVideoX from a video", builder(diffusers.CogVideoXVideoToVideoPipeline), from_video, FACTS, cfg=6.0),

@@ -22,7 +22,7 @@ def transformer(**changes):
     widths = {"text_embed_dim": 32, "adaln_lora_dim": 4, "max_size": (4, 32, 32)}
     # Padding needs torchvision; `test_cosmos.py` has it.
     model = diffusers.CosmosTransformer3DModel(**{**sizes, **widths, "concat_padding_mask": False, **changes})
-    models._spread(model)
+    models.spread(model)
     return model.eval()
 
 
@@ -65,7 +65,7 @@ def caller(**more):
     return arguments
 
 
-SEQUENTIAL = Facts(stacked=False)
+SEQUENTIAL = Facts(stacked=False, oblong={"width": 48}, lies=lambda tokens: (0, (tokens // 6, 2, 3)))
 WITH_MASK = {"in_channels": 17}  # beside the latents, which frames are given
 SHORT = {"num_frames": 9}
 

@@ -26,7 +26,7 @@ def builder(cls, in_channels=4):
             resize_inpaint_mask_directly=False,
             add_noise_in_inpaint_model=False,
         )
-        models._spread(model)
+        models.spread(model)
         vae = diffusers.AutoencoderKLMagvit(
             latent_channels=4, block_out_channels=[8, 8, 8, 8], layers_per_block=1, norm_num_groups=4
         )
@@ -65,7 +65,8 @@ def from_first_frame(prompts, cfg=True):
     return {**arguments(prompts, cfg), "video": pixels(prompts), "mask_video": mask}
 
 
-FACTS = Facts(stacked=True, unchanged=first_two)
+# Later blocks have the text before the video.
+FACTS = Facts(stacked=True, unchanged=first_two, oblong={"width": 48}, lies=lambda tokens: (tokens - 18, (3, 2, 3)))
 FAMILIES = [
     Family("EasyAnimate", builder(diffusers.EasyAnimatePipeline), arguments, FACTS, cfg=5.0, layers=(1, 4)),
     Family(

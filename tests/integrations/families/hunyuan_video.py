@@ -5,7 +5,7 @@ import torch
 
 from tests import models
 from tests.integrations.family import Family
-from tests.oracle import Facts, first_two
+from tests.oracle import Facts, first_two, lying
 
 
 def builder(cls, **changes):
@@ -34,7 +34,8 @@ def from_image(prompts, cfg=True):
     return {**arguments(prompts, cfg), "image": image}
 
 
-FACTS = Facts(stacked=False, unchanged=first_two)
+LYING = {"oblong": {"width": 48}, "lies": lying((3, 2, 3))}  # text, where there is any, comes after the video
+FACTS = Facts(stacked=False, unchanged=first_two, **LYING)
 FAMILIES = [
     Family("HunyuanVideo", builder(diffusers.HunyuanVideoPipeline), arguments, FACTS, cfg=4.0),
     Family(
@@ -53,7 +54,7 @@ FAMILIES = [
         "HunyuanVideo from an image as tokens",
         builder(diffusers.HunyuanVideoImageToVideoPipeline, image_condition_type="token_replace"),
         from_image,
-        Facts(stacked=False, unchanged=first_two, sent=lambda pipe, prediction: prediction[:, :, 1:]),
+        Facts(stacked=False, unchanged=first_two, sent=lambda pipe, prediction: prediction[:, :, 1:], **LYING),
         cfg=4.0,
     ),
     Family(

@@ -1,6 +1,7 @@
 """HunyuanVideo 1.5: a guider calls for cond and uncond."""
 
 import functools
+from dataclasses import replace
 
 import diffusers
 import PIL.Image
@@ -9,7 +10,7 @@ from transformers import SiglipImageProcessor, SiglipVisionConfig, SiglipVisionM
 
 from tests import models
 from tests.integrations.family import Family
-from tests.oracle import Facts, first_two
+from tests.oracle import Facts, first_two, lying
 
 TRANSFORMER = {
     **{"in_channels": 9, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 5},
@@ -41,7 +42,7 @@ def without_cfg(other=False):
 def build(other=False, guider=None, cls=diffusers.HunyuanVideo15Pipeline, **changes):
     torch.manual_seed(0)
     model = diffusers.HunyuanVideo15Transformer3DModel(**TRANSFORMER)
-    models._spread(model)
+    models.spread(model)
     pipe = cls(
         transformer=model.eval(),
         vae=vae(),
@@ -69,9 +70,14 @@ def from_image(other=False):
 
 
 def arguments_of_image(prompts, cfg=True):
-    pixels = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    """The image has the size."""
     given = {name: value for name, value in arguments(prompts).items() if name not in ("height", "width")}
-    return {**given, "image": PIL.Image.fromarray(pixels.numpy())}
+    return {**given, "image": image(16, 16)}
+
+
+def image(height, width):
+    pixels = torch.randint(256, (height, width, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    return PIL.Image.fromarray(pixels.numpy())
 
 
 def prompts_of(prompts):
@@ -91,9 +97,10 @@ def arguments(prompts, cfg=True):
     return {**prompts_of(prompts), **sizes, "generator": models.generators(prompts)}
 
 
-FACTS = Facts(stacked=False, unchanged=first_two)
+FACTS = Facts(stacked=False, unchanged=first_two, oblong={"width": 24}, lies=lying((2, 4, 6)))
+FROM_IMAGE = replace(FACTS, oblong={"image": image(12, 20)}, lies=lying((2, 3, 5)))
 FAMILIES = [
     Family("HunyuanVideo15", build, arguments, FACTS, cfg=4.0, cfg_asked=False),
     Family("HunyuanVideo15 without CFG", without_cfg, arguments, FACTS, cfg=None),
-    Family("HunyuanVideo15 from an image", from_image, arguments_of_image, FACTS, cfg=4.0, cfg_asked=False),
+    Family("HunyuanVideo15 from an image", from_image, arguments_of_image, FROM_IMAGE, cfg=4.0, cfg_asked=False),
 ]

@@ -5,7 +5,7 @@ import torch
 
 from tests import models
 from tests.integrations.family import Family
-from tests.oracle import Facts, Part
+from tests.oracle import Facts, Part, lying
 
 FLOW = {False: diffusers.FlowMatchEulerDiscreteScheduler, True: diffusers.FlowMatchLCMScheduler}
 VAE = {
@@ -33,8 +33,8 @@ def ready(pipe):
     return pipe
 
 
-def spread(model):
-    models._spread(model)
+def spread(model, **gain):
+    models.spread(model, **gain)
     return model.eval()
 
 
@@ -125,7 +125,7 @@ def sdxl(other=False):
     changes = {"use_quant_conv": True, "use_post_quant_conv": True}
     return ready(
         diffusers.StableDiffusionXLPipeline(
-            unet=spread(model), vae=vae(**changes), scheduler=scheduler, **dict.fromkeys(names)
+            unet=spread(model, gain=1.0), vae=vae(**changes), scheduler=scheduler, **dict.fromkeys(names)
         )
     )
 
@@ -156,10 +156,19 @@ def turned(given):
     return given[1], given[0]
 
 
-SD3 = Facts(stacked=True, parts=sd3_parts, unchanged=turned)
-SDXL = Facts(stacked=True, parts=sdxl_parts, unchanged=lambda given: (given[0],), denoisers=("unet",))
+WIDE = {"width": 12}
+SD3 = Facts(stacked=True, parts=sd3_parts, unchanged=turned, oblong=WIDE, lies=lying((1, 8, 12)))
+FLUX = Facts(False, unchanged=turned, oblong=WIDE, lies=lambda tokens: (tokens - 24, (1, 4, 6)))
+SDXL = Facts(
+    stacked=True,
+    parts=sdxl_parts,
+    unchanged=lambda given: (given[0],),
+    denoisers=("unet",),
+    oblong={"width": 16},
+    lies=lying((1, 4, 8)),
+)
 FAMILIES = [
     Family("Stable Diffusion 3", sd3, sd3_arguments, SD3, 4.0, lambda output: output.images),
-    Family("Flux", flux, flux_arguments, Facts(False, unchanged=turned), 4.0, lambda output: output.images),
+    Family("Flux", flux, flux_arguments, FLUX, 4.0, lambda output: output.images),
     Family("Stable Diffusion XL", sdxl, sdxl_arguments, SDXL, 4.0, lambda output: output.images, layers=(1, 4)),
 ]

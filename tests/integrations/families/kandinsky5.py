@@ -13,7 +13,7 @@ def transformer(**changes):
     widths = {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 24, "in_text_dim2": 20, "time_dim": 16}
     sizes = {"model_dim": 32, "ff_dim": 48, "num_text_blocks": 1, "num_visual_blocks": 4, "axes_dims": (4, 6, 6)}
     model = diffusers.Kandinsky5Transformer3DModel(**widths, **sizes, **changes)
-    models._spread(model)
+    models.spread(model)
     for name, parameter in model.named_parameters():
         # Queries and keys are rounded to bfloat16 in the model itself, so a difference in the last bit of float32 may
         # become one of 1e-3: small queries keep what comes of it far below what the tests look for.

@@ -5,7 +5,7 @@ import torch
 
 from tests import models
 from tests.integrations.family import Family
-from tests.oracle import Facts, Part
+from tests.oracle import Facts, Part, lying
 
 
 def transformer():
@@ -28,7 +28,7 @@ def transformer():
         caption_channels=16,
         video_length=3,
     )
-    models._spread(model)
+    models.spread(model)
     for parameter in model.parameters():  # gates and CFG make much of rounding
         parameter.data *= 0.7 if parameter.ndim > 1 else 1.0
     model.proj_out.weight.data *= 0.2  # a learned sigma is an exponent
@@ -83,4 +83,12 @@ def sent(pipe, prediction):
     return prediction if learned else prediction.chunk(2, dim=1)[0]
 
 
-FAMILIES = [Family("Latte", build, arguments, Facts(stacked=True, parts=parts, sent=sent), cfg=3.0)]
+FAMILIES = [
+    Family(
+        "Latte",
+        build,
+        arguments,
+        Facts(stacked=True, parts=parts, sent=sent, oblong={"width": 16}, lies=lying((1, 4, 8))),
+        cfg=3.0,
+    )
+]

@@ -4,7 +4,7 @@ import diffusers
 
 from tests import models
 from tests.integrations.family import Family
-from tests.oracle import Facts, first_two
+from tests.oracle import Facts, first_two, lying
 
 
 def build(other=False):
@@ -17,4 +17,12 @@ def arguments(prompts, cfg=True):
     return {**sizes, **models.prompt("mochi", prompts), "generator": models.generators(prompts)}
 
 
-FAMILIES = [Family("Mochi", build, arguments, Facts(stacked=True, unchanged=first_two), cfg=4.0)]
+FAMILIES = [
+    Family(
+        "Mochi",
+        build,
+        arguments,
+        Facts(stacked=True, unchanged=first_two, oblong={"width": 48}, lies=lying((2, 2, 3))),
+        cfg=4.0,
+    )
+]

@@ -1,5 +1,7 @@
 """Modular pipelines: blocks put together, under a guider. Without those that encode prompts and decode videos."""
 
+from dataclasses import replace
+
 import diffusers
 from diffusers.modular_pipelines.hunyuan_video1_5.modular_blocks_hunyuan_video1_5 import HunyuanVideo15Blocks
 from diffusers.modular_pipelines.ltx.modular_blocks_ltx import LTXBlocks
@@ -10,7 +12,7 @@ from diffusers.modular_pipelines.wan.modular_pipeline import Wan22ModularPipelin
 from tests import models
 from tests.integrations.families import hunyuan_video15
 from tests.integrations.family import Family
-from tests.oracle import Facts, first_two
+from tests.oracle import Facts, lying
 
 SCHEDULERS = {False: diffusers.FlowMatchEulerDiscreteScheduler, True: diffusers.FlowMatchLCMScheduler}
 
@@ -87,23 +89,25 @@ def latents(output):
     return output
 
 
+WAN = Facts(stacked=False, oblong={"width": 48}, lies=lying((3, 2, 3)))
+LTX = Facts(stacked=False, oblong={"height": 64, "width": 96}, lies=lying((2, 2, 3)))
 FAMILIES = [
-    Family("modular Wan", wan, of("wan"), Facts(stacked=False), 4.0, latents, cfg_asked=False),
+    Family("modular Wan", wan, of("wan"), WAN, 4.0, latents, cfg_asked=False),
     Family(
         "modular Wan 2.2",
         wan22,
         of("wan"),
-        Facts(stacked=False, denoisers=("transformer", "transformer_2")),
+        replace(WAN, denoisers=("transformer", "transformer_2")),
         lambda pipe, denoiser: 3.0 if denoiser.endswith("_2") else 4.0,
         latents,
         cfg_asked=False,
     ),
-    Family("modular LTX", ltx, of("ltx"), Facts(stacked=False), 4.0, latents, cfg_asked=False),
+    Family("modular LTX", ltx, of("ltx"), LTX, 4.0, latents, cfg_asked=False),
     Family(
         "modular HunyuanVideo15",
         hunyuan,
         hunyuan_arguments,
-        Facts(stacked=False, unchanged=first_two),
+        hunyuan_video15.FACTS,
         4.0,
         latents,
         cfg_asked=False,

@@ -6,7 +6,7 @@ from tests import models
 from tests.integrations.by_calls import ByCalls
 from tests.integrations.families import wan
 from tests.integrations.family import Family
-from tests.oracle import Facts
+from tests.oracle import Facts, lying
 
 WITH_IMAGE = {"in_channels": 36, "image_dim": 20, "added_kv_proj_dim": 24}
 
@@ -37,7 +37,7 @@ def one_by_one(prompts, cfg=True):
     return forced(fps=16)(1, cfg)
 
 
-SEQUENTIAL = Facts(stacked=False)
+SEQUENTIAL = Facts(stacked=False, oblong={"width": 48}, lies=lying((3, 2, 3)))
 FORCED = diffusers.SkyReelsV2DiffusionForcingPipeline
 FORCED_IMAGE = diffusers.SkyReelsV2DiffusionForcingImageToVideoPipeline
 

@@ -28,7 +28,7 @@ def unet():
         num_frames=FRAMES,
         sample_size=8,
     )
-    models._spread(model)
+    models.spread(model)
     return model.eval()
 
 
@@ -101,7 +101,14 @@ FAMILIES = [
         "Stable Video Diffusion",
         build,
         arguments,
-        Facts(stacked=True, parts=parts, unchanged=lambda given: (given[0],), denoisers=("unet",)),
+        Facts(
+            stacked=True,
+            parts=parts,
+            unchanged=lambda given: (given[0],),
+            denoisers=("unet",),
+            oblong={"width": 24},
+            lies=lambda tokens: (0, {96: (1, 8, 12), 24: (1, 4, 6)}[tokens]),  # every frame is a row
+        ),
         cfg=cfg,
         layers=(1, 4),
         steps=(2, 3),

@@ -1,5 +1,7 @@
 """Wan: calls for cond and then for uncond, of one transformer or of two; a timestep for every token; control hints."""
 
+from dataclasses import replace
+
 import diffusers
 import PIL.Image
 import torch
@@ -7,7 +9,7 @@ import transformers
 
 from tests import models
 from tests.integrations.family import Family
-from tests.oracle import Facts, Part, parts_of
+from tests.oracle import Facts, Part, lying, parts_of
 
 TWO = ("transformer", "transformer_2")
 TEXT_TOKENS = 512  # the model counts on so many where an image encoder's tokens come with them
@@ -16,7 +18,7 @@ TEXT_TOKENS = 512  # the model counts on so many where an image encoder's tokens
 def transformer(seed, cls=diffusers.WanTransformer3DModel, **changes):
     torch.manual_seed(seed)
     model = cls(**{**models.config("wan"), "num_layers": 4, **changes})
-    models._spread(model)
+    models.spread(model)
     return model.eval()
 
 
@@ -95,8 +97,8 @@ def hints_and_blocks(model):
     return [*(Part(block, None, {}) for block in model.vace_blocks), *parts_of(model)]
 
 
-SEQUENTIAL = Facts(stacked=False)
-BOTH = Facts(stacked=False, denoisers=TWO)
+SEQUENTIAL = Facts(stacked=False, oblong={"width": 48}, lies=lying((3, 2, 3)))
+BOTH = replace(SEQUENTIAL, denoisers=TWO)
 BOUNDARY = {"boundary_ratio": 0.9}  # between the first step and the second
 EVERY_TOKEN = {"expand_timesteps": True}
 CONDITIONED = {"in_channels": 36}  # beside the latents their condition, and a mask
@@ -146,14 +148,14 @@ FAMILIES = [
         "Wan VACE",
         builder(diffusers.WanVACEPipeline, diffusers.WanVACETransformer3DModel, **HINTS),
         control,
-        Facts(stacked=False, parts=hints_and_blocks),
+        replace(SEQUENTIAL, parts=hints_and_blocks),
         cfg=4.0,
     ),
     Family(
         "Wan VACE of two transformers",
         builder(diffusers.WanVACEPipeline, diffusers.WanVACETransformer3DModel, two=True, settings=BOUNDARY, **HINTS),
         lambda prompts, cfg=True: {**control(prompts, cfg), "guidance_scale_2": 2.5},
-        Facts(stacked=False, parts=hints_and_blocks, denoisers=TWO),
+        replace(BOTH, parts=hints_and_blocks),
         cfg=two_scales,
     ),
 ]

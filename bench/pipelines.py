@@ -1,0 +1,291 @@
+"""What every supported pipeline saves by sharing: blocks counted by the planner, for models as they were released.
+
+    python bench/pipelines.py           the table
+    python bench/pipelines.py --check   is it what the README has?
+    python bench/pipelines.py --write   put it there
+
+Models are built from their configuration on the meta device, where they have no weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from stgfast.announced import plan_of
+from stgfast.batching.plan import Plan
+from stgfast.engine import branches_of, plan_for
+from stgfast.guidance import COND, Guidance, Moment, Perturbation
+from stgfast.integrations import ADAPTERS
+from stgfast.integrations.open_sora import MODELS as OPEN_SORA
+from stgfast.integrations.spec import Adapter
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- made by bench/pipelines.py -->\n", "<!-- up to here -->\n"
+HEAD = ("model", "pipelines", "called", "layers", "settings", "from", "block-rows: plain, stgfast, CFG alone", "saved")
+FIRST = Moment(0, 1)
+SOME_CFG = 4.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """A released model, and the pipelines that take it."""
+
+    name: str
+    denoiser: Callable[[], nn.Module]
+    pipelines: Sequence[str]
+
+    def build(self) -> nn.Module:
+        with torch.device("meta"):
+            return self.denoiser()
+
+
+def latte() -> nn.Module:
+    return diffusers.LatteTransformer3DModel(
+        num_layers=28, patch_size=2, sample_size=64, in_channels=4, out_channels=8, caption_channels=4096
+    )
+
+
+def sdxl() -> nn.Module:
+    return diffusers.UNet2DConditionModel(
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=(5, 10, 20),
+        transformer_layers_per_block=(1, 2, 10),
+        cross_attention_dim=2048,
+    )
+
+
+def open_sora(*lists: str, sizes: Sequence[int], attention: Sequence[str]) -> nn.Module:
+    """As much of the model as a plan looks at."""
+    model = nn.Module()
+    for name, size in zip(lists, sizes, strict=True):
+        blocks = [nn.ModuleDict({part: nn.Identity() for part in attention}) for _ in range(size)]
+        model.add_module(name, nn.ModuleList(blocks))
+    return model
+
+
+WAN = diffusers.WanTransformer3DModel
+MODELS = [
+    Model("Mochi 1", diffusers.MochiTransformer3DModel, ["MochiPipeline"]),
+    Model(
+        "LTX-Video 2B",
+        diffusers.LTXVideoTransformer3DModel,
+        ["LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline", "LTXModularPipeline"],
+    ),
+    Model(
+        "LTX-2",
+        diffusers.LTX2VideoTransformer3DModel,
+        ["LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline"],
+    ),
+    Model(
+        "CogVideoX 2B",
+        diffusers.CogVideoXTransformer3DModel,
+        ["CogVideoXPipeline", "CogVideoXVideoToVideoPipeline"],
+    ),
+    Model(
+        "CogVideoX 5B",
+        functools.partial(diffusers.CogVideoXTransformer3DModel, num_layers=42),
+        [
+            "CogVideoXPipeline",
+            "CogVideoXImageToVideoPipeline",
+            "CogVideoXVideoToVideoPipeline",
+            "CogVideoXFunControlPipeline",
+        ],
+    ),
+    Model(
+        "HunyuanVideo",
+        diffusers.HunyuanVideoTransformer3DModel,
+        ["HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"],
+    ),
+    Model(
+        "HunyuanVideo 1.5",
+        diffusers.HunyuanVideo15Transformer3DModel,
+        ["HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline", "HunyuanVideo15ModularPipeline"],
+    ),
+    Model(
+        "Wan 2.1 1.3B, 2.2 5B",
+        functools.partial(WAN, num_layers=30),
+        ["WanPipeline", "WanVideoToVideoPipeline", "WanModularPipeline"],
+    ),
+    Model(
+        "Wan 2.1 14B, 2.2 A14B",
+        WAN,
+        [
+            "WanPipeline",
+            "WanImageToVideoPipeline",
+            "WanVideoToVideoPipeline",
+            "WanModularPipeline",
+            "Wan22ModularPipeline",
+        ],
+    ),
+    Model("Wan 2.1 VACE 14B", diffusers.WanVACETransformer3DModel, ["WanVACEPipeline"]),
+    Model(
+        "SkyReels-V2 14B",
+        functools.partial(diffusers.SkyReelsV2Transformer3DModel, num_layers=40),
+        ["SkyReelsV2Pipeline"],
+    ),
+    Model(
+        "SkyReels-V2 14B, image or forcing",
+        functools.partial(diffusers.SkyReelsV2Transformer3DModel, num_layers=40),
+        [
+            "SkyReelsV2ImageToVideoPipeline",
+            "SkyReelsV2DiffusionForcingPipeline",
+            "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+        ],
+    ),
+    Model(
+        "Cosmos Predict 1 and 2, small",
+        diffusers.CosmosTransformer3DModel,
+        [
+            "CosmosTextToWorldPipeline",
+            "CosmosVideoToWorldPipeline",
+            "Cosmos2TextToImagePipeline",
+            "Cosmos2VideoToWorldPipeline",
+        ],
+    ),
+    Model("Allegro", diffusers.AllegroTransformer3DModel, ["AllegroPipeline"]),
+    Model(
+        "EasyAnimate 5.1",
+        functools.partial(diffusers.EasyAnimateTransformer3DModel, patch_size=2, in_channels=16, out_channels=16),
+        ["EasyAnimatePipeline", "EasyAnimateInpaintPipeline"],
+    ),
+    Model(
+        "Kandinsky 5 Lite",
+        diffusers.Kandinsky5Transformer3DModel,
+        ["Kandinsky5T2VPipeline", "Kandinsky5I2VPipeline", "Kandinsky5T2IPipeline"],
+    ),
+    Model("Stable Video Diffusion", diffusers.UNetSpatioTemporalConditionModel, ["StableVideoDiffusionPipeline"]),
+    Model("Latte", latte, ["LattePipeline"]),
+    Model(
+        "Open-Sora 1.2",
+        functools.partial(open_sora, "spatial_blocks", "temporal_blocks", sizes=(28, 28), attention=("attn",)),
+        ["STDiT3"],
+    ),
+    Model(
+        "Open-Sora 2.0",
+        functools.partial(open_sora, "double_blocks", "single_blocks", sizes=(19, 38), attention=()),
+        ["MMDiTModel"],
+    ),
+    Model(
+        "Stable Diffusion 3.5 medium",
+        functools.partial(diffusers.SD3Transformer2DModel, num_layers=24, dual_attention_layers=tuple(range(13))),
+        ["StableDiffusion3Pipeline"],
+    ),
+    Model("Stable Diffusion XL", sdxl, ["StableDiffusionXLPipeline"]),
+    Model("Flux.1", diffusers.FluxTransformer2DModel, ["FluxPipeline"]),
+]
+
+
+def plans_of(name: str, adapter: Adapter, denoiser: nn.Module) -> list[Plan]:
+    """What a guided step of this pipeline computes, call by call, with its default settings."""
+    layout = adapter.layout(adapter.denoisers[0], denoiser)
+    if adapter.protocol == "announced":
+        cls = getattr(diffusers, name)
+        pipe, call = cls.__new__(cls), arguments_of(name)
+        vars(pipe).update(transformer=denoiser)
+        adapter.preview(pipe, call, FIRST)
+        asked = adapter.passes(pipe, call, Guidance(), FIRST, adapter.denoisers[0])
+        return [plan_of(asked, turn, layout) for turn in asked.turns if not set(turn) <= asked.weak.keys()]
+    cfg = None if adapter.protocol == "embedded" else SOME_CFG
+    weighed = frozenset(dataclasses.replace(adapter.defaults, start=0.0, stop=1.0).weights(FIRST, cfg))
+    return [
+        plan_for(adapter.defaults, sources, branches_of(weighed), layout) for sources in adapter.calls(cfg is not None)
+    ]
+
+
+def arguments_of(name: str) -> dict[str, Any]:
+    """What a call of this pipeline has where it is given nothing."""
+    parameters = inspect.signature(getattr(diffusers, name).__call__).parameters
+    return {parameter.name: parameter.default for parameter in parameters.values()}
+
+
+def row(model: Model) -> list[str]:
+    denoiser = model.build()
+    adapters = {name: (ADAPTERS | OPEN_SORA)[name] for name in model.pipelines}
+    counts = set()
+    for name, adapter in adapters.items():
+        plans = plans_of(name, adapter, denoiser)
+        weak = sum(branch.name != branch.source for plan in plans for branch in plan.branches)
+        branches, depth = sum(len(plan.branches) for plan in plans), len(plans[0].steps)
+        own = branches if adapter.protocol == "announced" else branches - weak
+        counts.add((branches * depth, sum(sum(plan.computed) for plan in plans), own * depth))
+    first_name, first = next(iter(adapters.items()))
+    (plain, shared, own), *differing = counts
+    assert not differing, f"pipelines of {model.name} that are not alike: {counts}"
+    layers = first.layout(first.denoisers[0], denoiser).layers
+    return [
+        model.name,
+        ", ".join(f"`{name}`" for name in model.pipelines),
+        ", ".join(dict.fromkeys(adapter.protocol for adapter in adapters.values())),
+        str(layers),
+        own_settings(first_name) if first.protocol == "announced" else settings(first.defaults),
+        first.source,
+        f"{plain}, {shared}, {own}",
+        f"{1 - shared / plain:.1%}",
+    ]
+
+
+def settings(guidance: Guidance) -> str:
+    """In words, with every perturbation that differs from another in its axis alone told once."""
+    axes: dict[Perturbation, list[str]] = {}
+    for part in guidance.perturbations:
+        axes.setdefault(dataclasses.replace(part, axis=""), []).append(part.axis)
+    said = []
+    for part, along in axes.items():
+        of = "" if part.of == COND else f" of {part.of} against {part.base}"
+        where = f"layer{'s' if len(part.layers) > 1 else ''} {', '.join(map(str, part.layers))}"
+        said.append(f"{part.kind}{of}, {where}{''.join(f', {axis}' for axis in along if axis)}, scale {part.scale:g}")
+    if guidance.rescale:
+        said.append(f"rescale {guidance.rescale:g}")
+    if (guidance.start, guidance.stop) != (0.0, 1.0):
+        said.append(f"from {guidance.start:g} to {guidance.stop:g} of the run")
+    return "; ".join(said)
+
+
+def own_settings(name: str) -> str:
+    call = arguments_of(name)
+    names = ("spatio_temporal_guidance_blocks", "stg_scale", "modality_scale", "guidance_rescale")
+    return ", ".join(f"`{name}` {call[name]}" for name in names)
+
+
+@functools.cache
+def table() -> str:
+    rows = [HEAD, ["---"] * len(HEAD), *map(row, MODELS)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    asked = parser.parse_args()
+    made = table()
+    if not asked.check and not asked.write:
+        print(made, end="")
+        return 0
+    text = README.read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    there, _, after = rest.partition(END)
+    if asked.write:
+        README.write_text(f"{before}{BEGIN}{made}{END}{after}", encoding="utf-8")
+    elif there != made:
+        print("the table of pipelines in README.md is not what the adapters say: python bench/pipelines.py --write")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

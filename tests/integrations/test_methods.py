@@ -1,0 +1,274 @@
+"""The paper's algorithms and their relatives, end to end, each against its formula written out here."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+
+import stgfast
+from stgfast import BySigma, Guidance, Perturbation, SettingsError
+from stgfast.guidance import Moment
+from tests.integrations.families import hunyuan_video, latte, ltx, mochi, stable_video_diffusion, wan
+from tests.integrations.family import distance
+
+FAMILIES = {
+    family.name: family
+    for module in (hunyuan_video, latte, ltx, mochi, stable_video_diffusion, wan)
+    for family in module.FAMILIES
+}
+FACTORISED = [FAMILIES["Stable Video Diffusion"], FAMILIES["Latte"]]
+STACKED, SEQUENTIAL = FAMILIES["Mochi"], FAMILIES["Wan"]
+several = pytest.mark.parametrize("family", [STACKED, SEQUENTIAL], ids=lambda family: family.name)
+factorised = pytest.mark.parametrize("family", FACTORISED, ids=lambda family: family.name)
+
+
+def dot(one, other):
+    """Inner products, prompt by prompt, in the shape of predictions."""
+    return (one * other).flatten(1).sum(1).reshape(-1, *[1] * (one.ndim - 1))
+
+
+def made_by(family, guidance, prompts=2, steps=None, **settings):
+    settings |= {} if steps is None else {"num_inference_steps": steps}
+    return family.run(stgfast.accelerate(family.build(), guidance), prompts, **settings)
+
+
+def along_axes(family, **options):
+    return Guidance(
+        [
+            Perturbation([family.layers[0]], kind="attention", scale=1.5, axis="spatial"),
+            Perturbation([family.layers[1]], kind="attention", scale=0.8, axis="temporal"),
+        ],
+        **options,
+    )
+
+
+def scale_of(family):
+    """The CFG scale of a call; of Stable Video Diffusion, one for every frame."""
+    return family.cfg(None, "unet") if callable(family.cfg) else family.cfg
+
+
+# Algorithm 2: both terms, each with its own scale. Algorithm 5: of the second only what is orthogonal to the first.
+
+
+@factorised
+@pytest.mark.parametrize("orthogonal", [False, True])
+@pytest.mark.parametrize("phi", [0.0, 0.7])
+def test_two_terms(family, orthogonal, phi):
+    scale = scale_of(family)
+
+    def formula(cond, uncond, weak, step):
+        spatial, temporal = (cond - prediction for prediction in weak)
+        if orthogonal:
+            temporal = temporal - dot(temporal, spatial) / dot(spatial, spatial) * spatial
+        g = uncond + scale * (cond - uncond) + 1.5 * spatial + 0.8 * temporal
+        if phi:
+            each = zip(cond, g, strict=True)
+            g = torch.stack([one * (phi * c.std() / one.std() + 1 - phi) for c, one in each])
+        return g
+
+    guidance = along_axes(family, project="orthogonal" if orthogonal else "", rescale=phi)
+    expected = family.plain(guidance, 2, formula=formula)
+    made = made_by(family, guidance)
+    assert distance(made, expected) < 1e-5
+    if orthogonal:
+        assert distance(made, made_by(family, along_axes(family, rescale=phi))) > 1e-4
+
+
+RELATIVES = {
+    "CFG-Zero*": Guidance(Perturbation([3], scale=1.5), project="cfg-zero"),
+    "CFG-Zero* alone": Guidance(project="cfg-zero"),
+    "APG": Guidance(Perturbation([3], scale=1.5), project="apg", rescale=0.7),
+    "APG with some of the parallel part": Guidance(Perturbation([3], scale=1.5), project="apg", eta=0.3),
+    "orthogonal": Guidance([Perturbation([1], scale=1.5), Perturbation([3])], project="orthogonal"),
+}
+
+
+def relative(guidance, scale, cond, uncond, weak, step):
+    change = cond - uncond
+    if guidance.project == "cfg-zero":
+        uncond = dot(cond, uncond) / dot(uncond, uncond) * uncond
+        g = uncond + scale * (cond - uncond)
+    elif guidance.project == "apg":
+        parallel = dot(change, cond) / dot(cond, cond) * cond
+        g = cond + (scale - 1) * (change - parallel + guidance.eta * parallel)
+    else:
+        g = uncond + scale * change
+        first = cond - weak[0]
+        second = cond - weak[1]
+        weak = [weak[0], cond - (second - dot(second, first) / dot(first, first) * first)]
+    for part, prediction in zip(guidance.perturbations, weak, strict=True):
+        g = g + part.scale * (cond - prediction)
+    phi = guidance.rescale
+    if phi:
+        g = torch.stack([one * (phi * c.std() / one.std() + 1 - phi) for c, one in zip(cond, g, strict=True)])
+    return g
+
+
+@several
+@pytest.mark.parametrize("name", RELATIVES)
+def test_relatives(family, name):
+    guidance = RELATIVES[name]
+    expected = family.plain(guidance, 2, formula=functools.partial(relative, guidance, family.cfg))
+    made = made_by(family, guidance)
+    assert distance(made, expected) < 1e-5
+    without = Guidance(guidance.perturbations, rescale=guidance.rescale)
+    assert distance(made, made_by(family, without)) > 1e-3
+
+
+# Schedules over sigma
+
+
+@pytest.mark.parametrize("family", [STACKED, SEQUENTIAL, FAMILIES["LTX"]], ids=lambda family: family.name)
+def test_a_schedule_over_sigma(family):
+    """Equal to the same numbers as a list, step by step."""
+    pipe = family.build()
+    family.run(pipe, num_inference_steps=5)
+    sigmas = [float(sigma) for sigma in pipe.scheduler.sigmas[:5]]
+    assert sigmas == sorted(sigmas, reverse=True)
+    middle = (sigmas[1] + sigmas[2]) / 2
+    schedule = BySigma([(middle, 2.0), (sigmas[3], 0.0), (sigmas[3] / 2, 0.5)])
+    listed = [2.0, 2.0, 0.0, 0.0, schedule.at(sigmas[4])]
+    options = {"rescale": BySigma([(sigmas[2], 0.0), (sigmas[3], 0.7)])}
+    by_sigma = Guidance(Perturbation([3], scale=schedule), **options)
+    by_step = Guidance(Perturbation([3], scale=listed), rescale=[0.0, 0.0, 0.0, 0.7, 0.7])
+    one, other = (made_by(family, guidance, 1, steps=5) for guidance in (by_sigma, by_step))
+    assert torch.equal(one, other)
+    arguments = family.arguments(1) | {"num_inference_steps": 5}
+    explained = stgfast.explain(stgfast.accelerate(family.build(), by_sigma), **arguments)
+    assert "by sigma (2 down to" in str(explained)
+    assert explained.block_rows == stgfast.explain(stgfast.accelerate(family.build(), by_step), **arguments).block_rows
+
+
+def test_a_scheduler_without_sigmas_says_so():
+    from tests.integrations.families import cogvideox
+
+    family = next(one for one in cogvideox.FAMILIES if one.name == "CogVideoX")
+    pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1], scale=BySigma([(0.5, 1.0)]))))
+    with pytest.raises(
+        SettingsError, match=r"a schedule over sigma: got 'CogVideoX\w+', expected a scheduler that has"
+    ):
+        family.run(pipe)
+
+
+def test_the_13b_preset_follows_the_models_own_table():
+    """Its table, as its configuration has it, looked up as its code does."""
+    times = [1.0, 0.996, 0.9933, 0.9850, 0.9767, 0.9008, 0.6180]
+    layers = [[], [11, 25, 35, 39], [22, 35, 39], [28], [28], [28], [28]]
+    cfg, stg, rescaling = [1, 1, 6, 8, 6, 1, 1], [0, 0, 4, 4, 4, 2, 1], [1, 1, 0.5, 0.5, 1, 1, 1]
+    preset = Guidance.preset("ltx-13b")
+    for thousandth in range(1001):
+        sigma = thousandth / 1000
+        row = next((i for i, time in enumerate(times) if time <= sigma), len(times) - 1)
+        moment = Moment(0, 1, sigma)
+        weights = preset.weights(moment, 3.0)
+        assert 1.0 - weights.get("uncond", 0.0) == cfg[row]
+        weak = {name: -weights[name] for name in preset.names if name in weights}
+        assert list(weak.values()) == ([float(stg[row])] if stg[row] else [])
+        for name in weak:
+            assert list(preset.perturbations[preset.names.index(name)].layers) == layers[row]
+        if stg[row]:
+            assert preset.phi(moment) == (0.0 if rescaling[row] == 1 else rescaling[row])
+
+
+# Reuse
+
+
+def kept(guidance, scale, phi=0.0):
+    """Every k-th step computes how far branches are from their bases; the others take it from there."""
+    far, made = {}, {}
+
+    def formula(cond, uncond, weak, step):
+        def known(name, every, base, prediction):
+            if name not in made or step - made[name] >= every:
+                made[name], far[name] = step, base - prediction
+            return base - far[name]
+
+        if uncond is not None:
+            uncond = known("uncond", guidance.reuse_cfg, cond, uncond)
+        g = guided = cond if uncond is None else uncond + scale * (cond - uncond)
+        plain = {"cond": cond, "uncond": uncond, "guided": guided}
+        for number, (part, prediction) in enumerate(zip(guidance.perturbations, weak, strict=True)):
+            strength = part.scale[step] if isinstance(part.scale, tuple) else part.scale
+            if strength:
+                g = g + strength * (plain[part.base] - known(number, guidance.reuse, plain[part.base], prediction))
+        if guidance.rescale:
+            pairs = zip(cond, g, strict=True)
+            g = torch.stack([one * (guidance.rescale * c.std() / one.std() + 1 - guidance.rescale) for c, one in pairs])
+        return g
+
+    return formula
+
+
+REUSED = {
+    "a perturbed branch": Guidance(Perturbation([3], scale=1.5), reuse=2),
+    "rescaled": Guidance(Perturbation([3], kind="attention"), reuse=3, rescale=0.7),
+    "CFG": Guidance(Perturbation([3]), reuse_cfg=2),
+    "both": Guidance([Perturbation([3]), Perturbation([1], kind="attention", scale=0.5)], reuse=2, reuse_cfg=3),
+    "against the CFG result": Guidance(Perturbation([3], of="uncond", base="guided"), reuse=2, reuse_cfg=2),
+    "with steps of scale 0": Guidance(Perturbation([3], scale=[0, 1, 1, 0, 1, 1]), reuse=3),
+}
+every_protocol = pytest.mark.parametrize(
+    "family", [STACKED, SEQUENTIAL, FAMILIES["HunyuanVideo"], FACTORISED[0]], ids=lambda family: family.name
+)
+
+
+@every_protocol
+@pytest.mark.parametrize("name", REUSED)
+def test_reuse(family, name):
+    guidance, steps = REUSED[name], {"num_inference_steps": 6}
+    if family is FACTORISED[0] and any(part.base == "guided" for part in guidance.perturbations):
+        guidance = dataclasses.replace(guidance, reuse_cfg=1)
+    same = dataclasses.replace(guidance, reuse=1, reuse_cfg=1)
+    expected = family.plain(guidance, 2, formula=kept(guidance, scale_of(family)), **steps)
+    made = made_by(family, guidance, **steps)
+    assert distance(made, expected) < 1e-5
+    assert distance(made, made_by(family, same, **steps)) > 1e-4
+
+
+@every_protocol
+def test_reuse_computes_only_what_is_due(family):
+    guidance = Guidance(Perturbation([2]), reuse=2, reuse_cfg=3)
+    stock, pipe = family.build(), stgfast.accelerate(family.build(), guidance)
+    with family.counted(stock) as one:
+        family.run(stock, num_inference_steps=6)
+    with family.counted(pipe) as rows:
+        family.run(pipe, num_inference_steps=6)
+    counts = {"cond": 6, "uncond": 2, "perturbed": 3}
+    layers = [part.layer for part in family.facts.parts(family.denoisers(pipe)[0])]
+    last = len(layers) - 1 - layers[::-1].index(2)
+    for number, layer in enumerate(layers):
+        weak = 0 if number < layers.index(2) or layer == 2 else counts["perturbed"] if number > last else 0
+        assert rows[number] * 12 == one[number] * (counts["cond"] + counts["uncond"] + weak), layer
+    explained = stgfast.explain(pipe, **family.arguments(1) | {"num_inference_steps": 6})
+    assert explained.block_rows == sum(12 * made / per for made, per in zip(rows, one, strict=True))
+    assert "approximately: cond - uncond computed in every 3rd step" in str(explained)
+
+
+@several
+def test_reuse_within_a_tolerance(family):
+    def guided(tolerance):
+        guidance = Guidance(Perturbation([2]), reuse=6, reuse_tolerance=tolerance)
+        pipe = stgfast.accelerate(family.build(), guidance)
+        with family.counted(pipe) as rows:
+            clip = family.run(pipe, num_inference_steps=6)
+        return clip, rows[-1]
+
+    exact = made_by(family, Guidance(Perturbation([2])), 1, num_inference_steps=6)
+    clip, rows = guided(1e-9)  # nothing is that still
+    assert torch.equal(clip, exact)
+    assert rows == 18
+    clip, rows = guided(1e9)  # everything is, once it was computed twice
+    assert rows == 14
+    assert distance(clip, exact) > 1e-4
+
+
+def test_the_two_models_of_wan_keep_nothing_for_one_another():
+    family = FAMILIES["Wan of two transformers"]
+    pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([2], scale=1.5), reuse=100))
+    with family.counted(pipe) as rows:
+        family.run(pipe, num_inference_steps=6)
+    depth = len(pipe.transformer.blocks)
+    assert rows[depth - 1] > 1
+    assert rows[2 * depth - 1] > 1
+    assert rows[depth - 1] + rows[2 * depth - 1] == 2 * 6 + 2  # cond and uncond in every step, weak once for each

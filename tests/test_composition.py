@@ -1,0 +1,455 @@
+"""Guidance beside what else changes a pipeline: LoRA, compilation, caches, offloading, callbacks.
+
+The judge is the plain method, on a pipeline to which the same was done.
+"""
+
+import threading
+from dataclasses import replace
+
+import diffusers
+import pytest
+import torch
+from diffusers import hooks
+
+import stgfast
+from stgfast import Guidance, Perturbation, SettingsError
+from tests.integrations import test_ltx2 as ltx2
+from tests.integrations.families import hunyuan_video, images, ltx, mochi, wan
+from tests.integrations.family import distance
+
+FAMILIES = {family.name: family for module in (ltx, mochi, wan, hunyuan_video, images) for family in module.FAMILIES}
+GUIDANCE = Guidance([Perturbation([2]), Perturbation([3], kind="attention")], rescale=0.5)
+IN_ORDER = pytest.mark.parametrize("first", [False, True], ids=["before accelerate", "after accelerate"])
+
+
+def families(*names):
+    return pytest.mark.parametrize("family", [FAMILIES[name] for name in names], ids=names)
+
+
+def on(family, pipe):
+    """The same calls of a pipeline that there is already."""
+    return replace(family, build=lambda other=False: pipe)
+
+
+def calling(family, steps=3, **more):
+    """Calls of so many steps, with further arguments."""
+
+    def arguments(prompts, cfg=True):
+        return {**family.arguments(prompts, cfg=cfg), "num_inference_steps": steps, **more}
+
+    return replace(family, arguments=arguments, steps=(steps, steps))
+
+
+# LoRA
+
+
+def saved_lora(family, folder):
+    """A random adapter in a file, as users have them."""
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    pipe = family.build()
+    torch.manual_seed(3)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    pipe.transformer.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    type(pipe).save_lora_weights(folder, transformer_lora_layers=get_peft_model_state_dict(pipe.transformer))
+
+
+LORA = {
+    "loaded": lambda pipe, path: pipe.load_lora_weights(path, adapter_name="one"),
+    "at half strength": lambda pipe, path: pipe.set_adapters("one", 0.5),
+    "disabled": lambda pipe, path: pipe.disable_lora(),
+    "enabled again": lambda pipe, path: pipe.enable_lora(),
+    "fused": lambda pipe, path: pipe.fuse_lora(components=["transformer"]),
+    "unfused": lambda pipe, path: pipe.unfuse_lora(components=["transformer"]),
+    "deleted": lambda pipe, path: pipe.delete_adapters("one"),
+    "loaded again": lambda pipe, path: pipe.load_lora_weights(path),
+    "unloaded": lambda pipe, path: pipe.unload_lora_weights(),
+}
+
+
+@families("Wan", "Mochi", "LTX")
+def test_whatever_is_done_with_a_lora(family, tmp_path):
+    """All of it on one pipeline that is accelerated all along, and step by step on one that is not until it is used."""
+    saved_lora(family, tmp_path)
+    pipe, late, plain = stgfast.accelerate(family.build(), GUIDANCE), family.build(), family.build()
+    bare = on(family, plain).plain(GUIDANCE)
+    differs = {}
+    for done, do in LORA.items():
+        for each in (pipe, late, plain):
+            do(each, tmp_path)
+        expected = on(family, plain).plain(GUIDANCE)
+        assert distance(family.run(pipe), expected) < 1e-5, done
+        assert distance(family.run(stgfast.accelerate(late, GUIDANCE)), expected) < 1e-5, done
+        stgfast.restore(late)
+        differs[done] = distance(expected, bare) > 1e-3
+    without = ("disabled", "deleted", "unloaded")
+    assert differs == {done: done not in without for done in LORA}
+
+
+# What else owns calls
+
+
+def group_offload(pipe, kind):
+    options = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    hooks.apply_group_offloading(pipe.transformer, onload_device=torch.device("cpu"), offload_type=kind, **options)
+
+
+def compile_blocks(pipe):
+    for block in pipe.transformer.transformer_blocks:
+        block.compile(backend="eager")
+
+
+def compile_whole(pipe):
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+
+
+OWNERS = {
+    "model offload": lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+    "group offload by block": lambda pipe: group_offload(pipe, "block_level"),
+    "group offload by leaf": lambda pipe: group_offload(pipe, "leaf_level"),
+    "layerwise casting": lambda pipe: pipe.transformer.enable_layerwise_casting(
+        storage_dtype=torch.float32, compute_dtype=torch.float32
+    ),
+    "to": lambda pipe: pipe.to(torch.float64) and None,
+    "compiled blocks": compile_blocks,
+    "compiled whole": compile_whole,
+}
+
+
+@IN_ORDER
+@pytest.mark.parametrize("owner", OWNERS)
+def test_works_with_whatever_else_owns_calls(owner, first):
+    torch.compiler.reset()
+    family = FAMILIES["LTX"]
+    if owner == "to":
+        embeds = {name: value.double() for name, value in family.arguments(2).items() if name.endswith("prompt_embeds")}
+        family = calling(family, steps=2, **embeds)
+    pipe = family.build()
+    if first:
+        stgfast.accelerate(pipe, GUIDANCE)
+    OWNERS[owner](pipe)
+    if not first:
+        stgfast.accelerate(pipe, GUIDANCE)
+    denoiser = pipe.transformer
+    guided = [family.run(pipe, 2) for _ in range(2)]
+    assert pipe.transformer is denoiser
+    plain = family.build()
+    if owner == "to":
+        OWNERS[owner](plain)
+    expected = on(family, plain).plain(GUIDANCE, 2)
+    for latents in guided:
+        assert distance(latents, expected) < 1e-5
+
+
+# Compilation
+
+
+def counting():
+    """A backend, the graphs that it was given, and how often they ran."""
+    graphs, runs = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+
+        def run(*args):
+            runs.append(graph)
+            return graph(*args)
+
+        return run
+
+    return backend, graphs, runs
+
+
+@pytest.mark.parametrize(("name", "prompts"), [("LTX", 2), ("Wan", 1), ("Wan", 2)])
+def test_blocks_compiled_by_diffusers_are_compiled_once_more(name, prompts):
+    """Twice in all: for the rows of the first block that ran, and for any number of rows when there first was another.
+
+    To have the first of them for any number of rows (`mark_dynamic`) would save one of two, and cost the static shapes
+    of all blocks before the fork: it is left to the user, who may say `dynamic=True`.
+    """
+    torch.compiler.reset()
+    family = FAMILIES[name]
+    backend, graphs, _ = counting()
+    pipe = family.build()
+    pipe.transformer.compile_repeated_blocks(backend=backend, fullgraph=True)  # which raises at a graph break
+    stock = family.run(pipe, prompts)
+    assert len(graphs) == 1
+    guidance = Guidance(Perturbation([2]))
+    made = family.run(stgfast.accelerate(pipe, guidance), prompts)
+    assert len(graphs) == 2
+    assert distance(made, family.plain(guidance, prompts)) < 1e-5
+    for settings in (
+        {},  # a second call is compiled no more than a second step
+        {"stg_scale": 2.0},
+        {"stg_scale": [1.0, 0.0]},
+        {"stg_scale": [0.0, 3.0], "stg_rescale": 0.7},
+        {"stg_layers": [1]},
+        {"stg_mode": "attention"},
+        {"stg": GUIDANCE},
+        {"stg": Guidance(Perturbation([2]), cfg=[3.0, 5.0], start=0.5)},
+    ):
+        family.run(pipe, prompts, **settings)
+        assert len(graphs) == 2, settings
+    assert torch.equal(family.run(pipe, prompts, stg_scale=0.0), stock)
+    assert torch.equal(family.run(stgfast.restore(pipe), prompts), stock)
+    assert len(graphs) == 2
+
+
+@families("Wan")
+def test_a_user_may_choose_dynamic_shapes_or_static_ones(family):
+    for dynamic, most in ((True, 1), (False, 2)):  # for any number of rows; for each, of which there are two
+        torch.compiler.reset()
+        backend, graphs, _ = counting()
+        pipe = family.build()
+        pipe.transformer.compile_repeated_blocks(backend=backend, fullgraph=True, dynamic=dynamic)
+        stgfast.accelerate(pipe, Guidance(Perturbation([2])))
+        for settings in ({}, {"stg_scale": [1.0, 0.0]}, {"stg_layers": [1]}):
+            family.run(pipe, 2, **settings)
+        assert len(graphs) == most
+
+
+def test_two_kinds_of_blocks_are_compiled_once_more_each():
+    """HunyuanVideo's own five graphs are those of its blocks and of what refines its text; ours are not more."""
+    torch.compiler.reset()
+    family = FAMILIES["HunyuanVideo"]
+    backend, graphs, _ = counting()
+    pipe = family.build()
+    pipe.transformer.compile_repeated_blocks(backend=backend)
+    family.run(pipe)
+    own = len(graphs)
+    stgfast.accelerate(pipe, Guidance(Perturbation([2])))
+    family.run(pipe)
+    assert own < len(graphs) <= 2 * own
+    twice = len(graphs)
+    for settings in ({}, {"stg_scale": [0.0, 2.0]}, {"stg_layers": [4]}):
+        family.run(pipe, **settings)
+    assert len(graphs) == twice
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["blocks", "whole"])
+def test_compiled_blocks_stay_compiled(whole):
+    torch.compiler.reset()
+    family = FAMILIES["Wan"]
+    backend, graphs, runs = counting()
+    pipe = family.build()
+    if whole:
+        pipe.transformer = torch.compile(pipe.transformer, backend=backend)
+    else:
+        pipe.transformer.compile_repeated_blocks(backend=backend)
+    stgfast.accelerate(pipe, Guidance(Perturbation([2])))
+    for _ in range(2):
+        runs.clear()
+        family.run(pipe)
+        # Every block in both calls of both steps; block 2 too, which the perturbed rows alone pass through.
+        assert len(runs) == 2 * (4 + 4)
+        assert len(graphs) == 2
+
+
+def test_a_denoiser_compiled_in_place_is_refused():
+    pipe = FAMILIES["Wan"].build()
+    pipe.transformer.compile(backend="eager")
+    with pytest.raises(SettingsError, match=r"pipe\.transformer = torch\.compile\(pipe\.transformer\)"):
+        stgfast.accelerate(pipe, GUIDANCE)
+
+
+# Caches
+
+
+def time_of(pipe):
+    return lambda: pipe.current_timestep
+
+
+# The function that applies a cache, and its settings, such that it acts in a call of a few steps.
+CACHES = {
+    "apply_first_block_cache": lambda pipe: hooks.FirstBlockCacheConfig(threshold=100.0),
+    "apply_taylorseer_cache": lambda pipe: hooks.TaylorSeerCacheConfig(
+        cache_interval=9, disable_cache_before_step=1, cache_identifiers=[r"blocks\.\d\.attn1"]
+    ),
+    "apply_mag_cache": lambda pipe: hooks.MagCacheConfig(
+        mag_ratios=[1.0] * 4, num_inference_steps=4, retention_ratio=0.0
+    ),
+    "apply_sea_cache": lambda pipe: hooks.SeaCacheConfig(threshold=100.0),
+    "apply_text_kv_cache": lambda pipe: hooks.TextKVCacheConfig(),
+    "apply_pyramid_attention_broadcast": lambda pipe: hooks.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(-1, 1001),
+        current_timestep_callback=time_of(pipe),
+    ),
+    "apply_faster_cache": lambda pipe: hooks.FasterCacheConfig(
+        spatial_attention_timestep_skip_range=(-1, 1001),
+        unconditional_batch_timestep_skip_range=(-1, 1001),
+        current_timestep_callback=time_of(pipe),
+    ),
+}
+NO_EFFECT = ("apply_text_kv_cache",)  # it knows the blocks of one image model alone
+NO_CACHES = (
+    "apply_group_offloading",
+    "apply_layerwise_casting",
+    "apply_layerwise_casting_hook",
+    "apply_layer_skip",
+    "apply_context_parallel",
+    "apply_tensor_parallel",
+)
+
+
+def test_every_cache_of_diffusers_is_tested():
+    assert {name for name in dir(hooks) if name.startswith("apply_")} - set(NO_CACHES) <= CACHES.keys()
+
+
+@pytest.mark.parametrize("by", ["enable_cache", "function"])
+@pytest.mark.parametrize("cache", [name for name in CACHES if hasattr(hooks, name)])
+def test_a_cache_is_refused_before_anything_runs(cache, by):
+    family = calling(FAMILIES["Mochi" if cache == "apply_faster_cache" else "Wan"], steps=4)
+    bare, pipe = family.run(family.build()), family.build()
+    config = CACHES[cache](pipe)
+    if by == "function":
+        getattr(hooks, cache)(pipe.transformer, config)
+    else:
+        pipe.transformer.enable_cache(config)
+    stock = family.run(pipe)
+    assert (distance(stock, bare) > 1e-3) is (cache not in NO_EFFECT), "a cache that does nothing shows nothing"
+    stgfast.accelerate(pipe, GUIDANCE)
+    assert torch.equal(family.run(pipe, stg_scale=0), stock)
+    ran = []
+    hook = pipe.transformer.register_forward_pre_hook(lambda module, args: ran.append(module))
+    with pytest.raises(SettingsError, match=r"pipe\.transformer has a cache \(\w+") as refused:
+        family.run(pipe)
+    # Rows in parts are calls too that a cache takes for steps.
+    with pytest.raises(SettingsError, match="has a cache"):
+        family.run(stgfast.accelerate(pipe, GUIDANCE, max_rows=1), stg_scale=0)
+    assert not ran
+    hook.remove()
+    _, advice = str(refused.value).split("; switch it off: ")
+    assert ("disable_cache()" in advice) is (by == "enable_cache")
+    exec(advice, {"pipe": pipe, "diffusers": diffusers})
+    expected = stgfast.accelerate(family.build(), GUIDANCE)
+    assert torch.equal(family.run(stgfast.accelerate(pipe, GUIDANCE)), family.run(expected))
+    assert torch.equal(family.run(stgfast.restore(pipe)), bare)
+
+
+def test_the_cache_of_a_second_denoiser_is_found():
+    family = FAMILIES["Wan of two transformers"]
+    pipe = stgfast.accelerate(family.build(), GUIDANCE)
+    hooks.apply_first_block_cache(pipe.transformer_2, hooks.FirstBlockCacheConfig())
+    with pytest.raises(SettingsError, match=r"pipe\.transformer_2 has a cache \(fbc_block_hook, fbc_leader_block_hook"):
+        family.run(pipe)
+
+
+# Callbacks
+
+
+def scaled(factors):
+    """A callback that scales tensors after the first step."""
+
+    def change(pipe, step, time, tensors):
+        return {name: tensor * factors[name] for name, tensor in tensors.items() if step == 0}
+
+    return {"callback_on_step_end": change, "callback_on_step_end_tensor_inputs": list(factors)}
+
+
+EMBEDS = {"prompt_embeds": 1.5}
+BOTH = {"prompt_embeds": 1.5, "negative_prompt_embeds": 0.5}
+CALLBACKS = {
+    "stacked": ("LTX", EMBEDS),
+    "stacked, masked text": ("Mochi", EMBEDS),
+    "sequential": ("Wan", BOTH),
+    "embedded": ("HunyuanVideo", EMBEDS),
+}
+
+
+@pytest.mark.parametrize("changed", ["embeds", "latents"])
+@pytest.mark.parametrize("protocol", CALLBACKS)
+def test_a_callback_that_changes_tensors(protocol, changed):
+    name, embeds = CALLBACKS[protocol]
+    family = FAMILIES[name]
+    cfg = protocol != "embedded"  # with true CFG it is sequential
+    given = scaled(embeds if changed == "embeds" else {"latents": 1.25})
+    expected = calling(family, **given).plain(GUIDANCE, 2, cfg)
+    made = calling(family, **given).run(stgfast.accelerate(family.build(), GUIDANCE), 2, cfg)
+    assert distance(made, expected) < 1e-5
+    unchanged = calling(family).run(stgfast.accelerate(family.build(), GUIDANCE), 2, cfg)
+    assert distance(made, unchanged) > 1e-3
+
+
+def test_a_callback_that_changes_latents_where_the_pipeline_asks_for_weak_branches():
+    """LTX-2 makes what its blocks attend to before the first step: embeddings changed later change nothing there."""
+    given = {"num_inference_steps": 3, **scaled({"latents": 1.25})}
+    expected = ltx2.call(ltx2.build(), **given)
+    pipe = stgfast.accelerate(ltx2.build())
+    for one, other in zip(ltx2.call(pipe, **given), expected, strict=True):
+        assert distance(one, other) < 1e-5
+    assert distance(ltx2.call(pipe, num_inference_steps=3)[0], expected[0]) > 1e-3
+
+
+def stopping(pipe, step, time, tensors):
+    pipe._interrupt = step == 1
+    return {}
+
+
+def stop_from_a_thread(pipe, at):
+    """Another thread stops the run while the denoiser is called for the `at`-th time. Gives what takes it away."""
+    calls = []
+
+    def stop():
+        pipe._interrupt = True
+
+    def hook(module, args):
+        calls.append(module)
+        if len(calls) == at:
+            thread = threading.Thread(target=stop)
+            thread.start()
+            thread.join()
+
+    return pipe.transformer.register_forward_pre_hook(hook).remove
+
+
+@pytest.mark.parametrize("by", ["callback", "thread"])
+@pytest.mark.parametrize("protocol", CALLBACKS)
+def test_a_run_that_is_interrupted(protocol, by):
+    """It ends as the plain one does, and the next one knows nothing of it."""
+    family, cfg = FAMILIES[CALLBACKS[protocol][0]], protocol != "embedded"
+    whole = calling(family, steps=4)
+    part = calling(family, steps=4, callback_on_step_end=stopping) if by == "callback" else whole
+    # In the second step: of two calls, at the first.
+    at = 3 if protocol == "sequential" else 2
+    plain, pipe = family.build(), stgfast.accelerate(family.build(), GUIDANCE)
+    removes = [stop_from_a_thread(each, at) for each in (plain, pipe) if by == "thread"]
+    expected = on(part, plain).plain(GUIDANCE, cfg=cfg)
+    made = part.run(pipe, cfg=cfg)
+    assert pipe.interrupt
+    assert distance(made, expected) < 1e-5
+    for remove in removes:
+        remove()
+    assert all("_compiled_call_impl" not in vars(module) for module in pipe.transformer.modules())
+    after = whole.run(pipe, cfg=cfg)
+    assert torch.equal(after, whole.run(stgfast.accelerate(family.build(), GUIDANCE), cfg=cfg))
+    assert distance(after, made) > 1e-3
+
+
+@pytest.mark.parametrize("at", [None, 6, 8], ids=lambda at: "callback" if at is None else f"call {at}")
+def test_a_run_that_is_interrupted_where_the_pipeline_asks_for_weak_branches(at):
+    """At any of the calls of a step: those after it are answered, as long as the step lasts."""
+    given = {"num_inference_steps": 4} | ({"callback_on_step_end": stopping} if at is None else {})
+    stock, pipe = ltx2.build(), stgfast.accelerate(ltx2.build())
+    whole = ltx2.call(pipe, num_inference_steps=4)
+    if at is not None:
+        # The stock pipeline calls its denoiser three times a step; here it is called once.
+        stop_from_a_thread(stock, at)
+        stop_from_a_thread(pipe, -(-at // 3))
+    expected, made = ltx2.call(stock, **given), ltx2.call(pipe, **given)
+    assert pipe.interrupt
+    for one, other in zip(made, expected, strict=True):
+        assert distance(one, other) < 1e-5
+    assert distance(made[0], whole[0]) > 1e-3
+    assert all(map(torch.equal, ltx2.call(pipe, num_inference_steps=4), whole))
+
+
+def test_a_callback_of_diffusers_that_switches_cfg_off():
+    """From there on the unconditional branch is neither computed nor missed."""
+    family = FAMILIES["Stable Diffusion XL"]
+    cutoff = diffusers.callbacks.SDXLCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+    guidance = Guidance(Perturbation([3], kind="attention"), rescale=0.5)
+    pipe = stgfast.accelerate(family.build(), guidance)
+    made = calling(family, callback_on_step_end=cutoff).run(pipe)
+    by_schedule = stgfast.accelerate(family.build(), replace(guidance, cfg=[4.0, 1.0, 1.0]))
+    assert distance(made, calling(family).run(by_schedule)) < 1e-5
