@@ -26,10 +26,11 @@ from torch import nn
 from stgfast.announced import plan_of
 from stgfast.batching.plan import Plan
 from stgfast.engine import branches_of, plan_for
-from stgfast.guidance import COND, Guidance, Moment, Perturbation
+from stgfast.guidance import COND, Guidance, Perturbation
 from stgfast.integrations import ADAPTERS
 from stgfast.integrations.open_sora import MODELS as OPEN_SORA
 from stgfast.integrations.spec import Adapter
+from stgfast.schedules import Moment
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- made by bench/pipelines.py -->\n", "<!-- up to here -->\n"

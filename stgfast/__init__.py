@@ -2,11 +2,12 @@
 
 from stgfast.errors import EngineError, SettingsError, UnsupportedPipelineError
 from stgfast.explain import explain
-from stgfast.guidance import BySigma, Guidance, Perturbation
+from stgfast.guidance import Guidance, Perturbation
 from stgfast.guided import guided
 from stgfast.install import accelerate, restore
 from stgfast.integrations.spec import Adapter
 from stgfast.restart import restart
+from stgfast.schedules import BySigma
 from stgfast.version import __version__
 
 __all__ = [

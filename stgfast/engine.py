@@ -25,10 +25,11 @@ from stgfast.batching.rows import spans, take
 from stgfast.batching.seam import Call, handling, held
 from stgfast.batching.stack import Layout, Stack
 from stgfast.errors import EngineError, SettingsError
-from stgfast.guidance import APG, ATTENTION, BLUR, CFG_ZERO, COND, GUIDED, ORTHOGONAL, UNCOND, Guidance, Moment
+from stgfast.guidance import APG, ATTENTION, BLUR, CFG_ZERO, COND, GUIDED, ORTHOGONAL, UNCOND, Guidance
 from stgfast.integrations.spec import Adapter, CallArguments
 from stgfast.kernels import combine
 from stgfast.reuse import Kept
+from stgfast.schedules import Moment
 
 
 class GuidedRun:

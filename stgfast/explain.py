@@ -16,10 +16,11 @@ from stgfast.batching.plan import Plan
 from stgfast.batching.stack import Layout
 from stgfast.call import check, settings_of, settle
 from stgfast.engine import branches_of, plan_for
-from stgfast.guidance import APG, CFG_ZERO, ORTHOGONAL, BySigma, Guidance, Moment, Perturbation, Schedule
+from stgfast.guidance import APG, CFG_ZERO, ORTHOGONAL, Guidance, Perturbation
 from stgfast.install import installed_on
 from stgfast.integrations.spec import Adapter, CallArguments
 from stgfast.reuse import Kept
+from stgfast.schedules import BySigma, Moment, Schedule
 
 PROJECTED = {
     ORTHOGONAL: "of the second perturbation, what the first one says already is left out",
@@ -239,7 +240,8 @@ def _blocks(rows: Sequence[int]) -> list[str]:
     lines, first = [], 0
     for count, same in itertools.groupby(rows):
         last = first + len(list(same)) - 1
-        lines.append(f"block{'s' if last > first else ''} {first}{f' to {last}' if last > first else ''}: {count} rows")
+        where = f"blocks {first} to {last}" if last > first else f"block {first}"
+        lines.append(f"{where}: {count} row{'s' if count > 1 else ''}")
         first = last + 1
     return lines
 

@@ -11,68 +11,22 @@ optional rescale follows: `g *= phi * std(c) / std(g) + 1 - phi`, the standard d
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from numbers import Real
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from stgfast.errors import SettingsError, wrong
+from stgfast.schedules import BySigma, Moment, Schedule, checked, finite, plain, set_frozen, value
 
 RESIDUAL, ATTENTION, BLUR, ISOLATE = KINDS = ("residual", "attention", "blur", "isolate")
 COND, UNCOND, GUIDED = "cond", "uncond", "guided"
 AXES = SPATIAL, TEMPORAL = ("spatial", "temporal")
 ORTHOGONAL, CFG_ZERO, APG = PROJECTIONS = ("orthogonal", "cfg-zero", "apg")
-BY_SIGMA = "by_sigma"  # in settings written as data
-
-
-@dataclass(frozen=True)
-class BySigma:
-    """A schedule over the noise level that the scheduler calls sigma, which falls during a run.
-
-    `BySigma([(0.99, 1.0), (0.9, 6.0), (0.6, 3.0)])` is 1 while sigma is 0.99 or more, then 6 down to 0.9, then 3.
-    """
-
-    levels: tuple[tuple[float, float], ...]
-
-    if TYPE_CHECKING:
-
-        def __init__(self, levels: Sequence[Sequence[float]]) -> None: ...
-
-    def __post_init__(self) -> None:
-        right = "pairs of sigma and number, with falling sigmas, such as [(0.99, 1.0), (0.9, 6.0)]"
-        levels: object = self.levels
-        if isinstance(levels, str) or not isinstance(levels, Sequence) or not levels:
-            raise wrong("levels of BySigma", levels, right)
-        if not all(isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2 for pair in levels):
-            raise wrong("levels of BySigma", levels, right)
-        pairs = tuple((_finite("sigma of BySigma", one), _finite("number of BySigma", two)) for one, two in levels)
-        if any(one <= other for (one, _), (other, _) in itertools.pairwise(pairs)):
-            raise wrong("sigmas of BySigma", [sigma for sigma, _ in pairs], "falling numbers")
-        _set(self, "levels", pairs)
-
-    def at(self, sigma: float) -> float:
-        return next((number for level, number in self.levels if sigma >= level), self.levels[-1][1])
-
-
-# A number; one number for every step; a function of the step's progress, from 0 up to (not including) 1; or by sigma.
-Schedule = float | Sequence[float] | Callable[[float], float] | BySigma
 # A pipeline's CFG scale: none, a number, or a number for every frame in whatever form the pipeline has it.
 Scale = None | float | Any
-
-
-class Moment(NamedTuple):
-    """Where a denoising run stands: step `step` of `steps`, counted from 0, and the sigma there if it is known."""
-
-    step: int
-    steps: int
-    sigma: float | None = None
-
-    @property
-    def progress(self) -> float:
-        return self.step / self.steps
 
 
 @dataclass(frozen=True)
@@ -100,14 +54,14 @@ class Perturbation:
     sigma: float | None = None
 
     def __post_init__(self) -> None:
-        _set(self, "layers", _layers(self.layers))
+        set_frozen(self, "layers", _layers(self.layers))
         if self.kind not in KINDS:
             kinds = "'residual' (STG-R), 'attention' (STG-A), 'blur' (SEG) or 'isolate'"
             raise wrong("kind of perturbation", self.kind, kinds)
-        _set(self, "scale", _schedule("scale", self.scale))
+        set_frozen(self, "scale", checked("scale", self.scale))
         if self.of not in (COND, UNCOND):
             raise wrong("perturbed branch `of`", self.of, "'cond' or 'uncond'")
-        _set(self, "base", self.base or self.of)
+        set_frozen(self, "base", self.base or self.of)
         if self.base not in (COND, UNCOND, GUIDED):
             raise wrong("`base` of a perturbation", self.base, "'cond', 'uncond' or 'guided'")
         if self.axis not in ("", *AXES):
@@ -115,7 +69,7 @@ class Perturbation:
         if self.kind == BLUR:
             if self.axis == TEMPORAL:
                 raise wrong("axis of a blur", self.axis, "'spatial' or '': queries are blurred within frames")
-            _set(self, "sigma", math.inf if self.sigma is None else _sigma(self.sigma))
+            set_frozen(self, "sigma", math.inf if self.sigma is None else _sigma(self.sigma))
         elif self.sigma is not None:
             raise wrong(f"sigma of a perturbation of kind {self.kind!r}", self.sigma, f"none: it is that of {BLUR!r}")
 
@@ -171,12 +125,12 @@ class Guidance:
         ) -> None: ...
 
     def __post_init__(self) -> None:
-        _set(self, "perturbations", _perturbations(self.perturbations))
-        _set(self, "rescale", _schedule("rescale", self.rescale))
+        set_frozen(self, "perturbations", _perturbations(self.perturbations))
+        set_frozen(self, "rescale", checked("rescale", self.rescale))
         if self.cfg is not None:
-            _set(self, "cfg", _schedule("cfg", self.cfg))
+            set_frozen(self, "cfg", checked("cfg", self.cfg))
         for name in ("start", "stop"):
-            _set(self, name, _finite(name, getattr(self, name)))
+            set_frozen(self, name, finite(name, getattr(self, name)))
         if not 0 <= self.start < self.stop <= 1:
             raise wrong("start and stop", (self.start, self.stop), "fractions of the run with 0 <= start < stop <= 1")
         self._check_projection()
@@ -188,7 +142,7 @@ class Guidance:
         held = [f"{p.of} against {p.base}" for p in self.perturbations]
         if self.project == ORTHOGONAL and held != [f"{COND} against {COND}"] * 2:
             raise wrong("perturbations, one orthogonal to the other", held, "two of cond against cond")
-        _set(self, "eta", _finite("eta", self.eta))
+        set_frozen(self, "eta", finite("eta", self.eta))
         if self.eta and self.project != APG:
             raise wrong("eta", self.eta, f"0: it is that of project={APG!r}")
 
@@ -198,7 +152,7 @@ class Guidance:
             if isinstance(every, bool) or not isinstance(every, int) or every < 1:
                 raise wrong(name, every, "a number of steps, 1 (off) or more")
         if self.reuse_tolerance is not None:
-            _set(self, "reuse_tolerance", _finite("reuse_tolerance", self.reuse_tolerance))
+            set_frozen(self, "reuse_tolerance", finite("reuse_tolerance", self.reuse_tolerance))
             if self.reuse_tolerance <= 0 or self.reuse == self.reuse_cfg == 1:
                 raise wrong(
                     "reuse_tolerance", self.reuse_tolerance, "a number above 0, with reuse or reuse_cfg above 1"
@@ -303,7 +257,7 @@ class Guidance:
         from stgfast.presets import PRESETS  # which are made of this class
 
         if name not in PRESETS:
-            raise wrong("preset", repr(name), f"one of {', '.join(PRESETS)}")
+            raise wrong("preset", name, f"one of {', '.join(PRESETS)}")
         return PRESETS[name].guidance
 
     @classmethod
@@ -320,53 +274,6 @@ class Guidance:
     @classmethod
     def from_json(cls, text: str) -> Guidance:
         return cls.from_dict(json.loads(text))
-
-
-def value(schedule: Schedule, moment: Moment, name: str = "schedule") -> float:
-    """A schedule's number at a moment."""
-    if isinstance(schedule, float):
-        return schedule
-    if isinstance(schedule, BySigma):
-        if moment.sigma is None:
-            raise SettingsError(
-                f"{name} over sigma: got a run whose sigmas are not known, expected a schedule over steps"
-            )
-        return schedule.at(moment.sigma)
-    if callable(schedule):
-        return _finite(f"{name} at progress {moment.progress:g}", schedule(moment.progress))
-    return schedule[moment.step * len(schedule) // moment.steps]
-
-
-def _set(frozen: object, name: str, new: object) -> None:
-    object.__setattr__(frozen, name, new)
-
-
-def _finite(name: str, number: object) -> float:
-    if isinstance(number, bool) or not hasattr(number, "__float__"):
-        raise wrong(name, number, "a finite number")
-    plain = float(cast(Real, number))
-    if not math.isfinite(plain):
-        raise wrong(name, plain, "a finite number")
-    return plain
-
-
-def _schedule(name: str, given: object) -> Schedule:
-    if isinstance(given, Mapping) and set(given) == {BY_SIGMA}:  # as `to_dict` has it
-        given = BySigma(given[BY_SIGMA])
-    if isinstance(given, BySigma):
-        if name == "rescale" and not all(0 <= number <= 1 for _, number in given.levels):
-            raise wrong(name, given, "numbers from 0 to 1")
-        return given
-    if callable(given):
-        return cast(Schedule, given)
-    if isinstance(given, Sequence) and not isinstance(given, str):
-        if not given:
-            raise wrong(name, given, "one finite number for every step")
-        return tuple(_finite(f"{name} at step {i}", number) for i, number in enumerate(given))
-    number = _finite(name, given)
-    if name == "rescale" and not 0 <= number <= 1:
-        raise wrong(name, number, "a number from 0 to 1")
-    return number
 
 
 def _sigma(given: object) -> float:
@@ -407,6 +314,4 @@ def _known(what: str, data: Mapping[str, Any], cls: type) -> None:
 def _plain(setting: Any) -> Any:
     if setting == math.inf:
         return "inf"
-    if isinstance(setting, BySigma):
-        return {BY_SIGMA: [list(pair) for pair in setting.levels]}
-    return list(setting) if isinstance(setting, tuple) else setting
+    return plain(setting)

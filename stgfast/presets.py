@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from stgfast.guidance import ATTENTION, AXES, CFG_ZERO, GUIDED, ISOLATE, UNCOND, BySigma, Guidance, Perturbation
+from stgfast.guidance import ATTENTION, AXES, CFG_ZERO, GUIDED, ISOLATE, UNCOND, Guidance, Perturbation
+from stgfast.schedules import BySigma
 
 
 class Preset(NamedTuple):

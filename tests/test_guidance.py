@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stgfast import Guidance, Perturbation, SettingsError
-from stgfast.guidance import Moment
+from stgfast import BySigma, Guidance, Perturbation, SettingsError
+from stgfast.presets import PRESETS
+from stgfast.schedules import Moment
 
 FIRST = Moment(0, 4)
 
@@ -81,7 +82,11 @@ def test_settings_are_frozen():
     assert hash(guidance) == hash(Guidance([Perturbation((1,))]))
 
 
-numbers = st.one_of(st.integers(0, 5), st.floats(0, 1), st.lists(st.floats(0, 1), min_size=1, max_size=4))
+levels = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, unique_by=lambda pair: pair[0])
+by_sigma = levels.map(lambda pairs: BySigma(sorted(pairs, reverse=True)))
+numbers = st.one_of(st.integers(0, 5), st.floats(0, 1), st.lists(st.floats(0, 1), min_size=1, max_size=4), by_sigma)
+reuse = st.fixed_dictionaries({"reuse": st.integers(1, 9), "reuse_cfg": st.integers(1, 9)})
+projections = st.sampled_from([{}, {"project": "cfg-zero"}, {"project": "apg"}, {"project": "apg", "eta": 0.5}])
 
 
 @given(
@@ -98,10 +103,43 @@ numbers = st.one_of(st.integers(0, 5), st.floats(0, 1), st.lists(st.floats(0, 1)
     st.floats(0, 1),
     st.one_of(st.none(), numbers),
     st.floats(0, 0.4),
+    reuse,
+    projections,
 )
-def test_json_there_and_back(perturbations, rescale, cfg, start):
-    guidance = Guidance(perturbations, rescale=rescale, cfg=cfg, start=start)
+def test_json_there_and_back(perturbations, rescale, cfg, start, reused, projected):
+    guidance = Guidance(perturbations, rescale=rescale, cfg=cfg, start=start, **reused, **projected)
     assert Guidance.from_json(guidance.to_json()) == guidance
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name):
+    guidance = Guidance.preset(name)
+    assert Guidance.from_json(guidance.to_json()) == guidance
+    assert guidance.perturbations
+    assert PRESETS[name].source
+
+
+def test_an_unknown_preset():
+    with pytest.raises(SettingsError, match="preset: got 'mochi-2', expected one of mochi, svd"):
+        Guidance.preset("mochi-2")
+
+
+def test_by_sigma():
+    schedule = BySigma([(0.9, 1.0), (0.5, 3), (0.2, 0.0)])
+    assert [schedule.at(sigma) for sigma in (1.0, 0.9, 0.89, 0.5, 0.3, 0.2, 0.0)] == [1.0, 1.0, 3.0, 3.0, 0.0, 0.0, 0.0]
+    guidance = Guidance(Perturbation([1], scale=schedule))
+    assert guidance.by_sigma
+    assert guidance.weights(Moment(0, 4, 0.6), None) == {"cond": 4.0, "perturbed0": -3.0}
+    assert not guidance.acts(Moment(0, 4, 0.1))
+    with pytest.raises(SettingsError, match="over sigma: got a run whose sigmas are not known"):
+        guidance.weights(Moment(0, 4), None)
+
+
+def test_what_changes_cfg_alone():
+    for guidance in (Guidance(project="apg"), Guidance(project="cfg-zero"), Guidance(reuse_cfg=2), Guidance(cfg=4.0)):
+        assert not guidance.inert
+        assert guidance.acts(Moment(1, 4))
+    assert Guidance(reuse=4).inert
 
 
 @pytest.mark.parametrize("sigma", [None, 2, 0.5, math.inf])
@@ -168,6 +206,33 @@ WRONG = {
     "stop in steps": (lambda: Guidance(stop=30), "start and stop: got (0.0, 30.0), expected fractions of the run"),
     "NaN for start": (lambda: Guidance(start=math.nan), "start: got nan, expected a finite number"),
     "no perturbation": (lambda: Guidance([8]), "perturbations: got [8], expected a Perturbation or a list of them"),
+    "an unknown projection": (
+        lambda: Guidance(project="cfgzero"),
+        "project: got 'cfgzero', expected 'orthogonal', 'cfg-",
+    ),
+    "one perturbation orthogonal": (
+        lambda: Guidance(Perturbation([1]), project="orthogonal"),
+        "perturbations, one orthogonal to the other: got ['cond against cond'], expected two of cond against cond",
+    ),
+    "orthogonal to another base": (
+        lambda: Guidance([Perturbation([1]), Perturbation([2], base="guided")], project="orthogonal"),
+        "got ['cond against cond', 'cond against guided'], expected two of cond against cond",
+    ),
+    "eta without APG": (lambda: Guidance(eta=0.5), "eta: got 0.5, expected 0: it is that of project='apg'"),
+    "reuse below 1": (lambda: Guidance(reuse=0), "reuse: got 0, expected a number of steps, 1 (off) or more"),
+    "reuse of a fraction": (lambda: Guidance(reuse_cfg=1.5), "reuse_cfg: got 1.5, expected a number of steps"),
+    "tolerance for nothing": (
+        lambda: Guidance(reuse_tolerance=0.1),
+        "reuse_tolerance: got 0.1, expected a number above",
+    ),
+    "tolerance of 0": (
+        lambda: Guidance(reuse=2, reuse_tolerance=0),
+        "reuse_tolerance: got 0.0, expected a number above",
+    ),
+    "no levels": (lambda: BySigma([]), "levels of BySigma: got [], expected pairs of sigma and number"),
+    "levels that are numbers": (lambda: BySigma([1.0, 2.0]), "levels of BySigma: got [1.0, 2.0], expected pairs"),
+    "rising sigmas": (lambda: BySigma([(0.5, 1), (0.9, 2)]), "sigmas of BySigma: got [0.5, 0.9], expected falling"),
+    "rescale above 1 by sigma": (lambda: Guidance(rescale=BySigma([(0.5, 2)])), "expected numbers from 0 to 1"),
     "an unknown field": (lambda: Guidance.from_dict({"scale": 1}), "fields of Guidance: got ['scale'], expected some"),
     "an unknown field inside": (
         lambda: Guidance.from_dict({"perturbations": [{"layer": 1}]}),

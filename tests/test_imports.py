@@ -9,12 +9,13 @@ import stgfast
 
 ROOT = Path(stgfast.__file__).parent
 # What every part may import of the package, beside itself. Settings and errors are everybody's.
-COMMON = {"errors", "guidance"}
+COMMON = {"errors", "guidance", "schedules"}
 MAY = {
     "errors": set(),
     "version": set(),
-    "guidance": {"errors", "presets"},
-    "presets": {"guidance"},
+    "schedules": {"errors"},
+    "guidance": {"errors", "presets", "schedules"},
+    "presets": {"guidance", "schedules"},
     "kernels": set(),
     "batching": COMMON,
     "integrations": COMMON | {"batching", "kernels", "presets"},
@@ -29,7 +30,7 @@ MAY = {
     "doctor": {"kernels", "version"},
     "restart": {"errors"},
     "cli": {"version", "toy", "doctor"},
-    "": {"errors", "explain", "guidance", "guided", "install", "integrations", "restart", "version"},
+    "": {"errors", "explain", "guidance", "guided", "install", "integrations", "restart", "schedules", "version"},
 }
 FOREIGN = {  # third-party packages, and the only parts that may import them
     "diffusers": {"integrations", "toy"},

@@ -18,8 +18,9 @@ from typing import Any
 from torch import nn
 
 from stgfast.errors import SettingsError
-from stgfast.guidance import ATTENTION, BLUR, COND, RESIDUAL, UNCOND, Guidance, Moment, Perturbation
+from stgfast.guidance import ATTENTION, BLUR, COND, RESIDUAL, UNCOND, Guidance, Perturbation
 from stgfast.integrations.spec import Adapter, CallArguments, Passes, nothing_missing
+from stgfast.schedules import Moment
 
 CFG = "ClassifierFreeGuidance"
 SEG = "SmoothedEnergyGuidance"

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from stgfast.batching.stack import Unit
-from stgfast.guidance import ATTENTION, COND, ISOLATE, RESIDUAL, UNCOND, Guidance, Moment, Perturbation, value
+from stgfast.guidance import ATTENTION, COND, ISOLATE, RESIDUAL, UNCOND, Guidance, Perturbation
 from stgfast.integrations.attention import project
 from stgfast.integrations.spec import Adapter, CallArguments, Passes, even_sigmas, latent_tokens, shifted
+from stgfast.schedules import Moment, value
 
 WEAK, ISOLATED = "perturbed", "isolated"
 

@@ -14,9 +14,10 @@ from stgfast.batching.arguments import Arguments
 from stgfast.batching.seam import caching_hooks, compiled_in_place, unwrapped
 from stgfast.batching.stack import Grid, Layout, Unit
 from stgfast.errors import SettingsError
-from stgfast.guidance import COND, UNCOND, Guidance, Moment, Perturbation, Scale
+from stgfast.guidance import COND, UNCOND, Guidance, Perturbation, Scale
 from stgfast.integrations.attention import identity_attention
 from stgfast.kernels import blur
+from stgfast.schedules import Moment
 
 CallArguments = Mapping[str, Any]  # the arguments of one pipeline call by name, defaults filled in
 

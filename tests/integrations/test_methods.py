@@ -8,7 +8,7 @@ import torch
 
 import stgfast
 from stgfast import BySigma, Guidance, Perturbation, SettingsError
-from stgfast.guidance import Moment
+from stgfast.schedules import Moment
 from tests.integrations.families import hunyuan_video, latte, ltx, mochi, stable_video_diffusion, wan
 from tests.integrations.family import distance
 

@@ -125,7 +125,7 @@ def guidance_of(parts, **others):
     )
 
 
-def plain(version, model, guidance, scales, rescale=0.0):
+def plain(version, model, guidance, scales, rescale=0.0, orthogonal=False):
     """What a sampler is given in place of a model: every branch on its own, then the formula as it is written."""
     step = iter(range(STEPS))
 
@@ -151,8 +151,13 @@ def plain(version, model, guidance, scales, rescale=0.0):
 
         of = {source: predict(source) for source in version.sources}
         result = version.cfg(now, of)
-        for part, scale in zip(guidance.perturbations, scales, strict=True):
-            result = result + scale * (of[part.of] - predict(part.of, part))
+        changes = [of[part.of] - predict(part.of, part) for part in guidance.perturbations]
+        if orthogonal:
+            first, second = changes
+            for one, other in zip(first, second, strict=True):
+                other.sub_((one * other).sum() / (one * one).sum() * one)
+        for change, scale in zip(changes, scales, strict=True):
+            result = result + scale * change
         if rescale:
             factors = [rescale * c.std() / g.std() + 1 - rescale for c, g in zip(of["cond"], result, strict=True)]
             result = torch.stack([g * factor for g, factor in zip(result, factors, strict=True)])
@@ -260,6 +265,31 @@ def test_a_scale_in_place_of_the_samplers():
     expected = Version12.sample(plain(Version12, model, guidance, [1.0], rescale=0.7), 2)
     with stgfast.guided(model, guidance, steps=STEPS):
         assert distance(Version12.sample(model, 2), expected) < 1e-5
+
+
+def test_the_temporal_term_orthogonal_to_the_spatial_one():
+    model = open_sora.built(Version12.cls)
+    parts = CASES["1.2"]["spatial and temporal"]
+    guidance = guidance_of(parts, project="orthogonal", rescale=0.7, cfg=SCALE)
+    expected = Version12.sample(plain(Version12, model, guidance, [1.5, 0.5], rescale=0.7, orthogonal=True), 2)
+    with stgfast.guided(model, guidance, steps=STEPS):
+        made = Version12.sample(model, 2)
+    assert distance(made, expected) < 1e-5
+    with stgfast.guided(model, guidance_of(parts, rescale=0.7, cfg=SCALE), steps=STEPS):
+        assert distance(Version12.sample(model, 2), expected) > 1e-4
+
+
+@every
+def test_reuse(version):
+    """How far the rows are from one another is kept; the sampler combines them with its own scales."""
+    model = open_sora.built(version.cls)
+    guidance = Guidance(Perturbation([2]), reuse=2, reuse_cfg=2)
+    with counted(version, model) as exact, stgfast.guided(model, Guidance(Perturbation([2])), steps=STEPS):
+        expected = version.sample(model, 1)
+    with counted(version, model) as rows, stgfast.guided(model, guidance, steps=STEPS):
+        made = version.sample(model, 1)
+    assert sum(rows) < 0.9 * sum(exact)
+    assert 1e-4 < distance(made, expected) < 1
 
 
 @pytest.mark.parametrize("prompts", [1, 2])

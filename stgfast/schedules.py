@@ -1,0 +1,113 @@
+"""Numbers that change during a run: over its steps, over its progress, or over the noise level. No tensors here."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+from stgfast.errors import SettingsError, wrong
+
+BY_SIGMA = "by_sigma"  # in settings written as data
+
+
+@dataclass(frozen=True)
+class BySigma:
+    """A schedule over the noise level that the scheduler calls sigma, which falls during a run.
+
+    `BySigma([(0.99, 1.0), (0.9, 6.0), (0.6, 3.0)])` is 1 while sigma is 0.99 or more, then 6 down to 0.9, then 3.
+    """
+
+    levels: tuple[tuple[float, float], ...]
+
+    if TYPE_CHECKING:
+
+        def __init__(self, levels: Sequence[Sequence[float]]) -> None: ...
+
+    def __post_init__(self) -> None:
+        right = "pairs of sigma and number, with falling sigmas, such as [(0.99, 1.0), (0.9, 6.0)]"
+        levels: object = self.levels
+        if isinstance(levels, str) or not isinstance(levels, Sequence) or not levels:
+            raise wrong("levels of BySigma", levels, right)
+        if not all(isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2 for pair in levels):
+            raise wrong("levels of BySigma", levels, right)
+        pairs = tuple((finite("sigma of BySigma", one), finite("number of BySigma", two)) for one, two in levels)
+        if any(one <= other for (one, _), (other, _) in itertools.pairwise(pairs)):
+            raise wrong("sigmas of BySigma", [sigma for sigma, _ in pairs], "falling numbers")
+        set_frozen(self, "levels", pairs)
+
+    def at(self, sigma: float) -> float:
+        return next((number for level, number in self.levels if sigma >= level), self.levels[-1][1])
+
+
+# A number; one number for every step; a function of the step's progress, from 0 up to (not including) 1; or by sigma.
+Schedule = float | Sequence[float] | Callable[[float], float] | BySigma
+
+
+class Moment(NamedTuple):
+    """Where a denoising run stands: step `step` of `steps`, counted from 0, and the sigma there if it is known."""
+
+    step: int
+    steps: int
+    sigma: float | None = None
+
+    @property
+    def progress(self) -> float:
+        return self.step / self.steps
+
+
+def value(schedule: Schedule, moment: Moment, name: str = "schedule") -> float:
+    """A schedule's number at a moment."""
+    if isinstance(schedule, float):
+        return schedule
+    if isinstance(schedule, BySigma):
+        if moment.sigma is None:
+            raise SettingsError(
+                f"{name} over sigma: got a run whose sigmas are not known, expected a schedule over steps"
+            )
+        return schedule.at(moment.sigma)
+    if callable(schedule):
+        return finite(f"{name} at progress {moment.progress:g}", schedule(moment.progress))
+    return schedule[moment.step * len(schedule) // moment.steps]
+
+
+def set_frozen(frozen: object, name: str, new: object) -> None:
+    object.__setattr__(frozen, name, new)
+
+
+def finite(name: str, number: object) -> float:
+    if isinstance(number, bool) or not hasattr(number, "__float__"):
+        raise wrong(name, number, "a finite number")
+    plain = float(cast(Real, number))
+    if not math.isfinite(plain):
+        raise wrong(name, plain, "a finite number")
+    return plain
+
+
+def checked(name: str, given: object) -> Schedule:
+    if isinstance(given, Mapping) and set(given) == {BY_SIGMA}:  # as `to_dict` has it
+        given = BySigma(given[BY_SIGMA])
+    if isinstance(given, BySigma):
+        if name == "rescale" and not all(0 <= number <= 1 for _, number in given.levels):
+            raise wrong(name, given, "numbers from 0 to 1")
+        return given
+    if callable(given):
+        return cast(Schedule, given)
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        if not given:
+            raise wrong(name, given, "one finite number for every step")
+        return tuple(finite(f"{name} at step {i}", number) for i, number in enumerate(given))
+    number = finite(name, given)
+    if name == "rescale" and not 0 <= number <= 1:
+        raise wrong(name, number, "a number from 0 to 1")
+    return number
+
+
+def plain(schedule: Schedule) -> Any:
+    """A schedule as data, as `checked` takes it."""
+    if isinstance(schedule, BySigma):
+        return {BY_SIGMA: [list(pair) for pair in schedule.levels]}
+    return list(schedule) if isinstance(schedule, tuple) else schedule
