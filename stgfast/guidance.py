@@ -19,6 +19,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, cast
 
 from stgfast.errors import SettingsError, wrong
+from stgfast.presets import PRESETS
 from stgfast.schedules import BySigma, Moment, Schedule, checked, finite, plain, set_frozen, value
 
 RESIDUAL, ATTENTION, BLUR, ISOLATE = KINDS = ("residual", "attention", "blur", "isolate")
@@ -254,11 +255,9 @@ class Guidance:
     @classmethod
     def preset(cls, name: str) -> Guidance:
         """Published settings by name."""
-        from stgfast.presets import PRESETS  # which are made of this class
-
         if name not in PRESETS:
             raise wrong("preset", name, f"one of {', '.join(PRESETS)}")
-        return PRESETS[name].guidance
+        return cls.from_dict(PRESETS[name].settings)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Guidance:

@@ -1,59 +1,74 @@
-"""Settings that were published, each with its source."""
+"""Settings that were published, each with its source: plain data, as `Guidance.from_dict` takes it."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from stgfast.guidance import ATTENTION, AXES, CFG_ZERO, GUIDED, ISOLATE, UNCOND, Guidance, Perturbation
-from stgfast.schedules import BySigma
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class Preset(NamedTuple):
-    guidance: Guidance
     source: str
+    settings: Mapping[str, Any]
 
 
-def _of_ltx2(layer: int) -> Guidance:
+def _by_sigma(*levels: tuple[float, float]) -> dict[str, Any]:
+    return {"by_sigma": levels}
+
+
+def _along_both_axes(layer: int) -> dict[str, Any]:
+    part = {"layers": [layer], "kind": "attention", "scale": 2.0}
+    return {"perturbations": [{**part, "axis": axis} for axis in ("spatial", "temporal")]}
+
+
+def _with_modality(layer: int) -> dict[str, Any]:
     """Its modality scale of 3 is written `1 + w` there."""
-    return Guidance([Perturbation([layer], kind=ATTENTION), Perturbation(range(48), kind=ISOLATE, scale=2.0)])
+    isolated = {"layers": range(48), "kind": "isolate", "scale": 2.0}
+    return {"perturbations": [{"layers": [layer], "kind": "attention"}, isolated]}
 
 
 # Other layers and scales as sigma falls, and CFG in the middle alone.
-LTX_13B = Guidance(
-    [
-        Perturbation([22, 35, 39], kind=ATTENTION, scale=BySigma([(0.996, 0.0), (0.9933, 4.0), (0.985, 0.0)])),
-        Perturbation([28], kind=ATTENTION, scale=BySigma([(0.9933, 0.0), (0.9767, 4.0), (0.9008, 2.0), (0.618, 1.0)])),
+LTX_13B = {
+    "perturbations": [
+        {
+            "layers": [22, 35, 39],
+            "kind": "attention",
+            "scale": _by_sigma((0.996, 0.0), (0.9933, 4.0), (0.985, 0.0)),
+        },
+        {
+            "layers": [28],
+            "kind": "attention",
+            "scale": _by_sigma((0.9933, 0.0), (0.9767, 4.0), (0.9008, 2.0), (0.618, 1.0)),
+        },
     ],
-    cfg=BySigma([(0.996, 1.0), (0.9933, 6.0), (0.985, 8.0), (0.9767, 6.0), (0.9008, 1.0)]),
-    rescale=BySigma([(0.996, 0.0), (0.985, 0.5), (0.9767, 0.0)]),
-    project=CFG_ZERO,
-)
+    "cfg": _by_sigma((0.996, 1.0), (0.9933, 6.0), (0.985, 8.0), (0.9767, 6.0), (0.9008, 1.0)),
+    "rescale": _by_sigma((0.996, 0.0), (0.985, 0.5), (0.9767, 0.0)),
+    "project": "cfg-zero",
+}
 
 PRESETS = {
-    "mochi": Preset(Guidance(Perturbation([34])), "the paper"),
-    "svd": Preset(
-        Guidance([Perturbation([8], kind=ATTENTION, scale=2.0, axis=axis) for axis in AXES]),
-        "the paper",
-    ),
-    "open-sora": Preset(
-        Guidance([Perturbation([12], kind=ATTENTION, scale=2.0, axis=axis) for axis in AXES]),
-        "the paper, for 1.2",
-    ),
-    "cogvideox": Preset(Guidance(Perturbation([11])), "the paper's code"),
-    "hunyuan-video": Preset(Guidance(Perturbation([2])), "the paper's code"),
-    "ltx": Preset(Guidance(Perturbation([19]), rescale=0.7), "the paper's code, for 2B"),
-    "ltx-13b": Preset(LTX_13B, "the model's own configuration, for 0.9.8 dev"),
-    "ltx-2": Preset(_of_ltx2(29), "the model's own code, for 2.0"),
-    "ltx-2.3": Preset(_of_ltx2(28), "the model's own code, for 2.3"),
+    "mochi": Preset("the paper", {"perturbations": [{"layers": [34]}]}),
+    "svd": Preset("the paper", _along_both_axes(8)),
+    "open-sora": Preset("the paper, for 1.2", _along_both_axes(12)),
+    "cogvideox": Preset("the paper's code", {"perturbations": [{"layers": [11]}]}),
+    "hunyuan-video": Preset("the paper's code", {"perturbations": [{"layers": [2]}]}),
+    "ltx": Preset("the paper's code, for 2B", {"perturbations": [{"layers": [19]}], "rescale": 0.7}),
+    "ltx-13b": Preset("the model's own configuration, for 0.9.8 dev", LTX_13B),
+    "ltx-2": Preset("the model's own code, for 2.0", _with_modality(29)),
+    "ltx-2.3": Preset("the model's own code, for 2.3", _with_modality(28)),
     # Unlike the paper, its code makes the unconditional branch weak here, and holds it against the CFG result.
     "wan": Preset(
-        Guidance(Perturbation([2], scale=2.0, of=UNCOND, base=GUIDED)),
         "the paper's code, for 2.1",
+        {"perturbations": [{"layers": [2], "scale": 2.0, "of": "uncond", "base": "guided"}]},
     ),
-    "wan-usual": Preset(Guidance(Perturbation([2], scale=2.0)), "the paper's formula with its code's layer and scale"),
+    "wan-usual": Preset(
+        "the paper's formula with its code's layer and scale", {"perturbations": [{"layers": [2], "scale": 2.0}]}
+    ),
     "sd3.5-medium": Preset(
-        Guidance(Perturbation([7, 8, 9], scale=2.8), start=0.01, stop=0.2),
         "skip-layer guidance as published with the model",
+        {"perturbations": [{"layers": [7, 8, 9], "scale": 2.8}], "start": 0.01, "stop": 0.2},
     ),
-    "sdxl": Preset(Guidance(Perturbation([4], kind=ATTENTION, scale=3.0)), "perturbed-attention guidance, the middle"),
+    "sdxl": Preset(
+        "perturbed-attention guidance, the middle",
+        {"perturbations": [{"layers": [4], "kind": "attention", "scale": 3.0}]},
+    ),
 }

@@ -15,7 +15,7 @@ MAY = {
     "version": set(),
     "schedules": {"errors"},
     "guidance": {"errors", "presets", "schedules"},
-    "presets": {"guidance", "schedules"},
+    "presets": set(),
     "kernels": set(),
     "batching": COMMON,
     "integrations": COMMON | {"batching", "kernels", "presets"},

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from stgfast.batching.stack import Grid
+from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Adapter, CallArguments, patches, requested_scale, steps_of_call
 from stgfast.presets import PRESETS
 
@@ -36,7 +37,7 @@ COGVIDEOX = Adapter(
     live=live,
     grid=Grid(functools.partial(patches, dims=(1, 3, 4)), last=True),
     # Of 30 blocks (2B) or 42 (5B).
-    defaults=PRESETS["cogvideox"].guidance,
+    defaults=Guidance.preset("cogvideox"),
     source=PRESETS["cogvideox"].source,
 )
 

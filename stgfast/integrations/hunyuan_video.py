@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from stgfast.batching.stack import Grid
+from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Adapter, CallArguments, even_sigmas, patches
 from stgfast.presets import PRESETS
 
@@ -46,7 +47,7 @@ HUNYUAN_VIDEO = Adapter(
     schedule=even_sigmas,
     grid=Grid(patches),
     # Of 60 blocks: 20 with two streams, then 40 with one.
-    defaults=PRESETS["hunyuan-video"].guidance,
+    defaults=Guidance.preset("hunyuan-video"),
     source=PRESETS["hunyuan-video"].source,
 )
 

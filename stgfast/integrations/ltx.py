@@ -9,6 +9,7 @@ from typing import Any
 
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.stack import Grid
+from stgfast.guidance import Guidance
 from stgfast.integrations.guiders import guided_by, steps_of_modular_call
 from stgfast.integrations.spec import Adapter, CallArguments, even_sigmas, latent_tokens, shifted, steps_of_call
 from stgfast.presets import PRESETS
@@ -53,7 +54,7 @@ LTX = Adapter(
     float32=True,
     grid=Grid(size),
     # Of the 2B model, which has 28 blocks; the 13B model has 48, and is guided by schedules of its own.
-    defaults=PRESETS["ltx"].guidance,
+    defaults=Guidance.preset("ltx"),
     source=PRESETS["ltx"].source,
     schedule=schedule,
 )

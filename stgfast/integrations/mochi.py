@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stgfast.batching.rows import spans, take
 from stgfast.batching.stack import Grid
+from stgfast.guidance import Guidance
 from stgfast.integrations.attention import project
 from stgfast.integrations.spec import Adapter, CallArguments, patches
 from stgfast.kernels import masked_attention
@@ -85,6 +86,6 @@ MOCHI = Adapter(
     processor="MochiAttnProcessor2_0",
     schedule=schedule,
     grid=Grid(patches),
-    defaults=PRESETS["mochi"].guidance,
+    defaults=Guidance.preset("mochi"),
     source=PRESETS["mochi"].source,
 )

@@ -93,7 +93,7 @@ STDIT3 = Adapter(
     unfit=functools.partial(unfit, settable=True),
     denoisers=("model",),
     sample="x",
-    defaults=PRESETS["open-sora"].guidance,
+    defaults=Guidance.preset("open-sora"),
     source=PRESETS["open-sora"].source,
 )
 

@@ -51,6 +51,6 @@ STABLE_DIFFUSION_3 = Adapter(
     unfit=unfit,
     schedule=schedule,
     grid=Grid(functools.partial(patches, dims=(2, 3))),
-    defaults=PRESETS["sd3.5-medium"].guidance,
+    defaults=Guidance.preset("sd3.5-medium"),
     source=PRESETS["sd3.5-medium"].source,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Adapter, CallArguments, requested_scale
 from stgfast.integrations.unet import GRID, units
 from stgfast.presets import PRESETS
@@ -37,6 +38,6 @@ STABLE_DIFFUSION_XL = Adapter(
     grid=GRID,
     denoisers=("unet",),
     sample="sample",
-    defaults=PRESETS["sdxl"].guidance,
+    defaults=Guidance.preset("sdxl"),
     source=PRESETS["sdxl"].source,
 )

@@ -48,6 +48,6 @@ STABLE_VIDEO_DIFFUSION = Adapter(
     grid=GRID,
     denoisers=("unet",),
     sample="sample",
-    defaults=PRESETS["svd"].guidance,
+    defaults=Guidance.preset("svd"),
     source=PRESETS["svd"].source,
 )

@@ -11,6 +11,7 @@ from torch import nn
 
 from stgfast.batching.seam import unwrapped
 from stgfast.batching.stack import Grid, Unit
+from stgfast.guidance import Guidance
 from stgfast.integrations.guiders import guided_by, steps_of_modular_call
 from stgfast.integrations.spec import Adapter, CallArguments, patches, steps_of_call
 from stgfast.presets import PRESETS
@@ -50,7 +51,7 @@ WAN = Adapter(
     live=live,
     unsupported=unsupported,
     grid=Grid(patches),
-    defaults=PRESETS["wan"].guidance,
+    defaults=Guidance.preset("wan"),
     source=PRESETS["wan"].source,
 )
 WAN_IMAGE = replace(WAN, pipeline="WanImageToVideoPipeline")
