@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -187,13 +187,7 @@ class GuidedRun:
             uncond, scale = self.predictions[UNCOND], cast(Tensor, self.cfg)
             self.predictions[GUIDED] = uncond + scale * (cond - uncond)
         weights = {COND: self.weights.get(COND, 0.0), **self.weights}
-        guided = combine(
-            [self.predictions[name] for name in weights],
-            list(weights.values()),
-            rescale=self.rescale,
-            dtype=None if self.adapter.float32 else cond.dtype,
-            **self._directed(list(weights)),
-        )
+        guided = self._guided(weights, None if self.adapter.float32 else cond.dtype)
         if self.handed and self.adapter.early:
             # The pipeline has used c already: with this for u, its own u + s (c - u) is g.
             scale = cast(Tensor, self.cfg)
@@ -203,6 +197,16 @@ class GuidedRun:
                 tensor.copy_(guided)
         copies = len(self.calls[self.turn])
         return self.form(torch.cat([guided] * copies) if copies > 1 else guided)
+
+    def _guided(self, weights: Mapping[str, float], dtype: torch.dtype | None) -> Tensor:
+        """The formula. A learned sigma beside the noise is weighed alike, but no deviation or direction is its own."""
+        numbers, directed = list(weights.values()), self._directed(list(weights))
+        predictions = [self.predictions[name] for name in weights]
+        if not self.adapter.learned_sigma:
+            return combine(predictions, numbers, rescale=self.rescale, dtype=dtype, **directed)
+        noise, sigma = zip(*(prediction.chunk(2, dim=1) for prediction in predictions), strict=True)
+        guided = combine(noise, numbers, rescale=self.rescale, dtype=dtype, **directed)
+        return torch.cat([guided, combine(sigma, numbers, dtype=dtype)], dim=1)
 
     def _directed(self, names: list[str]) -> dict[str, Any]:
         """Which difference loses its part along which direction; none where a branch of the two has no weight."""

@@ -87,6 +87,7 @@ class Facts:
     stacked    the denoiser is called on `[uncond | cond]` at once; else on cond, then on uncond
     parts      what a model runs, in order
     unchanged  what a block returns that does nothing, of its positional arguments and those called `passed`
+    half       only half of a prediction's channels is noise
     sent       what the pipeline hands its scheduler for a prediction
     oblong     further arguments of a call whose frames are no squares, where there can be one
     lies       in that call, by how many tokens queries are made of: which of them is the video's first, and its
@@ -99,6 +100,7 @@ class Facts:
     unchanged: Callable[[list[Any]], Any] = first
     passed: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
     sent: Callable[[Any, torch.Tensor], torch.Tensor] = lambda pipe, prediction: prediction
+    half: bool = False
     denoisers: tuple[str, ...] = ("transformer",)
     oblong: Mapping[str, Any] = field(default_factory=dict)
     lies: Callable[[int], tuple[int, tuple[int, int, int]]] | None = None
@@ -178,11 +180,22 @@ def _value(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
     return value
 
 
+def _noise(facts: Facts, prediction: torch.Tensor) -> torch.Tensor:
+    return prediction.chunk(2, dim=1)[0] if facts.half else prediction
+
+
+def rescale(cond: torch.Tensor, guided: torch.Tensor, phi: float) -> None:
+    """In place."""
+    for c, g in zip(cond, guided, strict=True) if phi else ():
+        g.mul_(phi * c.std() / g.std() + 1 - phi)
+
+
 @contextmanager
 def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNamespace]:
     """Within the block, calls of this stock pipeline are guided the plain way."""
     scheduler = pipe.scheduler
     step = scheduler.step
+    noise = functools.partial(_noise, facts)
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
     state = SimpleNamespace(step=0)
     there = [name for name in facts.denoisers if getattr(pipe, name, None) is not None]
@@ -219,7 +232,9 @@ def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNa
         cond = predict("cond")
         if plainly.formula is not None:
             uncond = None if plainly.cfg is None else predict("uncond")
-            return plainly.formula(cond, uncond, [predict(weak.of, weak) for weak in plainly.weak], state.step)
+            weak = [noise(predict(weak.of, weak)) for weak in plainly.weak]
+            result = plainly.formula(noise(cond), None if uncond is None else noise(uncond), weak, state.step)
+            return torch.cat([result, cond[:, result.shape[1] :]], dim=1)  # whatever is no noise is cond's
         plain = {"cond": cond, "guided": cond}
         if plainly.cfg is not None:
             uncond = predict("uncond")
@@ -229,10 +244,7 @@ def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNa
         for weak in plainly.weak:
             if weak.scales[state.step]:
                 result = result + weak.scales[state.step] * (plain[weak.base] - predict(weak.of, weak))
-        phi = plainly.rescale[state.step]
-        if phi:
-            each = [phi * c.std() / g.std() + 1 - phi for c, g in zip(cond, result, strict=True)]
-            result = torch.stack([g * factor for g, factor in zip(result, each, strict=True)])
+        rescale(noise(cond), noise(result), plainly.rescale[state.step])
         return result
 
     @functools.wraps(step)  # pipelines look at its signature

@@ -41,6 +41,7 @@ LATTE = Adapter(
     protocol="stacked",
     units=units,
     rows=frozenset({"hidden_states", "timestep", "encoder_hidden_states"}),
+    learned_sigma=True,
     full=True,  # tokens are turned from space to time and back between blocks
     live=live,
     grid=Grid(functools.partial(patches, dims=(3, 4))),  # every frame is a row of its own

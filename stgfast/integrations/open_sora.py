@@ -86,6 +86,7 @@ STDIT3 = Adapter(
     state=("x",),
     rows=frozenset({"x", "timestep", "y", "mask", "x_mask", "fps", "height", "width", "t", "t0"}),
     packed={"y": "mask"},
+    learned_sigma=True,
     identity=stdit3_identity,
     requested=requested,
     live=live,

@@ -132,6 +132,7 @@ class Adapter:
     source       where these come from
     full         the model handles rows between its blocks: it adds to them, reshapes them or keeps them for later
     float32      the pipeline combines in float32, whatever the denoiser's type
+    learned_sigma  the second half of a prediction's channels is no noise, and the pipeline takes it away after CFG
     early        the pipeline has worked on what it got for cond before it calls for uncond
     requested    the CFG scale that a call asks for
     cfg_on       how a call asks for CFG, in words
@@ -173,6 +174,7 @@ class Adapter:
     attention: str = "attn1"
     full: bool = False
     float32: bool = False
+    learned_sigma: bool = False
     early: bool = False
     requested: Callable[[CallArguments], float | None] = requested_scale
     cfg_on: str = "guidance_scale above 1"

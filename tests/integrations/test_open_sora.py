@@ -152,15 +152,17 @@ def plain(version, model, guidance, scales, rescale=0.0, orthogonal=False):
         of = {source: predict(source) for source in version.sources}
         result = version.cfg(now, of)
         changes = [of[part.of] - predict(part.of, part) for part in guidance.perturbations]
+        noise = [tensor.chunk(2, dim=1)[0] if version is Version12 else tensor for tensor in (*changes, of["cond"])]
         if orthogonal:
-            first, second = changes
+            first, second, _ = noise
             for one, other in zip(first, second, strict=True):
                 other.sub_((one * other).sum() / (one * one).sum() * one)
         for change, scale in zip(changes, scales, strict=True):
             result = result + scale * change
         if rescale:
-            factors = [rescale * c.std() / g.std() + 1 - rescale for c, g in zip(of["cond"], result, strict=True)]
-            result = torch.stack([g * factor for g, factor in zip(result, factors, strict=True)])
+            half = result.chunk(2, dim=1)[0] if version is Version12 else result
+            for c, g in zip(noise[-1], half, strict=True):
+                g.mul_(rescale * c.std() / g.std() + 1 - rescale)
         return torch.cat([result.float()] * len(version.sources))
 
     return call
@@ -259,7 +261,7 @@ def test_a_weak_copy_of_the_unconditional_branch(version):
 
 
 def test_a_scale_in_place_of_the_samplers():
-    """It is what a rescale needs. The rescale counts the learned sigma, which is half of the prediction."""
+    """It is what a rescale needs."""
     model = open_sora.built(Version12.cls)
     guidance = Guidance(Perturbation([2], kind="attention", axis="temporal"), rescale=0.7, cfg=SCALE)
     expected = Version12.sample(plain(Version12, model, guidance, [1.0], rescale=0.7), 2)

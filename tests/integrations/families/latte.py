@@ -88,7 +88,7 @@ FAMILIES = [
         "Latte",
         build,
         arguments,
-        Facts(stacked=True, parts=parts, sent=sent, oblong={"width": 16}, lies=lying((1, 4, 8))),
+        Facts(stacked=True, parts=parts, sent=sent, half=True, oblong={"width": 16}, lies=lying((1, 4, 8))),
         cfg=3.0,
     )
 ]
