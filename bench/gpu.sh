@@ -17,5 +17,6 @@ python3 -m stgfast.cli doctor | tee "$out/doctor.txt"
 python3 bench/combine.py --device cuda --save "$out/combine.jsonl"
 python3 bench/attention.py --tokens 2048 8192 32768 --save "$out/attention.jsonl"
 python3 bench/blur.py --device cuda --save "$out/blur.jsonl"
-python3 bench/sharing.py --device cuda --size small --rounds 15 --save "$out/sharing.jsonl"
-python3 bench/sharing.py --device cuda --size full --frames 31 --steps 2 --rounds 3 --save "$out/sharing.jsonl"
+python3 bench/steps.py --device cuda --size small --rounds 9 --variants stock paper passes stgfast reuse --save "$out/steps.jsonl"
+python3 bench/steps.py --device cuda --size full --models mochi ltx-2b wan-1.3b --rounds 3 \
+    --variants stock paper stgfast compiled --save "$out/steps.jsonl"

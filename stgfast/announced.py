@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 
 from stgfast.batching.arguments import Arguments
+from stgfast.batching.layout import Layout
 from stgfast.batching.plan import Branch, Plan, make_plan
 from stgfast.batching.rows import join
 from stgfast.batching.seam import Call
-from stgfast.batching.stack import Layout
 from stgfast.engine import GuidedRun
 from stgfast.guidance import COND
 from stgfast.integrations.spec import Passes

@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from stgfast.batching.arguments import Arguments
+from stgfast.batching.layout import Layout
 from stgfast.batching.plan import Plan, branches_for, make_plan
 from stgfast.batching.rows import spans, take
 from stgfast.batching.seam import Call, handling, held
-from stgfast.batching.stack import Layout, Stack
+from stgfast.batching.stack import Stack
 from stgfast.errors import EngineError, SettingsError
 from stgfast.guidance import APG, ATTENTION, BLUR, CFG_ZERO, COND, GUIDED, ORTHOGONAL, UNCOND, Guidance
 from stgfast.integrations.spec import Adapter, CallArguments

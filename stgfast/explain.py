@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stgfast.announced import plan_of
+from stgfast.batching.layout import Layout
 from stgfast.batching.plan import Plan
-from stgfast.batching.stack import Layout
 from stgfast.call import check, settings_of, settle
 from stgfast.engine import branches_of, plan_for
 from stgfast.guidance import APG, CFG_ZERO, ORTHOGONAL, Guidance, Perturbation

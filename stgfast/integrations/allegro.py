@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stgfast.batching.stack import Grid
+from stgfast.batching.layout import Grid
 from stgfast.guidance import Guidance, Perturbation
 from stgfast.integrations.spec import Adapter, CallArguments, patches, requested_scale
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from stgfast.batching.stack import Grid
+from stgfast.batching.layout import Grid
 from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Adapter, CallArguments, patches, requested_scale, steps_of_call
 from stgfast.presets import PRESETS

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from stgfast.batching.stack import Grid
+from stgfast.batching.layout import Grid
 from stgfast.guidance import Guidance, Perturbation
 from stgfast.integrations.spec import Adapter, CallArguments, patches
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stgfast.batching.stack import Grid
+from stgfast.batching.layout import Grid
 from stgfast.guidance import Guidance, Perturbation
 from stgfast.integrations.attention import project
 from stgfast.integrations.spec import Adapter, CallArguments, patches, schedule_of_call, steps_of_call

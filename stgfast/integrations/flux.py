@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stgfast.batching.arguments import Arguments
-from stgfast.batching.stack import Grid
+from stgfast.batching.layout import Grid
 from stgfast.guidance import Guidance, Perturbation
 from stgfast.integrations.spec import Adapter, CallArguments, even_sigmas, shifted
 

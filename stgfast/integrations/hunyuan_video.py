@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from stgfast.batching.stack import Grid
+from stgfast.batching.layout import Grid
 from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Adapter, CallArguments, even_sigmas, patches
 from stgfast.presets import PRESETS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from stgfast.batching.stack import Grid
+from stgfast.batching.layout import Grid
 from stgfast.guidance import Guidance, Perturbation
 from stgfast.integrations.guiders import guided_by, steps_of_modular_call
 from stgfast.integrations.spec import Adapter, even_sigmas, patches

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from stgfast.batching.stack import Grid
+from stgfast.batching.layout import Grid
 from stgfast.guidance import BLUR, Guidance, Perturbation
 from stgfast.integrations.spec import Adapter, CallArguments, patches
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from stgfast.batching.stack import Grid, Unit
+from stgfast.batching.layout import Grid, Unit
 from stgfast.guidance import ATTENTION, AXES, Guidance, Perturbation
 from stgfast.integrations.spec import Adapter, CallArguments, patches, requested_scale
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from stgfast.batching.arguments import Arguments
-from stgfast.batching.stack import Grid
+from stgfast.batching.layout import Grid
 from stgfast.guidance import Guidance
 from stgfast.integrations.guiders import guided_by, steps_of_modular_call
 from stgfast.integrations.spec import Adapter, CallArguments, even_sigmas, latent_tokens, shifted, steps_of_call

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stgfast.batching.stack import Unit
+from stgfast.batching.layout import Unit
 from stgfast.guidance import ATTENTION, COND, ISOLATE, RESIDUAL, UNCOND, Guidance, Perturbation
 from stgfast.integrations.attention import project
 from stgfast.integrations.spec import Adapter, CallArguments, Passes, even_sigmas, latent_tokens, shifted

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stgfast.batching.layout import Grid
 from stgfast.batching.rows import spans, take
-from stgfast.batching.stack import Grid
 from stgfast.guidance import Guidance
 from stgfast.integrations.attention import project
 from stgfast.integrations.spec import Adapter, CallArguments, patches

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stgfast.batching.stack import Unit
+from stgfast.batching.layout import Unit
 from stgfast.errors import UnsupportedPipelineError
 from stgfast.guidance import AXES, COND, GUIDED, UNCOND, Guidance, Perturbation
 from stgfast.integrations.spec import Adapter, CallArguments

@@ -11,8 +11,8 @@ import numpy as np
 from torch import nn
 
 from stgfast.batching.arguments import Arguments
+from stgfast.batching.layout import Grid, Layout, Unit
 from stgfast.batching.seam import caching_hooks, compiled_in_place, unwrapped
-from stgfast.batching.stack import Grid, Layout, Unit
 from stgfast.errors import SettingsError
 from stgfast.guidance import COND, UNCOND, Guidance, Perturbation, Scale
 from stgfast.integrations.attention import identity_attention

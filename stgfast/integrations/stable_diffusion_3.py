@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from stgfast.batching.stack import Grid, Unit
+from stgfast.batching.layout import Grid, Unit
 from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Adapter, CallArguments, patches, schedule_of_call, shifted
 from stgfast.presets import PRESETS

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from stgfast.batching.arguments import Arguments
-from stgfast.batching.stack import Grid, Unit
+from stgfast.batching.layout import Grid, Unit
 
 
 def units(unet: nn.Module, lists: Mapping[str, str]) -> Sequence[Unit]:

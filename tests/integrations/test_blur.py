@@ -9,7 +9,7 @@ from torch import nn
 
 import stgfast
 from stgfast import Guidance, Perturbation, SettingsError
-from stgfast.batching.stack import Grid
+from stgfast.batching.layout import Grid
 from stgfast.errors import EngineError
 from stgfast.integrations import ADAPTERS
 from tests.integrations import test_ltx2
