@@ -213,8 +213,8 @@ class Bench:
         with mock.patch.object(self.transformer, "forward", how[self.adapter.protocol](self.transformer.forward)):
             return self.clip()
 
-    def stgfast(self, **settings: Any) -> Tensor:
-        stgfast.accelerate(self.pipe, stgfast.Guidance(self.guidance.perturbations, **settings))
+    def stgfast(self, compile: Mapping[str, Any] | bool = False, **settings: Any) -> Tensor:
+        stgfast.accelerate(self.pipe, stgfast.Guidance(self.guidance.perturbations, **settings), compile=compile)
         try:
             return self.clip()
         finally:
@@ -225,24 +225,7 @@ class Bench:
 
     def compiled(self) -> Tensor:
         """Of which the first call compiles: it is the warm-up."""
-        with self._compiled():
-            return self.stgfast()
-
-    @contextmanager
-    def _compiled(self) -> Iterator[None]:
-        """Within the block, blocks run compiled; they are compiled once."""
-        blocks = [block for path in self.adapter.blocks for block in self.transformer.get_submodule(path)]
-        if not hasattr(self, "made"):
-            for block in blocks:
-                block.compile(backend=BACKEND)
-            self.made = {block: block._compiled_call_impl for block in blocks}
-        for block, call in self.made.items():
-            block._compiled_call_impl = call
-        try:
-            yield
-        finally:
-            for block in blocks:
-                block._compiled_call_impl = None
+        return self.stgfast(compile={"backend": BACKEND})
 
     @contextmanager
     def _skipping(self, rows: slice) -> Iterator[None]:

@@ -23,7 +23,7 @@ from stgfast.batching.arguments import Arguments
 from stgfast.batching.layout import Layout
 from stgfast.batching.plan import Plan, branches_for, make_plan
 from stgfast.batching.rows import spans, take
-from stgfast.batching.seam import Call, handling, held
+from stgfast.batching.seam import Call, compiled_in_place, handling, held
 from stgfast.batching.stack import Stack
 from stgfast.errors import EngineError, SettingsError
 from stgfast.guidance import APG, ATTENTION, BLUR, CFG_ZERO, COND, GUIDED, ORTHOGONAL, UNCOND, Guidance
@@ -37,16 +37,27 @@ class GuidedRun:
     """One guided call of a pipeline while it runs."""
 
     def __init__(
-        self, pipe: Any, adapter: Adapter, guidance: Guidance, *, call: CallArguments, max_rows: int | None = None
+        self,
+        pipe: Any,
+        adapter: Adapter,
+        guidance: Guidance,
+        *,
+        call: CallArguments,
+        max_rows: int | None = None,
+        compilation: Mapping[str, Any] | None = None,
     ):
         self.pipe, self.adapter, self.guidance, self.call, self.max_rows = pipe, adapter, guidance, call, max_rows
         self.layouts = adapter.layouts(pipe)
-        # A denoiser compiled as a whole would not let its blocks be reached: they are compiled one by one instead.
+        # The calls of blocks that are compiled for a guided run alone. A denoiser compiled as a whole would not let its
+        # blocks be reached: they are compiled one by one instead.
         self.compiled: dict[nn.Module, Call] = {}
         for name, layout in self.layouts.items():
-            compile_as_given = getattr(getattr(pipe, name), "dynamo_ctx", None)
-            if compile_as_given is not None:
-                self.compiled |= {unit.module: compile_as_given(unit.module._call_impl) for unit in layout.units}
+            make, units = getattr(getattr(pipe, name), "dynamo_ctx", None), layout.units
+            if make is None and compilation is not None:
+                make = functools.partial(torch.compile, **compilation)
+                units = [unit for unit in units if unit.layer is not None and not compiled_in_place(unit.module)]
+            if make is not None:
+                self.compiled |= {unit.module: make(unit.module._call_impl) for unit in units}
         self.plans: dict[tuple[str, tuple[str, ...], frozenset[str]], Plan] = {}
         self.step = 0  # steps done
         self.turn = 0  # calls of the denoiser done in this step

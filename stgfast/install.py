@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from stgfast.announced import AnnouncedRun
@@ -28,6 +28,7 @@ class Installed:
     adapter: Adapter
     given: Guidance | None
     max_rows: int | None
+    compilation: Mapping[str, Any] | None  # the arguments of torch.compile, where blocks are to be compiled
     original: type[Any]
 
     def guidance(self, pipe: Any) -> Guidance:
@@ -36,13 +37,19 @@ class Installed:
 
 
 def accelerate(
-    pipe: Pipe, guidance: Guidance | None = None, *, max_rows: int | None = None, adapter: Adapter | None = None
+    pipe: Pipe,
+    guidance: Guidance | None = None,
+    *,
+    max_rows: int | None = None,
+    compile: bool | Mapping[str, Any] = False,
+    adapter: Adapter | None = None,
 ) -> Pipe:
     """Guide every call of this diffusers pipeline by `guidance`, or by the default settings for its model.
 
-    `max_rows` bounds the samples that a block computes at once, for memory; the result is the same. `adapter` has the
-    facts of a pipeline that stgfast does not know. Accelerating again replaces all of it. The pipeline itself is
-    returned, changed in place; `restore` undoes it.
+    `max_rows` bounds the samples that a block computes at once, for memory; the result is the same. `compile` compiles
+    the model's blocks, those that are not compiled yet, with these arguments of `torch.compile`, or its defaults where
+    it is True; steps and schedules do not compile anew. `adapter` has the facts of a pipeline that stgfast does not
+    know. Accelerating again replaces all of it. The pipeline itself is returned, changed in place; `restore` undoes it.
     """
     before: Installed | None = getattr(pipe, INSTALLED, None)
     adapter = adapter_for(pipe) if adapter is None else adapter
@@ -52,8 +59,11 @@ def accelerate(
         raise wrong("guidance", guidance, "a stgfast.Guidance, or None for the paper's settings")
     if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
         raise wrong("max_rows", max_rows, "a number of rows, 1 or more, or None for no bound")
+    if not isinstance(compile, bool | Mapping):
+        raise wrong("compile", compile, "True, False, or arguments of torch.compile such as {'mode': 'max-autotune'}")
+    compilation = None if compile is False else {} if compile is True else dict(compile)
     original: Any = before.original if before else type(pipe)
-    installed = Installed(adapter, guidance, max_rows, original)
+    installed = Installed(adapter, guidance, max_rows, compilation, original)
     check_layers(pipe, adapter, installed.guidance(pipe), default=guidance is None)
     pipe.__dict__[INSTALLED] = installed
     pipe.__class__ = _guided_class(original)
@@ -103,13 +113,19 @@ def guided_call(pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[s
     announced = installed.adapter.announces(pipe)
     guidance = settle(installed.guidance(pipe), None if announced else installed.adapter.own_rescale(call), given)
     check(pipe, installed.adapter, guidance, call, max_rows=installed.max_rows)
-    if guidance.inert and installed.max_rows is None and not announced:
+    as_it_is = installed.max_rows is None and installed.compilation is None and not announced
+    if guidance.inert and as_it_is:
         return original(pipe, *args, **kwargs)
     callback = call.get("callback_on_step_end")
     if callable(callback) and not hasattr(callback, "tensor_inputs"):
         call["callback_on_step_end"] = _outside(callback)
     run = (AnnouncedRun if announced else GuidedRun)(
-        pipe, installed.adapter, guidance, call=call, max_rows=installed.max_rows
+        pipe,
+        installed.adapter,
+        guidance,
+        call=call,
+        max_rows=installed.max_rows,
+        compilation=installed.compilation,
     )
     return run.whole(functools.partial(original, *bound.args, **bound.kwargs))
 

@@ -153,6 +153,10 @@ def without_denoiser():
 
 ACCELERATE = {
     "an unknown pipeline": (lambda: stgfast.accelerate(Unknown()), "pipeline: got Unknown, expected one of the "),
+    "no way to compile": (
+        lambda: stgfast.accelerate(models.pipeline("mochi"), compile="max-autotune"),
+        "compile: got 'max-autotune', expected True, False, or arguments of torch.compile",
+    ),
     "an unknown relative": (
         lambda: stgfast.accelerate(CogVideoXPipe()),
         "(the closest are CogVideoXPipeline, ",

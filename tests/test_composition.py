@@ -14,10 +14,11 @@ from diffusers import hooks
 import stgfast
 from stgfast import Guidance, Perturbation, SettingsError
 from tests.integrations import test_ltx2 as ltx2
-from tests.integrations.families import hunyuan_video, images, ltx, mochi, wan
+from tests.integrations.families import hunyuan_video, images, ltx, mochi, stable_video_diffusion, wan
 from tests.integrations.family import distance
 
-FAMILIES = {family.name: family for module in (ltx, mochi, wan, hunyuan_video, images) for family in module.FAMILIES}
+MODULES = (ltx, mochi, wan, hunyuan_video, images, stable_video_diffusion)
+FAMILIES = {family.name: family for module in MODULES for family in module.FAMILIES}
 GUIDANCE = Guidance([Perturbation([2]), Perturbation([3], kind="attention")], rescale=0.5)
 IN_ORDER = pytest.mark.parametrize("first", [False, True], ids=["before accelerate", "after accelerate"])
 
@@ -243,6 +244,36 @@ def test_compiled_blocks_stay_compiled(whole):
         # Every block in both calls of both steps; block 2 too, which the perturbed rows alone pass through.
         assert len(runs) == 2 * (4 + 4)
         assert len(graphs) == 2
+
+
+@families("LTX", "Wan", "Stable Video Diffusion")
+def test_accelerate_compiles(family):
+    """The blocks, for a guided call alone: two compilations, or so many for each width of a UNet, and none later."""
+    torch.compiler.reset()
+    backend, graphs, runs = counting()
+    guidance = Guidance(Perturbation([2]))
+    pipe = stgfast.accelerate(family.build(), guidance, compile={"backend": backend, "fullgraph": True})
+    assert distance(family.run(pipe, 2), family.plain(guidance, 2)) < 1e-5
+    made, ran = len(graphs), len(runs)
+    layers = pipe._stgfast.adapter.layouts(pipe)[family.facts.denoisers[0]].layers
+    assert ran == family.steps[0] * layers * (1 if family.facts.stacked else 2)
+    widths = family.name == "Stable Video Diffusion"
+    assert made <= layers if widths else made == 2
+    for settings in ({}, {"stg_scale": [1.0, 0.0]}, {"stg_scale": 0.0}, *([] if widths else [{"stg_layers": [1]}])):
+        family.run(pipe, 2, **settings)
+    assert len(graphs) == made
+    assert torch.equal(family.run(stgfast.restore(pipe)), family.run(family.build()))
+
+
+def test_blocks_that_are_compiled_already_stay_so():
+    torch.compiler.reset()
+    family = FAMILIES["Wan"]
+    (mine, graphs, _), (other, others, _) = counting(), counting()
+    pipe = family.build()
+    pipe.transformer.compile_repeated_blocks(backend=mine)
+    family.run(stgfast.accelerate(pipe, Guidance(Perturbation([2])), compile={"backend": other}))
+    assert graphs
+    assert not others
 
 
 def test_a_denoiser_compiled_in_place_is_refused():
