@@ -4,8 +4,8 @@ from setuptools import find_packages, setup
 
 VERSION = Path("stgfast/version.py").read_text(encoding="utf-8").split('__version__ = "')[1].split('"')[0]
 
-TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6.100", "peft>=0.17"]
-LINT = ["ruff>=0.9", "mypy>=1.14"]
+TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6.100", "peft>=0.17", "selenium>=4.20"]
+LINT = ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-tqdm"]
 
 setup(
     name="stgfast",
@@ -15,7 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["stgfast", "stgfast.*"]),
-    package_data={"stgfast": ["py.typed"]},
+    package_data={"stgfast": ["py.typed", "render/*.html"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.6",
@@ -23,6 +23,11 @@ setup(
         "diffusers>=0.40",
         "transformers>=4.48",
         "accelerate>=1.0",
+        "numpy>=1.26",
+        "av>=14",
+        "pyyaml>=6",
+        "pillow>=10",
+        "tqdm>=4.60",
     ],
     extras_require={
         "flash-attn": ["flash-attn>=2.7"],

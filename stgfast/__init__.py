@@ -6,6 +6,7 @@ from stgfast.guidance import Guidance, Perturbation
 from stgfast.guided import guided
 from stgfast.install import accelerate, restore
 from stgfast.integrations.spec import Adapter
+from stgfast.render.run import render
 from stgfast.restart import restart
 from stgfast.schedules import BySigma
 from stgfast.version import __version__
@@ -22,6 +23,7 @@ __all__ = [
     "accelerate",
     "explain",
     "guided",
+    "render",
     "restart",
     "restore",
 ]

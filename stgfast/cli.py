@@ -6,6 +6,7 @@ import argparse
 import warnings
 from collections.abc import Sequence
 
+from stgfast.render import command
 from stgfast.version import __version__
 
 
@@ -16,8 +17,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo = commands.add_parser("demo", help="render a clip with CFG and with CFG + STG on a tiny random model")
     demo.add_argument("--seed", type=int, default=0)
     commands.add_parser("doctor", help="what is installed, what of it runs here, and what is chosen")
+    command.add_render(commands.add_parser("render", help="render a file of jobs into a folder"))
+    command.add_sweep(commands.add_parser("sweep", help="render one prompt at several layers and scales"))
     arguments = parser.parse_args(argv)
-    return run_demo(arguments.seed) if arguments.command == "demo" else run_doctor()
+    if arguments.command == "demo":
+        return run_demo(arguments.seed)
+    return run_doctor() if arguments.command == "doctor" else command.main(arguments)
 
 
 def run_demo(seed: int) -> int:

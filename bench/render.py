@@ -1,0 +1,195 @@
+"""A night's work on one device: jobs rendered by `stgfast.render` against a plain loop of `pipe(prompt)` calls.
+
+    python bench/render.py --jobs 24
+
+Each line has one cause more than the line before, and first shows that its clips are those of the loop:
+
+    loop      one call after another, STG as the paper's code does it: every row through every block
+    sharing   the same loop, accelerated
+    text      `render`, one clip at a time, one stage after another: every distinct prompt is read once
+    overlap   decoding and writing while the next clip denoises
+    batching  clips that fit together in one call
+
+The model is an LTX-Video with random weights, small enough for a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import stgfast
+from stgfast import Guidance, Perturbation
+from stgfast.render.files import Form, read_frames, write
+from stgfast.render.run import render
+
+LAYERS, LAYER, SCALE, CFG = 12, 9, 1.0, 3.0
+WORDS = ("a", "red", "blue", "kite", "dog", "over", "the", "grey", "sea", "runs")
+PROMPTS = ("a red kite", "a blue kite", "a dog runs", "the grey sea", "a kite over the sea", "a red dog")
+
+
+def pipeline() -> Any:
+    from diffusers import (
+        AutoencoderKLLTXVideo,
+        FlowMatchEulerDiscreteScheduler,
+        LTXPipeline,
+        LTXVideoTransformer3DModel,
+    )
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(models.WordLevel({w: n for n, w in enumerate(("<pad>", "<unk>", *WORDS))}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    pipe = LTXPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=AutoencoderKLLTXVideo(
+            latent_channels=16,
+            block_out_channels=(16, 32, 32, 32),
+            decoder_block_out_channels=(16, 32, 32, 32),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1, 1),
+        ).eval(),
+        text_encoder=T5EncoderModel(
+            T5Config(vocab_size=len(WORDS) + 2, d_model=256, d_kv=32, d_ff=1024, num_layers=6, num_heads=8)
+        ).eval(),
+        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>"),
+        transformer=LTXVideoTransformer3DModel(
+            in_channels=16,
+            out_channels=16,
+            num_attention_heads=4,
+            attention_head_dim=32,
+            cross_attention_dim=128,
+            caption_channels=256,
+            num_layers=LAYERS,
+        ).eval(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def jobs_of(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "prompt": PROMPTS[n % len(PROMPTS)],
+            "seed": n,
+            "name": f"clip-{n:03}",
+            "width": (128, 160)[n % 2],
+            "height": 128,
+            "num_frames": 17,
+            "steps": 6,
+            "pipeline": {"guidance_scale": CFG, "max_sequence_length": 64},
+        }
+        for n in range(count)
+    ]
+
+
+def loop(pipe: Any, jobs: list[dict[str, Any]], out: Path) -> None:
+    """What a person writes."""
+    for job in jobs:
+        clip = pipe(
+            job["prompt"],
+            width=job["width"],
+            height=job["height"],
+            num_frames=job["num_frames"],
+            num_inference_steps=job["steps"],
+            generator=torch.Generator().manual_seed(job["seed"]),
+            output_type="np",
+            **job["pipeline"],
+        ).frames[0]
+        write(out / job["name"], (clip * 255).round().astype(np.uint8), Form(kind="png"), {})
+
+
+def as_the_paper(pipe: Any) -> Any:
+    """Guided with nothing shared: the weak branch is a pass through all blocks but one."""
+    forward, block = pipe.transformer.forward, pipe.transformer.transformer_blocks[LAYER]
+
+    def skipping(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+    def stacked(**kwargs: Any) -> Any:
+        rows = len(kwargs["hidden_states"])
+        uncond, cond = forward(**kwargs)[0].chunk(2)
+        half = {k: v[rows // 2 :] if isinstance(v, torch.Tensor) and len(v) == rows else v for k, v in kwargs.items()}
+        own, block.forward = block.forward, skipping
+        try:
+            weak = forward(**half)[0]
+        finally:
+            block.forward = own
+        guided = uncond + CFG * (cond - uncond) + SCALE * (cond - weak)
+        return (torch.cat([guided, guided]),)
+
+    pipe.transformer.forward = stacked
+    return pipe
+
+
+def guided() -> Any:
+    return stgfast.accelerate(pipeline(), Guidance(Perturbation([LAYER], scale=SCALE)))
+
+
+def in_turn() -> Any:
+    pipe = guided()
+    pipe._all_hooks = ["as if models were moved to and fro"]
+    return pipe
+
+
+def variants(max_batch: int) -> dict[str, tuple[Callable[[], Any], Callable[[Any, list[dict[str, Any]], Path], Any]]]:
+    def rendered(batch: int) -> Callable[[Any, list[dict[str, Any]], Path], Any]:
+        return lambda pipe, jobs, out: render(pipe, jobs, out, format="png", max_batch=batch)
+
+    return {
+        "loop": (lambda: as_the_paper(pipeline()), loop),
+        "sharing": (guided, loop),
+        "text": (in_turn, rendered(1)),
+        "overlap": (guided, rendered(1)),
+        "batching": (guided, rendered(max_batch)),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=24)
+    parser.add_argument("--max-batch", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3, help="each variant's best counts")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    jobs, seconds = jobs_of(arguments.jobs), {}
+    folder = Path(tempfile.mkdtemp())
+    try:
+        every = variants(arguments.max_batch)
+        for number in range(arguments.rounds):
+            for name, (build, work) in every.items():
+                out = folder / f"{name}-{number}"
+                out.mkdir()
+                pipe = build()
+                started = time.perf_counter()
+                work(pipe, jobs, out)
+                seconds[name] = min(time.perf_counter() - started, seconds.get(name, float("inf")))
+        for name in every:
+            for job in jobs:
+                one, other = (read_frames(folder / f"{side}-0" / job["name"]).astype(int) for side in ("loop", name))
+                if np.abs(one - other).max() > 1:
+                    print(f"{name}: {job['name']} differs from the loop's by {np.abs(one - other).max()}: no number")
+                    return 1
+        ratios = {name: round(seconds["loop"] / taken, 3) for name, taken in seconds.items()}
+        device = f"{platform.processor() or platform.machine()}, {arguments.threads} threads"
+        print(json.dumps({"device": device, "jobs": len(jobs), "seconds": seconds, "loop over": ratios}))
+        return 0
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""Clips as files: MP4 (H.264), GIF, or a folder of PNGs. Each says inside how it was made, and appears whole or not.
+
+A file is written aside and synced (`write`), then put in its place by one rename (`publish`).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stgfast.errors import SettingsError, wrong
+
+Frames = NDArray[np.uint8]  # (frames, height, width, 3)
+KEY = "stgfast"  # marks what a clip says as ours
+MAX_METADATA = 1 << 20
+ENDINGS = {"mp4": ".mp4", "gif": ".gif", "png": ""}  # the PNGs of a clip have a folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """What clips become.
+
+    kind  `mp4`, `gif` or `png`
+    fps   frames in a second
+    crf   of H.264, from 0 (without loss) to 51
+    """
+
+    kind: str = "mp4"
+    fps: float = 24.0
+    crf: int = 18
+
+    def __post_init__(self) -> None:
+        if self.kind not in ENDINGS:
+            raise wrong("format", self.kind, f"one of {', '.join(ENDINGS)}")
+        if isinstance(self.fps, bool) or not isinstance(self.fps, (int, float)) or not 0.1 <= self.fps <= 240:
+            raise wrong("fps", self.fps, "a number from 0.1 to 240")
+        if isinstance(self.crf, bool) or not isinstance(self.crf, int) or not 0 <= self.crf <= 51:
+            raise wrong("crf", self.crf, "a whole number from 0 to 51")
+
+    def file(self, name: str) -> str:
+        """What the output of this name is called."""
+        ending = ENDINGS[self.kind]
+        return name if ending and name.lower().endswith(ending) else name + ending
+
+
+def write(path: Path, frames: Frames, form: Form, metadata: Mapping[str, Any]) -> None:
+    """Write a clip, and wait until it is on the disk."""
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
+        raise wrong("frames", f"{frames.dtype} {frames.shape}", "uint8 (frames, height, width, 3)")
+    text = json.dumps({KEY: metadata}, sort_keys=True)
+    WRITERS[form.kind](path, frames, form, text)
+    for inner in sorted(path.iterdir()) if path.is_dir() else ():
+        sync(inner)
+    sync(path)
+
+
+def publish(aside: Path, final: Path) -> None:
+    """Put a written clip in its place, where nothing is yet."""
+    if os.path.lexists(final):
+        raise FileExistsError(errno.EEXIST, "a file that is not of this run is there", str(final))
+    os.rename(aside, final)
+    sync(final.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove what was written aside, whatever it is and whether or not it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_mp4(path: Path, frames: Frames, form: Form, text: str) -> None:
+    import av
+    from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+
+    odd = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)]
+    frames = np.pad(frames, odd, mode="edge")  # half of the colour's resolution is kept, so sides are even
+    options = {"movflags": "+faststart"}
+    with av.open(str(path), "w", format="mp4", options=options) as container:
+        container.metadata["comment"] = text
+        stream = container.add_stream("libx264", rate=Fraction(form.fps).limit_denominator(1001))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": str(form.crf), "preset": "medium"}
+        codec = stream.codec_context
+        codec.thread_count = 2  # the denoiser needs the others
+        codec.colorspace, codec.color_primaries = Colorspace.ITU709, ColorPrimaries.BT709
+        codec.color_trc, codec.color_range = ColorTrc.BT709, ColorRange.MPEG
+        for one in frames:
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(one), format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _write_gif(path: Path, frames: Frames, form: Form, text: str) -> None:
+    first, *rest = _images(frames)
+    first.save(
+        path,
+        format="GIF",
+        save_all=True,
+        append_images=rest,
+        duration=max(20, round(1000 / form.fps / 10) * 10),  # in hundredths of a second, of which browsers take two
+        loop=0,
+        comment=text.encode(),
+    )
+
+
+def _write_png(path: Path, frames: Frames, form: Form, text: str) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    path.mkdir()
+    width = max(4, len(str(len(frames) - 1)))
+    for number, image in enumerate(_images(frames)):
+        info = PngInfo()
+        info.add_itxt(KEY, text)
+        image.save(path / f"{number:0{width}}.png", format="PNG", pnginfo=info)
+
+
+def _images(frames: Frames) -> list[Any]:
+    from PIL import Image
+
+    return [Image.fromarray(frame) for frame in frames]
+
+
+WRITERS: dict[str, Callable[[Path, Frames, Form, str], None]] = {
+    "mp4": _write_mp4,
+    "gif": _write_gif,
+    "png": _write_png,
+}
+
+
+def metadata_of(path: Path) -> dict[str, Any]:
+    """What a clip says of how it was made."""
+    right = "a clip that stgfast rendered: .mp4, .gif, .png, or a folder of these"
+    if path.is_dir():
+        inner = sorted(path.glob("*.png"))
+        if not inner:
+            raise wrong("clip", str(path), right)
+        path = inner[0]
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise wrong("clip", str(path), right)
+    try:
+        text = reader(path)
+        found = json.loads(text)[KEY] if len(text) <= MAX_METADATA else None
+    except OSError as error:
+        if error.errno is None and not path.is_file():
+            raise wrong("clip", str(path), right) from None
+        raise SettingsError(f"clip: got {str(path)!r} ({error}), expected {right}") from None
+    except (ValueError, KeyError, TypeError, RecursionError, SyntaxError):
+        found = None
+    if not isinstance(found, dict):
+        raise wrong("clip", f"{path}, which does not say how it was made", right)
+    return found
+
+
+def _mp4_comment(path: Path) -> str:
+    import av
+
+    with av.open(str(path)) as container:
+        return str(container.metadata.get("comment", ""))
+
+
+def _image_comment(path: Path) -> str:
+    from PIL import Image
+
+    with Image.open(path, formats=("GIF", "PNG")) as image:
+        comment = image.info.get(KEY) or image.info.get("comment", "")
+    return comment.decode() if isinstance(comment, bytes) else str(comment)
+
+
+READERS: dict[str, Callable[[Path], str]] = {".mp4": _mp4_comment, ".gif": _image_comment, ".png": _image_comment}
+
+
+def read_frames(path: Path) -> Frames:
+    """The frames of a clip, as they are seen."""
+    import av
+    from PIL import Image
+
+    if path.is_dir():
+        return np.stack([np.asarray(Image.open(frame).convert("RGB")) for frame in sorted(path.glob("*.png"))])
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

@@ -1,0 +1,87 @@
+"""A page about an output folder: every clip with how it was made and how it went. Static, opened from disk.
+
+The page is `gallery.html` with the clips in it as JSON. What comes from a job file is data there and never markup: the
+page's script puts it in as text alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from stgfast.render.files import sync
+from stgfast.render.store import DONE, Row
+
+NAME = "index.html"
+MARK = "<!-- clips -->"
+SHOWN = ("width", "height", "num_frames", "steps", "image")
+
+
+def write_gallery(out: Path, rows: Iterable[Row], aside: Path) -> Path:
+    """The page about these jobs, put in its place whole; rows are written as they come, however many there are."""
+    before, after = resources.files("stgfast.render").joinpath("gallery.html").read_text("utf-8").split(MARK)
+    with aside.open("w", encoding="utf-8") as page:
+        page.write(before)
+        for number, row in enumerate(rows):
+            page.write(",\n" if number else "\n")
+            page.write(_safe(json.dumps(clip(out, row), ensure_ascii=False)))
+        page.write(after)
+    sync(aside)
+    os.replace(aside, out / NAME)
+    return out / NAME
+
+
+def clip(out: Path, row: Row) -> dict[str, Any]:
+    """What the page knows of a job."""
+    job = row.job
+    settings: dict[str, Any] = {name: getattr(job, name) for name in SHOWN if getattr(job, name) is not None}
+    settings |= {name: value for name, value in job.pipeline.items() if isinstance(value, str | int | float | bool)}
+    guidance = job.guidance
+    return {
+        "name": row.file,
+        "frames": _frames(out, row),
+        "status": row.status,
+        "model": row.model,
+        "line": row.line,
+        "attempts": row.attempts,
+        "prompt": job.prompt,
+        "negative": job.negative_prompt or "",
+        "seed": job.seed,
+        "settings": settings,
+        "guidance": _guidance(guidance) if guidance is not None else [],
+        "recipe": guidance.to_dict() if guidance is not None else {},
+        "seconds": {stage: round(seconds, 2) for stage, seconds in row.seconds.items()},
+        "error": row.error or "",
+    }
+
+
+def _frames(out: Path, row: Row) -> list[str]:
+    """The addresses of a clip's pictures, or of its one file."""
+    if row.status != DONE:
+        return []
+    path = out / row.file
+    if path.is_dir():
+        return [quote(f"{row.file}/{frame.name}") for frame in sorted(path.glob("*.png"))]
+    return [quote(row.file)]
+
+
+def _guidance(guidance: Any) -> list[dict[str, Any]]:
+    """Each perturbation by its layers, kind and scale, for the grid of one against the other."""
+    return [
+        {
+            "layers": ", ".join(map(str, part.layers)),
+            "kind": f"{part.kind} {part.axis}".strip(),
+            "scale": part.scale if isinstance(part.scale, float) else "by schedule",
+        }
+        for part in guidance.perturbations
+    ]
+
+
+def _safe(text: str) -> str:
+    """JSON that cannot end the element that it stands in."""
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

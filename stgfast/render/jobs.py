@@ -1,0 +1,536 @@
+"""Job files: what is asked for, line by line, and everything about it that can be wrong before a model is loaded.
+
+Job files come from other people. Nothing in one is trusted: lines, prompts and images have limits, the name of an
+output is one harmless word, and what is wrong is said together with its line and with what would be right.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import difflib
+import functools
+import hashlib
+import io
+import json
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from stgfast.errors import SettingsError, wrong
+from stgfast.guidance import Guidance
+
+MAX_LINE = 1 << 20  # bytes of one line, and of one entry of a YAML list
+MAX_PROMPT = 10_000  # characters: the longest text encoder in use reads some 512 tokens
+MAX_ARGUMENTS = 1 << 16  # bytes of `guidance` or `pipeline`, as JSON
+MAX_NAME = 120  # bytes: with an ending it fits every file system
+MAX_IMAGE = 64 << 20  # bytes of an image file
+MAX_PIXELS = 64 << 20  # and what it may become in memory
+MAX_REPEAT = 10_000
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+# What the worker gives to a pipeline itself: a job has its own words for it, or no say in it.
+TAKEN = {
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "width": "width",
+    "height": "height",
+    "num_frames": "num_frames",
+    "video_length": "num_frames",
+    "num_inference_steps": "steps",
+    "image": "image",
+    "generator": "seed",
+    "stg": "guidance",
+    "num_videos_per_prompt": "repeat",
+    "num_images_per_prompt": "repeat",
+}
+CLOSED = ("output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback")
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+# Names that Windows keeps for devices, with any ending.
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+RESERVED = {"index", "index.html"}  # the page about the clips
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One clip. What is left out is the pipeline's own.
+
+    prompt, negative_prompt, seed, width, height, num_frames, steps   as everywhere
+    guidance   a `Guidance`, or as data; the name of a preset; left out, the default of the model
+    pipeline   further arguments of the pipeline's call
+    image      for image-to-video: a file
+    name       of the output, without an ending; left out, made of prompt and settings
+    """
+
+    prompt: str = ""
+    negative_prompt: str | None = None
+    seed: int = 0
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    steps: int | None = None
+    guidance: Guidance | None = None
+    pipeline: Mapping[str, Any] = field(default_factory=dict)
+    image: str | None = None
+    image_sha256: str | None = None
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt"):
+            if getattr(self, name) is not None:
+                _check_text(name, getattr(self, name))
+        if not self.prompt.strip() and self.image is None:
+            raise wrong("prompt", _shown(self.prompt), "what to render, in words, or an image")
+        _check_number("seed", self.seed, 0, 2**63 - 1)
+        for name, low, high in (("num_frames", 1, 10_000), ("steps", 1, 1000)):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), low, high)
+        for name in ("width", "height"):
+            side = getattr(self, name)
+            if side is not None:
+                _check_number(name, side, 16, 8192)
+                if side % 8:
+                    raise wrong(name, side, f"a multiple of 8, such as {max(16, round(side / 8) * 8)}")
+        object.__setattr__(self, "guidance", _guidance(self.guidance))
+        _check_arguments(self.pipeline)
+        if self.image is not None:
+            object.__setattr__(self, "image_sha256", _check_image(self.image, self.image_sha256))
+        elif self.image_sha256 is not None:
+            raise wrong("image_sha256", self.image_sha256, "an image beside it")
+        if self.name:
+            object.__setattr__(self, "name", safe_name(self.name))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, the same as what `from_dict` takes; what was left out is left out."""
+        mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        mine |= {"guidance": self.guidance and self.guidance.to_dict(), "pipeline": dict(self.pipeline)}
+        return {name: value for name, value in mine.items() if value not in (None, "", {}) or name == "prompt"}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Job:
+        _check_fields(data, FIELDS - {"repeat"})
+        return cls(**data)
+
+    def recipe(self, model: str) -> str:
+        """Everything that decides what the clip looks like, in one line: equal recipes, equal clips."""
+        mine = {name: value for name, value in self.to_dict().items() if name not in ("name", "image")}
+        return json.dumps({**mine, "model": model}, sort_keys=True)
+
+    def named(self, model: str) -> Job:
+        """The same job with a name: its own, or one that stays as long as what it asks for."""
+        if self.name:
+            return self
+        digest = hashlib.sha256(self.recipe(model).encode()).hexdigest()[:10]
+        return dataclasses.replace(self, name=f"{_slug(self.prompt)}-{digest}")
+
+
+FIELDS = frozenset({f.name for f in dataclasses.fields(Job)} | {"repeat"})
+NUMBERS = ("seed", "width", "height", "num_frames", "steps", "repeat")
+
+
+class Line(NamedTuple):
+    """A line that asks for clips; with `repeat`, for several."""
+
+    number: int
+    jobs: tuple[Job, ...]
+
+
+class Bad(NamedTuple):
+    """A line that is not rendered, and why."""
+
+    number: int
+    why: str
+
+
+def read(path: Path, *, defaults: Mapping[str, Any] | None = None) -> Iterator[Line | Bad]:
+    """The lines of a job file, one at a time. Images are looked for beside it."""
+    reader = FORMATS.get(path.suffix.lower())
+    if reader is None:
+        raise wrong("job file", path.name, f"a name that ends in {', '.join(FORMATS)}")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise wrong("job file", str(path), f"a file that can be read ({error.strerror})") from None
+    with file:
+        for number, given in reader(file):
+            if isinstance(given, str):
+                yield Bad(number, given)
+            else:
+                yield checked(number, given, base=path.parent, defaults=defaults)
+
+
+def checked(
+    number: int, given: Mapping[str, Any], *, base: Path, defaults: Mapping[str, Any] | None = None
+) -> Line | Bad:
+    """One entry, as jobs or as what is wrong with it."""
+    try:
+        return Line(number, tuple(_jobs({**(defaults or {}), **given}, base)))
+    except (SettingsError, TypeError, ValueError) as error:
+        return Bad(number, str(error))
+
+
+def _jobs(given: dict[str, Any], base: Path) -> Iterator[Job]:
+    _check_fields(given, FIELDS)
+    repeat = given.pop("repeat", 1)
+    _check_number("repeat", repeat, 1, MAX_REPEAT)
+    if isinstance(given.get("image"), str):
+        given["image"] = str(base.resolve() / _local(given["image"]))
+    first = Job.from_dict(given)
+    if repeat == 1:
+        yield first
+        return
+    width = len(str(repeat - 1))
+    for index in range(repeat):
+        name = f"{first.name}-{index:0{width}}" if first.name else ""
+        yield dataclasses.replace(first, seed=first.seed + index, name=name)
+
+
+# Readers: each gives numbers of lines with an entry, or with what is wrong.
+Entry = tuple[int, "dict[str, Any] | str"]
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, str, str]]:
+    """(number, text, what is wrong). No line is held in memory beyond its limit."""
+    number = 0
+    while raw := file.readline(MAX_LINE + 1):
+        number += 1
+        if len(raw) > MAX_LINE:
+            size = len(raw)
+            while not raw.endswith(b"\n") and (raw := file.readline(MAX_LINE)):
+                size += len(raw)
+            yield number, "", f"a line: got {size} bytes, expected {MAX_LINE} at most"
+            continue
+        try:
+            yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8"), ""
+        except UnicodeDecodeError as error:
+            yield number, "", f"text: got bytes that are not UTF-8 at column {error.start + 1}, expected UTF-8"
+
+
+def _read_text(file: BinaryIO) -> Iterator[Entry]:
+    """One prompt a line; empty lines and lines that begin with # are left out."""
+    for number, text, why in _lines(file):
+        if why:
+            yield number, why
+        elif text.strip() and not text.startswith("#"):
+            yield number, {"prompt": text.strip()}
+
+
+def _read_jsonl(file: BinaryIO) -> Iterator[Entry]:
+    for number, text, why in _lines(file):
+        if why:
+            yield number, why
+        elif text.strip():
+            try:
+                entry = parse_json(text)
+            except ValueError as error:
+                yield number, f"a line: got what is not JSON ({error}), expected an object such as {EXAMPLE}"
+                continue
+            yield number, entry if isinstance(entry, dict) else _no_object(entry)
+
+
+def _read_csv(file: BinaryIO) -> Iterator[Entry]:
+    """A header with names of fields; `guidance` and `pipeline` as JSON; an empty cell is left out."""
+    faults: list[tuple[int, str]] = []
+
+    def text() -> Iterator[str]:
+        for number, line, why in _lines(file):
+            if why:
+                faults.append((number, why))
+            yield line
+
+    reader = csv.reader(text(), strict=True)  # whose limit of a cell ends a quote that nobody closed
+    header: list[str] | None = None
+    while True:
+        begun = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            said = f"{error}, begun in line {begun}" if reader.line_num > begun else str(error)
+            yield reader.line_num, f"a line: got what is not CSV ({said}), expected cells parted by commas"
+            continue
+        if faults:
+            yield from faults
+            faults.clear()
+            continue
+        if header is None:
+            header = [cell.strip() for cell in row]
+            twice = sorted({name for name in header if header.count(name) > 1})
+            if twice or not set(header) <= FIELDS or not header:
+                yield reader.line_num, str(wrong("header", row, f"some of {', '.join(sorted(FIELDS))}, each once"))
+                return
+        elif len(row) > len(header):
+            yield reader.line_num, f"a line: got {len(row)} cells, expected {len(header)} as in the header"
+        elif any(cell.strip() for cell in row):
+            try:
+                cells = zip(header, row, strict=False)  # a short row has its last cells empty
+                yield reader.line_num, {name: _cell(name, cell) for name, cell in cells if cell.strip()}
+            except ValueError as error:
+                yield reader.line_num, str(error)
+
+
+def _cell(name: str, cell: str) -> Any:
+    if name in NUMBERS:
+        try:
+            return int(cell)
+        except ValueError:
+            raise wrong(name, _shown(cell), "a whole number") from None
+    if name in ("guidance", "pipeline") and cell.lstrip().startswith(("{", "[")):
+        try:
+            return parse_json(cell)
+        except ValueError as error:
+            raise SettingsError(f"{name}: got what is not JSON ({error}), expected an object") from None
+    return cell
+
+
+def _read_yaml(file: BinaryIO) -> Iterator[Entry]:
+    """A list of mappings, or of prompts, read entry by entry."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Without aliases: a few of them, nested, ask for more memory than there is."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+                raise yaml.composer.ComposerError(None, None, "an alias, expected plain values", event.start_mark)
+            return super().compose_node(parent, index)
+
+    text = _Bounded(file)
+    try:
+        loader: Any = Loader(text)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
+        yield 1, f"the file: got what is not YAML ({_flat(error)}), expected a list of jobs"
+        return
+    line = 1
+    try:
+        while not loader.check_event(yaml.SequenceStartEvent):
+            if not loader.check_event(yaml.StreamStartEvent, yaml.DocumentStartEvent):
+                if not loader.check_event(yaml.StreamEndEvent):
+                    yield 1, "the file: got no list, expected one, each entry beginning with `- `"
+                return
+            loader.get_event()
+        loader.get_event()
+        while not loader.check_event(yaml.SequenceEndEvent):
+            line = loader.peek_event().start_mark.line + 1
+            text.allow(MAX_LINE)
+            node = loader.compose_node(None, None)
+            loader.anchors.clear()  # nothing refers to them
+            try:
+                entry = loader.construct_document(node)
+            except (yaml.YAMLError, ValueError, RecursionError) as error:
+                yield line, f"an entry: got what YAML cannot make sense of ({_flat(error)}), expected plain values"
+                continue
+            if isinstance(entry, str):
+                entry = {"prompt": entry}
+            yield line, entry if isinstance(entry, dict) else _no_object(entry)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        at = mark.line + 1 if mark else line
+        yield at, f"an entry: got what is not YAML ({_flat(error)}), expected a list of jobs; the rest was not read"
+
+
+class _Bounded(io.RawIOBase):
+    """A file that one entry cannot read without end."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.left = file, MAX_LINE
+
+    def allow(self, size: int) -> None:
+        self.left = size
+
+    def read(self, size: int = -1) -> bytes:
+        got = self.file.read(min(size, 4096) if size > 0 else 4096)
+        self.left -= len(got)
+        if self.left < 0:
+            raise ValueError(f"more than {MAX_LINE} bytes in one entry")
+        return got
+
+
+FORMATS: dict[str, Callable[[BinaryIO], Iterator[Entry]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".csv": _read_csv,
+    ".yaml": _read_yaml,
+    ".yml": _read_yaml,
+    ".txt": _read_text,
+}
+EXAMPLE = '{"prompt": "a red kite", "seed": 1}'
+
+
+def parse_json(text: str) -> Any:
+    """JSON, more strictly than Python: no name twice, no NaN, no nesting without end."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} twice")
+        return found
+
+    def no_number(name: str) -> Any:
+        raise ValueError(f"{name}, which is no number in JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_constant=no_number)
+    except RecursionError:
+        raise ValueError("too many brackets in one another") from None
+
+
+# Checks of one field each.
+
+
+def safe_name(name: object) -> str:
+    """The name of an output: one part of a path, the same file on every system, and none that means something."""
+    if not isinstance(name, str):
+        raise wrong("name", name, "text")
+    _check_text("name", name, MAX_NAME)
+    name = unicodedata.normalize("NFC", name)
+    right = "letters, digits, spaces and . _ - within one folder, such as 'kite-01'"
+    if len(name.encode()) > MAX_NAME:
+        raise wrong("name", f"{len(name.encode())} bytes", f"{MAX_NAME} bytes at most")
+    strange = [c for c in name if not (c.isalnum() or c in " ._-+,=()" or unicodedata.category(c) in ("Mn", "Mc"))]
+    if strange or not name or name[0] in ".- " or name[-1] in ". ":
+        raise wrong("name", name, right)
+    stem = name.split(".")[0].rstrip().casefold()
+    if stem in DEVICES or name.casefold() in RESERVED:
+        raise wrong("name", name, f"another one: {stem!r} is reserved")
+    return name
+
+
+def _check_text(name: str, text: object, limit: int = MAX_PROMPT) -> None:
+    if not isinstance(text, str):
+        raise wrong(name, _shown(text), "text")
+    if len(text) > limit:
+        raise wrong(name, f"{len(text)} characters", f"{limit} at most")
+    bad = CONTROL.search(text)
+    if bad:
+        raise wrong(name, f"the control character U+{ord(bad[0]):04X}", "text without")
+
+
+def _check_number(name: str, number: object, low: int, high: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
+        raise wrong(name, _shown(number), f"a whole number from {low} to {high}")
+
+
+def _check_fields(given: Mapping[str, Any], fields: Iterable[str]) -> None:
+    for name in given:
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1)
+            hint = repr(near[0]) if near else f"some of {', '.join(sorted(fields))}"
+            hint = repr(TAKEN[name]) if name in TAKEN else hint
+            raise wrong("field", _shown(name), f"{hint}; further arguments of the pipeline go into 'pipeline'")
+
+
+def _guidance(given: object) -> Guidance | None:
+    if given is None or isinstance(given, Guidance):
+        if given is not None:
+            given.to_dict()  # which says what cannot be written as data
+        return given
+    if isinstance(given, str):
+        return Guidance.preset(given)
+    if not isinstance(given, Mapping):
+        raise wrong("guidance", _shown(given), "fields of Guidance, or the name of a preset")
+    _check_plain("guidance", given)
+    try:
+        return Guidance.from_dict(given)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise SettingsError(f"guidance: got {_shown(given)}, expected fields of Guidance ({error})") from None
+
+
+def _check_arguments(given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise wrong("pipeline", _shown(given), "an object with arguments of the pipeline's call")
+    for name in given:
+        if name in TAKEN:
+            raise wrong("pipeline", name, f"the job's own field {TAKEN[name]!r}")
+        if not isinstance(name, str) or not name.isidentifier() or name in CLOSED or name.startswith("stg"):
+            raise wrong("pipeline", _shown(name), "an argument of the pipeline's call that a job may set")
+    _check_plain("pipeline", given)
+
+
+def _check_plain(name: str, given: Mapping[Any, Any]) -> None:
+    try:
+        size = len(json.dumps(given, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{name}: got {_shown(given)}, expected plain values as in JSON ({error})") from None
+    if size > MAX_ARGUMENTS:
+        raise wrong(name, f"{size} bytes", f"{MAX_ARGUMENTS} at most")
+
+
+def _local(image: str) -> str:
+    _check_text("image", image, 4096)
+    if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+:", image):
+        raise wrong("image", image, "a file")
+    return image
+
+
+def _check_image(path: object, digest: str | None) -> str:
+    """What the file holds, by its digest; after it has been read whole."""
+    if not isinstance(path, str):
+        raise wrong("image", _shown(path), "the name of a file")
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise wrong("image", path, f"a file that can be read ({error.strerror})") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise wrong("image", path, "a regular file")
+    if found.st_size > MAX_IMAGE:
+        raise wrong("image", f"{path} of {found.st_size} bytes", f"{MAX_IMAGE} bytes at most")
+    there = _digest_of_image(path, found.st_size, found.st_mtime_ns)
+    if digest not in (None, there):
+        raise wrong("image", f"{path} with digest {there[:12]}...", f"the image of then, {str(digest)[:12]}...")
+    return there
+
+
+@functools.lru_cache(maxsize=1024)  # jobs share images
+def _digest_of_image(path: str, size: int, changed: int) -> str:
+    read_image(path)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def read_image(path: str) -> Any:
+    """The image as RGB, upright. Its size is known, and bounded, before anything is unpacked."""
+    import warnings
+
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is below the one that raises
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise wrong("image", f"{path} of {width} x {height}", f"{MAX_PIXELS} pixels at most")
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except SettingsError:
+        raise
+    except Exception as error:  # whatever a decoder of hostile bytes may raise
+        formats = ", ".join(IMAGE_FORMATS)
+        raise wrong("image", path, f"a whole image ({formats}): {type(error).__name__}: {error}") from None
+
+
+def _slug(prompt: str) -> str:
+    plain = unicodedata.normalize("NFKD", prompt[:200]).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40].strip("-") or "clip"
+
+
+def _no_object(entry: object) -> str:
+    return f"an entry: got {_shown(entry)}, expected an object such as {EXAMPLE}"
+
+
+def _shown(value: object) -> str:
+    """A value in a message, which stays short whatever came."""
+    if isinstance(value, int) and abs(value) > 10**30:
+        return "a number of more than 30 digits"
+    text = str(value) if isinstance(value, (str, int, float)) else type(value).__name__
+    return text if len(text) <= 60 else f"{text[:60]}... ({len(text)} characters)"
+
+
+def _flat(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

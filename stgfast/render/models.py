@@ -1,0 +1,216 @@
+"""Which pipeline a model is, what its calls take, and loading it: weights from safetensors, no code from its folder."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import functools
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
+from stgfast.install import INSTALLED, accelerate
+from stgfast.integrations import ADAPTERS
+from stgfast.render.jobs import Job
+
+# Models that come by a name of their own: what builds the pipeline.
+NAMED: dict[str, Callable[[], Any]] = {}
+LIBRARIES = ("diffusers", "transformers")
+# Frames in a second that models were trained on, where their call does not say.
+FPS = {"Mochi": 30, "Wan": 16, "SkyReels": 24, "CogVideoX": 8, "Hunyuan": 24, "Allegro": 15, "Latte": 8, "Cosmos": 24}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is known of a model before its weights are: its name and the class of its pipeline."""
+
+    name: str
+    kind: type[Any]
+    pipe: Any = None
+    trusted: bool = False
+    parameters: dict[str, inspect.Parameter] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.parameters.update(inspect.signature(self.kind.__call__).parameters)
+        missing = {"generator", "output_type", "num_inference_steps"} - set(self.parameters)
+        if missing or not {"num_frames", "video_length"} & set(self.parameters):
+            raise UnsupportedPipelineError(f"pipeline: got {self.kind.__name__}, expected one that makes video")
+        if "audio_latents" in self.parameters:
+            raise UnsupportedPipelineError(f"pipeline: got {self.kind.__name__}, expected one that makes no sound")
+
+    def settled(self, job: Job) -> Job:
+        """The job with the guidance that a pipeline was handed over with, so that the clip can say it."""
+        installed = getattr(self.pipe, INSTALLED, None)
+        given = installed.given if installed else None
+        return job if given is None or job.guidance is not None else dataclasses.replace(job, guidance=given)
+
+    @property
+    def needs_image(self) -> bool:
+        kind = self.kind.__name__
+        return any(part in kind for part in ("ImageToVideo", "I2V", "StableVideoDiffusion"))
+
+    def check(self, job: Job) -> None:
+        """What this pipeline cannot do of a job."""
+        kind, known = self.kind.__name__, self.parameters
+        if job.image is not None and "image" not in known:
+            raise wrong("image", Path(job.image).name, f"none: {kind} takes none")
+        if job.image is None and self.needs_image:
+            raise wrong("image", None, f"one: {kind} begins with an image")
+        if job.negative_prompt is not None and "negative_prompt" not in known:
+            raise wrong("negative_prompt", job.negative_prompt[:60], f"none: {kind} takes none")
+        for name in job.pipeline:
+            if name not in known:
+                near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4)) or ", ".join(known)
+                raise wrong("pipeline", name, f"an argument of {kind}, such as {near}")
+        self._own_check(job)
+
+    def _own_check(self, job: Job) -> None:
+        """The pipeline's own check of its arguments, as far as it can be had without the weights."""
+        checks = getattr(self.kind, "check_inputs", None)
+        if checks is None:
+            return
+        frames = "num_frames" if "num_frames" in self.parameters else "video_length"
+        call = {name: p.default for name, p in self.parameters.items() if p.default is not p.empty}
+        given = {"width": job.width, "height": job.height, frames: job.num_frames, "num_inference_steps": job.steps}
+        call |= {name: value for name, value in given.items() if value is not None}
+        call |= {**job.pipeline, "prompt": job.prompt, "negative_prompt": job.negative_prompt}
+        call |= {"image": None if job.image is None else _placeholder()}
+        taken = list(inspect.signature(checks).parameters)[1:]
+        try:
+            checks(
+                self.pipe or object.__new__(self.kind), **{name: value for name, value in call.items() if name in taken}
+            )
+        except ValueError as error:
+            raise SettingsError(f"{self.kind.__name__}: {error}") from None
+        except (AttributeError, TypeError):
+            # It asks for weights or for values that come from them: the call itself checks that again, for this job.
+            return
+
+    def fps(self, job: Job) -> float:
+        """Frames in a second, as the call has them, or as the model was trained."""
+        for name in ("frame_rate", "fps"):
+            if name in self.parameters:
+                given = job.pipeline.get(name, self.parameters[name].default)
+                if isinstance(given, (int, float)) and 0.1 <= given <= 240:
+                    return float(given)
+        return float(next((fps for family, fps in FPS.items() if self.kind.__name__.startswith(family)), 24))
+
+    def load(self, *, dtype: str | None = None, device: str | None = None) -> Any:
+        """The pipeline, guided: a copy where it was handed over, which itself is left as it is."""
+        if self.pipe is not None:
+            pipe = copy.copy(self.pipe)
+        else:
+            pipe = NAMED[self.name]() if self.name in NAMED else self._pretrained(dtype, device)
+        return pipe if hasattr(pipe, INSTALLED) else accelerate(pipe)
+
+    def _pretrained(self, dtype: str | None, device: str | None) -> Any:
+        from diffusers import DiffusionPipeline
+
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+        folder = self.name
+        if not Path(folder).is_dir():
+            folder = DiffusionPipeline.download(folder, use_safetensors=True, trust_remote_code=self.trusted)
+        if not self.trusted:
+            check_folder(Path(folder))
+        pipe = DiffusionPipeline.from_pretrained(
+            folder, torch_dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=self.trusted
+        )
+        return pipe.to(device)
+
+
+def described(model: Any, *, trust: str | None = None) -> Model:
+    """What a model is, by its name, its folder, or the pipeline itself.
+
+    `trust` is the name of a model whose folder may bring code that is run. It has to be the model's own, in full.
+    """
+    import diffusers
+
+    if not isinstance(model, (str, Path)):
+        kind = type(model)
+        _check_supported(kind.__name__)
+        name = getattr(model, "name_or_path", None) or kind.__name__
+        return Model(str(name), kind, model)
+    name = str(model)
+    if trust is not None and trust != name:
+        raise wrong("trust", trust, f"the name of the model, {name!r}, or none")
+    if name in NAMED:
+        return Model(name, type(NAMED[name]()))
+    path = Path(name)
+    if path.is_dir():
+        name, index = str(path.resolve()), path / "model_index.json"
+        if not index.is_file():
+            raise wrong("model", str(path), "a folder with model_index.json, as save_pretrained makes it")
+        if trust is None:
+            check_folder(path)
+    else:
+        index = _index_of(name)
+    declared = _json(index).get("_class_name")
+    if isinstance(declared, list) and trust is not None:
+        declared = declared[-1]
+    if not isinstance(declared, str):
+        raise wrong("class in model_index.json", declared, f"a pipeline of diffusers; {_BY_NAME}")
+    _check_supported(declared)
+    return Model(name, getattr(diffusers, declared), trusted=trust is not None)
+
+
+_BY_NAME = "a model that brings code of its own is used only where it is trusted by name"
+
+
+def check_folder(folder: Path) -> None:
+    """That a model's folder asks for no code of its own, and for nothing but known libraries."""
+    import diffusers
+
+    index = _json(folder / "model_index.json")
+    if not isinstance(index.get("_class_name"), str) or not hasattr(diffusers, index["_class_name"]):
+        raise wrong("class in model_index.json", index.get("_class_name"), f"a pipeline of diffusers; {_BY_NAME}")
+    for name, part in index.items():
+        if isinstance(part, list) and part and part[0] not in (None, *LIBRARIES):
+            raise wrong(f"library of {name} in model_index.json", part[0], f"{' or '.join(LIBRARIES)}; {_BY_NAME}")
+    for config in sorted(folder.glob("*/*.json")):
+        if config.name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+            asks = _json(config).get("auto_map")
+            if asks:
+                raise wrong(f"auto_map in {config.relative_to(folder)}", asks, f"none; {_BY_NAME}")
+
+
+def _index_of(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name, "model_index.json"))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise wrong("model", name, f"a folder, or the name of a model on the hub ({said})") from None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise wrong("model", str(path), f"a file with JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise wrong("model", str(path), "a file with a JSON object")
+    return found
+
+
+def _check_supported(name: str) -> None:
+    if name not in ADAPTERS:
+        near = ", ".join(difflib.get_close_matches(name, ADAPTERS, n=3, cutoff=0.0))
+        raise UnsupportedPipelineError(f"pipeline: got {name}, expected one that stgfast knows, such as {near}")
+
+
+@functools.cache
+def _placeholder() -> Any:
+    from PIL import Image
+
+    return Image.new("RGB", (16, 16))

@@ -1,0 +1,319 @@
+"""A run: jobs are checked and taken up, batches rendered, and what became of them is recorded, until nothing waits."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty
+from types import FrameType
+from typing import Any
+
+import torch
+
+from stgfast.errors import SettingsError, wrong
+from stgfast.render.files import Form
+from stgfast.render.gallery import NAME, write_gallery
+from stgfast.render.jobs import Bad, Job, Line, checked, read
+from stgfast.render.models import Model, described
+from stgfast.render.store import DONE, FAILED, PENDING, Store, StoreError
+from stgfast.render.worker import Again, Failed, Outcome, Worker, Written
+
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+SHOWN = 1000  # bad lines that are kept for the report; all are told to the listener
+PAGE = 60.0  # seconds between new versions of the page about the folder
+POLL = 0.5  # seconds between looks at what other runners do
+ENDING = 5.0  # seconds that batches have to put themselves down when a run stops at once
+
+
+class BadJobs(SettingsError):
+    """Lines of a job file that cannot be rendered. Nothing was taken up."""
+
+    def __init__(self, lines: list[Bad], count: int):
+        self.lines, self.count = lines, count
+        first = "; ".join(f"line {line.number}: {line.why}" for line in lines[:3])
+        super().__init__(f"jobs: got {count} bad line{'s' * (count > 1)}, expected none ({first})")
+
+
+class DeviceError(RuntimeError):
+    """Nothing further can be rendered by this process."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """How a run ended. The counts are of all jobs that it was about, whoever rendered them."""
+
+    done: int
+    failed: int
+    waiting: int
+    bad: int
+    rendered: int  # by this run
+    seconds: float
+    interrupted: bool = False
+
+    @property
+    def code(self) -> int:
+        """For the shell: 0 all is done, 1 something failed or was left out, 130 interrupted."""
+        if self.interrupted:
+            return 130
+        return 1 if self.failed or self.bad or self.waiting else 0
+
+
+def render(
+    model: Any,
+    jobs: str | Path | Iterable[Job | Mapping[str, Any]],
+    out: str | Path,
+    *,
+    format: str = "mp4",
+    fps: float | None = None,
+    crf: int = 18,
+    defaults: Mapping[str, Any] | None = None,
+    max_batch: int = 8,
+    skip_bad: bool = False,
+    retry_failed: bool = False,
+    dtype: str | None = None,
+    device: str | None = None,
+    offload_text: bool = False,
+    trust: str | None = None,
+    listener: Listener | None = None,
+    plan_only: bool = False,
+) -> Report:
+    """Render jobs into a folder; what is there already is not rendered again.
+
+    model         a pipeline, guided or not; or the folder or hub name of one
+    jobs          a file (.jsonl, .csv, .yaml, .txt), or jobs themselves, as `Job` or as mappings
+    defaults      what every job has that does not say otherwise
+    max_batch     how many clips are rendered at once where memory is not known to hold fewer
+    skip_bad      go on without jobs that are wrong, in place of raising `BadJobs`
+    retry_failed  try those again that failed in an earlier run
+    offload_text  text encoders are on the device only while they encode
+    trust         the name of the model, for one that brings code of its own
+    listener      is told of everything that happens
+    plan_only     check and take up the jobs, and render nothing
+
+    In float32 a clip is the same, to 1e-5, whatever it is rendered with, in whatever order, after whatever restart.
+    In bfloat16 another batch size rounds differently: there, `max_batch=1` gives the same clip every time.
+    """
+    if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
+        raise wrong("max_batch", max_batch, "a number of clips, 1 or more")
+    form = Form(kind=format, fps=24.0 if fps is None else fps, crf=crf)
+    known = described(model, trust=trust)
+    run = Run(known, Path(out), form, listener or (lambda event: None), own_fps=fps is None)
+    started = time.monotonic()
+    try:
+        with Store(run.out) as store:
+            run.store = store
+            run.recover()
+            run.plan(lines_of(jobs, defaults), skip_bad)
+            if retry_failed:
+                store.retry_failed()
+            if not plan_only and (store.counts()[PENDING] or store.elsewhere()):
+                run.tell("loading", model=known.name)
+                pipe = known.load(dtype=dtype, device=device)
+                run.work(pipe, max_batch, offload_text)
+            if not plan_only:
+                run.page()
+            return run.report(time.monotonic() - started)
+    except (sqlite3.Error, OSError) as error:
+        raise StoreError(f"output folder {out}: {type(error).__name__}: {error}; what is done is kept") from error
+
+
+def lines_of(
+    jobs: str | Path | Iterable[Job | Mapping[str, Any]], defaults: Mapping[str, Any] | None
+) -> Iterator[Line | Bad]:
+    if isinstance(jobs, (str, Path)):
+        yield from read(Path(jobs), defaults=defaults)
+        return
+    given: Iterable[object] = jobs
+    for number, job in enumerate(given, 1):
+        if isinstance(job, Job):
+            yield Line(number, (job,))
+        elif isinstance(job, Mapping):
+            yield checked(number, job, base=Path(), defaults=defaults)
+        else:
+            yield Bad(number, str(wrong("job", type(job).__name__, "a Job, or a mapping with its fields")))
+
+
+class Run:
+    """One process at work on one folder."""
+
+    store: Store
+
+    def __init__(self, model: Model, out: Path, form: Form, listener: Listener, *, own_fps: bool):
+        self.model, self.out, self.form, self.listener, self.own_fps = model, out, form, listener, own_fps
+        self.bad = self.rendered = self.interrupts = 0
+        self.fault: BaseException | None = None
+        self.paged = time.monotonic()
+
+    def tell(self, event: str, **more: Any) -> None:
+        self.listener({"event": event, **more})
+
+    def recover(self) -> None:
+        recovered = self.store.recover()
+        if recovered:
+            self.tell("recovered", jobs=recovered)
+
+    # Planning
+
+    def plan(self, lines: Iterable[Line | Bad], skip_bad: bool) -> None:
+        """Check every line; then take all of them up, or none."""
+        kept: list[Bad] = []
+        with self.store.taking_up(self.model.name, self._staged(lines)) as wrong_lines:
+            for line in wrong_lines:
+                self.bad += 1
+                if len(kept) < SHOWN:
+                    kept.append(line)
+                self.tell("bad", line=line.number, error=line.why)
+            if kept and not skip_bad:
+                raise BadJobs(kept, self.bad)
+        self.tell("planned", **self.store.counts(), bad=self.bad)
+
+    def _staged(self, lines: Iterable[Line | Bad]) -> Iterator[Bad]:
+        for line in lines:
+            if isinstance(line, Bad):
+                yield line
+                continue
+            for job in line.jobs:
+                try:
+                    self.model.check(job)
+                    named = self.model.settled(job).named(self.model.name)
+                except SettingsError as error:
+                    yield Bad(line.number, str(error))
+                    break
+                self.store.stage(named, self.form.file(named.name), line.number)
+
+    # Rendering
+
+    def work(self, pipe: Any, max_batch: int, offload_text: bool) -> None:
+        """Until nothing waits that this run may render; then until other runners have done theirs, or died."""
+        ahead = 256
+        worker = Worker(
+            pipe,
+            self.store.scratch,
+            self.form,
+            fps=self.model.fps if self.own_fps else None,
+            offload_text=offload_text,
+            ahead=lambda: self._ahead,
+        )
+        self._ahead: list[tuple[str, str | None]] = []
+        device = _device_name(worker)
+        with self._interruptible(worker):
+            while True:
+                while worker.has_room and not worker.stopping:
+                    batch = self.store.claim(max_batch, device)
+                    if batch is None:
+                        break
+                    if offload_text:
+                        self._ahead = self.store.waiting_prompts(ahead)
+                    self.tell("claimed", files=[task.file for task in batch.tasks])
+                    worker.start(batch)
+                if worker.busy:
+                    with contextlib.suppress(Empty):  # for a look at whether the run is to stop
+                        self._settle(worker.outcomes.get(timeout=0.1), worker)
+                elif worker.stopping or not self.store.elsewhere():
+                    break
+                else:
+                    time.sleep(POLL)
+                    self.recover()
+                if worker.aborting:
+                    worker.wait(ENDING)
+                    break
+                if time.monotonic() - self.paged > PAGE:
+                    self.page()
+        if isinstance(self.fault, OSError):
+            raise self.fault
+        if self.fault is not None:
+            said = f"{type(self.fault).__name__}: {self.fault}"
+            raise DeviceError(
+                f"the device, or the worker on it, gave out ({said}); what is done is kept"
+            ) from self.fault
+
+    def _settle(self, outcome: Outcome, worker: Worker) -> None:
+        """Record what became of jobs."""
+        store = self.store
+        if isinstance(outcome, Written):
+            task = outcome.task
+            if store.finish(task, outcome.path, outcome.seconds):
+                self.rendered += 1
+                self.tell("done", file=task.file, seconds=outcome.seconds, **self._progress())
+            else:
+                self.tell("failed", file=task.file, error="its name was taken meanwhile", **self._progress())
+        elif isinstance(outcome, Failed):
+            store.fail(outcome.task, outcome.error, outcome.seconds)
+            self.tell("failed", file=outcome.task.file, error=outcome.error, trace=outcome.trace, **self._progress())
+        elif isinstance(outcome, Again):
+            if outcome.rows:
+                store.bound(outcome.shape, outcome.rows)
+            store.give_back(outcome.tasks, apart=outcome.apart, error=outcome.why)
+            files = [task.file for task in outcome.tasks]
+            self.tell("again", files=files, why=outcome.why, rows=outcome.rows, apart=outcome.apart)
+        else:
+            store.give_back(outcome.tasks)
+            if outcome.error is not None and self.fault is None:
+                self.fault = outcome.error
+                worker.stop()
+                self.tell("stopping", why=f"{type(outcome.error).__name__}: {outcome.error}")
+
+    def _progress(self) -> Event:
+        counts = self.store.counts()
+        return {"total": sum(counts.values()), "finished": counts[DONE] + counts[FAILED]}
+
+    @contextmanager
+    def _interruptible(self, worker: Worker) -> Iterator[None]:
+        """Within the block, the first signal to end lets batches in hand finish, and the second one does not."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.interrupts += 1
+            if self.interrupts == 1:
+                worker.stop()
+                self.tell("stopping", why=signal.Signals(number).name)
+            else:
+                worker.abort()
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are the main thread's
+            return
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def page(self) -> None:
+        """The page about the folder, as it stands. Clips that are done are done without it."""
+        try:
+            write_gallery(self.out, self.store.rows(every=True), self.store.scratch / NAME)
+        except OSError as error:
+            self.tell("page", error=str(error))
+        self.paged = time.monotonic()
+
+    def report(self, seconds: float) -> Report:
+        counts = self.store.counts()
+        waiting = sum(counts.values()) - counts[DONE] - counts[FAILED]
+        report = Report(
+            done=counts[DONE],
+            failed=counts[FAILED],
+            waiting=waiting,
+            bad=self.bad,
+            rendered=self.rendered,
+            seconds=round(seconds, 3),
+            interrupted=self.interrupts > 0,
+        )
+        self.tell("ended", **dataclasses.asdict(report))
+        return report
+
+
+def _device_name(worker: Worker) -> str:
+    """What memory is remembered for: another card may hold more."""
+    if worker.device.type != "cuda":
+        return worker.device.type
+    return torch.cuda.get_device_name(worker.device)

@@ -1,0 +1,220 @@
+"""Prompts, each encoded once: what a pipeline's `encode_prompt` gave is remembered prompt by prompt.
+
+Prompts are encoded one at a time, so that what comes out does not depend on what they are rendered with.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MEMORY = 256 << 20  # bytes of encoded prompts that stay in memory; more go to disk
+Encoded = tuple[Tensor | None, ...]
+
+
+class NotStackable(Exception):
+    """These prompts cannot be rendered in one call as they are alone."""
+
+
+class Texts:
+    """Encoded prompts by everything that decides them.
+
+    folder   for what memory does not hold
+    parts    the text encoders, where they are on the device only while they encode; then others are read ahead
+    ahead    prompts and negative prompts that come later
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        *,
+        parts: Mapping[str, nn.Module] | None = None,
+        ahead: Callable[[], list[tuple[str, str | None]]] = list,
+        memory: int = MEMORY,
+    ):
+        self.folder, self.device, self.parts, self.ahead, self.memory = folder, device, parts or {}, ahead, memory
+        self.known: OrderedDict[str, Encoded | None] = OrderedDict()  # None: it is on disk
+        self.size = 0
+        self.lock = threading.Lock()
+        self.last: dict[str, Last] = {}
+        for part in self.parts.values():
+            part.to("cpu")
+
+    def encoding(self, pipe: Any, count: int) -> Callable[..., Any]:
+        """Stands in for `pipe.encode_prompt` in calls for the same `count` prompts, which are looked up once."""
+        original = type(pipe).encode_prompt
+        signature = inspect.signature(original)
+        named = all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values())
+        mine: dict[str, Any] = {}
+
+        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+            given = dict(signature.bind(pipe, *args, **kwargs).arguments)
+            del given[next(iter(signature.parameters))]  # self
+            if not named or any(isinstance(value, Tensor) for value in given.values()):
+                with self.lock, self._reader(pipe) as reader:  # not to be taken apart prompt by prompt
+                    return original(reader, *args, **kwargs)
+            key = _key(given)
+            if key not in mine:
+                with self.lock:
+                    each = [self._encoded(pipe, _of_one(given, place, count)) for place in range(count)]
+                mine[key] = each[0] if count == 1 else _together(each)
+            return mine[key]
+
+        return encode_prompt
+
+    def _encoded(self, pipe: Any, given: dict[str, Any]) -> Any:
+        key = _key(given)
+        if key not in self.known:
+            others = [_with(given, *texts) for texts in self.ahead()] if self.parts else []
+            with self._reader(pipe) as reader:
+                encoded = type(pipe).encode_prompt(reader, **given)
+                if not _plain(encoded):
+                    return encoded  # of a form that is not known, and so not kept
+                self._keep(key, encoded)
+                for other in others:
+                    if _key(other) not in self.known:
+                        self._keep(_key(other), type(pipe).encode_prompt(reader, **other))
+        return tuple(None if part is None else part.to(self.device) for part in self._look_up(key))
+
+    @contextmanager
+    def _reader(self, pipe: Any) -> Iterator[Any]:
+        """The pipeline with its text encoders, on the device for as long as the block runs.
+
+        Each remembers what it read last: a negative prompt comes with every prompt.
+        """
+        reader = copy.copy(pipe)
+        for name, part in (self.parts or encoders_of(pipe)).items():
+            vars(reader)[name] = remembering = copy.copy(part)  # the same weights
+            vars(remembering)["forward"] = self.last.setdefault(name, Last()).of(part.forward)
+        for part in self.parts.values():
+            part.to(self.device)
+        try:
+            yield reader
+        finally:
+            for part in self.parts.values():
+                part.to("cpu")
+
+    def _keep(self, key: str, encoded: Encoded) -> None:
+        self.known[key] = kept = tuple(None if part is None else part.detach().cpu() for part in encoded)
+        self.size += _bytes(kept)
+        while self.size > self.memory:
+            oldest = next((k for k, v in self.known.items() if v is not None and k != key), None)
+            if oldest is None:
+                return
+            self._spill(oldest)
+
+    def _spill(self, key: str) -> None:
+        from safetensors.torch import save_file
+
+        self.folder.mkdir(exist_ok=True)
+        encoded = self.known[key]
+        assert encoded is not None
+        parts = {str(place): part.contiguous() for place, part in enumerate(encoded) if part is not None}
+        save_file(parts, self.folder / key, {"parts": str(len(encoded))})
+        self.size -= _bytes(encoded)
+        self.known[key] = None
+
+    def _look_up(self, key: str) -> Encoded:
+        from safetensors import safe_open
+
+        encoded = self.known[key]
+        if encoded is not None:
+            self.known.move_to_end(key)
+            return encoded
+        with safe_open(self.folder / key, "pt") as file:
+            there = set(file.keys())
+            count = int(file.metadata()["parts"])
+            return tuple(file.get_tensor(str(n)) if str(n) in there else None for n in range(count))
+
+
+class Last:
+    """The last few outputs of a module, for calls with equal arguments."""
+
+    def __init__(self, memory: int = 64 << 20):
+        self.outputs: OrderedDict[str, Any] = OrderedDict()
+        self.memory = memory
+
+    def of(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def remembered(*args: Any, **kwargs: Any) -> Any:
+            key = hashlib.sha256()
+            for name, value in (*enumerate(args), *sorted(kwargs.items())):
+                key.update(f"{name}:{value if not isinstance(value, Tensor) else (value.dtype, value.shape)}".encode())
+                if isinstance(value, Tensor):
+                    key.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            found = key.hexdigest()
+            if found not in self.outputs:
+                self.outputs[found] = forward(*args, **kwargs)
+            self.outputs.move_to_end(found)
+            output = self.outputs[found]
+            while len(self.outputs) > 1 and sum(map(_held, self.outputs.values())) > self.memory:
+                self.outputs.popitem(last=False)
+            return output
+
+        return remembered
+
+
+def _held(output: Any) -> int:
+    """Bytes of an output's tensors."""
+    if isinstance(output, Tensor):
+        return output.nbytes
+    parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
+    return sum(map(_held, parts))
+
+
+def encoders_of(pipe: Any) -> dict[str, nn.Module]:
+    """The text encoders of a pipeline, by the names it has for them."""
+    return {
+        name: part
+        for name, part in vars(pipe).items()
+        if name.startswith("text_encoder") and isinstance(part, nn.Module)
+    }
+
+
+def _of_one(given: dict[str, Any], place: int, count: int) -> dict[str, Any]:
+    """The arguments for one prompt: what is a list of as many is cut."""
+    return {
+        name: value[place : place + 1] if isinstance(value, list) and len(value) == count else value
+        for name, value in given.items()
+    }
+
+
+def _with(given: dict[str, Any], prompt: str, negative: str | None) -> dict[str, Any]:
+    changed = {**given, "prompt": [prompt]}
+    if negative is not None and given.get("negative_prompt") is not None:
+        changed["negative_prompt"] = [negative]
+    return changed
+
+
+def _key(given: dict[str, Any]) -> str:
+    return hashlib.sha256(repr(sorted(given.items())).encode()).hexdigest()
+
+
+def _plain(encoded: Any) -> bool:
+    return isinstance(encoded, tuple) and all(part is None or isinstance(part, Tensor) for part in encoded)
+
+
+def _together(each: list[Any]) -> Any:
+    """What several prompts gave, as one call for all of them would have it."""
+    for encoded in each:
+        if not _plain(encoded) or any(part is not None and (not part.ndim or len(part) != 1) for part in encoded):
+            raise NotStackable("prompts: got an encoding that has no row for each")
+    columns = list(zip(*each, strict=True))
+    for parts in columns:
+        if len({None if part is None else tuple(part.shape) for part in parts}) > 1:
+            raise NotStackable("prompts: got encodings of several lengths, which differ when they are padded")
+    return tuple(None if parts[0] is None else torch.cat(parts) for parts in columns)
+
+
+def _bytes(encoded: Encoded | None) -> int:
+    return sum(part.nbytes for part in encoded or () if part is not None)

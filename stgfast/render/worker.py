@@ -1,0 +1,480 @@
+"""Batches in, written clips out, on one device. It knows no database: what became of a job is an `Outcome`.
+
+Every batch has a thread, and goes through four doors, each of which lets one batch through at a time:
+
+    text      the pipeline's own call, up to where it prepares latents: every prompt it asks for is encoded, once
+    denoiser  the call itself; prompts are answered from what is known
+    decoder   the same call, from where it reaches the VAE's decoder, one clip after another
+    writer    frames become files, aside
+
+So the next batch denoises while this one is decoded and written. No pipeline's code is copied: a batch has a shallow
+copy of the pipeline with a scheduler of its own, in which `encode_prompt`, `prepare_latents` and the VAE's `decode`
+are stood in for.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stgfast.render.batches import Batch, Task, free, is_out_of_memory
+from stgfast.render.files import Form, Frames, discard, write
+from stgfast.render.jobs import Job, read_image
+from stgfast.render.texts import NotStackable, Texts, encoders_of
+from stgfast.version import __version__
+
+TEXT, DENOISER, DECODER, WRITER = DOORS = ("text", "denoise", "decode", "write")
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A clip that is whole, aside."""
+
+    task: Task
+    path: Path
+    seconds: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Failed:
+    """A job that cannot be rendered."""
+
+    task: Task
+    error: str
+    seconds: dict[str, float]
+    trace: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Again:
+    """Jobs that nothing is wrong with, and that are to be rendered another time.
+
+    rows   no more of this shape than so many fit into memory
+    apart  each alone: together they cannot, or something is wrong with one of them
+    """
+
+    tasks: tuple[Task, ...]
+    why: str
+    shape: str = ""
+    rows: int = 0
+    apart: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopped:
+    """Jobs that were put down because the run ends, and the error that ends it."""
+
+    tasks: tuple[Task, ...]
+    error: BaseException | None = None
+
+
+Outcome = Written | Failed | Again | Stopped
+
+
+class Stopping(Exception):
+    """Thrown where a batch in hand is to be put down."""
+
+
+class Worker:
+    """Renders batches with one pipeline.
+
+    scratch  where clips are written before they are whole
+    fps      frames in a second of a job's clip, where that is not the same for all
+    ahead    gives prompts that come later, for encoding them in one go where the text encoder leaves the device
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        scratch: Path,
+        form: Form,
+        *,
+        fps: Callable[[Job], float] | None = None,
+        offload_text: bool = False,
+        ahead: Callable[[], list[tuple[str, str | None]]] = list,
+    ):
+        self.pipe, self.scratch, self.form, self.fps = copy.copy(pipe), scratch, form, fps
+        self.device = torch.device(pipe._execution_device)
+        self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
+        self.doors = {door: threading.Lock() for door in DOORS}
+        # Offloading moves models to and fro around one call: there a call is whole before the next begins.
+        self.overlap = not getattr(pipe, "_all_hooks", None)
+        encoders = encoders_of(pipe) if offload_text else {}
+        vars(self.pipe).update(dict.fromkeys(encoders))
+        self.texts = Texts(scratch / "texts", self.device, parts=encoders, ahead=ahead)
+        self.stopping = self.aborting = False
+        self.in_hand: dict[threading.Thread, Passage] = {}
+        self.streams: list[Any] = []
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # weights are there before other streams read them
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.in_hand) or not self.outcomes.empty()
+
+    @property
+    def has_room(self) -> bool:
+        return len(self.in_hand) < len(DOORS)  # one behind every door
+
+    def form_of(self, job: Job) -> Form:
+        return self.form if self.fps is None else dataclasses.replace(self.form, fps=self.fps(job))
+
+    def start(self, batch: Batch) -> None:
+        passage = Passage(self, batch)
+        thread = threading.Thread(target=self._run, args=(passage,), name="stgfast-batch", daemon=True)
+        self.in_hand[thread] = passage
+        thread.start()
+
+    def stop(self) -> None:
+        """Batches that do not denoise yet are put down; the others are finished."""
+        self.stopping = True
+
+    def abort(self) -> None:
+        """Every batch is put down, at its next step."""
+        self.stopping = self.aborting = True
+        for passage in list(self.in_hand.values()):
+            passage.interrupt()
+
+    @contextmanager
+    def stream(self) -> Iterator[None]:
+        """On a GPU, work of one batch does not wait for that of another.
+
+        Streams are used again: the allocator keeps memory for each. Entered behind the text door, by one at a time.
+        """
+        if self.device.type != "cuda":
+            yield
+            return
+        stream = self.streams.pop() if self.streams else torch.cuda.Stream(self.device)
+        try:
+            with torch.cuda.stream(stream):
+                yield
+        finally:
+            self.streams.append(stream)
+
+    def wait(self, seconds: float) -> None:
+        """For what is in hand, but no longer than this."""
+        until = time.monotonic() + seconds
+        for thread in list(self.in_hand):
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _run(self, passage: Passage) -> None:
+        try:
+            for outcome in passage.outcomes():
+                self.outcomes.put(outcome)
+        except BaseException as error:  # which the run has to hear of, whatever it is
+            self.outcomes.put(Stopped(passage.left(), error))
+        finally:
+            passage.leave()
+            passage.close()
+            del self.in_hand[threading.current_thread()]
+
+
+class Passage:
+    """One batch on its way through the doors."""
+
+    def __init__(self, worker: Worker, batch: Batch):
+        self.worker, self.batch = worker, batch
+        self.held: list[str] = []
+        self.seconds: dict[str, float] = {}
+        self.settled: set[int] = set()
+        self.errors: dict[int, BaseException] = {}  # of the decoder, by the clip's place in the batch
+        self.started = self.decoding = 0.0  # when the denoiser was entered, and the decoder
+        self.pipe: Any = self._copy()
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """What became of every job; none is left out."""
+        for outcome in self._outcomes():
+            tasks = (outcome.task,) if isinstance(outcome, (Written, Failed)) else outcome.tasks
+            self.settled |= {task.id for task in tasks}
+            yield outcome
+
+    def interrupt(self) -> None:
+        """Denoising, where it is, has no further steps."""
+        self.pipe._interrupt = True
+
+    def close(self) -> None:
+        """Let go of what the batch has had: its pipeline knows it by its stand-ins."""
+        self.pipe = SimpleNamespace()
+
+    def left(self) -> tuple[Task, ...]:
+        return tuple(task for task in self.batch.tasks if task.id not in self.settled)
+
+    def _outcomes(self) -> Iterator[Outcome]:
+        tasks = self.batch.tasks
+        again = None
+        for alone in (False, True) if self.worker.overlap else (True,):
+            try:
+                clips = self._clips(alone)
+                break
+            except Stopping:
+                yield Stopped(tasks)
+                return
+            except NotStackable as error:
+                yield Again(tasks, str(error), apart=True)
+                return
+            except Exception as error:
+                self.leave()
+                if not is_out_of_memory(error):
+                    broken = self._broken()
+                    if broken is not None:
+                        yield Stopped(tasks, broken)
+                    elif len(tasks) > 1:
+                        yield Again(tasks, _said(error), apart=True)
+                    else:
+                        yield Failed(tasks[0], _said(error), self._share(), "".join(traceback.format_exception(error)))
+                    return
+                if len(tasks) > 1 or alone:
+                    again = _said(error)
+            # Outside of the handler: what the error held is free now.
+            free(self.worker.device)
+            if again is not None:
+                if len(tasks) > 1:
+                    yield Again(tasks, again, self.batch.shape, rows=len(tasks) // 2)
+                else:
+                    yield Failed(tasks[0], f"out of memory, with nothing else running: {again}", self._share())
+                return
+            self.pipe = self._copy()
+        yield from self._written(clips)
+
+    def _clips(self, alone: bool) -> Any:
+        """The frames of every clip, by the pipeline's own call.
+
+        `alone`, nothing else is on the device meanwhile: memory was short, or models are moved to and fro.
+        """
+        for door in (DECODER, DENOISER, TEXT) if alone else (TEXT,):
+            self._pass(door)
+        self.errors.clear()
+        with self.worker.stream():
+            started = time.monotonic()
+            self._rehearse()
+            self.seconds[TEXT] = time.monotonic() - started
+            if not alone:
+                self.leave()
+                self._pass(DENOISER)
+            if self.worker.stopping:
+                raise Stopping
+            self.started, self.decoding = time.monotonic(), 0.0
+            frames = self.pipe(**self._arguments()).frames
+            self._synchronize()
+            ended = time.monotonic()
+            self.seconds[DENOISER if not self.decoding else DECODER] = ended - (self.decoding or self.started)
+        self.leave()
+        if len(frames) != len(self.batch):
+            raise RuntimeError(f"the pipeline's clips: got {len(frames)}, expected {len(self.batch)}")
+        return frames
+
+    def _written(self, clips: Any) -> Iterator[Outcome]:
+        for place, task in enumerate(self.batch.tasks):
+            if place in self.errors:
+                error = self.errors[place]
+                if is_out_of_memory(error):
+                    yield Again((task,), _said(error), apart=True)
+                else:
+                    yield Failed(task, _said(error), self._share(), "".join(traceback.format_exception(error)))
+                continue
+            path = self.worker.scratch / task.file
+            self._pass(WRITER)
+            if self.worker.aborting:
+                yield Stopped(self.left())
+                return
+            try:
+                started = time.monotonic()
+                discard(path)
+                form = self.worker.form_of(task.job)
+                write(path, _pixels(clips[place]), form, metadata_for(task, form))
+                share = {**self._share(), WRITER: round(time.monotonic() - started, 4)}
+            except OSError as fault:  # the disk's, and not the job's: the run cannot go on
+                yield Stopped(self.left(), fault)
+                return
+            except Exception as fault:
+                discard(path)
+                yield Failed(task, _said(fault), self._share(), "".join(traceback.format_exception(fault)))
+                continue
+            finally:
+                self.leave()
+            yield Written(task, path, share)
+
+    # The pipeline's call
+
+    def _copy(self) -> Any:
+        pipe = copy.copy(self.worker.pipe)
+        parts = vars(pipe)
+        parts["scheduler"] = copy.deepcopy(pipe.scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        if isinstance(getattr(pipe, "vae", None), nn.Module):
+            parts["vae"] = copy.copy(pipe.vae)  # the same weights; what a decoder keeps between calls is its own
+            vars(parts["vae"])["decode"] = self._decode_with(parts["vae"].decode)
+        return pipe
+
+    def _arguments(self) -> dict[str, Any]:
+        """The call's arguments. Generators begin anew with it: each job's own, on the CPU, as on any machine."""
+        jobs = [task.job for task in self.batch.tasks]
+        first = jobs[0]
+        known = inspect.signature(type(self.pipe).__call__).parameters
+        frames = "num_frames" if "num_frames" in known else "video_length"
+        sizes = {"width": first.width, "height": first.height, frames: first.num_frames}
+        given = {**sizes, "num_inference_steps": first.steps, "stg": first.guidance}
+        call: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        call |= first.pipeline
+        if "prompt" in known:
+            call["prompt"] = [job.prompt for job in jobs]
+        if first.negative_prompt is not None:
+            call["negative_prompt"] = [job.negative_prompt for job in jobs]
+        if first.image is not None:
+            call["image"] = read_image(first.image)
+        call["generator"] = [torch.Generator().manual_seed(job.seed) for job in jobs]
+        return {**call, "output_type": "np"}
+
+    def _rehearse(self) -> None:
+        """Make the call up to its latents: what is wrong with it is known, and its prompts are encoded."""
+        if not hasattr(self.pipe, "encode_prompt"):
+            return
+        parts = vars(self.pipe)
+        parts["encode_prompt"] = self.worker.texts.encoding(self.pipe, len(self.batch))
+        if not hasattr(self.pipe, "prepare_latents"):
+            return  # then prompts are encoded when the call comes to them
+
+        def reached(*_: Any, **__: Any) -> Any:
+            raise _Reached
+
+        parts["prepare_latents"] = reached
+        try:
+            self.pipe(**self._arguments())
+        except _Reached:  # which is where it was to go
+            parts["scheduler"] = copy.deepcopy(self.worker.pipe.scheduler)
+        finally:
+            del parts["prepare_latents"]
+
+    def _decode_with(self, decode: Callable[..., Any]) -> Callable[..., Any]:
+        """The VAE's `decode`, which gives the denoiser up first, and then does one clip at a time."""
+
+        def standing_in(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if self.worker.aborting:
+                raise Stopping
+            if not self.decoding:
+                self._synchronize()
+                self.seconds[DENOISER] = time.monotonic() - self.started
+                if DECODER not in self.held:
+                    self.leave()
+                    self._pass(DECODER)
+                self.decoding = time.monotonic()
+            return self._decoded(decode, latents, args, kwargs)
+
+        return standing_in
+
+    def _decoded(self, decode: Callable[..., Any], latents: Tensor, args: Any, kwargs: Any) -> Any:
+        count = len(self.batch)
+        if latents.ndim != 5 or len(latents) != count:  # frames of all clips, some at a time
+            return self._decode_one(decode, latents, args, kwargs)
+        outputs: dict[int, Any] = {}
+        for place in range(count):
+            one = [_row(value, place, count) for value in args]
+            named = {name: _row(value, place, count) for name, value in kwargs.items()}
+            try:
+                outputs[place] = self._decode_one(decode, latents[place : place + 1], one, named)
+            except Exception as error:
+                if count == 1:
+                    raise
+                self.errors[place] = error.with_traceback(None)  # whose frames hold tensors
+        if not outputs:
+            raise self.errors[0]
+        stand_in = next(iter(outputs.values()))  # keeps the place of a clip that failed
+        return _stacked([outputs.get(place, stand_in) for place in range(count)])
+
+    def _decode_one(self, decode: Callable[..., Any], latents: Tensor, args: Any, kwargs: Any) -> Any:
+        try:
+            return decode(latents, *args, **kwargs)
+        except Exception as error:
+            if not is_out_of_memory(error) or DENOISER in self.held:
+                raise
+        self._pass(DENOISER)  # it may be that the next batch had the memory: decode while none denoises
+        try:
+            free(self.worker.device)
+            return decode(latents, *args, **kwargs)
+        finally:
+            self._leave(DENOISER)
+
+    # Doors, clocks, streams
+
+    def _pass(self, door: str) -> None:
+        """Wait in front of a door. Who wants several takes decoder, denoiser, text, in this order."""
+        self.worker.doors[door].acquire()
+        self.held.append(door)
+
+    def _leave(self, door: str) -> None:
+        self.held.remove(door)
+        self.worker.doors[door].release()
+
+    def leave(self) -> None:
+        for door in list(self.held):
+            self._leave(door)
+
+    def _share(self) -> dict[str, float]:
+        """Seconds per stage, a clip's share of its batch's."""
+        count = len(self.batch)
+        return {stage: round(self.seconds[stage] / count, 4) for stage in DOORS if stage in self.seconds}
+
+    def _synchronize(self) -> None:
+        if self.worker.device.type == "cuda":
+            torch.cuda.current_stream(self.worker.device).synchronize()
+
+    def _broken(self) -> BaseException | None:
+        """Whether the device itself is past use, as it is after some errors, and every further job would fail."""
+        if self.worker.device.type != "cuda":
+            return None
+        try:
+            torch.cuda.synchronize(self.worker.device)
+        except RuntimeError as error:
+            return error
+        return None
+
+
+class _Reached(Exception):
+    """A rehearsal is where it was to go."""
+
+
+def metadata_for(task: Task, form: Form) -> dict[str, Any]:
+    """What a clip says of how it was made: enough to make it again."""
+    return {"job": task.job.to_dict(), "model": task.model, "fps": form.fps, "version": __version__}
+
+
+def _pixels(clip: Any) -> Frames:
+    """Frames from 0 to 1, as bytes."""
+    frames = np.asarray(clip, dtype=np.float32)
+    if not np.isfinite(frames).all():
+        raise ValueError("the clip's frames: got numbers that are not finite, expected 0 to 1; try another dtype")
+    pixels: Frames = (frames * 255).round().clip(0, 255).astype(np.uint8)
+    return pixels
+
+
+def _row(value: Any, place: int, count: int) -> Any:
+    rows = isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
+    return value[place : place + 1] if rows else value
+
+
+def _stacked(outputs: list[Any]) -> Any:
+    """Decoder outputs of one clip each as one."""
+    first = outputs[0]
+    if isinstance(first, tuple):
+        return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))
+    if isinstance(first, Tensor):
+        return torch.cat(outputs)
+    return type(first)(sample=torch.cat([output.sample for output in outputs]))
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"[:2000]

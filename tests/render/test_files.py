@@ -1,0 +1,134 @@
+"""Clips as files: what goes in comes out, and a file is whole or not there."""
+
+import errno
+import json
+import os
+
+import numpy as np
+import pytest
+
+from stgfast.errors import SettingsError
+from stgfast.render import files
+from stgfast.render.files import Form, discard, metadata_of, publish, read_frames, write
+
+SAID = {"job": {"prompt": "<script>alert(1)</script> über \u2603", "seed": 3}, "model": "m"}
+
+
+def clip(frames=6, height=48, width=64):
+    """Colours that move, and that a wrong matrix would change."""
+    y, x = np.mgrid[:height, :width]
+    ramp = [np.stack([x * 255 / width, y * 255 / height, 0 * x + 40 * t], -1) for t in range(frames)]
+    return np.stack(ramp).astype(np.uint8)
+
+
+@pytest.mark.parametrize(("kind", "budget"), [("mp4", 12), ("gif", 40), ("png", 0)])
+def test_round_trip(tmp_path, kind, budget):
+    form = Form(kind=kind, fps=10, crf=1)
+    path = tmp_path / form.file("clip")
+    write(path, clip(), form, SAID)
+    assert metadata_of(path) == SAID
+    back = read_frames(path)
+    assert back.shape == clip().shape
+    assert np.abs(back.astype(int) - clip()).mean() <= budget / 2
+    assert np.abs(back.astype(int) - clip()).max() <= budget
+
+
+def test_mp4_is_what_players_want(tmp_path):
+    import av
+
+    write(tmp_path / "a.mp4", clip(height=33, width=47), Form(fps=29.97), SAID)  # odd sides
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.width, stream.height) == (48, 34)
+        assert float(stream.average_rate) == pytest.approx(29.97, abs=0.01)
+        assert stream.frames == 6
+        assert stream.codec_context.colorspace == 1  # BT.709
+    data = (tmp_path / "a.mp4").read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat")  # plays while it loads
+
+
+def test_names_get_one_ending():
+    assert Form().file("kite") == Form().file("kite.mp4") == "kite.mp4"
+    assert Form(kind="png").file("kite") == "kite"
+    assert Form(kind="gif").file("kite.mp4") == "kite.mp4.gif"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"kind": "avi"}, {"fps": 0}, {"fps": float("nan")}, {"crf": 52}, {"crf": 1.5}, {"fps": True}]
+)
+def test_wrong_forms(wrong):
+    with pytest.raises(SettingsError, match="got"):
+        Form(**wrong)
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 8, 3), (2, 8, 8, 4), (8, 8, 3)])
+def test_wrong_frames(tmp_path, shape):
+    with pytest.raises(SettingsError, match="frames: got"):
+        write(tmp_path / "a.mp4", np.zeros(shape, np.uint8), Form(), SAID)
+
+
+@pytest.mark.parametrize("kind", ["mp4", "png"])
+def test_publish_replaces_nothing(tmp_path, kind):
+    form = Form(kind=kind)
+    aside, final = tmp_path / "aside", tmp_path / form.file("a")
+    write(aside, clip(), form, SAID)
+    final.write_text("somebody else's")
+    with pytest.raises(FileExistsError):
+        publish(aside, final)
+    assert final.read_text() == "somebody else's"
+    final.unlink()
+    final.symlink_to(tmp_path / "nowhere")  # a link is something too
+    with pytest.raises(FileExistsError):
+        publish(aside, final)
+    final.unlink()
+    publish(aside, final)
+    assert metadata_of(final) == SAID
+    assert not aside.exists()
+
+
+def test_written_means_synced(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.readlink(f"/proc/self/fd/{handle}")))
+    write(tmp_path / "a", clip(), Form(kind="png"), SAID)
+    assert synced == [*(str(tmp_path / "a" / f"{n:04}.png") for n in range(6)), str(tmp_path / "a")]
+    publish(tmp_path / "a", tmp_path / "b")
+    assert synced[-1] == str(tmp_path)
+
+
+def test_discard(tmp_path):
+    (tmp_path / "folder" / "inner").mkdir(parents=True)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "kept")
+    for name in ("folder", "link", "nothing"):
+        discard(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_disk_full(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "a.mp4", clip(), Form(), SAID)
+
+
+def test_clips_that_say_nothing(tmp_path):
+    import av
+    from PIL import Image
+
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "empty").mkdir()
+    with av.open(str(tmp_path / "foreign.mp4"), "w") as container:
+        container.metadata["comment"] = json.dumps(["not", "ours"])
+        stream = container.add_stream("libx264", rate=24)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuv420p"
+        container.mux(stream.encode(av.VideoFrame(16, 16, "yuv420p")))
+        container.mux(stream.encode())
+    for name in ("plain.png", "broken.mp4", "empty", "foreign.mp4", "none.mp4", "a.txt"):
+        with pytest.raises(SettingsError, match="clip: got"):
+            metadata_of(tmp_path / name)
+    assert files.ENDINGS.keys() == files.WRITERS.keys()

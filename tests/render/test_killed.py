@@ -1,0 +1,18 @@
+"""Killed at random moments and started again. The same with 200 jobs and 20 kills: `python -m tests.render.killed`."""
+
+import json
+import os
+import subprocess
+import sys
+
+
+def test_killed_and_started_again(tmp_path):
+    command = [sys.executable, "-m", "tests.render.killed", "--folder", str(tmp_path / "run")]
+    sizes = ["--jobs", "24", "--kills", "4", "--bad", "3"]
+    ended = subprocess.run(
+        [*command, *sizes], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    result = json.loads(ended.stdout.splitlines()[-1])
+    assert (result["kills"], result["clips"]) == (4, 21)
+    assert result["attempts"] > 21  # a kill that hits nothing in hand shows nothing

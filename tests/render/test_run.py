@@ -1,0 +1,598 @@
+"""Whole runs on tiny pipelines: clips that depend on nothing but their job, and faults that stay where they are."""
+
+import contextlib
+import errno
+import functools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import stgfast
+from stgfast import Guidance, Perturbation
+from stgfast.errors import SettingsError
+from stgfast.render import files, run, worker
+from stgfast.render.files import metadata_of, read_frames
+from stgfast.render.gallery import NAME
+from stgfast.render.jobs import Job
+from stgfast.render.run import BadJobs, DeviceError, render
+from stgfast.render.store import FOLDER, Store, StoreError
+from tests.render import pipes
+
+TEXT = {"pipeline": {"max_sequence_length": 16}}
+STATE = ("jobs.db", "jobs.db-wal", "jobs.db-shm", "lock")  # a full disk keeps the log of the list
+PROMPTS = ("a red kite", "the grey sea", "a dog runs")
+
+
+def some(count=6, **more):
+    """Jobs of two shapes, with prompts that come again."""
+    return [
+        {**pipes.CALL, **TEXT, "prompt": PROMPTS[n % 3], "seed": n, "name": f"k{n}", "width": 32 + 16 * (n % 2), **more}
+        for n in range(count)
+    ]
+
+
+@pytest.fixture
+def pipe():
+    return stgfast.accelerate(pipes.pipeline("wan"), Guidance(Perturbation([1])))
+
+
+@pytest.fixture
+def latents(monkeypatch):
+    """What comes to the decoder, by the name of the clip."""
+    seen = {}
+    decoded = worker.Passage._decoded
+
+    def recording(self, decode, latents, *rest):
+        names = [task.job.name for task in self.batch.tasks]
+        seen.update(zip(names, latents.detach().clone(), strict=True))
+        return decoded(self, decode, latents, *rest)
+
+    monkeypatch.setattr(worker.Passage, "_decoded", recording)
+    return seen
+
+
+def go(pipe, jobs, out, events=None, **more):
+    listener = None if events is None else events.append
+    return render(pipe, jobs, out, **{"format": "png", "listener": listener, **more})
+
+
+def told(events, name):
+    return [event for event in events if event["event"] == name]
+
+
+def entries(out):
+    """All but the page about them."""
+    return sorted(path.name for path in out.iterdir() if path.name != NAME)
+
+
+def left_behind(out):
+    return sorted(path.name for path in (out / FOLDER).iterdir() if path.name not in STATE)
+
+
+class Decoder:
+    """Stands in for the decoder of a pipeline: calls go through `before(latents)` first."""
+
+    def __init__(self, pipe, before):
+        kind = type(pipe.vae)
+
+        class Watched(kind):
+            def decode(self, latents, *args, **kwargs):
+                before(latents)
+                return kind.decode(self, latents, *args, **kwargs)
+
+        pipe.vae.__class__ = Watched
+
+
+@pytest.mark.parametrize("family", ["wan", "ltx", "mochi", "cogvideox"])
+def test_a_clip_is_the_same_in_any_company(tmp_path, latents, family):
+    pipe = stgfast.accelerate(pipes.pipeline(family), Guidance(Perturbation([1]), rescale=0.5))
+    jobs = some(5, width=32, num_frames=9 if family == "ltx" else 5, steps=3)
+    del jobs[4]["pipeline"], jobs[4]["name"]
+    jobs[4] |= {"pipeline": {**TEXT["pipeline"], "guidance_scale": 2.0}, "name": "k4"}
+    events = []
+    assert go(pipe, jobs, tmp_path / "together", events).done == 5
+    assert sorted(len(event["files"]) for event in told(events, "claimed")) == [1, 4]
+    together = dict(latents)
+    latents.clear()
+    for job in reversed(jobs):  # and the plain call, of the pipeline itself
+        assert go(pipe, [job], tmp_path / "alone").rendered == 1
+    plain = pipe(  # as anybody would call it
+        **{key: value for key, value in jobs[1].items() if key not in ("seed", "name", "steps", "pipeline")},
+        max_sequence_length=16,
+        num_inference_steps=3,
+        generator=torch.Generator().manual_seed(1),
+        output_type="np",
+    ).frames[0]
+    assert np.abs(plain * 255 - read_frames(tmp_path / "alone" / "k1")).max() < 0.51
+    assert set(together) == set(latents)
+    for name, latent in together.items():
+        torch.testing.assert_close(latent, latents[name], rtol=0, atol=1e-5 * float(latent.abs().max()), msg=name)
+    assert (together["k0"] - together["k3"]).abs().mean() > 0.1  # the same prompt, another seed
+    for name in together:
+        one, other = (read_frames(tmp_path / where / name).astype(int) for where in ("together", "alone"))
+        assert np.abs(one - other).max() <= 1
+
+
+def test_nothing_is_rendered_twice(tmp_path, pipe):
+    first, second = [], []
+    report = go(pipe, some(), tmp_path, first, format="mp4")
+    assert (report.done, report.rendered, report.code) == (6, 6, 0)
+    assert entries(tmp_path) == [FOLDER, *(f"k{n}.mp4" for n in range(6))]
+    assert all(f'"k{n}.mp4"' in (tmp_path / NAME).read_text() for n in range(6))
+    assert left_behind(tmp_path) == []
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.mp4")}
+    report = go(pipe, some(7), tmp_path, second, format="mp4")
+    assert (report.done, report.rendered) == (7, 1)
+    assert before.items() < {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*.mp4")}.items()
+    third = []
+    assert go(pipe, some(7), tmp_path, third, format="mp4").rendered == 0
+    assert told(third, "loading") == []  # the model is not even loaded
+    with Store(tmp_path) as store:
+        for row in store.rows(every=True):
+            assert row.attempts == 1
+            assert set(row.seconds) == {"text", "denoise", "decode", "write"}
+            assert all(seconds >= 0 for seconds in row.seconds.values())
+
+
+def test_a_clip_says_how_to_make_it_again(tmp_path, pipe):
+    job = some(1, guidance={"perturbations": [{"layers": [2], "scale": 1.5}]}, negative_prompt="bad")[0]
+    go(pipe, [job], tmp_path / "one")
+    said = metadata_of(tmp_path / "one" / "k0")
+    assert said["job"]["prompt"] == job["prompt"]
+    assert said["job"]["guidance"]["perturbations"][0]["scale"] == 1.5
+    go(pipe, [said["job"]], tmp_path / "two")
+    assert (read_frames(tmp_path / "one" / "k0") == read_frames(tmp_path / "two" / "k0")).all()
+    go(pipe, some(1), tmp_path / "three")  # guided as the pipeline was handed over, which the clip says too
+    assert metadata_of(tmp_path / "three" / "k0")["job"]["guidance"]["perturbations"][0]["layers"] == [1]
+
+
+def test_text_is_read_once_and_ahead(tmp_path, pipe):
+    read = []
+    kind = type(pipe.text_encoder)
+
+    class Reading(kind):
+        def forward(self, ids, *args, **kwargs):
+            read.append((threading.current_thread().ident, ids.shape))
+            return kind.forward(self, ids, *args, **kwargs)
+
+    pipe.text_encoder.__class__ = Reading
+    go(pipe, some(9), tmp_path, max_batch=2)
+    assert len(read) == 4  # three prompts, and the empty negative one
+    assert all(shape[0] == 1 for _, shape in read)
+
+
+def test_text_encoder_leaves_the_device(tmp_path, pipe, latents):
+    go(pipe, some(), tmp_path / "kept")
+    kept = dict(latents)
+    moves = []
+    encoder = pipe.text_encoder
+    encoder.to = lambda device: moves.append(str(device)) or encoder
+    go(pipe, some(), tmp_path / "gone", offload_text=True)
+    assert moves == ["cpu", "cpu", "cpu"]  # there and back once, for all prompts
+    assert pipe.text_encoder is encoder
+    for name, clip in kept.items():
+        assert torch.equal(clip, latents[name])
+
+
+def test_decoding_overlaps_denoising(tmp_path, pipe):
+    """A decoder that waits until the next batch denoises: without overlap, it would wait for ever."""
+    denoising, overlapped = threading.Event(), []
+    forward = type(pipe.transformer).forward
+    first = threading.Lock()
+
+    class Watched(type(pipe.transformer)):
+        def forward(self, *args, **kwargs):
+            if first.locked():
+                denoising.set()
+            return forward(self, *args, **kwargs)
+
+    def before(latents):
+        if first.acquire(blocking=False):
+            overlapped.append(denoising.wait(20))
+
+    pipe.transformer.__class__ = Watched
+    Decoder(pipe, before)
+    assert go(pipe, some(4), tmp_path, max_batch=1).done == 4
+    assert overlapped == [True]
+
+
+def test_out_of_memory_halves_and_is_remembered(tmp_path, pipe):
+    sizes = []
+    forward = type(pipe.transformer).forward
+
+    class Small(type(pipe.transformer)):
+        def forward(self, hidden_states, *args, **kwargs):
+            sizes.append(len(hidden_states))
+            if len(hidden_states) > 6:  # branches and clips
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            return forward(self, hidden_states, *args, **kwargs)
+
+    pipe.transformer.__class__ = Small
+    events = []
+    report = go(pipe, some(9, width=32), tmp_path, events)
+    assert (report.done, report.failed) == (9, 0)
+    assert [event["rows"] for event in told(events, "again")][:1] == [4]
+    assert max(sizes) > 6
+    with Store(tmp_path) as store:
+        remembered = store.connection.execute("SELECT rows FROM shapes").fetchall()
+        assert [row[0] for row in remembered] == [2] or [row[0] for row in remembered] == [4]
+        bound = remembered[0][0]
+    sizes.clear()
+    events.clear()
+    go(pipe, some(16, width=32), tmp_path, events)
+    assert max(len(event["files"]) for event in told(events, "claimed")) <= bound
+    assert told(events, "again") == []
+
+
+def test_out_of_memory_alone_is_tried_with_nothing_else_running(tmp_path, pipe):
+    raised = []
+
+    def before(latents):
+        if not raised:
+            raised.append(len(latents))
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 1")
+
+    Decoder(pipe, before)
+    assert go(pipe, some(2), tmp_path / "once").done == 2
+
+    def always(latents):
+        raise MemoryError
+
+    Decoder(pipe, always)
+    events = []
+    assert go(pipe, some(2, width=32), tmp_path / "ever", events).failed == 2
+    assert all("out of memory" in event["error"] or "MemoryError" in event["error"] for event in told(events, "failed"))
+
+
+def test_a_decoder_that_fails_fails_one_clip(tmp_path, pipe):
+    calls = []
+
+    def before(latents):
+        calls.append(len(latents))
+        if len(calls) == 2:
+            raise RuntimeError("the decoder broke")
+
+    Decoder(pipe, before)
+    events = []
+    report = go(pipe, some(4, width=32), tmp_path, events)
+    assert (report.done, report.failed, report.code) == (3, 1, 1)
+    (failed,) = told(events, "failed")
+    assert failed["error"] == "RuntimeError: the decoder broke"
+    assert set(calls) == {1}
+    assert len(calls) == 4  # nobody else was decoded twice
+    assert left_behind(tmp_path) == []
+    report = go(pipe, some(4, width=32), tmp_path)  # it stays failed, until it is asked for again
+    assert (report.rendered, report.failed) == (0, 1)
+    assert go(pipe, some(4, width=32), tmp_path, retry_failed=True).done == 4
+
+
+def test_a_broken_job_fails_alone(tmp_path, pipe):
+    encode = type(pipe).encode_prompt
+
+    class Broken(type(pipe)):
+        @functools.wraps(encode)
+        def encode_prompt(self, prompt, *args, **kwargs):
+            if prompt == ["the grey sea"]:
+                raise ValueError("no such words")
+            return encode(self, prompt, *args, **kwargs)
+
+    Broken.__name__ = type(pipe).__name__
+    pipe.__class__ = Broken
+    events = []
+    report = go(pipe, some(6, width=32), tmp_path, events)
+    assert (report.done, report.failed) == (4, 2)
+    assert {event["file"] for event in told(events, "failed")} == {"k1", "k4"}
+    assert all(event["apart"] for event in told(events, "again"))
+    assert any("no such words" in event["trace"] for event in told(events, "failed"))
+
+
+def test_frames_that_are_no_numbers(tmp_path, pipe):
+    def before(latents):
+        latents[0, 0, 0, 0, 0] = float("nan")
+
+    Decoder(pipe, before)
+    events = []
+    assert go(pipe, some(2), tmp_path, events).failed == 2
+    assert "not finite" in told(events, "failed")[0]["error"]
+    assert entries(tmp_path) == [FOLDER]
+
+
+def test_bad_lines_stop_everything_or_are_left_out(tmp_path, pipe):
+    jobs = [*some(2), {"prompt": "a", "name": "../up"}, {**some(1)[0], "name": "x", "width": 24}, 7, some(1)[0]]
+    events = []
+    with pytest.raises(BadJobs, match=r"got 4 bad lines, expected none \(line 3: name: got '\.\./up'"):
+        go(pipe, jobs, tmp_path, events)
+    assert [event["line"] for event in told(events, "bad")] == [3, 4, 5, 6]
+    assert told(events, "loading") == []
+    assert entries(tmp_path) == [FOLDER]
+    with Store(tmp_path) as store:
+        assert list(store.rows(every=True)) == []
+    report = go(pipe, jobs, tmp_path, skip_bad=True)
+    assert (report.done, report.bad, report.code) == (2, 4, 1)
+    assert entries(tmp_path) == [FOLDER, "k0", "k1"]
+
+
+def test_image_to_video_is_rendered_one_by_one(tmp_path):
+    """Whatever takes an image: here a pipeline that takes it, and shows it to nobody."""
+    from PIL import Image
+
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    seen = []
+    pipe = pipes.pipeline("wan")
+    original = type(pipe)
+
+    class WanPipeline(original):
+        def __call__(
+            self, prompt=None, image=None, height=32, width=32, num_frames=5, num_inference_steps=2, guidance_scale=5.0,
+            guidance_scale_2=None, generator=None, output_type="np", max_sequence_length=16, num_videos_per_prompt=1,
+        ):  # fmt: skip
+            seen.append((image.size, image.mode, len(prompt)))
+            return super().__call__(
+                prompt, height=height, width=width, num_frames=num_frames, num_inference_steps=num_inference_steps,
+                generator=generator, output_type=output_type, max_sequence_length=max_sequence_length,
+            )  # fmt: skip
+
+    pipe.__class__ = WanPipeline
+    jobs = [{"prompt": "a", "image": str(tmp_path / "a.png"), "seed": n} for n in range(2)]
+    assert go(pipe, jobs, tmp_path / "out").done == 2
+    assert set(seen) == {((32, 32), "RGB", 1)}
+
+
+def test_the_disk_is_full(tmp_path, pipe, monkeypatch):
+    """Nothing half-written, nothing lost; what is left is rendered by the next start."""
+    whole, room = files.WRITERS["png"], [2]
+
+    def writer(path, *rest):
+        whole(path, *rest)
+        room[0] -= 1
+        if room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setitem(files.WRITERS, "png", writer)
+    events = []
+    with pytest.raises(StoreError, match=r"No space left on device.*what is done is kept"):
+        go(pipe, some(), tmp_path, events, max_batch=2)
+    assert len(entries(tmp_path)) == 3
+    assert left_behind(tmp_path) == []
+    with Store(tmp_path) as store:
+        assert sorted(row.status for row in store.rows(every=True)) == ["done"] * 2 + ["pending"] * 4
+    room[0] = 100
+    report = go(pipe, some(), tmp_path)
+    assert (report.done, report.rendered) == (6, 4)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A file system of its own, with hardly any room."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=768k", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # an error that is shown may hold a file
+
+
+def test_a_disk_that_is_really_full(small, pipe):
+    """Whoever meets it first, the clip's writer or the list of jobs; after room is made, the rest is rendered."""
+    padding = small / "padding"
+    padding.write_bytes(b"x" * (584 << 10))
+    with pytest.raises(StoreError, match=r"No space left|disk is full|disk I/O error"):
+        go(pipe, some(24, width=64, height=64), small / "out", max_batch=2)
+    for name in entries(small / "out")[1:]:
+        assert read_frames(small / "out" / name).shape == (5, 64, 64, 3)
+    padding.unlink()
+    report = go(pipe, some(4, width=64, height=64), small / "out")
+    assert report.done == 4
+    assert left_behind(small / "out") == []
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, pipe, monkeypatch):
+    mkdir = os.mkdir
+
+    def refused(path, *rest, **more):
+        if str(path).startswith(str(tmp_path / "out")):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        mkdir(path, *rest, **more)
+
+    monkeypatch.setattr(os, "mkdir", refused)  # root may write everywhere: no mode keeps it out
+    with pytest.raises(StoreError, match="Permission denied"):
+        go(pipe, some(1), tmp_path / "out")
+
+
+def test_the_folder_is_deleted_meanwhile(tmp_path, pipe):
+    gone = threading.Event()
+
+    def before(latents):
+        if not gone.is_set():
+            gone.set()
+            shutil.rmtree(tmp_path / "out")
+
+    Decoder(pipe, before)
+    with pytest.raises(StoreError, match="output folder"):
+        go(pipe, some(4), tmp_path / "out", max_batch=1)
+    assert gone.is_set()
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_clock_goes_back(tmp_path, pipe, monkeypatch):
+    now = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    assert go(pipe, some(4), tmp_path).done == 4
+    with Store(tmp_path) as store:
+        assert all(seconds >= 0 for row in store.rows(every=True) for seconds in row.seconds.values())
+
+
+def test_two_runners_at_once(tmp_path):
+    """Each renders some, neither any that the other has, and both end when all is done."""
+    reports, events = {}, {0: [], 1: []}
+
+    def one(number):
+        pipe = stgfast.accelerate(pipes.pipeline("wan"), Guidance(Perturbation([1])))
+        reports[number] = go(pipe, some(12), tmp_path, events[number], max_batch=1)
+
+    threads = [threading.Thread(target=one, args=(number,)) for number in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert {report.done for report in reports.values()} == {12}
+    assert sum(report.rendered for report in reports.values()) == 12
+    assert min(report.rendered for report in reports.values()) > 0
+    done = [event["file"] for number in events for event in told(events[number], "done")]
+    assert len(done) == len(set(done)) == 12
+    assert left_behind(tmp_path) == []
+
+
+def interrupting(pipe, times):
+    """Interrupts this process when the first clip is denoised."""
+    forward = type(pipe.transformer).forward
+    sent = []
+
+    class Interrupting(type(pipe.transformer)):
+        def forward(self, *args, **kwargs):
+            while len(sent) < times:
+                sent.append(os.kill(os.getpid(), signal.SIGINT))
+                time.sleep(0.3)
+            return forward(self, *args, **kwargs)
+
+    pipe.transformer.__class__ = Interrupting
+
+
+def test_an_interruption_finishes_what_is_in_hand(tmp_path, pipe):
+    interrupting(pipe, 1)
+    events = []
+    handler = signal.getsignal(signal.SIGINT)
+    report = go(pipe, some(12), tmp_path, events, max_batch=2)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert (report.interrupted, report.code) == (True, 130)
+    assert report.done == report.rendered == 2
+    assert report.waiting == 10
+    assert len(entries(tmp_path)) == 3
+    assert go(pipe, some(12), tmp_path, max_batch=2).done == 12
+
+
+def test_a_second_interruption_stops_at_once(tmp_path, pipe):
+    interrupting(pipe, 2)
+    report = go(pipe, some(12, steps=50), tmp_path, max_batch=2)
+    assert (report.code, report.done, report.waiting) == (130, 0, 12)
+    assert entries(tmp_path) == [FOLDER]
+    assert left_behind(tmp_path) == []
+
+
+def test_a_device_past_use_ends_the_run(tmp_path, pipe, monkeypatch):
+    """After some errors every further job would fail, for no fault of its own."""
+    broken = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(worker.Passage, "_broken", lambda self: broken)
+
+    def before(latents):
+        raise broken
+
+    Decoder(pipe, before)
+    with pytest.raises(DeviceError, match="illegal memory access"):
+        go(pipe, some(9), tmp_path, max_batch=1)
+    with Store(tmp_path) as store:
+        assert {row.status for row in store.rows(every=True)} == {"pending"}
+
+
+def test_a_worker_that_breaks_ends_the_run(tmp_path, pipe, monkeypatch):
+    monkeypatch.setattr(worker, "_said", lambda error: 1 / 0)
+
+    def before(latents):
+        raise ValueError
+
+    Decoder(pipe, before)
+    with pytest.raises(DeviceError, match="ZeroDivisionError"):
+        go(pipe, some(3), tmp_path, max_batch=1)
+    assert left_behind(tmp_path) == []
+
+
+def test_models_that_move_are_not_overlapped(tmp_path, pipe):
+    """Under offloading, one call is whole before the next begins: no prompt is read while another clip is made."""
+    pipe._all_hooks = ["a hook of accelerate's"]
+    kind, model = type(pipe), type(pipe.transformer)
+    working, meanwhile = [], []
+
+    class Reading(kind):
+        @functools.wraps(kind.encode_prompt)
+        def encode_prompt(self, *args, **kwargs):
+            meanwhile.extend(working)
+            return kind.encode_prompt(self, *args, **kwargs)
+
+    class Slow(model):
+        def forward(self, *args, **kwargs):
+            working.append("denoiser")
+            time.sleep(0.02)
+            working.pop()
+            return model.forward(self, *args, **kwargs)
+
+    def before(latents):
+        working.append("decoder")
+        time.sleep(0.1)
+        working.pop()
+
+    Reading.__name__ = kind.__name__
+    pipe.__class__, pipe.transformer.__class__ = Reading, Slow
+    Decoder(pipe, before)
+    jobs = [{**job, "prompt": f"a {job['seed']}"} for job in some(6)]
+    assert go(pipe, jobs, tmp_path / "whole", max_batch=1).done == 6
+    assert meanwhile == []
+    del pipe._all_hooks
+    assert go(pipe, jobs, tmp_path / "overlapped", max_batch=1).done == 6
+    assert meanwhile != []
+
+
+def test_a_pipeline_is_left_alone(tmp_path, pipe):
+    """Its scheduler, its decoder, its text encoder: what a run changes, it changes on copies."""
+    parts = ("scheduler", "vae", "text_encoder")
+    before = {name: dict(vars(getattr(pipe, name))) for name in parts}
+    own = dict(vars(pipe))
+    assert go(pipe, some(4), tmp_path, max_batch=2, offload_text=True).done == 4
+    assert vars(pipe) == own
+    for name in parts:
+        now = vars(getattr(pipe, name))
+        assert now.keys() == before[name].keys(), name
+        assert all(now[key] is before[name][key] for key in now), name
+
+
+def test_ten_thousand_jobs(tmp_path, pipe):
+    path = tmp_path / "jobs.jsonl"
+    with path.open("w") as file:
+        for number in range(10_000):
+            size = 32 + 16 * (number % 7)
+            job = {"prompt": f"a kite {number} " + "and more " * 20, "seed": number, "width": size, "steps": 4}
+            file.write(json.dumps(job) + "\n")
+
+    def most():  # kilobytes of memory, of this process, since the mark was set back
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = most()
+    report = go(pipe, path, tmp_path / "out", plan_only=True)
+    with Store(tmp_path / "out") as store:
+        assert sum(1 for _ in store.rows(every=True)) == 10_000
+    assert (report.waiting, report.rendered) == (10_000, 0)
+    assert most() - before < 50 * 1024
+
+
+def test_wrong_arguments(tmp_path, pipe):
+    for wrong, message in (
+        ({"max_batch": 0}, "max_batch: got 0, expected a number of clips"),
+        ({"format": "avi"}, "format: got 'avi'"),
+        ({"fps": -1}, "fps: got -1"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            go(pipe, some(1), tmp_path, **wrong)
+    with contextlib.suppress(BadJobs):
+        go(pipe, [Job(prompt="a", width=24)], tmp_path)
+    assert run.Report(1, 0, 0, 0, 1, 1.0).code == 0

@@ -1,0 +1,313 @@
+"""The state of an output folder: claims, deaths, renames that were cut short, and strange folders."""
+
+import json
+import os
+import signal
+import sqlite3
+import time
+
+import pytest
+
+from stgfast import Guidance, Perturbation
+from stgfast.errors import SettingsError
+from stgfast.render import store as state
+from stgfast.render.jobs import Job
+from stgfast.render.store import CLAIMED, DONE, FAILED, FOLDER, PENDING, Store, StoreError, trusted
+
+
+def jobs(count, **more):
+    return [Job(prompt="a kite", seed=seed, name=f"k{seed}", **more) for seed in range(count)]
+
+
+def take_up(store, some, model="m", ending=".mp4"):
+    for number, job in enumerate(some, 1):
+        store.stage(job, job.name + ending, number)
+    with store.taking_up(model, []) as bad:
+        return list(bad)
+
+
+def statuses(store):
+    return {row.file: row.status for row in store.rows()}
+
+
+def finish(store, task, text="whole"):
+    aside = store.scratch / task.file
+    aside.write_text(text)
+    assert store.finish(task, aside, {"denoise": 1.5})
+
+
+def test_from_claim_to_done(tmp_path):
+    with Store(tmp_path / "new" / "out") as store:
+        assert take_up(store, jobs(3)) == []
+        batch = store.claim(2, "cpu")
+        assert [task.file for task in batch.tasks] == ["k0.mp4", "k1.mp4"]
+        assert store.counts() == {"pending": 1, "claimed": 2, "publishing": 0, "done": 0, "failed": 0}
+        finish(store, batch.tasks[0])
+        store.fail(batch.tasks[1], "ValueError: why", {"text": 0.5})
+        done, failed, waiting = store.rows()
+        assert (done.status, done.seconds, done.attempts, done.error) == (DONE, {"denoise": 1.5}, 1, None)
+        assert (failed.status, failed.error, failed.line) == (FAILED, "ValueError: why", 2)
+        assert (waiting.status, waiting.job) == (PENDING, jobs(3)[2])
+        assert store.claim(2, "cpu").tasks[0].file == "k2.mp4"
+        assert store.claim(2, "cpu") is None
+    out = tmp_path / "new" / "out"
+    assert sorted(path.name for path in out.iterdir()) == [FOLDER, "k0.mp4"]
+    assert sorted(path.name for path in (out / FOLDER).iterdir()) == ["jobs.db", "lock"]
+
+
+def test_a_second_start_goes_on(tmp_path):
+    with Store(tmp_path) as store:
+        take_up(store, jobs(3))
+        first, second, third = store.claim(3, "cpu").tasks
+        finish(store, first)
+        store.fail(second, "no", {})
+    with Store(tmp_path) as store:  # the third was in hand when the first run ended
+        assert take_up(store, jobs(4)) == []
+        assert list(statuses(store).values()) == [DONE, FAILED, PENDING, PENDING]
+        assert store.retry_failed() == 1
+        assert [task.file for task in store.claim(9, "cpu").tasks] == ["k1.mp4", "k2.mp4", "k3.mp4"]
+    (tmp_path / "k0.mp4").unlink()
+    with Store(tmp_path) as store:  # who deletes a clip wants it again
+        take_up(store, jobs(1))
+        assert statuses(store) == {"k0.mp4": PENDING}  # and a run is about its own jobs
+        assert third.file == "k2.mp4"
+
+
+def test_jobs_that_do_not_fit_together(tmp_path):
+    guided = {"guidance": Guidance(Perturbation([1]))}
+    kinds = [{}, {"width": 64}, guided, {"pipeline": {"x": 1}}, {"steps": 3}, {"negative_prompt": "bad"}, {}]
+    some = [Job(prompt=f"p{n}", seed=n, name=f"k{n}", **kind) for n, kind in enumerate(kinds)]
+    with Store(tmp_path) as store:
+        take_up(store, some)
+        batches = []
+        while batch := store.claim(8, "cpu"):
+            batches.append([task.job.seed for task in batch.tasks])
+            assert all(task.job == some[task.job.seed] for task in batch.tasks)
+    assert batches == [[0, 6], [1], [2], [3], [4], [5]]
+
+
+def test_memory_is_remembered_by_shape_and_device(tmp_path):
+    with Store(tmp_path) as store:
+        take_up(store, [*jobs(9, width=64), Job(prompt="a", width=32, name="small")])
+        batch = store.claim(8, "card")
+        store.bound(batch.shape, 4)
+        store.bound(batch.shape, 6)  # which was in flight meanwhile
+        store.give_back(batch.tasks)
+    with Store(tmp_path) as store:
+        take_up(store, [*jobs(9, width=64), Job(prompt="a", width=32, name="small")])
+        assert len(store.claim(8, "card")) == 4
+        assert len(store.claim(8, "larger card")) == 5
+
+
+def test_jobs_set_apart(tmp_path):
+    with Store(tmp_path) as store:
+        take_up(store, jobs(4))
+        store.give_back(store.claim(2, "cpu").tasks, apart=True, error="why")
+        assert [len(store.claim(8, "cpu")) for _ in range(3)] == [2, 1, 1]
+        assert [row.error for row in store.rows()] == ["why", "why", None, None]
+
+
+def test_names_taken(tmp_path):
+    (tmp_path / "k2.mp4").write_text("mine")
+    (tmp_path / "k3.mp4").symlink_to("/etc/passwd")
+    with Store(tmp_path) as store:
+        some = [*jobs(4), Job(prompt="b", name="K0"), Job(prompt="a kite", seed=1, name="k1")]
+        found = {bad.number: bad.why for bad in take_up(store, some)}
+    assert set(found) == {3, 4, 5, 6}
+    assert "not on its list" in found[3]
+    assert "not on its list" in found[4]
+    assert "the same name as line 1, expected" in found[5]
+    assert "the same clip as line 2, expected" in found[6]
+    with Store(tmp_path) as store:
+        bad = take_up(store, [Job(prompt="a kite", seed=8, steps=3, name="k0")], model="n")
+    assert "with other settings (model, seed, steps)" in bad[0].why
+
+
+def test_nothing_is_taken_up_where_the_caller_refuses(tmp_path):
+    with Store(tmp_path) as store:
+        store.stage(jobs(1)[0], "k0.mp4", 1)
+
+        def refuse():
+            with store.taking_up("m", []) as bad:
+                assert list(bad) == []
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            refuse()
+        assert sum(store.counts().values()) == 0
+        assert list(store.rows(every=True)) == []
+
+
+def test_two_runners_share(tmp_path):
+    with Store(tmp_path) as one, Store(tmp_path) as two:
+        assert take_up(one, jobs(10)) == take_up(two, jobs(10)) == []
+        claims = [batch.tasks for store in (one, two, one, two) for batch in [store.claim(3, "cpu")]]
+        files = [task.file for tasks in claims for task in tasks]
+        assert len(files) == len(set(files)) == 10
+        assert (one.elsewhere(), two.elsewhere()) == (4, 6)
+        assert one.recover() == two.recover() == 0  # both live
+        with pytest.raises(StoreError, match="another runner has"):
+            two.finish(claims[0][0], two.scratch / "x", {})
+
+
+def dying(tmp_path, work):
+    """Another process, killed in the midst of its work."""
+    ready, go = os.pipe()
+    child = os.fork()
+    if child == 0:
+        store = Store(tmp_path).__enter__()
+        work(store)
+        os.write(go, store.runner.encode())
+        time.sleep(60)
+        os._exit(1)
+    runner = os.read(ready, 100).decode()
+    os.close(ready)
+    os.close(go)
+    yield runner
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    yield runner
+
+
+def test_claims_of_the_dead(tmp_path, monkeypatch):
+    other = dying(tmp_path, lambda store: (take_up(store, jobs(4)), store.claim(2, "cpu")))
+    runner = next(other)
+    with Store(tmp_path) as store:
+        take_up(store, jobs(4))
+        monkeypatch.setattr(time, "time", lambda: 0.0)  # clocks go back, and decide nothing
+        assert (store.recover(), store.elsewhere()) == (0, 2)
+        next(other)
+        assert (store.recover(), store.elsewhere()) == (2, 0)
+        assert not (tmp_path / FOLDER / runner).exists()
+        order = [[task.file for task in store.claim(8, "cpu").tasks] for _ in range(2)]
+        assert order == [["k2.mp4", "k3.mp4"], ["k0.mp4", "k1.mp4"]]  # first those that nobody died of
+        assert [row.attempts for row in store.rows()] == [2, 2, 1, 1]
+
+
+def test_what_kills_twice_goes_alone(tmp_path):
+    sizes = []
+    for _ in range(2):
+        other = dying(tmp_path, lambda store: (store.recover(), take_up(store, jobs(3)), store.claim(3, "cpu")))
+        next(other)
+        next(other)
+    with Store(tmp_path) as store:
+        store.recover()
+        assert [row.attempts for row in store.rows(every=True)] == [2, 2, 2]
+        take_up(store, jobs(4))
+        while batch := store.claim(8, "cpu"):
+            sizes.append([task.file for task in batch.tasks])
+    assert sizes == [["k3.mp4"], ["k0.mp4"], ["k1.mp4"], ["k2.mp4"]]
+
+
+@pytest.mark.parametrize("when", ["before", "after", "lost"])
+def test_a_rename_cut_short(tmp_path, when):
+    """Killed right before, or right after, the rename; and where the clip is in neither place."""
+
+    def work(store):
+        take_up(store, jobs(1))
+        task = store.claim(1, "cpu").tasks[0]
+        store.connection.execute("UPDATE jobs SET status = 'publishing' WHERE id = ?", (task.id,))
+        if when != "lost":
+            (store.scratch if when == "before" else store.out).joinpath(task.file).write_text("whole")
+
+    other = dying(tmp_path, work)
+    next(other)
+    next(other)
+    with Store(tmp_path) as store:
+        assert store.recover() == 1
+        take_up(store, jobs(1))
+        assert statuses(store) == {"k0.mp4": PENDING if when == "lost" else DONE}
+        assert when == "lost" or (tmp_path / "k0.mp4").read_text() == "whole"
+        assert [path.name for path in store.home.iterdir() if path.is_dir()] == [store.runner]
+
+
+def test_a_rename_is_on_record_before_it_happens(tmp_path, monkeypatch):
+    """For whoever comes after a death: as this process's list, and as anybody else reads it."""
+    seen = []
+    with Store(tmp_path) as store:
+
+        def watched(aside, final):
+            with sqlite3.connect(f"file:{store.home / 'jobs.db'}?mode=ro", uri=True) as other:
+                seen.extend(other.execute("SELECT status, runner FROM jobs").fetchall())
+            assert aside.exists()
+            assert not final.exists()
+
+        monkeypatch.setattr(state, "publish", watched)
+        take_up(store, jobs(1))
+        finish(store, store.claim(1, "cpu").tasks[0])
+        assert seen == [("publishing", store.runner)]
+
+
+def test_a_file_in_the_way(tmp_path):
+    with Store(tmp_path) as store:
+        take_up(store, jobs(1))
+        task = store.claim(1, "cpu").tasks[0]
+        (tmp_path / "k0.mp4").write_text("somebody else's")
+        (store.scratch / task.file).write_text("ours")
+        assert not store.finish(task, store.scratch / task.file, {})
+        (row,) = store.rows()
+    assert row.status == FAILED
+    assert "not of this run" in row.error
+    assert (tmp_path / "k0.mp4").read_text() == "somebody else's"
+
+
+def test_folders_that_cannot_be_used(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="output folder"):
+        Store(tmp_path / "file").__enter__()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / FOLDER).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="got a link, expected a folder"):
+        Store(tmp_path / "linked").__enter__()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+    with Store(tmp_path / "later") as store:
+        store.connection.execute("PRAGMA user_version=99")
+    with pytest.raises(StoreError, match="got version 99, expected 1"):
+        Store(tmp_path / "later").__enter__()
+    (tmp_path / "damaged" / FOLDER).mkdir(parents=True)
+    (tmp_path / "damaged" / FOLDER / "jobs.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(StoreError, match="not a database"):
+        Store(tmp_path / "damaged").__enter__()
+    leftovers = [path for path in (tmp_path / "damaged" / FOLDER).iterdir() if path.is_dir()]
+    assert leftovers == []
+
+
+def test_a_damaged_list_is_noticed(tmp_path):
+    with Store(tmp_path) as store:
+        take_up(store, jobs(200))
+    path = tmp_path / FOLDER / "jobs.db"
+    data = bytearray(path.read_bytes())
+    data[3 * 4096 : 5 * 4096] = b"\xff" * (2 * 4096)
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=r"damaged|malformed"):
+        Store(tmp_path).__enter__()
+
+
+def test_the_folder_goes_away(tmp_path):
+    import shutil
+
+    with Store(tmp_path / "out") as store:
+        take_up(store, jobs(1))
+        task = store.claim(1, "cpu").tasks[0]
+        shutil.rmtree(tmp_path / "out")
+        with pytest.raises((sqlite3.Error, OSError)):
+            store.finish(task, store.scratch / task.file, {})
+    assert not (tmp_path / "out").exists()
+
+
+def test_trusted_is_the_same_job():
+    job = Job(prompt="a", guidance=Guidance(Perturbation([1])), pipeline={"x": [1]}, width=64, name="n")
+    assert trusted(json.dumps(job.to_dict())) == job
+    assert trusted(json.dumps(Job(prompt="a").to_dict())) == Job(prompt="a")
+    with pytest.raises(SettingsError):
+        Job.from_dict({"prompt": "a", "repeat": 2})
+
+
+def test_prompts_that_come_next(tmp_path):
+    with Store(tmp_path) as store:
+        take_up(store, [*jobs(3), Job(prompt="b", negative_prompt="bad", name="b")])
+        assert store.waiting_prompts(9) == [("a kite", None), ("b", "bad")]
+        assert store.waiting_prompts(1) == [("a kite", None)]
+        assert store.claim(1, "cpu").tasks[0].job.name == "k0"
+        assert statuses(store)["k0.mp4"] == CLAIMED
