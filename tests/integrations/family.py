@@ -41,6 +41,7 @@ class Family:
     cfg_asked: bool = True
 
     def run(self, pipe: Any, prompts: int = 1, cfg: bool = True, **settings: Any) -> torch.Tensor:
+        torch.manual_seed(0)  # some schedulers draw noise that no pipeline gives them a generator for
         with torch.no_grad():
             result = self.result(pipe(**{**self.arguments(prompts, cfg=cfg), **settings}))
         assert isinstance(result, torch.Tensor)
