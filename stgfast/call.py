@@ -67,6 +67,11 @@ def settle(guidance: Guidance, own_rescale: float | None, given: Mapping[str, An
     return guidance if rescale is None else dataclasses.replace(guidance, rescale=rescale)
 
 
+def check_max_rows(max_rows: object) -> None:
+    if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
+        raise wrong("max_rows", max_rows, "a number of rows, 1 or more, or None for no bound")
+
+
 def check(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, *, max_rows: int | None = None) -> None:
     """Everything about a call that can be known to be wrong before it starts."""
     check_layers(pipe, adapter, guidance)

@@ -14,10 +14,10 @@ from typing import Any
 from stgfast.announced import plan_of
 from stgfast.batching.layout import Layout
 from stgfast.batching.plan import Plan
-from stgfast.call import check, settings_of, settle
+from stgfast.call import settings_of
 from stgfast.engine import branches_of, plan_for
 from stgfast.guidance import APG, CFG_ZERO, ORTHOGONAL, Guidance, Perturbation
-from stgfast.install import installed_on
+from stgfast.install import installed_on, settled
 from stgfast.integrations.spec import Adapter, CallArguments
 from stgfast.reuse import Kept
 from stgfast.schedules import BySigma, Moment, Schedule
@@ -135,9 +135,7 @@ def explain(pipe: Any, **arguments: Any) -> Explanation:
     bound = inspect.signature(installed.original.__call__).bind_partial(pipe, **arguments)
     bound.apply_defaults()
     call = bound.arguments
-    announced = adapter.announces(pipe)
-    guidance = settle(installed.guidance(pipe), None if announced else adapter.own_rescale(call), given)
-    check(pipe, adapter, guidance, call, max_rows=installed.max_rows)
+    announced, guidance = settled(pipe, installed, call, given)
     layout = next(iter(adapter.layouts(pipe).values()))
     if announced:
         cfg, phases = None, _announced(pipe, adapter, guidance, call, layout)

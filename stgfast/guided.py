@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.plan import Plan
 from stgfast.batching.seam import Call, unwrapped
-from stgfast.call import check, check_layers
+from stgfast.call import check, check_layers, check_max_rows
 from stgfast.engine import GuidedRun
 from stgfast.errors import EngineError, SettingsError, wrong
 from stgfast.guidance import COND, Guidance
@@ -38,8 +38,7 @@ def guided(
         raise wrong("steps", steps, "how many steps the sampler is going to make, 1 or more")
     if guidance is not None and not isinstance(guidance, Guidance):
         raise wrong("guidance", guidance, "a stgfast.Guidance, or None for default settings")
-    if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
-        raise wrong("max_rows", max_rows, "a number of rows, 1 or more, or None for no bound")
+    check_max_rows(max_rows)
     if unwrapped(model) is not model:
         raise SettingsError("model: got one that is compiled as a whole, expected one with its blocks compiled, if any")
     sampler = SimpleNamespace(model=model, num_timesteps=steps)

@@ -10,12 +10,12 @@ from typing import Any, TypeVar
 
 from stgfast.announced import AnnouncedRun
 from stgfast.batching.seam import Call, handling
-from stgfast.call import check, check_layers, settings_of, settle
+from stgfast.call import check, check_layers, check_max_rows, settings_of, settle
 from stgfast.engine import GuidedRun
 from stgfast.errors import SettingsError, wrong
 from stgfast.guidance import Guidance
 from stgfast.integrations import adapter_for
-from stgfast.integrations.spec import Adapter
+from stgfast.integrations.spec import Adapter, CallArguments
 
 Pipe = TypeVar("Pipe")
 INSTALLED = "_stgfast"  # the one attribute that an accelerated pipeline has more than others
@@ -57,8 +57,7 @@ def accelerate(
         raise wrong("adapter", adapter.pipeline, f"one for {type(pipe).__name__}")
     if guidance is not None and not isinstance(guidance, Guidance):
         raise wrong("guidance", guidance, "a stgfast.Guidance, or None for the paper's settings")
-    if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
-        raise wrong("max_rows", max_rows, "a number of rows, 1 or more, or None for no bound")
+    check_max_rows(max_rows)
     if not isinstance(compile, bool | Mapping):
         raise wrong("compile", compile, "True, False, or arguments of torch.compile such as {'mode': 'max-autotune'}")
     compilation = None if compile is False else {} if compile is True else dict(compile)
@@ -104,15 +103,21 @@ def _guided_class(original: Any) -> Any:
     return type(original.__name__, (original,), {**body, "__doc__": original.__doc__})
 
 
+def settled(pipe: Any, installed: Installed, call: CallArguments, given: Mapping[str, Any]) -> tuple[bool, Guidance]:
+    """Whether the pipeline asks for its weak branches itself, and the guidance of a call, found to be right."""
+    announced = installed.adapter.announces(pipe)
+    guidance = settle(installed.guidance(pipe), None if announced else installed.adapter.own_rescale(call), given)
+    check(pipe, installed.adapter, guidance, call, max_rows=installed.max_rows)
+    return announced, guidance
+
+
 def guided_call(pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
     """One call of an accelerated pipeline."""
     installed = installed_on(pipe)
     bound = inspect.signature(original).bind(pipe, *args, **kwargs)
     bound.apply_defaults()
     call = bound.arguments
-    announced = installed.adapter.announces(pipe)
-    guidance = settle(installed.guidance(pipe), None if announced else installed.adapter.own_rescale(call), given)
-    check(pipe, installed.adapter, guidance, call, max_rows=installed.max_rows)
+    announced, guidance = settled(pipe, installed, call, given)
     as_it_is = installed.max_rows is None and installed.compilation is None and not announced
     if guidance.inert and as_it_is:
         return original(pipe, *args, **kwargs)

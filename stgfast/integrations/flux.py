@@ -8,19 +8,7 @@ from typing import Any
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.layout import Grid
 from stgfast.guidance import Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments, even_sigmas, shifted
-
-
-def requested(call: CallArguments) -> float | None:
-    """`guidance_scale` is an input of the distilled model; CFG proper is `true_cfg_scale`, with a negative prompt."""
-    negative = call["negative_prompt"] is not None or (
-        call["negative_prompt_embeds"] is not None and call["negative_pooled_prompt_embeds"] is not None
-    )
-    return float(call["true_cfg_scale"]) if call["true_cfg_scale"] > 1 and negative else None
-
-
-def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
-    return requested(call)
+from stgfast.integrations.spec import Adapter, CallArguments, even_sigmas, live_true_cfg_scale, shifted, true_cfg_scale
 
 
 def size(call: CallArguments, denoiser: Arguments, block: Arguments) -> tuple[int, int, int]:
@@ -44,9 +32,9 @@ FLUX = Adapter(
     state=("encoder_hidden_states", "hidden_states"),
     rows=frozenset({"hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance", "temb"}),
     attention="attn",
-    requested=requested,
+    requested=true_cfg_scale,
     cfg_on="true_cfg_scale above 1 and a negative_prompt, or both of its embeds",
-    live=live,
+    live=live_true_cfg_scale,
     schedule=schedule,
     grid=Grid(size, last=True),
     # A late block of its 57.

@@ -3,25 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from stgfast.batching.layout import Grid
 from stgfast.guidance import Guidance
-from stgfast.integrations.spec import Adapter, CallArguments, even_sigmas, patches
+from stgfast.integrations.spec import Adapter, even_sigmas, live_true_cfg_scale, patches, true_cfg_scale
 from stgfast.presets import PRESETS
-
-
-def requested(call: CallArguments) -> float | None:
-    """`guidance_scale` is an input of the distilled model; CFG proper is `true_cfg_scale`, with a negative prompt."""
-    negative = call["negative_prompt"] is not None or (
-        call["negative_prompt_embeds"] is not None and call["negative_pooled_prompt_embeds"] is not None
-    )
-    return float(call["true_cfg_scale"]) if call["true_cfg_scale"] > 1 and negative else None
-
-
-def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
-    return requested(call)
-
 
 HUNYUAN_VIDEO = Adapter(
     pipeline="HunyuanVideoPipeline",
@@ -41,9 +27,9 @@ HUNYUAN_VIDEO = Adapter(
         }
     ),
     attention="attn",
-    requested=requested,
+    requested=true_cfg_scale,
     cfg_on="true_cfg_scale above 1 and a negative_prompt, or both of its embeds",
-    live=live,
+    live=live_true_cfg_scale,
     schedule=even_sigmas,
     grid=Grid(patches),
     # Of 60 blocks: 20 with two streams, then 40 with one.

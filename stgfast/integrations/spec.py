@@ -32,6 +32,18 @@ def live_scale(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
     return float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else None
 
 
+def true_cfg_scale(call: CallArguments) -> float | None:
+    """`guidance_scale` is an input of a distilled model; CFG proper is `true_cfg_scale`, with a negative prompt."""
+    negative = call["negative_prompt"] is not None or (
+        call["negative_prompt_embeds"] is not None and call["negative_pooled_prompt_embeds"] is not None
+    )
+    return float(call["true_cfg_scale"]) if call["true_cfg_scale"] > 1 and negative else None
+
+
+def live_true_cfg_scale(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
+    return true_cfg_scale(call)
+
+
 def nothing_missing(pipe: Any) -> str | None:
     return None
 
