@@ -26,7 +26,7 @@ from torch import nn
 from stgfast.announced import plan_of
 from stgfast.batching.plan import Plan
 from stgfast.engine import branches_of, plan_for
-from stgfast.guidance import COND, Guidance, Perturbation
+from stgfast.guidance import Guidance
 from stgfast.integrations import ADAPTERS
 from stgfast.integrations.open_sora import MODELS as OPEN_SORA
 from stgfast.integrations.spec import Adapter
@@ -232,28 +232,11 @@ def row(model: Model) -> list[str]:
         ", ".join(f"`{name}`" for name in model.pipelines),
         ", ".join(dict.fromkeys(adapter.protocol for adapter in adapters.values())),
         str(layers),
-        own_settings(first_name) if first.protocol == "announced" else settings(first.defaults),
+        own_settings(first_name) if first.protocol == "announced" else str(first.defaults),
         first.source,
         f"{plain}, {shared}, {own}",
         f"{1 - shared / plain:.1%}",
     ]
-
-
-def settings(guidance: Guidance) -> str:
-    """In words, with every perturbation that differs from another in its axis alone told once."""
-    axes: dict[Perturbation, list[str]] = {}
-    for part in guidance.perturbations:
-        axes.setdefault(dataclasses.replace(part, axis=""), []).append(part.axis)
-    said = []
-    for part, along in axes.items():
-        of = "" if part.of == COND else f" of {part.of} against {part.base}"
-        where = f"layer{'s' if len(part.layers) > 1 else ''} {', '.join(map(str, part.layers))}"
-        said.append(f"{part.kind}{of}, {where}{''.join(f', {axis}' for axis in along if axis)}, scale {part.scale:g}")
-    if guidance.rescale:
-        said.append(f"rescale {guidance.rescale:g}")
-    if (guidance.start, guidance.stop) != (0.0, 1.0):
-        said.append(f"from {guidance.start:g} to {guidance.stop:g} of the run")
-    return "; ".join(said)
 
 
 def own_settings(name: str) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
+from stgfast.evaluate import command as evaluate_command
 from stgfast.render import command
 from stgfast.version import __version__
 
@@ -14,28 +15,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="stgfast", description="Spatiotemporal Skip Guidance for diffusers pipelines")
     parser.add_argument("--version", action="version", version=f"stgfast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="render a clip with CFG and with CFG + STG on a tiny random model")
+    demo = commands.add_parser("demo", help="render clips with CFG and with CFG + STG on the model in the package")
+    demo.add_argument("--out", type=Path, default=Path("stgfast-demo"), metavar="DIR", help="where clips are put")
+    demo.add_argument("--prompt", action="append", help="in place of those of the demo; may be given several times")
     demo.add_argument("--seed", type=int, default=0)
     commands.add_parser("doctor", help="what is installed, what of it runs here, and what is chosen")
     command.add_render(commands.add_parser("render", help="render a file of jobs into a folder"))
     command.add_sweep(commands.add_parser("sweep", help="render one prompt at several layers and scales"))
+    evaluate_command.add_evaluate(commands.add_parser("evaluate", help="measure the clips of a folder"))
     arguments = parser.parse_args(argv)
     if arguments.command == "demo":
-        return run_demo(arguments.seed)
+        return run_demo(arguments.out, arguments.prompt, arguments.seed)
+    if arguments.command == "evaluate":
+        return evaluate_command.run(arguments)
     return run_doctor() if arguments.command == "doctor" else command.main(arguments)
 
 
-def run_demo(seed: int) -> int:
-    from stgfast.toy.demo import run
+def run_demo(out: Path, prompts: Sequence[str] | None, seed: int) -> int:
+    from stgfast import toy
+    from stgfast.demo import run
 
-    warnings.filterwarnings("ignore", "In CPU autocast")  # diffusers' Mochi says so on every CPU
-    demo = run(seed)
-    print("A Mochi of 48 blocks, narrow, with random weights: it renders noise, and computes what the real one does.\n")
+    demo = run(out, prompts or toy.PROMPTS, seed)
+    print("A small text-to-video model: 12 blocks, trained on drawn clips of shapes that move and turn.\n")
     print(demo.plan)
-    print(f"\n{'':10} {'block-rows':>12} {'seconds':>9}   clip (frames, channels, height, width)")
-    for clip in demo.clips:
-        print(f"{clip.name:10} {clip.block_rows:12} {clip.seconds:9.2f}   {clip.shape[1:]}")
-    print(f"\nThe two clips differ by {demo.change:.2g} (root mean square, pixels from 0 to 1).")
+    print(f"\n{len(demo.sides[0].clips)} clips      block-rows   seconds")
+    for side in demo.sides:
+        print(f"{side.name:10} {side.block_rows:12} {side.seconds:9.2f}")
+    print("\nCFG left, CFG + STG right; all of them in the last:")
+    for path in demo.files:
+        print(f"  {path}")
     return 0
 
 

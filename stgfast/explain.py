@@ -20,7 +20,7 @@ from stgfast.guidance import APG, CFG_ZERO, ORTHOGONAL, Guidance, Perturbation
 from stgfast.install import installed_on, settled
 from stgfast.integrations.spec import Adapter, CallArguments
 from stgfast.reuse import Kept
-from stgfast.schedules import BySigma, Moment, Schedule
+from stgfast.schedules import Moment, said
 
 PROJECTED = {
     ORTHOGONAL: "of the second perturbation, what the first one says already is left out",
@@ -110,14 +110,14 @@ class Explanation:
 
     def _settings(self) -> list[str]:
         lines = [
-            f"{name}: {part.of} with {_kind(part)} at {_plural('layer', part.layers)}, scale {_short(part.scale)}, "
+            f"{name}: {part.of} with {_kind(part)} at {_plural('layer', part.layers)}, scale {said(part.scale)}, "
             f"held against {part.base}"
             for name, part in zip(self.guidance.names, self.guidance.perturbations, strict=True)
         ]
         if self.guidance.rescale != 0.0:
-            lines.append(f"rescale: {_short(self.guidance.rescale)}")
+            lines.append(f"rescale: {said(self.guidance.rescale)}")
         if self.guidance.cfg is not None:
-            lines.append(f"CFG scale in place of the pipeline's: {_short(self.guidance.cfg)}")
+            lines.append(f"CFG scale in place of the pipeline's: {said(self.guidance.cfg)}")
         if self.guidance.project:
             eta = f", of which {self.guidance.eta:g} is left" if self.guidance.eta else ""
             lines.append(f"projection: {PROJECTED[self.guidance.project]}{eta}")
@@ -252,12 +252,3 @@ def _kind(part: Perturbation) -> str:
 
 def _plural(word: str, numbers: Sequence[int]) -> str:
     return f"{word}{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
-
-
-def _short(schedule: Schedule) -> str:
-    if isinstance(schedule, BySigma):
-        *before, (_, last) = schedule.levels
-        return f"by sigma ({''.join(f'{number:g} down to {sigma:g}, ' for sigma, number in before)}then {last:g})"
-    if callable(schedule):
-        return "a function of progress"
-    return f"{schedule:g}" if isinstance(schedule, float) else f"one of {len(schedule)} numbers in every step"

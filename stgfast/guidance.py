@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from stgfast.errors import SettingsError, wrong
 from stgfast.presets import PRESETS
-from stgfast.schedules import BySigma, Moment, Schedule, checked, finite, plain, set_frozen, value
+from stgfast.schedules import BySigma, Moment, Schedule, checked, finite, plain, said, set_frozen, value
 
 RESIDUAL, ATTENTION, BLUR, ISOLATE = KINDS = ("residual", "attention", "blur", "isolate")
 COND, UNCOND, GUIDED = "cond", "uncond", "guided"
@@ -242,6 +242,33 @@ class Guidance:
     def _schedules(self) -> list[tuple[str, Schedule]]:
         named = [(f"scale of {n}", p.scale) for n, p in zip(self.names, self.perturbations, strict=True)]
         return [*named, ("rescale", self.rescale), *([] if self.cfg is None else [("cfg", self.cfg)])]
+
+    def __str__(self) -> str:
+        """In words; perturbations that differ in their axis alone are told once."""
+        axes: dict[Perturbation, list[str]] = {}
+        for part in self.perturbations:
+            axes.setdefault(replace(part, axis=""), []).append(part.axis)
+        words = []
+        for part, along in axes.items():
+            of = "" if part.of == part.base == COND else f" of {part.of} against {part.base}"
+            where = f"layer{'s' if len(part.layers) > 1 else ''} {', '.join(map(str, part.layers))}"
+            blur = "" if part.sigma in (None, math.inf) else f", sigma {part.sigma:g}"
+            named = "".join(f", {axis}" for axis in along if axis)
+            words.append(f"{part.kind}{of}, {where}{named}{blur}, scale {said(part.scale)}")
+        if self.cfg is not None:
+            words.append(f"CFG scale {said(self.cfg)}")
+        if self.rescale != 0.0:
+            words.append(f"rescale {said(self.rescale)}")
+        if (self.start, self.stop) != (0.0, 1.0):
+            words.append(f"from {self.start:g} to {self.stop:g} of the run")
+        if self.project:
+            words.append(f"{self.project}{f', eta {self.eta:g}' if self.eta else ''}")
+        for name in ("reuse", "reuse_cfg"):
+            if getattr(self, name) > 1:
+                words.append(f"{name} {getattr(self, name)}")
+        if self.reuse_tolerance is not None:
+            words.append(f"reuse_tolerance {self.reuse_tolerance:g}")
+        return "; ".join(words) or "CFG alone"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the same as what `from_dict` takes."""

@@ -111,3 +111,13 @@ def plain(schedule: Schedule) -> Any:
     if isinstance(schedule, BySigma):
         return {BY_SIGMA: [list(pair) for pair in schedule.levels]}
     return list(schedule) if isinstance(schedule, tuple) else schedule
+
+
+def said(schedule: Schedule) -> str:
+    """A schedule in a few words."""
+    if isinstance(schedule, BySigma):
+        *before, (_, last) = schedule.levels
+        return f"by sigma ({''.join(f'{number:g} down to {sigma:g}, ' for sigma, number in before)}then {last:g})"
+    if callable(schedule):
+        return "a function of progress"
+    return f"{schedule:g}" if isinstance(schedule, float) else f"one of {len(schedule)} numbers in every step"

@@ -1,21 +1,36 @@
 """The command line: what a person sees."""
 
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import stgfast
+from stgfast import toy
 from stgfast.cli import main
+from stgfast.render.files import read_frames
 
 
-def test_demo(capsys):
-    assert main(["demo"]) == 0
+def test_demo(capsys, tmp_path):
+    prompt = "a red square moves left over a black background"
+    assert main(["demo", "--out", str(tmp_path / "clips"), "--prompt", prompt, "--prompt", prompt]) == 0
     printed = capsys.readouterr().out
     rows = {name: int(count) for name, count in re.findall(r"^(CFG|CFG \+ STG) +(\d+) ", printed, re.MULTILINE)}
-    assert rows == {"CFG": 6 * 96, "CFG + STG": 6 * 109}
-    assert "blocks 35 to 47: 3 rows" in printed
-    assert float(re.search(r"differ by ([\d.e-]+)", printed)[1]) > 0
+    (layer,) = toy.GUIDANCE.perturbations[0].layers
+    blocks, steps = 12, toy.CALL["num_inference_steps"]
+    assert rows == {"CFG": 2 * steps * 2 * blocks, "CFG + STG": 2 * steps * (2 * blocks + blocks - layer - 1)}
+    assert f"blocks {layer + 1} to {blocks - 1}: 3 rows" in printed
+    shown = re.findall(r"^  (\S+/clips/\S+)$", printed, re.MULTILINE)
+    stem = "a-red-square-moves-left-over-a-black-backg"
+    assert [Path(path).name for path in shown] == [f"1-{stem}.mp4", f"2-{stem}.mp4", "demo.png"]
+    frames = read_frames(Path(shown[0]))
+    assert frames.shape == (17, 256, 512, 3)
+    assert np.abs(frames[:, :, :256].astype(int) - frames[:, :, 256:]).mean() > 0.1  # the two sides differ
+    with Image.open(shown[-1]) as picture:
+        assert picture.width > 1000
 
 
 def test_doctor(capsys):

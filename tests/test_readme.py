@@ -8,7 +8,7 @@ import diffusers
 import torch
 
 import stgfast
-from stgfast import Guidance, Perturbation, toy
+from stgfast import Guidance, Perturbation
 from stgfast.batching.plan import branches_for, make_plan
 from stgfast.call import SETTINGS
 from stgfast.integrations import ADAPTERS
@@ -47,7 +47,10 @@ def test_wan_at_a_late_layer():
 
 
 def test_the_explanation_is_what_is_printed():
-    pipe = stgfast.accelerate(toy.pipeline())
+    widths = {"pooled_projection_dim": 16, "text_embed_dim": 16, "time_embed_dim": 16}
+    transformer = diffusers.MochiTransformer3DModel(num_attention_heads=2, attention_head_dim=8, **widths)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = stgfast.accelerate(diffusers.MochiPipeline(scheduler, None, None, None, transformer))
     assert str(stgfast.explain(pipe)) in README
 
 

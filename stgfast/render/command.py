@@ -46,7 +46,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="what every job has that does not say otherwise, such as steps=30",
     )
-    parser.add_argument("--format", choices=("mp4", "gif", "png"), default="mp4")
+    parser.add_argument("--format", choices=("mp4", "gif", "png", "npz"), default="mp4")
     parser.add_argument("--fps", type=float, help="frames in a second; the model's own where left out")
     parser.add_argument("--crf", type=int, default=18, help="quality of MP4, from 0 (without loss) to 51")
     parser.add_argument("--max-batch", type=int, default=8, help="clips that are rendered at once at most")

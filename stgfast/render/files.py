@@ -1,4 +1,5 @@
-"""Clips as files: MP4 (H.264), GIF, or a folder of PNGs. Each says inside how it was made, and appears whole or not.
+"""Clips as files: MP4 (H.264), GIF, a folder of PNGs, or an array. Each says inside how it was made, and appears whole
+or not.
 
 A file is written aside and synced (`write`), then put in its place by one rename (`publish`).
 """
@@ -9,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -23,14 +25,14 @@ from stgfast.errors import SettingsError, wrong
 Frames = NDArray[np.uint8]  # (frames, height, width, 3)
 KEY = "stgfast"  # marks what a clip says as ours
 MAX_METADATA = 1 << 20
-ENDINGS = {"mp4": ".mp4", "gif": ".gif", "png": ""}  # the PNGs of a clip have a folder
+ENDINGS = {"mp4": ".mp4", "gif": ".gif", "png": "", "npz": ".npz"}  # the PNGs of a clip have a folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
     """What clips become.
 
-    kind  `mp4`, `gif` or `png`
+    kind  `mp4`, `gif`, `png`, or `npz`: `frames` as an array, for programs
     fps   frames in a second
     crf   of H.264, from 0 (without loss) to 51
     """
@@ -136,6 +138,12 @@ def _write_png(path: Path, frames: Frames, form: Form, text: str) -> None:
         image.save(path / f"{number:0{width}}.png", format="PNG", pnginfo=info)
 
 
+def _write_npz(path: Path, frames: Frames, form: Form, text: str) -> None:
+    arrays: dict[str, Any] = {"frames": frames, KEY: np.array(text)}
+    with path.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
 def _images(frames: Frames) -> list[Any]:
     from PIL import Image
 
@@ -146,12 +154,13 @@ WRITERS: dict[str, Callable[[Path, Frames, Form, str], None]] = {
     "mp4": _write_mp4,
     "gif": _write_gif,
     "png": _write_png,
+    "npz": _write_npz,
 }
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
     """What a clip says of how it was made."""
-    right = "a clip that stgfast rendered: .mp4, .gif, .png, or a folder of these"
+    right = "a clip that stgfast rendered: .mp4, .gif, .npz, .png, or a folder of these"
     if path.is_dir():
         inner = sorted(path.glob("*.png"))
         if not inner:
@@ -167,7 +176,7 @@ def metadata_of(path: Path) -> dict[str, Any]:
         if error.errno is None and not path.is_file():
             raise wrong("clip", str(path), right) from None
         raise SettingsError(f"clip: got {str(path)!r} ({error}), expected {right}") from None
-    except (ValueError, KeyError, TypeError, RecursionError, SyntaxError):
+    except (ValueError, KeyError, TypeError, RecursionError, SyntaxError, zipfile.BadZipFile):
         found = None
     if not isinstance(found, dict):
         raise wrong("clip", f"{path}, which does not say how it was made", right)
@@ -189,7 +198,20 @@ def _image_comment(path: Path) -> str:
     return comment.decode() if isinstance(comment, bytes) else str(comment)
 
 
-READERS: dict[str, Callable[[Path], str]] = {".mp4": _mp4_comment, ".gif": _image_comment, ".png": _image_comment}
+def _npz_comment(path: Path) -> str:
+    with zipfile.ZipFile(path) as archive:
+        if archive.getinfo(f"{KEY}.npy").file_size > 4 * MAX_METADATA:  # of four bytes a character
+            raise ValueError("metadata without end")
+    with np.load(path, allow_pickle=False) as arrays:
+        return str(arrays[KEY])
+
+
+READERS: dict[str, Callable[[Path], str]] = {
+    ".mp4": _mp4_comment,
+    ".gif": _image_comment,
+    ".png": _image_comment,
+    ".npz": _npz_comment,
+}
 
 
 def read_frames(path: Path) -> Frames:
@@ -199,5 +221,9 @@ def read_frames(path: Path) -> Frames:
 
     if path.is_dir():
         return np.stack([np.asarray(Image.open(frame).convert("RGB")) for frame in sorted(path.glob("*.png"))])
+    if path.suffix.lower() == ".npz":
+        with np.load(path, allow_pickle=False) as arrays:
+            frames: Frames = arrays["frames"]
+            return frames
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])

@@ -62,9 +62,9 @@ def clip(out: Path, row: Row) -> dict[str, Any]:
 
 def _frames(out: Path, row: Row) -> list[str]:
     """The addresses of a clip's pictures, or of its one file."""
-    if row.status != DONE:
-        return []
     path = out / row.file
+    if row.status != DONE or path.suffix == ".npz":  # which no browser shows
+        return []
     if path.is_dir():
         return [quote(f"{row.file}/{frame.name}") for frame in sorted(path.glob("*.png"))]
     return [quote(row.file)]

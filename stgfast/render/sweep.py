@@ -1,4 +1,4 @@
-"""One prompt, guided at several layers and scales: what to look at before choosing them."""
+"""Prompts guided at several layers and scales: what to look at, and what to measure, before choosing them."""
 
 from __future__ import annotations
 
@@ -10,23 +10,38 @@ from stgfast.render.jobs import Job
 
 
 def sweep(
-    prompt: str,
+    prompts: str | Sequence[str],
     layers: Sequence[Sequence[int]],
     scales: Sequence[float],
     *,
     kind: str = RESIDUAL,
     seeds: Sequence[int] = (0,),
+    cfg: Sequence[float] = (),
     **fields: Any,
 ) -> Iterator[Job]:
-    """For every seed a job with CFG alone, and one for each of these lists of layers at each of these scales.
+    """For every prompt, seed and CFG scale a job with CFG alone, and one for each of these lists of layers at each of
+    these scales.
 
-    `fields` are further ones of a `Job`, for all of them. The page about the output folder shows them as a grid.
+    `cfg` left out is the pipeline's own scale. `fields` are further ones of a `Job`, for all of them. The page about
+    the output folder shows them as a grid.
     """
-    for seed in seeds:
-        yield Job(prompt=prompt, seed=seed, guidance=Guidance(), name=f"seed-{seed}-cfg-alone", **fields)
-        for chosen in layers:
-            for scale in scales:
-                guidance = Guidance(Perturbation(chosen, kind=kind, scale=scale))
-                numbers = "-".join(map(str, guidance.perturbations[0].layers))
-                name = f"seed-{seed}-{kind}-{numbers}-scale-{scale:g}"
-                yield Job(prompt=prompt, seed=seed, guidance=guidance, name=name, **fields)
+    many = [prompts] if isinstance(prompts, str) else list(prompts)
+    guided = [Guidance(Perturbation(chosen, kind=kind, scale=scale)) for chosen in layers for scale in scales]
+    for number, prompt in enumerate(many, 1):
+        for seed in seeds:
+            for strength in cfg or (None,):
+                words = [f"prompt-{number}"] if len(many) > 1 else []
+                words += [f"seed-{seed}"] + ([] if strength is None else [f"cfg-{strength:g}"])
+                own = dict(fields)
+                if strength is not None:
+                    own["pipeline"] = {**fields.get("pipeline", {}), "guidance_scale": strength}
+                for guidance in (Guidance(), *guided):
+                    name = "-".join([*words, *_named(guidance)])
+                    yield Job(prompt=prompt, seed=seed, guidance=guidance, name=name, **own)
+
+
+def _named(guidance: Guidance) -> list[str]:
+    if not guidance.perturbations:
+        return ["cfg-alone"]
+    (part,) = guidance.perturbations
+    return [part.kind, *map(str, part.layers), f"scale-{part.scale:g}"]

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 COLOURS, GROUNDS = list(videos.COLOURS), list(videos.GROUNDS)
 FEATURES = 128
 ATTRIBUTES = ("colour", "shape", "motion", "ground", "pattern")
+SHIPPED = Path(__file__).with_name("judge.safetensors")
+REAL = 4096  # drawn clips whose features are what those of rendered ones are held against
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,32 @@ def track(frames: Tensor, colour: str) -> Tensor:
     return place
 
 
+def save(path: Path, judge: Judge, real: Tensor) -> None:
+    """Weights as bytes, with a scale for every output of a layer; and how features of drawn clips are spread."""
+    from safetensors.torch import save_file
+
+    kept = {"real.mean": real.mean(0), "real.covariance": real.T.cov()}
+    for name, weight in judge.state_dict().items():
+        if weight.ndim > 1:
+            scale = weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True) / 127
+            kept |= {name: (weight / scale).round().to(torch.int8), f"{name}.scale": scale}
+        else:
+            kept[name] = weight
+    save_file({name: value.contiguous() for name, value in kept.items()}, path)
+
+
+def load(path: Path = SHIPPED) -> tuple[Judge, Tensor, Tensor]:
+    """With the mean and the covariance of the features of drawn clips."""
+    from safetensors.torch import load_file
+
+    kept = load_file(path)
+    mean, covariance = (kept.pop(f"real.{name}") for name in ("mean", "covariance"))
+    scales = {name.removesuffix(".scale"): kept.pop(name) for name in list(kept) if name.endswith(".scale")}
+    judge = Judge()
+    judge.load_state_dict({name: value * scales[name] if name in scales else value for name, value in kept.items()})
+    return judge.eval(), mean, covariance
+
+
 def judge_loss(reading: Reading, truth: dict[str, Tensor]) -> dict[str, Tensor]:
     there = (truth["kind"] >= 0).float()
     presence = nn.functional.binary_cross_entropy_with_logits(reading.present, there)
@@ -169,6 +197,16 @@ def train(settings: Settings, *, steps: int = 2400, batch: int = 16) -> Judge:
 
 
 @torch.no_grad()
+def features_of_drawn(judge: Judge, seed: int, count: int) -> Tensor:
+    """Of clips as they are stored: in whole steps of brightness."""
+    parts = []
+    for first in range(0, count, 64):
+        frames = videos.clips(seed, range(first, min(first + 64, count))).frames
+        parts.append(judge((frames * 255).round() / 255).features)
+    return torch.cat(parts)
+
+
+@torch.no_grad()
 def accuracy(judge: Judge, seed: int, count: int = 1024) -> dict[str, float]:
     """Of real clips that the judge was not trained on, and how far off the tracker is, in pixels."""
     sums: dict[str, float] = dict.fromkeys((*ATTRIBUTES, "track"), 0.0)
@@ -194,8 +232,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = Settings(arguments.out, seed=arguments.seed, device=arguments.device)
-    judge = train(settings, steps=arguments.steps).cpu()
-    log.info("on held-out clips: %s", accuracy(judge, settings.seed + 4))
+    trained = train(settings, steps=arguments.steps).cpu()
+    path = settings.out / SHIPPED.name
+    save(path, trained, features_of_drawn(trained, settings.seed + 6, REAL))
+    log.info("%s, on held-out clips: %s", path, accuracy(load(path)[0], settings.seed + 4))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def clip(frames=6, height=48, width=64):
     return np.stack(ramp).astype(np.uint8)
 
 
-@pytest.mark.parametrize(("kind", "budget"), [("mp4", 12), ("gif", 40), ("png", 0)])
+@pytest.mark.parametrize(("kind", "budget"), [("mp4", 12), ("gif", 40), ("png", 0), ("npz", 0)])
 def test_round_trip(tmp_path, kind, budget):
     form = Form(kind=kind, fps=10, crf=1)
     path = tmp_path / form.file("clip")
@@ -120,6 +120,10 @@ def test_clips_that_say_nothing(tmp_path):
 
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     (tmp_path / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "broken.npz").write_bytes(b"no archive")
+    np.savez(tmp_path / "pickled.npz", stgfast=np.array({"an": "object"}, dtype=object))
+    np.savez_compressed(tmp_path / "endless.npz", stgfast=np.zeros(files.MAX_METADATA * 4, np.uint8))
+    np.savez(tmp_path / "foreign.npz", frames=clip())
     (tmp_path / "empty").mkdir()
     with av.open(str(tmp_path / "foreign.mp4"), "w") as container:
         container.metadata["comment"] = json.dumps(["not", "ours"])
@@ -128,7 +132,8 @@ def test_clips_that_say_nothing(tmp_path):
         stream.pix_fmt = "yuv420p"
         container.mux(stream.encode(av.VideoFrame(16, 16, "yuv420p")))
         container.mux(stream.encode())
-    for name in ("plain.png", "broken.mp4", "empty", "foreign.mp4", "none.mp4", "a.txt"):
+    arrays = [path.name for path in tmp_path.glob("*.npz")]
+    for name in (*arrays, "plain.png", "broken.mp4", "empty", "foreign.mp4", "none.mp4", "a.txt"):
         with pytest.raises(SettingsError, match="clip: got"):
             metadata_of(tmp_path / name)
     assert files.ENDINGS.keys() == files.WRITERS.keys()

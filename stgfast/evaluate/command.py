@@ -1,0 +1,38 @@
+"""`stgfast evaluate`: its arguments, and what it prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TextIO
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, help="where stgfast render or stgfast sweep rendered into")
+    parser.add_argument("--columns", nargs="+", default=[], metavar="NAME", help="of the table; all where left out")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write a page with plots there, for a browser")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write everything there as JSON")
+
+
+def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
+    from stgfast.errors import SettingsError
+    from stgfast.evaluate.run import evaluate
+    from stgfast.render.store import StoreError
+
+    stdout, stderr = stdout or sys.stdout, stderr or sys.stderr
+    try:
+        evaluation = evaluate(arguments.folder)
+        table = evaluation.table(arguments.columns)
+    except (SettingsError, StoreError) as error:
+        stderr.write(f"stgfast evaluate: {error}\n")
+        return 2
+    if arguments.page:
+        arguments.page.write_text(evaluation.page(), encoding="utf-8")
+    if arguments.save:
+        arguments.save.write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n", encoding="utf-8")
+    stdout.write(table)
+    if evaluation.left_out:
+        stdout.write(f"\n{evaluation.left_out} jobs have no clip, and are left out.\n")
+    return 0

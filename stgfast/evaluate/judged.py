@@ -1,0 +1,59 @@
+"""What is measured of clips of the toy model, beside what can be said of any: do they show what their prompt says?"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from stgfast.evaluate.measures import Measure, Measured, plain
+from stgfast.evaluate.statistics import Cloud
+from stgfast.render.files import Frames
+from stgfast.toy import videos
+from stgfast.toy.judge import ATTRIBUTES, Judge, load, right, track
+
+
+def seen(judge: Judge, frames: Frames, prompt: str) -> Measured:
+    """Beside what can be said of any clip:
+
+    colour, ...  the share of what the prompt says of it that is seen; `right` where all of it is
+    speed        of a shape that moves, pixels a frame
+    jerk         how far a shape is from the middle between where it was and where it will be, pixels
+    lost         the share of frames in which the shape's colour is not found
+
+    The last three are of clips with one shape; what a prompt in other words asks for is not known.
+    """
+    clip = torch.from_numpy(frames).permute(0, 3, 1, 2).float()[None] / 255
+    reading = judge(clip)
+    values = dict(plain(frames).values)
+    values |= dict.fromkeys((*ATTRIBUTES, "right", "speed", "jerk", "lost"), math.nan)
+    try:
+        scene = videos.Scene.parse(prompt)
+    except ValueError:
+        scene = None
+    if scene is not None:
+        hits = {name: float(value) for name, value in right(reading, [scene]).items()}
+        values |= {**hits, "right": float(min(hits.values()) == 1)}
+        if len(scene.shapes) == 1:
+            values |= _moving(track(clip[0], scene.shapes[0].colour), scene.shapes[0].motion)
+    return Measured(values, reading.features[0].double().numpy())
+
+
+def _moving(places: Tensor, motion: str) -> dict[str, float]:
+    steps = places.diff(dim=0)
+    speed = steps.nanmean(0).norm() if motion in videos.MOVES else torch.tensor(math.nan)
+    jerk = (places[1:-1] - (places[:-2] + places[2:]) / 2).norm(dim=-1).nanmean()
+    return {"speed": float(speed), "jerk": float(jerk), "lost": float(places.isnan().any(-1).float().mean())}
+
+
+@functools.cache
+def measure() -> Measure:
+    judge, mean, covariance = load()
+
+    @torch.no_grad()
+    def of(frames: Frames, prompt: str) -> Measured:
+        return seen(judge, frames, prompt)
+
+    return Measure(of, Cloud.given(mean.double().numpy(), covariance.double().numpy()))

@@ -1,0 +1,257 @@
+"""The clips of an output folder, measured and summed up: every setting beside CFG alone, by prompt and seed.
+
+A setting is all that a job says but prompt, image, seed and name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stgfast.errors import wrong
+from stgfast.evaluate.measures import PLAIN, Measure, Measured
+from stgfast.evaluate.statistics import Array, Chosen, Cloud, Estimate, diversity, estimated, mean
+from stgfast.guidance import Guidance
+from stgfast.render.files import Frames, read_frames
+from stgfast.render.jobs import Job
+from stgfast.render.store import DONE, FOLDER, Row, Store, StoreError
+
+Clip = tuple[str, int]  # its prompt, with what belongs to it, and its seed
+MARK = "<!-- evaluation -->"
+APART = ("prompt", "negative_prompt", "image", "image_sha256", "seed", "name")  # what differs within a setting
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Clips that were made alike."""
+
+    job: Mapping[str, Any]  # what they share, as data
+    clips: dict[Clip, Measured] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
+    name: str = ""  # of one that no job made
+
+    @property
+    def guidance(self) -> Guidance | None:
+        given = self.job.get("guidance")
+        return None if given is None else Guidance.from_dict(given)
+
+    @property
+    def base(self) -> str:
+        """The key of the same with CFG alone."""
+        return _key({**self.job, "guidance": Guidance().to_dict()})
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the clips of one setting say."""
+
+    name: str
+    job: Mapping[str, Any]
+    clips: int
+    seconds: float  # of a clip, in all stages
+    estimates: Mapping[str, Estimate]
+    base: str = ""  # the name of the same with CFG alone
+    differences: Mapping[str, Estimate] = field(default_factory=dict)  # from that, over the clips that both have
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    summaries: tuple[Summary, ...]
+    left_out: int  # jobs without a clip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; what is not known is None."""
+        settings = [_plain(dataclasses.asdict(summary)) for summary in self.summaries]
+        return {"left_out": self.left_out, "settings": settings}
+
+    def page(self) -> str:
+        """All of it, drawn: one static file."""
+        before, after = resources.files("stgfast.evaluate").joinpath("page.html").read_text("utf-8").split(MARK)
+        # JSON that cannot end the element that it stands in.
+        return f"{before}{json.dumps(self.to_dict(), allow_nan=False).replace('<', chr(92) + 'u003c')}{after}"
+
+    def table(self, names: Sequence[str] = ()) -> str:
+        """In markdown. A number that differs from CFG alone, as far as can be told, has the sign of the difference."""
+        known = list(dict.fromkeys(name for summary in self.summaries for name in summary.estimates))
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise wrong("columns", unknown, f"some of {', '.join(known)}")
+        columns = list(names) or known
+        lines = [["setting", "clips", *columns], ["---"] * (len(columns) + 2)]
+        for summary in self.summaries:
+            lines.append([summary.name, str(summary.clips), *(_cell(summary, name) for name in columns)])
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(summary: Summary, name: str) -> str:
+    if name not in summary.estimates:
+        return ""
+    difference = summary.differences.get(name)
+    sign = "" if difference is None or not difference.apart else " ▲" if difference.value > 0 else " ▼"
+    return f"{summary.estimates[name]}{sign}"
+
+
+def evaluate(
+    out: str | Path, *, measure: Measure | None = None, told: Callable[[int], None] | None = None
+) -> Evaluation:
+    """What `stgfast render` or `stgfast sweep` left in this folder.
+
+    measure  what is measured of a clip; left out: what the model comes with, or what can be said of any clip
+    told     hears how many clips were measured
+    """
+    done, left_out = clips_of(Path(out))
+    measure = measure or measure_for({row.model for row in done})
+    return Evaluation(summed_up(measured(Path(out), done, measure, told), measure.real), left_out)
+
+
+def clips_of(out: Path) -> tuple[list[Row], int]:
+    """The jobs whose clips are there, and how many others there are."""
+    if not (out / FOLDER / "jobs.db").is_file():
+        raise wrong("folder", str(out), "one that stgfast render or stgfast sweep rendered into")
+    with Store(out) as store:
+        rows = list(store.rows(every=True))
+    done = [row for row in rows if row.status == DONE]
+    if not done:
+        raise wrong("folder", f"{out}, with no clip that is done", "clips to measure")
+    return done, len(rows) - len(done)
+
+
+def measured(
+    out: Path, done: Iterable[Row], measure: Measure, told: Callable[[int], None] | None = None
+) -> dict[str, Setting]:
+    """By what their jobs have in common."""
+    settings: dict[str, Setting] = {}
+    for count, row in enumerate(done, 1):
+        data = {name: value for name, value in row.job.to_dict().items() if name not in APART}
+        setting = settings.setdefault(_key(data), Setting(data))
+        setting.clips[_clip(row.job)] = measure.of(_frames(out / row.file), row.job.prompt)
+        setting.seconds.append(sum(row.seconds.values()))
+        if told is not None:
+            told(count)
+    return settings
+
+
+def measure_for(models: Iterable[str]) -> Measure:
+    """A model may come with a measure of its own; clips of several models have the plain one in common."""
+    if set(models) == {"toy"}:
+        from stgfast.evaluate.judged import measure
+
+        return measure()
+    return PLAIN
+
+
+def summed_up(settings: Mapping[str, Setting], real: Cloud | None) -> tuple[Summary, ...]:
+    """By the key of a setting; those with CFG alone are what the others are held against."""
+    names = _names(settings)
+    summaries = []
+    for key, setting in settings.items():
+        of, units = _statistics(setting.clips, real)
+        base = settings.get(setting.base)
+        against = {} if base is None or base is setting else _differences(setting, base, real)
+        summaries.append(
+            Summary(
+                names[key],
+                setting.job,
+                len(setting.clips),
+                round(float(np.mean(setting.seconds)), 4) if setting.seconds else math.nan,
+                {name: estimated(statistic, units) for name, statistic in of.items()},
+                names[setting.base] if against else "",
+                against,
+            )
+        )
+    return tuple(summaries)
+
+
+Statistics = dict[str, Callable[[Chosen], float]]
+
+
+def _statistics(clips: Mapping[Clip, Measured], real: Cloud | None) -> tuple[Statistics, NDArray[np.int64]]:
+    """Every number as a function of which clips it is of, and the units that stay together: prompts, or seeds where
+    there are more of those.
+    """
+    prompts, seeds = (np.unique([clip[n] for clip in clips], return_inverse=True)[1] for n in range(2))
+    units = prompts if prompts.max() >= seeds.max() else seeds
+    measured = list(clips.values())
+    features: Array = np.stack([each.features for each in measured])
+    found: Statistics = {}
+    for name in measured[0].values:
+        values = np.array([each.values[name] for each in measured])
+        found[name] = functools.partial(_mean_of, values)
+    if len(measured) > prompts.max() + 1:  # some prompt has several seeds
+        found["diversity"] = lambda chosen: diversity(features[chosen], prompts[chosen])
+    if real is not None:
+        found["Fréchet"] = lambda chosen: real.distance(features[chosen])
+    return found, units
+
+
+def _mean_of(values: Array, chosen: Chosen) -> float:
+    return mean(values[chosen])
+
+
+def _differences(setting: Setting, base: Setting, real: Cloud | None) -> dict[str, Estimate]:
+    both = [clip for clip in setting.clips if clip in base.clips]
+    if not both:
+        return {}
+    of, units = _statistics({clip: setting.clips[clip] for clip in both}, real)
+    than, _ = _statistics({clip: base.clips[clip] for clip in both}, real)
+    return {name: estimated(functools.partial(_less, of[name], than[name]), units) for name in of}
+
+
+def _less(of: Callable[[Chosen], float], than: Callable[[Chosen], float], chosen: Chosen) -> float:
+    return of(chosen) - than(chosen)
+
+
+def _names(settings: Mapping[str, Setting]) -> dict[str, str]:
+    """Settings in words: their guidance, and what not all of them have alike."""
+    flat = {key: _flat(setting.job) for key, setting in settings.items() if not setting.name}
+    every = {name for given in flat.values() for name in given}
+    varied = sorted(name for name in every if len({json.dumps(given.get(name)) for given in flat.values()}) > 1)
+    names = {}
+    for key, setting in settings.items():
+        if setting.name:
+            names[key] = setting.name
+            continue
+        guidance = setting.guidance
+        words = ["the model's own guidance" if guidance is None else str(guidance)]
+        words += [f"{name} {flat[key][name]}" for name in varied if name in flat[key]]
+        names[key] = "; ".join(words)
+    return names
+
+
+def _flat(job: Mapping[str, Any]) -> dict[str, Any]:
+    """A job's fields and arguments of the pipeline, but for its guidance."""
+    return {
+        **{name: value for name, value in job.items() if name not in ("guidance", "pipeline")},
+        **job.get("pipeline", {}),
+    }
+
+
+def _plain(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {name: _plain(value) for name, value in data.items()}
+    return None if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _key(data: Mapping[str, Any]) -> str:
+    return json.dumps(data, sort_keys=True)
+
+
+def _clip(job: Job) -> Clip:
+    return json.dumps([job.prompt, job.negative_prompt, job.image_sha256]), job.seed
+
+
+def _frames(path: Path) -> Frames:
+    try:
+        return read_frames(path)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path}: {error}; a clip that was rendered cannot be read any more") from error

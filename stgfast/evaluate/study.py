@@ -1,0 +1,149 @@
+"""Does STG do here what its paper says? CFG at several scales beside CFG and STG, judged by the toy model's own data.
+
+    python -m stgfast.evaluate.study tuning --out DIR      many settings, few clips: what to choose
+    python -m stgfast.evaluate.study reported --out DIR    the chosen ones, 1,024 clips each, on other prompts and seeds
+
+Clips are rendered as any folder of jobs is, so that a study goes on where it was stopped; a table and all numbers come
+out at the end. Beside what the model renders stand clips that are drawn, for the same prompts, and the same through the
+model's VAE: as good as it can be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stgfast import toy
+from stgfast.evaluate.judged import measure
+from stgfast.evaluate.measures import Measure
+from stgfast.evaluate.run import Clip, Evaluation, Setting, clips_of, measured, summed_up
+from stgfast.guidance import ATTENTION, RESIDUAL, Guidance, Perturbation
+from stgfast.install import accelerate
+from stgfast.render.files import Frames
+from stgfast.render.jobs import Job
+from stgfast.render.run import render
+from stgfast.toy import videos
+
+log = logging.getLogger(__name__)
+
+CFG = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+COLUMNS = ("Fréchet", "right", "shape", "motion", "diversity", "speed", "jerk", "flicker")
+SEEDS = 4  # of every prompt
+
+
+@dataclass(frozen=True)
+class Study:
+    """Which clips, and which settings: CFG scales with the guidance beside each."""
+
+    seed: int  # of prompts, and of noise
+    prompts: int
+    settings: Sequence[tuple[float, Guidance]]
+
+    def jobs(self) -> Iterator[Job]:
+        size = {name: toy.CALL[name] for name in ("width", "height", "num_frames")}
+        for number in range(self.prompts):
+            prompt = str(videos.plan(self.seed, number).scene)
+            for seed in range(SEEDS):
+                for place, (cfg, guidance) in enumerate(self.settings):
+                    yield Job(
+                        prompt=prompt,
+                        seed=self.seed * 1_000_000 + number * SEEDS + seed,
+                        steps=toy.CALL["num_inference_steps"],
+                        guidance=guidance,
+                        pipeline={"guidance_scale": cfg},
+                        name=f"{place:03}-{number:04}-{seed}",
+                        **size,
+                    )
+
+
+def perturbed(kind: str, layer: int, scale: float, **settings: Any) -> Guidance:
+    return Guidance(Perturbation([layer], kind=kind, scale=scale), **settings)
+
+
+def tuning() -> Study:
+    """Every second layer, of both kinds, beside a good CFG scale, and some of them without CFG."""
+    grid = [
+        (cfg, perturbed(kind, layer, scale))
+        for cfg, kinds, layers, scales in (
+            (toy.CALL["guidance_scale"], (RESIDUAL, ATTENTION), (2, 4, 6, 8, 10), (0.2, 0.5, 1.0)),
+            (1.0, (RESIDUAL,), (4, 6, 8), (0.5, 1.0)),
+        )
+        for kind in kinds
+        for layer in layers
+        for scale in scales
+    ]
+    return Study(seed=101, prompts=32, settings=[*((cfg, Guidance()) for cfg in CFG), *grid])
+
+
+STUDIES = {"tuning": tuning}
+
+
+def run(study: Study, out: Path) -> Evaluation:
+    jobs = list(study.jobs())
+    report = render(accelerate(toy.pipeline(), toy.GUIDANCE), jobs, out, format="npz", max_batch=16, listener=_told)
+    if report.done < len(jobs):
+        raise RuntimeError(f"the study in {out}: got {report.done} clips, expected {len(jobs)}; start it again")
+    judged = measure()
+    rows, left_out = clips_of(out)
+    settings = measured(out, rows, judged, _counted)
+    clips = list(next(iter(settings.values())).clips)
+    made = {setting.name: setting for setting in as_drawn(study, clips, judged)}
+    return Evaluation(summed_up({**made, **settings}, judged.real), left_out)
+
+
+def as_drawn(study: Study, clips: Sequence[Clip], judged: Measure) -> tuple[Setting, Setting]:
+    """For the same prompts: what the model was trained to make, and what its VAE leaves of that."""
+    drawn, through = Setting({}, name="as drawn"), Setting({}, name="as drawn, through the VAE")
+    vae = toy.pipeline().vae
+    for number, clip in enumerate(clips):
+        prompt = json.loads(clip[0])[0]
+        frames = videos.clips(study.seed + 1, [number], [videos.Scene.parse(prompt)]).frames
+        drawn.clips[clip] = judged.of(_bytes(frames[0]), prompt)
+        with torch.no_grad():
+            latents = vae.encode(frames.transpose(1, 2) * 2 - 1).latent_dist.mean
+            back = vae.decode(latents).sample.transpose(1, 2) / 2 + 0.5
+        through.clips[clip] = judged.of(_bytes(back[0]), prompt)
+    return drawn, through
+
+
+def _bytes(frames: Tensor) -> Frames:
+    made: Frames = (frames.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    return made
+
+
+def _told(event: dict[str, Any]) -> None:
+    if event["event"] in ("done", "failed") and event["finished"] % 100 == 0:
+        log.info("%d of %d clips", event["finished"], event["total"])
+
+
+def _counted(count: int) -> None:
+    if count % 1000 == 0:
+        log.info("%d clips measured", count)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=STUDIES)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where clips are put")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="all numbers, as JSON")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="a page with plots, for a browser")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    evaluation = run(STUDIES[arguments.study](), arguments.out)
+    if arguments.page:
+        arguments.page.write_text(evaluation.page(), encoding="utf-8")
+    if arguments.save:
+        arguments.save.write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n", encoding="utf-8")
+    log.info("%s", evaluation.table(COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
