@@ -6,6 +6,7 @@ import argparse
 import warnings
 from collections.abc import Sequence
 
+from stgfast.bench import command as bench
 from stgfast.render import command
 from stgfast.version import __version__
 
@@ -19,9 +20,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands.add_parser("doctor", help="what is installed, what of it runs here, and what is chosen")
     command.add_render(commands.add_parser("render", help="render a file of jobs into a folder"))
     command.add_sweep(commands.add_parser("sweep", help="render one prompt at several layers and scales"))
+    bench.add_bench(commands.add_parser("bench", help="what guidance costs, beside what would otherwise be run"))
     arguments = parser.parse_args(argv)
     if arguments.command == "demo":
         return run_demo(arguments.seed)
+    if arguments.command == "bench":
+        return bench.main(arguments)
     return run_doctor() if arguments.command == "doctor" else command.main(arguments)
 
 

@@ -30,7 +30,8 @@ MAY = {
     "doctor": {"kernels", "version"},
     "restart": {"errors"},
     "render": COMMON | {"install", "integrations", "version"},
-    "cli": {"version", "toy", "doctor", "render"},
+    "bench": COMMON | {"batching", "explain", "install", "integrations", "kernels", "version"},
+    "cli": {"version", "toy", "doctor", "render", "bench"},
     "": {
         "errors",
         "explain",
@@ -45,7 +46,7 @@ MAY = {
     },
 }
 FOREIGN = {  # third-party packages, and the only parts that may import them
-    "diffusers": {"integrations", "render", "toy"},
+    "diffusers": {"integrations", "render", "toy", "bench"},
     "triton": {"kernels"},
     "transformers": {"toy"},
     "torch": {
@@ -60,6 +61,7 @@ FOREIGN = {  # third-party packages, and the only parts that may import them
         "restart",
         "toy",
         "doctor",
+        "bench",
     },
 }
 
