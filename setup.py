@@ -15,7 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["stgfast", "stgfast.*"]),
-    package_data={"stgfast": ["py.typed", "render/*.html"]},
+    package_data={"stgfast": ["py.typed", "render/*.html", "bench/*.html"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.6",

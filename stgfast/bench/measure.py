@@ -67,13 +67,12 @@ def medians(taken: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def peak_memory(call: Callable[[], Any], device: str) -> int | None:
-    """Bytes on a GPU. A CPU's peak is that of the process, of which a call is only a part."""
+def peak_memory(call: Callable[[], Tensor], device: str) -> tuple[Tensor, int]:
+    """What a call makes, and the most bytes that it had on a GPU; 0 for a CPU, whose peak is that of the process."""
     if device == "cpu":
-        return None
+        return call(), 0
     torch.cuda.reset_peak_memory_stats()
-    call()
-    return torch.cuda.max_memory_allocated()
+    return call(), torch.cuda.max_memory_allocated()
 
 
 class Arithmetic(NamedTuple):
@@ -94,10 +93,28 @@ def by_module(call: Callable[[], Any]) -> dict[str, int]:
     return {name: sum(counts.values()) for name, counts in _counted(call).items()}
 
 
+class Fit(NamedTuple):
+    """A least-squares fit: a coefficient for every power of the variable, and how much of the variance it explains."""
+
+    coefficients: tuple[float, ...]
+    r2: float
+
+
+def fitted(x: Sequence[float], y: Sequence[float], degree: int) -> Fit:
+    values = torch.tensor(y, dtype=torch.float64)
+    # Powers of numbers near 1, so that rounding does not decide.
+    scale = max(map(abs, x)) or 1.0
+    powers = torch.stack([(torch.tensor(x, dtype=torch.float64) / scale) ** n for n in range(degree + 1)], dim=1)
+    found = torch.linalg.lstsq(powers, values).solution
+    left, spread = (values - powers @ found).square().sum(), (values - values.mean()).square().sum()
+    coefficients = tuple(significant(float(c) / scale**n) for n, c in enumerate(found))
+    return Fit(coefficients, significant(float(1 - left / spread)))
+
+
 def _counted(call: Callable[[], Any]) -> dict[str, dict[Any, int]]:
     counter = FlopCounterMode(display=False, custom_mapping={FOR_CPU: _attention})
     # What the package's own attention launches is not known to the counter: for the count torch's computes it.
-    with mock.patch.object(backends, "choose", lambda call: backends.YARDSTICK), counter:
+    with mock.patch.object(backends, "choose", return_value=backends.YARDSTICK), counter:
         call()
     return counter.get_flop_counts()
 

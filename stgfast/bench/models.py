@@ -161,6 +161,11 @@ def narrowed(*widths: str, **changes: Any) -> dict[str, dict[str, Any]]:
     return {size: {**HEADS[size], **dict.fromkeys(widths, WIDTH[size]), **changes} for size in WIDTH}
 
 
+NARROW_UNET = {
+    "block_out_channels": (64, 128, 256, 256),
+    "num_attention_heads": (1, 2, 4, 4),
+    "cross_attention_dim": 256,
+}
 CONVERTED = "diffusers' script that converts the released weights"
 LTX: dict[str, Any] = {
     "pipeline": "LTXPipeline",
@@ -210,7 +215,7 @@ MODELS = {
         denoiser="LTX2VideoTransformer3DModel",
         layer=28,
         text=functools.partial(usual_text, width="caption_channels", tokens=128),
-        clips={TINY: (192, 192, 25), SMALL: (256, 256, 25), FULL: (512, 768, 121)},
+        clips={TINY: (224, 224, 33), SMALL: (256, 256, 25), FULL: (512, 768, 121)},
         # The pipeline's weak pass needs it to be weak.
         config={"perturbed_attn": True},
         narrow={
@@ -259,14 +264,7 @@ MODELS = {
         layer=8,
         text=no_text,
         clips={TINY: (128, 128, 4), SMALL: (192, 192, 8), FULL: (576, 1024, 14), LARGEST: (576, 1024, 25)},
-        narrow=dict.fromkeys(
-            WIDTH,
-            {
-                "block_out_channels": (64, 128, 256, 256),
-                "num_attention_heads": (1, 2, 4, 4),
-                "cross_attention_dim": 256,
-            },
-        ),
+        narrow={TINY: NARROW_UNET, SMALL: NARROW_UNET},
         guidance=lambda layer: Guidance(
             [Perturbation([layer], kind="attention", axis=axis) for axis in ("spatial", "temporal")]
         ),

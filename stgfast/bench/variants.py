@@ -1,18 +1,19 @@
 """The ways in which one clip can be made.
 
-    stock      the pipeline with CFG alone, and where it guides itself with that alone
-    paper      STG as the paper's code does it: a stack of all branches, every row through every block; one call after
-               another where the pipeline itself does so; the passes of a pipeline that asks for weak branches itself
-    passes     every branch by itself, one after another, combined by one formula
-    guiders    the modular pipeline under diffusers' `SkipLayerGuidance`, which does so too
-    stgfast    `stgfast.accelerate`
-    compiled   the same, with the model's blocks compiled
-    fastest    the same, with the attention of diffusers' that was measured to be the fastest
-    reuse      as stgfast, with the weak branch computed in every second step: another result
+stock      the pipeline with CFG alone, and where it guides itself with that alone
+paper      STG as the paper's code does it: a stack of all branches, every row through every block; one call after
+           another where the pipeline itself does so; the passes of a pipeline that asks for weak branches itself
+passes     every branch by itself, one after another, combined by one formula
+guiders    the modular pipeline under diffusers' `SkipLayerGuidance`, which does so too
+stgfast    `stgfast.accelerate`
+compiled   the same, with the model's blocks compiled
+fastest    the same, with the attention of diffusers' that was measured to be the fastest
+reuse      as stgfast, with the weak branch computed in every second step: another result
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import inspect
@@ -184,15 +185,37 @@ class Bench:
         if variant in ("paper", "passes", "guiders"):
             return [explained.unshared // explained.depth] * explained.depth
         return [
-            sum(count * plan.computed[block] for phase in explained.phases for count, plans in phase.kinds for plan in plans)
+            sum(
+                count * plan.computed[block]
+                for phase in explained.phases
+                for count, plans in phase.kinds
+                for plan in plans
+            )
             for block in range(explained.depth)
         ]
 
-    def costs(self) -> list[int]:
-        """The arithmetic of every block on the same rows."""
+    def costs(self) -> tuple[list[int], int]:
+        """The arithmetic of every block on the same rows, and how many tokens of a sample the first one sees."""
         names = {module: name for name, module in self.denoiser.named_modules()}
-        counts = by_module(self.stock)
-        return [counts[f"{type(self.denoiser).__name__}.{names[unit.module]}"] for unit in self.layout.units]
+        first, seen = self.layout.units[0].module, list[Tensor]()
+        signature = inspect.signature(first.forward)
+
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(signature.bind(*args, **kwargs).arguments[self.layout.state[0]])
+
+        with first.register_forward_pre_hook(see, with_kwargs=True):
+            counts = by_module(self.stock)
+        # Channels are dimension 1 of images, and the last one of tokens.
+        channels = seen[0].shape[1] if seen[0].ndim == 4 else seen[0].shape[-1]
+        rows = self.prompts * (2 if self.adapter.protocol in ("stacked", "announced") else 1)
+        costs = [counts[f"{type(self.denoiser).__name__}.{names[unit.module]}"] for unit in self.layout.units]
+        return costs, seen[0].numel() // (channels * rows)
+
+    def at(self, *, prompts: int = 1, clip: Clip | None = None, guidance: Guidance | None = None) -> Bench:
+        """The same model, at another point."""
+        other = copy.copy(self)
+        other.prompts, other.frames, other.guidance = prompts, clip or self.frames, guidance or self.guidance
+        return other
 
     @property
     def _guidance(self) -> Guidance:
@@ -281,6 +304,7 @@ class Bench:
 
     def _pushed(self, guided: Tensor, cond: Tensor, weak: Sequence[Tensor]) -> Tensor:
         for part, prediction in zip(self._guidance.perturbations, weak, strict=True):
+            assert isinstance(part.scale, float)
             guided = guided + part.scale * (cond - prediction)
         return guided
 
