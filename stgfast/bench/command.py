@@ -15,6 +15,8 @@ from stgfast.bench.models import MODELS, SIZES, SMALL, TINY
 from stgfast.bench.variants import VARIANTS
 
 DONE, WRONG_RESULT, WRONG = 0, 1, 2
+# On a CPU there is little attention to choose from.
+CHECKED = {"cuda": VARIANTS, "cpu": tuple(name for name in VARIANTS if name != "fastest")}
 USUAL = ("stock", "paper", "stgfast", "reuse")
 # Models whose blocks keep the shape of what they are given; those of a UNet do not.
 DEEP = [name for name, model in MODELS.items() if model.part == "transformer"]
@@ -53,6 +55,7 @@ def main(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Te
         return WRONG
     if arguments.device == "cpu":
         torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # with which convolutions in float32 would differ by the batch
     _quiet()
     code = DONE
     try:
@@ -88,7 +91,7 @@ def _rows(arguments: argparse.Namespace) -> Any:
     from stgfast.bench.steps import WITHIN, measured, off_prediction
 
     given: dict[str, Any] = {"device": arguments.device, "steps": None if arguments.whole else arguments.steps}
-    rounds = arguments.rounds or (9 if arguments.check or arguments.overhead else 5)
+    rounds = arguments.rounds or (7 if arguments.check or arguments.overhead else 5)
     models = arguments.models or (DEEP if arguments.overhead else [GROWN] if arguments.growth else MODELS)
     for name in models:
         if arguments.overhead:
@@ -101,7 +104,7 @@ def _rows(arguments: argparse.Namespace) -> Any:
                 name,
                 size=arguments.size or TINY,
                 rounds=rounds,
-                variants=arguments.variants or VARIANTS,
+                variants=arguments.variants or CHECKED[arguments.device],
                 timed=("paper",),
                 backend="eager",  # whose results are those of any other, and which compiles nothing
                 **given,

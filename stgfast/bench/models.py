@@ -31,7 +31,8 @@ class Model:
     pipeline  the pipeline class
     denoiser  the class of its denoiser
     layer     which the weak branch skips: about 70% of the way through, as with Mochi's published setting
-    text      what encoders make of a prompt, by the denoiser's configuration: shapes by name, without the prompts
+    text      what encoders make of a prompt, by the denoiser's configuration and whether the model is a narrow one:
+              shapes by name, without the prompts
     clips     the clip, by size; the largest is the full one where it is left out
     narrow    what is less in the narrow one, by size; it is as deep
     config    of the released model, where that is not the class's own
@@ -46,7 +47,7 @@ class Model:
     pipeline: str
     denoiser: str
     layer: int
-    text: Callable[[Any], Shapes]
+    text: Callable[[Any, bool], Shapes]
     clips: Mapping[str, Clip]
     narrow: Mapping[str, Mapping[str, Any]]
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -95,7 +96,7 @@ class Model:
         made: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "output_type": "latent"}
         made |= self.given
         takes = inspect.signature(type(pipe).__call__).parameters
-        for name, shape in self.text(denoiser.config).items():
+        for name, shape in self.text(denoiser.config, size in self.narrow).items():
             for side in ("", "negative_"):
                 made[side + name] = torch.randn(prompts, *shape, generator=generator).to(device, dtype)
                 mask = f"{side}prompt_attention_mask"
@@ -109,15 +110,17 @@ class Model:
         return {**made, scale: self.cfg, "generator": generators}
 
 
-def usual_text(config: Any, width: str, tokens: int) -> Shapes:
-    return {"prompt_embeds": (tokens, config[width])}
+def usual_text(config: Any, narrow: bool, width: str, tokens: int, fewer: int = 0) -> Shapes:
+    """So many tokens as the pipeline pads prompts to, or fewer for a narrow model."""
+    return {"prompt_embeds": (fewer if narrow and fewer else tokens, config[width])}
 
 
-def hunyuan_text(config: Any) -> Shapes:
-    return {"prompt_embeds": (64, config["text_embed_dim"]), "pooled_prompt_embeds": (config["pooled_projection_dim"],)}
+def hunyuan_text(config: Any, narrow: bool) -> Shapes:
+    text = usual_text(config, narrow, "text_embed_dim", 256, fewer=64)
+    return {**text, "pooled_prompt_embeds": (config["pooled_projection_dim"],)}
 
 
-def no_text(config: Any) -> Shapes:
+def no_text(config: Any, narrow: bool) -> Shapes:
     return {}
 
 
@@ -189,7 +192,7 @@ COGVIDEOX: dict[str, Any] = {
 WAN: dict[str, Any] = {
     "pipeline": "WanPipeline",
     "denoiser": "WanTransformer3DModel",
-    "text": functools.partial(usual_text, width="text_dim", tokens=128),
+    "text": functools.partial(usual_text, width="text_dim", tokens=512, fewer=128),
     "narrow": {size: {**HEADS[size], "text_dim": WIDTH[size], "ffn_dim": 4 * WIDTH[size]} for size in WIDTH},
     "source": CONVERTED,
     "cfg": 5.0,
@@ -214,7 +217,7 @@ MODELS = {
         pipeline="LTX2Pipeline",
         denoiser="LTX2VideoTransformer3DModel",
         layer=28,
-        text=functools.partial(usual_text, width="caption_channels", tokens=128),
+        text=functools.partial(usual_text, width="caption_channels", tokens=1024, fewer=128),
         clips={TINY: (224, 224, 33), SMALL: (256, 256, 25), FULL: (512, 768, 121)},
         # The pipeline's weak pass needs it to be weak.
         config={"perturbed_attn": True},
