@@ -1,7 +1,8 @@
 """What our own Python takes: for every call of a block, for a step, and for a call of the pipeline.
 
 The model's blocks hand on what they are given and do nothing else, so that an accelerated clip takes longer than the
-stock one by our own work alone. Clips of few steps and of many tell a step's from a call's.
+stock one by our own work, and by what the model does for the weak branch outside of its blocks: it is no less than our
+own. Clips of few steps and of many tell a step's from a call's.
 """
 
 from __future__ import annotations

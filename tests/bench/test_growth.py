@@ -6,7 +6,7 @@ from stgfast.bench import growth
 from stgfast.bench.measure import Disagreement
 from stgfast.bench.models import MODELS
 from stgfast.bench.variants import Bench
-from tests.bench.test_steps import shallow
+from tests.bench.test_steps import run, shallow
 
 
 @pytest.fixture(params=["mochi", "wan-14b"])
@@ -30,6 +30,15 @@ def test_arithmetic_follows_the_plan(model):
         for what in ("block_rows", "arithmetic"):
             values = [point[what] for point in rows[axis]["points"]]
             assert values == sorted(values, reverse=falling)
+
+
+def test_the_command(model):
+    code, (row,), said = run("--overhead", "--models", model, "--size", "tiny", "--rounds", "1")
+    assert (code, row["bench"]) == (0, "overhead")
+    assert "of a block's call" in said
+    code, rows, said = run("--growth", "--models", model, "--rounds", "1")
+    assert (code, len(rows)) == (0, len(growth.AXES) + 1)
+    assert said.count("seconds by") == len(rows)
 
 
 def test_nothing_is_timed_where_a_point_disagrees(model, monkeypatch):
