@@ -48,6 +48,7 @@ def main(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Te
     import torch
 
     from stgfast.bench.measure import Disagreement, saved
+    from stgfast.errors import SettingsError
 
     out, said = stdout or sys.stdout, stderr or sys.stderr
     if arguments.device == "cuda" and not torch.cuda.is_available():
@@ -64,9 +65,9 @@ def main(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Te
             out.flush()
             said.write(SUMMARIES[row["bench"]](row) + ("" if right else ", not within 5%") + "\n")
             code = code if right else WRONG_RESULT
-    except Disagreement as error:
+    except (Disagreement, SettingsError) as error:
         said.write(f"stgfast bench: {error}\n")
-        return WRONG_RESULT
+        return WRONG_RESULT if isinstance(error, Disagreement) else WRONG
     return code
 
 

@@ -16,6 +16,7 @@ from stgfast.bench.measure import agreeing, arithmetic, fitted, in_turns, median
 from stgfast.bench.models import DTYPES, MODELS
 from stgfast.bench.steps import ALLOWED
 from stgfast.bench.variants import Bench
+from stgfast.errors import wrong
 from stgfast.guidance import Guidance, Perturbation
 
 TIMES = (1, 2, 3, 4, 6, 8)  # as many tokens, and as many prompts
@@ -28,11 +29,10 @@ AXES = {"tokens": 2, "prompts": 1, "branches": 1, "layer": 1}
 def points(bench: Bench, axis: str) -> dict[int, Bench]:
     """By the value that changes."""
     last = bench.layout.layers - 1
-    if axis == "tokens":  # more of them by more frames: the latent ones have so many frames each, after the first
+    if axis == "tokens":
         height, width, frames = bench.frames
-        per_frame = 6 if bench.model.pipeline == "MochiPipeline" else 4
-        latent = (frames - 1) // per_frame + 1
-        clips = {n: (height, width, (latent * n - 1) * per_frame + 1) for n in TIMES}
+        latent = (frames - 1) // bench.model.frames + 1
+        clips = {n: (height, width, (latent * n - 1) * bench.model.frames + 1) for n in TIMES}
         return {n: bench.at(clip=clip) for n, clip in clips.items()}
     if axis == "prompts":
         return {n: bench.at(prompts=n) for n in TIMES}
@@ -54,6 +54,8 @@ def grown(
 ) -> Iterator[dict[str, Any]]:
     """A row for every question, and one for time against block-rows in those where nothing else changes."""
     bench = Bench(MODELS[name], size, device, steps)
+    if bench.guidance is None:
+        raise wrong("a model whose cost grows", name, "one that does not guide itself")
     about = {"model": name, "size": size, "steps": bench.arguments()["num_inference_steps"], "rounds": rounds}
     by_rows: list[dict[str, Any]] = []
     for axis in axes or AXES:

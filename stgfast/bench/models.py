@@ -41,6 +41,7 @@ class Model:
     given     further arguments of a call
     prepare   puts what stands in for encoders and decoders into a pipeline
     part      which part of the pipeline its denoiser is
+    frames    of a video that one of its latents stands for, but the first
     modular   the modular pipeline that makes the same clip under a guider: its blocks, and the path of the denoiser's
     """
 
@@ -58,6 +59,7 @@ class Model:
     scheduler: str = "FlowMatchEulerDiscreteScheduler"
     prepare: Callable[[Any], None] = lambda pipe: None
     part: str = "transformer"
+    frames: int = 4
     modular: str = ""
 
     def clip(self, size: str) -> Clip:
@@ -177,6 +179,7 @@ LTX: dict[str, Any] = {
     "clips": {TINY: (256, 256, 41), SMALL: (256, 256, 25), FULL: (512, 704, 161)},
     "narrow": narrowed("cross_attention_dim", "caption_channels"),
     "cfg": 3.0,
+    "frames": 8,
     "modular": "diffusers.modular_pipelines.ltx.modular_blocks_ltx.LTXBlocks",
 }
 COGVIDEOX: dict[str, Any] = {
@@ -204,6 +207,7 @@ MODELS = {
         denoiser="MochiTransformer3DModel",
         layer=34,
         text=functools.partial(usual_text, width="text_embed_dim", tokens=256),
+        frames=6,
         clips={TINY: (128, 128, 7), SMALL: (192, 192, 13), FULL: (480, 848, 31), LARGEST: (480, 848, 163)},
         narrow=narrowed(pooled_projection_dim=128, text_embed_dim=344),
     ),
@@ -234,6 +238,7 @@ MODELS = {
         given={"spatio_temporal_guidance_blocks": [28]},
         cfg=3.0,
         prepare=connected_text,
+        frames=8,
     ),
     "cogvideox-2b": Model(layer=21, **COGVIDEOX),
     "cogvideox-5b": Model(
@@ -275,5 +280,6 @@ MODELS = {
         scheduler="EulerDiscreteScheduler",
         prepare=encoded_image,
         part="unet",
+        frames=1,
     ),
 }

@@ -23,6 +23,8 @@ def test_arithmetic_follows_the_plan(model):
         assert row["fit"].keys() == {"seconds", "arithmetic"}
     assert min(rows[axis]["fit"]["arithmetic"]["r2"] for axis in ("tokens", "prompts")) > 0.999
     assert [point["tokens"] for point in rows["tokens"]["points"]] == list(growth.TIMES)
+    latent = [(point["clip"][2] - 1) // MODELS[model].frames + 1 for point in rows["tokens"]["points"]]
+    assert latent == [n * latent[0] for n in growth.TIMES]
     assert [point["block_rows"] for point in rows["prompts"]["points"]] == [18 * n for n in growth.TIMES]
     # Of four blocks in two steps: two rows everywhere, and one more after the block that is skipped.
     assert [point["block_rows"] for point in rows["layer"]["points"]] == [22, 20, 18, 16]
@@ -39,6 +41,12 @@ def test_the_command(model):
     code, rows, said = run("--growth", "--models", model, "--rounds", "1")
     assert (code, len(rows)) == (0, len(growth.AXES) + 1)
     assert said.count("seconds by") == len(rows)
+
+
+def test_a_model_that_guides_itself_is_refused():
+    code, rows, said = run("--growth", "--models", "ltx-2")
+    assert (code, rows) == (2, [])
+    assert "got 'ltx-2', expected one that does not guide itself" in said
 
 
 def test_nothing_is_timed_where_a_point_disagrees(model, monkeypatch):
