@@ -18,7 +18,7 @@ lint: $(READY)
 	$(VENV)/bin/mypy
 
 bench: $(READY)
-	$(VENV)/bin/python bench/steps.py
+	$(RUN) -m stgfast.cli bench
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)

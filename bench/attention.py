@@ -10,7 +10,6 @@ alone, as a fraction of the rate at which the device copies. Results agree with 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-import stgfast
+from stgfast.bench.measure import result, saved
 from stgfast.kernels import backends
 
 HEADS = 24
@@ -67,24 +66,16 @@ def compare(size: int, tokens: int, rounds: int) -> dict[str, Any]:
     times = milliseconds(calls, rounds)
     plain = {name: times[f"three rows, {name}"] for name in (*fused, *split)}
     fastest, others = min(plain.values()), min(plain[name] for name in split)
-    figures: dict[str, float] = {}
+    figures: dict[str, Any] = {}
     for name in fused:
         copies = times["copy of a row"] / times[f"identity row, {name}"]
         figures[f"fastest of the split forms / {name}, three rows"] = round(others / plain[name], 3)
         figures[f"identity row, {name}: share of the copy rate"] = round(copies, 3)
         figures[f"{name} TFLOP/s"] = round(3 * 4 * tokens**2 * size * HEADS / plain[name] / 1e9, 1)
-    return {
-        "bench": "attention",
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "stgfast": stgfast.__version__,
-        "size of a head": size,
-        "tokens": tokens,
-        "heads": HEADS,
-        "milliseconds": {name: round(value, 4) for name, value in times.items()},
-        "stack of three with one identity row / fastest on three rows": round(times["stack, auto"] / fastest, 3),
-        **figures,
-    }
+    figures |= {"size of a head": size, "tokens": tokens, "heads": HEADS, "rounds": rounds}
+    figures["stack of three with one identity row / fastest on three rows"] = round(times["stack, auto"] / fastest, 3)
+    figures["milliseconds"] = {name: round(value, 4) for name, value in times.items()}
+    return result("attention", "cuda", **figures)
 
 
 def main() -> int:
@@ -98,11 +89,7 @@ def main() -> int:
         return 1
     for size in (64, 128):
         for tokens in options.tokens:
-            row = compare(size, tokens, options.rounds)
-            print(json.dumps(row))
-            if options.save:
-                with options.save.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+            print(saved(compare(size, tokens, options.rounds), options.save))
     return 0
 
 

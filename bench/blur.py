@@ -8,17 +8,14 @@ Both in one process, in turns, on one row; the blur first agrees with its specif
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-import stgfast
+from stgfast.bench.measure import in_turns, medians, result, saved
 from stgfast.kernels import blur, reference
 
 # frames, height and width in tokens; heads and size of a head
@@ -44,27 +41,17 @@ def compare(grid: tuple[int, int, int], heads: int, size: int, device: str, roun
         "specification": lambda: reference.blur(x, grid, SIGMA),
         "attention": lambda: F.scaled_dot_product_attention(q, q, q),
     }
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(rounds + 1):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            if number:  # the first warms up
-                taken[name].append(time.perf_counter() - begin)
-    seconds = {name: statistics.median(times) for name, times in taken.items()}
-    return {
-        "bench": "blur",
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "stgfast": stgfast.__version__,
+    in_turns(calls, 1, device)
+    seconds = medians(in_turns(calls, rounds, device))
+    figures = {
+        "rounds": rounds,
         "grid": grid,
         "heads": heads,
         "size of a head": size,
         "blur / attention": round(seconds["blur"] / seconds["attention"], 4),
         "specification / blur": round(seconds["specification"] / seconds["blur"], 2),
     }
+    return result("blur", device, **figures)
 
 
 def main() -> int:
@@ -74,11 +61,7 @@ def main() -> int:
     parser.add_argument("--save", type=Path, help="a file to add the results to, one line of JSON each")
     options = parser.parse_args()
     for grid, heads, size in CASES[options.device]:
-        row = json.dumps(compare(grid, heads, size, options.device, options.rounds))
-        print(row)
-        if options.save:
-            with options.save.open("a") as file:
-                file.write(row + "\n")
+        print(saved(compare(grid, heads, size, options.device, options.rounds), options.save))
     return 0
 
 

@@ -13,7 +13,6 @@ sides are counted for.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -27,7 +26,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import stgfast
+from stgfast.bench.measure import result, saved
 from stgfast.kernels import combine, reference
 
 DTYPE = torch.bfloat16
@@ -175,11 +174,7 @@ def timed(case: Case, megabytes: int, rounds: int, rate: float) -> dict[str, Any
     sides = {"fused": case.fused, "as written": case.as_written, "as written, compiled": compiled}
     times = microseconds({name: lambda call=call: call(given) for name, call in sides.items()}, rounds)
     achieved = case.floor(size) / times["fused"]["gpu"] / 1e3
-    return {
-        "bench": "combine",
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "stgfast": stgfast.__version__,
+    figures = {
         "case": str(case),
         "MB of a branch": megabytes,
         "microseconds": {name: round(time["gpu"], 1) for name, time in times.items()},
@@ -190,6 +185,7 @@ def timed(case: Case, megabytes: int, rounds: int, rate: float) -> dict[str, Any
         "GB/s of a copy": round(rate),
         "share of the copy rate": round(achieved / rate, 3),
     }
+    return result("combine", "cuda", rounds=rounds, **figures)
 
 
 def main() -> int:
@@ -211,12 +207,7 @@ def main() -> int:
     rate = copy_rate()
     for case in CASES:
         for megabytes in options.megabytes:
-            row = timed(case, megabytes, options.rounds, rate)
-            print(json.dumps(row))
-            if options.save:
-                options.save.parent.mkdir(parents=True, exist_ok=True)
-                with options.save.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+            print(saved(timed(case, megabytes, options.rounds, rate), options.save))
     return 0
 
 

@@ -1,22 +1,58 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command, from the root of a checkout: bash bench/gpu.sh [folder for results]
+# Everything that needs a GPU, in one command, from the root of a checkout: bash bench/gpu.sh [part ...]
 # It needs torch with CUDA, triton, diffusers, pytest and hypothesis, and installs nothing. Tests first: no speed is
-# reported of what does not work. Results are lines of JSON, one file for each question.
+# reported of what does not work. Results are lines of JSON, one file for each question, in bench/results/ or in the
+# folder that OUT names. A part takes less than 10 minutes, or is stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-out="${1:-bench/results}"
-mkdir -p "$out"
+export OUT="${OUT:-bench/results}"
+mkdir -p "$OUT"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET
 
-# The Hopper kernel by itself and with a limit: a fault of its barriers would wait for ever, and not fail.
-hopper=tests/kernels/test_attention_hopper.py
-python3 -m pytest -q -o addopts="" tests/kernels --ignore="$hopper" 2>&1 | tee "$out/gpu-tests.txt"
-timeout 240 python3 -m pytest -q -o addopts="" "$hopper" 2>&1 | tee "$out/gpu-tests-hopper.txt"
-python3 -m stgfast.cli doctor | tee "$out/doctor.txt"
-python3 bench/combine.py --device cuda --save "$out/combine.jsonl"
-python3 bench/attention.py --tokens 2048 8192 32768 --save "$out/attention.jsonl"
-python3 bench/blur.py --device cuda --save "$out/blur.jsonl"
-python3 bench/steps.py --device cuda --size small --rounds 9 --variants stock paper passes stgfast reuse --save "$out/steps.jsonl"
-python3 bench/steps.py --device cuda --size full --models mochi ltx-2b wan-1.3b --rounds 3 \
-    --variants stock paper stgfast compiled --save "$out/steps.jsonl"
+bench() { python3 -m stgfast.cli bench --device cuda "$@"; }
+
+tests() {
+    # The Hopper kernel by itself and with a limit: a fault of its barriers would wait for ever, and not fail.
+    local hopper=tests/kernels/test_attention_hopper.py
+    python3 -m pytest -q -o addopts="" tests/kernels tests/test_gpu.py --ignore="$hopper" 2>&1 | tee "$OUT/gpu-tests.txt"
+    timeout 240 python3 -m pytest -q -o addopts="" "$hopper" 2>&1 | tee "$OUT/gpu-tests-hopper.txt"
+}
+
+kernels() {
+    python3 -m stgfast.cli doctor | tee "$OUT/doctor.txt"
+    python3 bench/combine.py --device cuda --save "$OUT/combine.jsonl"
+    python3 bench/attention.py --tokens 2048 8192 32768 --save "$OUT/attention.jsonl"
+    python3 bench/blur.py --device cuda --save "$OUT/blur.jsonl"
+}
+
+# Narrow models: where the GPU is not full, and our own Python counts most.
+small() {
+    bench --size small --rounds 9 --variants stock paper passes guiders stgfast reuse --save "$OUT/steps.jsonl"
+    bench --overhead --size small --save "$OUT/overhead.jsonl"
+}
+
+growth() { bench --growth --size small --save "$OUT/growth.jsonl"; }
+
+# Released sizes, random weights.
+mochi() { full --models mochi; }
+light() { full --models ltx-2b wan-1.3b cogvideox-2b svd; }
+heavy() { full --models wan-14b ltx-13b; }
+others() { full --models cogvideox-5b ltx-2 hunyuan-video; }
+full() { bench --size full --rounds 3 --variants stock paper stgfast compiled fastest --save "$OUT/steps.jsonl" "$@"; }
+
+# How near to the limit, and whole clips.
+largest() { bench --size largest --models mochi --rounds 2 --variants stgfast fastest --save "$OUT/steps.jsonl"; }
+whole() { bench --size full --whole --models ltx-2b mochi --rounds 1 --variants stgfast --save "$OUT/steps.jsonl"; }
+
+page() { python3 -m stgfast.cli bench --report "$OUT" --out "$OUT/report.html"; }
+
+if [ "${1:-}" = --one ]; then
+    "$2"
+    exit
+fi
+for part in "${@:-tests kernels small growth mochi light heavy others largest whole page}"; do
+    for one in $part; do
+        timeout 600 bash bench/gpu.sh --one "$one"
+    done
+done

@@ -9,17 +9,16 @@ Models are built from their configuration on the meta device, where they have no
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import diffusers
+import readme
 import torch
 from torch import nn
 
@@ -32,8 +31,6 @@ from stgfast.integrations.open_sora import MODELS as OPEN_SORA
 from stgfast.integrations.spec import Adapter
 from stgfast.schedules import Moment
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- made by bench/pipelines.py -->\n", "<!-- up to here -->\n"
 HEAD = ("model", "pipelines", "called", "layers", "settings", "from", "block-rows: plain, stgfast, CFG alone", "saved")
 FIRST = Moment(0, 1)
 SOME_CFG = 4.0
@@ -252,23 +249,7 @@ def table() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true")
-    parser.add_argument("--write", action="store_true")
-    asked = parser.parse_args()
-    made = table()
-    if not asked.check and not asked.write:
-        print(made, end="")
-        return 0
-    text = README.read_text(encoding="utf-8")
-    before, _, rest = text.partition(BEGIN)
-    there, _, after = rest.partition(END)
-    if asked.write:
-        README.write_text(f"{before}{BEGIN}{made}{END}{after}", encoding="utf-8")
-    elif there != made:
-        print("the table of pipelines in README.md is not what the adapters say: python bench/pipelines.py --write")
-        return 1
-    return 0
+    return readme.main("pipelines.py", __doc__, table())
 
 
 if __name__ == "__main__":

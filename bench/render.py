@@ -16,8 +16,6 @@ The model is an LTX-Video with random weights, small enough for a CPU.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import shutil
 import sys
 import tempfile
@@ -31,6 +29,7 @@ import torch
 
 import stgfast
 from stgfast import Guidance, Perturbation
+from stgfast.bench.measure import result, saved
 from stgfast.render.files import Form, read_frames, write
 from stgfast.render.run import render
 
@@ -163,6 +162,7 @@ def main() -> int:
     parser.add_argument("--max-batch", type=int, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3, help="each variant's best counts")
+    parser.add_argument("--save", type=Path, help="a file to add the result to, as a line of JSON")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     jobs, seconds = jobs_of(arguments.jobs), {}
@@ -184,8 +184,8 @@ def main() -> int:
                     print(f"{name}: {job['name']} differs from the loop's by {np.abs(one - other).max()}: no number")
                     return 1
         ratios = {name: round(seconds["loop"] / taken, 3) for name, taken in seconds.items()}
-        device = f"{platform.processor() or platform.machine()}, {arguments.threads} threads"
-        print(json.dumps({"device": device, "jobs": len(jobs), "seconds": seconds, "loop over": ratios}))
+        row = result("render", "cpu", clock="wall", jobs=len(jobs), seconds=seconds, **{"loop over": ratios})
+        print(saved(row, arguments.save))
         return 0
     finally:
         shutil.rmtree(folder)

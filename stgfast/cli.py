@@ -6,8 +6,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from stgfast.evaluate import command as evaluate_command
-from stgfast.render import command
+from stgfast.bench import command as bench
+from stgfast.evaluate import command as evaluate
+from stgfast.render import command as render
 from stgfast.version import __version__
 
 
@@ -20,15 +21,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     demo.add_argument("--prompt", action="append", help="in place of those of the demo; may be given several times")
     demo.add_argument("--seed", type=int, default=0)
     commands.add_parser("doctor", help="what is installed, what of it runs here, and what is chosen")
-    command.add_render(commands.add_parser("render", help="render a file of jobs into a folder"))
-    command.add_sweep(commands.add_parser("sweep", help="render one prompt at several layers and scales"))
-    evaluate_command.add_evaluate(commands.add_parser("evaluate", help="measure the clips of a folder"))
+    render.add_render(commands.add_parser("render", help="render a file of jobs into a folder"))
+    render.add_sweep(commands.add_parser("sweep", help="render one prompt at several layers and scales"))
+    evaluate.add_evaluate(commands.add_parser("evaluate", help="measure the clips of a folder"))
+    bench.add_bench(commands.add_parser("bench", help="what guidance costs, beside what would otherwise be run"))
     arguments = parser.parse_args(argv)
     if arguments.command == "demo":
         return run_demo(arguments.out, arguments.prompt, arguments.seed)
+    if arguments.command == "doctor":
+        return run_doctor()
     if arguments.command == "evaluate":
-        return evaluate_command.run(arguments)
-    return run_doctor() if arguments.command == "doctor" else command.main(arguments)
+        return evaluate.run(arguments)
+    if arguments.command == "bench":
+        return bench.main(arguments)
+    return render.main(arguments)
 
 
 def run_demo(out: Path, prompts: Sequence[str] | None, seed: int) -> int:

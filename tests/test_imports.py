@@ -32,7 +32,8 @@ MAY = {
     "render": COMMON | {"install", "integrations", "toy", "version"},
     "evaluate": COMMON | {"install", "render", "toy"},
     "demo": {"explain", "install", "render", "toy"},
-    "cli": {"version", "demo", "doctor", "evaluate", "render", "toy"},
+    "bench": COMMON | {"batching", "explain", "install", "integrations", "kernels", "version"},
+    "cli": {"bench", "version", "demo", "doctor", "evaluate", "render", "toy"},
     "": {
         "errors",
         "explain",
@@ -47,7 +48,7 @@ MAY = {
     },
 }
 FOREIGN = {  # third-party packages, and the only parts that may import them
-    "diffusers": {"integrations", "render", "toy"},
+    "diffusers": {"integrations", "render", "toy", "bench"},
     "triton": {"kernels"},
     "transformers": {"toy"},
     "torch": {
@@ -64,6 +65,7 @@ FOREIGN = {  # third-party packages, and the only parts that may import them
         "evaluate",
         "demo",
         "doctor",
+        "bench",
     },
 }
 

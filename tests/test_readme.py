@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import diffusers
+import pytest
 import torch
 
 import stgfast
@@ -17,25 +18,32 @@ from tests.integrations.family import Family, distance
 from tests.oracle import Facts
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+import measured
 import pipelines
+import readme
 
-README = pipelines.README.read_text()
+README = readme.README.read_text()
 
 
 def test_every_pipeline_is_in_the_table():
     assert {name for model in pipelines.MODELS for name in model.pipelines} == set(ADAPTERS | pipelines.OPEN_SORA)
 
 
-def test_the_table_is_what_the_adapters_say(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["pipelines.py", "--check"])
-    assert pipelines.main() == 0
+MADE = {"pipelines.py": (pipelines, "144, 109, 96", "144, 108, 96"), "measured.py": (measured, "| SVD |", "| other |")}
+
+
+@pytest.mark.parametrize("script", MADE)
+def test_the_tables_are_what_they_are_made_of(script, monkeypatch, capsys, tmp_path):
+    made, right, wrong = MADE[script]
+    monkeypatch.setattr(sys, "argv", [script, "--check"])
+    assert made.main() == 0
     other = tmp_path / "README.md"
-    other.write_text(README.replace("144, 109, 96", "144, 108, 96"))
-    monkeypatch.setattr(pipelines, "README", other)
-    assert pipelines.main() == 1
-    assert "--write" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["pipelines.py", "--write"])
-    assert pipelines.main() == 0
+    other.write_text(README.replace(right, wrong))
+    monkeypatch.setattr(readme, "README", other)
+    assert made.main() == 1
+    assert f"{script} --write" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [script, "--write"])
+    assert made.main() == 0
     assert other.read_text() == README
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 
 import numpy as np
 import pytest
@@ -12,12 +11,11 @@ from stgfast.render.files import Form, write
 from stgfast.render.gallery import write_gallery
 from stgfast.render.jobs import Job
 from stgfast.render.store import Row
+from tests.browser import browser, until
+
+__all__ = ["browser"]
 
 HOSTILE = "</script><img src=x onerror=document.title='taken'><script>document.title='taken'</script> \u2028 & \"'"
-FLAGS = (
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
 
 
 def row(file, prompt="a red square moves right", status="done", error=None, attempts=1, **job):
@@ -79,28 +77,6 @@ def test_the_page_stands_while_it_is_written_anew(folder):
     with pytest.raises(RuntimeError):
         write_gallery(folder, rows(), folder / "aside")
     assert (folder / "index.html").read_text() == before
-
-
-@pytest.fixture(scope="module")
-def browser():
-    webdriver = pytest.importorskip("selenium.webdriver")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("there is no chromium and chromedriver")
-    options = webdriver.ChromeOptions()
-    for flag in FLAGS:
-        options.add_argument(flag)
-    options.binary_location = chromium
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield made
-    made.quit()
-
-
-def until(browser, script):
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    return WebDriverWait(browser, 10, 0.05).until(lambda browser: browser.execute_script(f"return {script}"))
 
 
 def opened(browser, folder, size=(1280, 900)):

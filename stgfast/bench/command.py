@@ -1,0 +1,149 @@
+"""`stgfast bench`: its arguments, what it shows, and what it tells the shell.
+
+Exit codes: 0 all is measured, and where it was to be checked as predicted; 1 variants disagree, of which nothing is
+timed, or a time is not as predicted; 2 the arguments are wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from stgfast.bench.models import MODELS, SIZES, SMALL, TINY
+from stgfast.bench.variants import VARIANTS
+
+DONE, WRONG_RESULT, WRONG = 0, 1, 2
+# On a CPU there is little attention to choose from.
+CHECKED = {"cuda": VARIANTS, "cpu": tuple(name for name in VARIANTS if name != "fastest")}
+USUAL = ("stock", "paper", "stgfast", "reuse")
+# Models whose blocks keep the shape of what they are given; those of a UNet do not.
+DEEP = [name for name, model in MODELS.items() if model.part == "transformer"]
+GROWN = "wan-1.3b"  # whose pipeline takes clips of any length
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="do all variants agree, and are times as predicted? (tiny)")
+    what.add_argument("--growth", action="store_true", help="how the cost grows: with tokens, prompts, branches, layer")
+    what.add_argument("--overhead", action="store_true", help="what our own Python takes")
+    what.add_argument("--report", type=Path, metavar="DIR", help="make a page of the results in a folder")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page that --report makes")
+    parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help=", ".join(MODELS))
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
+    parser.add_argument("--size", choices=SIZES, help=f"{SMALL}, or {TINY} with --check, where left out")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--backend", default="inductor", help="of torch.compile; with --check nothing is compiled")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=int, default=2, help="denoising steps of a clip")
+    length.add_argument("--whole", action="store_true", help="as many as the pipeline makes by itself")
+    parser.add_argument("--rounds", type=int, help="in which all variants take turns; 5 where left out")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="add the results to it, as lines of JSON")
+
+
+def main(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
+    if arguments.report:
+        return _report(arguments.report, arguments.out, stderr or sys.stderr)
+    import torch
+
+    from stgfast.bench.measure import Disagreement, saved
+    from stgfast.errors import SettingsError
+
+    out, said = stdout or sys.stdout, stderr or sys.stderr
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        said.write("stgfast bench: --device: got cuda, expected a GPU that torch can use, or cpu\n")
+        return WRONG
+    if arguments.device == "cpu":
+        torch.set_num_threads(1)
+    torch.backends.cudnn.allow_tf32 = False  # with which convolutions in float32 would differ by the batch
+    _quiet()
+    code = DONE
+    try:
+        for row, right in _rows(arguments):
+            out.write(saved(row, arguments.save) + "\n")
+            out.flush()
+            said.write(SUMMARIES[row["bench"]](row) + ("" if right else ", not within 5%") + "\n")
+            code = code if right else WRONG_RESULT
+    except (Disagreement, SettingsError) as error:
+        said.write(f"stgfast bench: {error}\n")
+        return WRONG_RESULT if isinstance(error, Disagreement) else WRONG
+    return code
+
+
+def _report(folder: Path, page: Path, said: TextIO) -> int:
+    from stgfast.bench import report
+    from stgfast.errors import SettingsError
+
+    try:
+        rows = report.rows_in(folder)
+    except SettingsError as error:
+        said.write(f"stgfast bench: {error}\n")
+        return WRONG
+    page.write_text(report.page(rows), encoding="utf-8")
+    said.write(f"{page}: {len(rows)} results\n")
+    return DONE
+
+
+def _rows(arguments: argparse.Namespace) -> Any:
+    """Results one after another, each with whether it is as predicted, where that is asked."""
+    from stgfast.bench.growth import grown
+    from stgfast.bench.overhead import overhead
+    from stgfast.bench.steps import WITHIN, measured, off_prediction
+
+    given: dict[str, Any] = {"device": arguments.device, "steps": None if arguments.whole else arguments.steps}
+    rounds = arguments.rounds or (7 if arguments.check or arguments.overhead else 5)
+    models = arguments.models or (DEEP if arguments.overhead else [GROWN] if arguments.growth else MODELS)
+    for name in models:
+        if arguments.overhead:
+            yield overhead(name, size=arguments.size or SMALL, device=arguments.device, rounds=rounds), True
+        elif arguments.growth:
+            rows = grown(name, size=arguments.size or TINY, rounds=rounds, **given)
+            yield from ((row, True) for row in rows)
+        elif arguments.check:
+            row = measured(
+                name,
+                size=arguments.size or TINY,
+                rounds=rounds,
+                variants=arguments.variants or CHECKED[arguments.device],
+                timed=("paper",),
+                backend="eager",  # whose results are those of any other, and which compiles nothing
+                **given,
+            )
+            yield row, abs(off_prediction(row)) <= WITHIN
+        else:
+            variants = arguments.variants or USUAL
+            given |= {"size": arguments.size or SMALL, "backend": arguments.backend}
+            yield measured(name, rounds=rounds, variants=variants, **given), True
+
+
+def _of_steps(row: dict[str, Any]) -> str:
+    """What a person looks for."""
+    times = ", ".join(f"{name} {value:.3f}" for name, value in row["over"].items() if name != "stgfast")
+    predicted = f"; predicted for paper {row['predicted']['paper']:.3f}" if "paper" in row["over"] else ""
+    return f"{row['model']:14} stgfast {row['seconds']['stgfast']:.4g} s; over it: {times}{predicted}"
+
+
+def _of_growth(row: dict[str, Any]) -> str:
+    fit = row["fit"]["seconds"]
+    curve = " + ".join(f"{c:.3g}" + " n" * (n > 0) + f"^{n}" * (n > 1) for n, c in enumerate(fit["coefficients"]))
+    return f"{row['model']:14} seconds by {row['axis']}: {curve}; R2 {fit['r2']:.4f}"
+
+
+def _of_overhead(row: dict[str, Any]) -> str:
+    taken = ", ".join(f"{value:g} {of}" for of, value in row["microseconds"].items())
+    return f"{row['model']:14} microseconds: {taken}; {row['share_of_a_step']:.2%} of a step"
+
+
+SUMMARIES = {"steps": _of_steps, "growth": _of_growth, "overhead": _of_overhead}
+
+
+def _quiet() -> None:
+    """Of what does not matter to a measurement."""
+    import warnings
+
+    from diffusers.utils import logging
+
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", "In CPU autocast")
+    warnings.filterwarnings("ignore", "CPU Autocast only supports")

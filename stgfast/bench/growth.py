@@ -1,0 +1,101 @@
+"""How the cost of a guided step grows: with tokens, prompts and weak branches, and with the layer that is skipped.
+
+All points of one question take turns, each after its result was found to be that of one pass after another. A curve is
+fitted to the times: a + b n + c n^2 in tokens, lines in all else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from stgfast.bench.measure import agreeing, arithmetic, fitted, in_turns, medians, result, significant
+from stgfast.bench.models import DTYPES, MODELS
+from stgfast.bench.steps import ALLOWED
+from stgfast.bench.variants import Bench
+from stgfast.errors import wrong
+from stgfast.guidance import Guidance, Perturbation
+
+TIMES = (1, 2, 3, 4, 6, 8)  # as many tokens, and as many prompts
+BRANCHES = (1, 2, 3, 4, 5)
+PLACES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the skipped layer, from the first to the last
+# The degree of the curve, by what changes.
+AXES = {"tokens": 2, "prompts": 1, "branches": 1, "layer": 1}
+
+
+def points(bench: Bench, axis: str) -> dict[int, Bench]:
+    """By the value that changes."""
+    last = bench.layout.layers - 1
+    if axis == "tokens":
+        height, width, frames = bench.frames
+        latent = (frames - 1) // bench.model.frames + 1
+        clips = {n: (height, width, (latent * n - 1) * bench.model.frames + 1) for n in TIMES}
+        return {n: bench.at(clip=clip) for n, clip in clips.items()}
+    if axis == "prompts":
+        return {n: bench.at(prompts=n) for n in TIMES}
+    if axis == "branches":  # that fork one after another, in the later half
+        parts = [Perturbation([last // 2 + n * (last - last // 2) // max(BRANCHES)]) for n in BRANCHES]
+        return {n: bench.at(guidance=Guidance(parts[:n])) for n in BRANCHES}
+    layers = [round(place * last) for place in PLACES]
+    return {layer: bench.at(guidance=Guidance(Perturbation([layer]))) for layer in layers}
+
+
+def grown(
+    name: str,
+    *,
+    size: str = "tiny",
+    device: str = "cpu",
+    steps: int | None = 2,
+    rounds: int = 5,
+    axes: Sequence[str] = (),
+) -> Iterator[dict[str, Any]]:
+    """A row for every question, and one for time against block-rows in those where nothing else changes."""
+    bench = Bench(MODELS[name], size, device, steps)
+    if bench.guidance is None:
+        raise wrong("a model whose cost grows", name, "one that does not guide itself")
+    about = {"model": name, "size": size, "steps": bench.arguments()["num_inference_steps"], "rounds": rounds}
+    by_rows: list[dict[str, Any]] = []
+    for axis in axes or AXES:
+        measured = [{axis: value, **point} for value, point in _timed(points(bench, axis), axis, size, rounds)]
+        yield _row(about, axis, axis, measured, AXES[axis], device)
+        by_rows += measured if axis in ("branches", "layer") else []
+    if by_rows:
+        by_rows.sort(key=lambda point: int(point["block_rows"]))
+        yield _row(about, "block-rows", "block_rows", by_rows, 1, device)
+
+
+def _row(
+    about: Mapping[str, Any], axis: str, by: str, measured: Sequence[Mapping[str, Any]], degree: int, device: str
+) -> dict[str, Any]:
+    x = [point[by] for point in measured]
+    fits = {
+        what: fitted(x, [point[what] for point in measured], degree)._asdict() for what in ("seconds", "arithmetic")
+    }
+    return result("growth", device, **about, axis=axis, by=by, points=measured, fit=fits)
+
+
+def _timed(benches: Mapping[int, Bench], axis: str, size: str, rounds: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    calls: dict[int, Callable[[], Tensor]] = {value: bench.stgfast for value, bench in benches.items()}
+    far = {}
+    for value, bench in benches.items():
+        both = {"stgfast": bench.stgfast(), "passes": bench.passes()}  # and the warm-up
+        far[value] = agreeing(f"{axis} {value}", both, "passes", ALLOWED[DTYPES[size]])["stgfast"]
+    device = next(iter(benches.values())).device
+    taken = in_turns({str(value): call for value, call in calls.items()}, rounds, device)
+    seconds = medians(taken)
+    for value, bench in benches.items():
+        times = taken[str(value)]
+        yield (
+            value,
+            {
+                "seconds": significant(seconds[str(value)]),
+                "spread": [significant(min(times)), significant(max(times))],
+                "block_rows": sum(bench.block_rows("stgfast")) * bench.prompts,
+                "arithmetic": arithmetic(partial(bench.make, "stgfast")).total,
+                "clip": bench.frames,
+                "distance": far[value],
+            },
+        )

@@ -1,0 +1,196 @@
+"""Rounds in turns, agreement, arithmetic, the rates of a device, and a result as one row of JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from stgfast.kernels import backends
+from stgfast.version import __version__
+
+PACKAGES = ("torch", "diffusers", "triton")
+MATRIX = {"cpu": 1024, "cuda": 8192}  # the side of the matrices by which the matrix rate is measured
+COPIED = {"cpu": 1 << 27, "cuda": 1 << 30}  # bytes by which the copy rate is
+
+
+class Disagreement(RuntimeError):
+    """Two ways of computing the same thing gave different ones."""
+
+
+def agreeing(
+    what: str, results: Mapping[str, Tensor], exact: str, allowed: float, unlike: Sequence[str] = ()
+) -> dict[str, float]:
+    """How far results are from the exact one, relatively; raises where one that is not among `unlike` is too far."""
+    right = results[exact].double()
+    far = {name: float((result.double() - right).norm() / right.norm()) for name, result in results.items()}
+    wrong = {name: distance for name, distance in far.items() if name not in unlike and not distance <= allowed}
+    if wrong:
+        raise Disagreement(f"{what}: relative distances {wrong}, allowed {allowed:g}; nothing was timed")
+    return far
+
+
+def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
+    """Seconds of every call in every round. What warms up has been done before."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            taken[name].append(seconds(call, device))
+    return taken
+
+
+def seconds(call: Callable[[], Any], device: str) -> float:
+    """On a CPU they are those of the processor, so that what else runs on it hardly counts."""
+    if device == "cpu":
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def medians(taken: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def peak_memory(call: Callable[[], Tensor], device: str) -> tuple[Tensor, int]:
+    """What a call makes, and the most bytes that it had on a GPU; 0 for a CPU, whose peak is that of the process."""
+    if device == "cpu":
+        return call(), 0
+    torch.cuda.reset_peak_memory_stats()
+    return call(), torch.cuda.max_memory_allocated()
+
+
+class Arithmetic(NamedTuple):
+    """Floating point operations: of matrices, convolutions and attention, which is all that counts in these models."""
+
+    total: int
+    attention: int
+
+
+def arithmetic(call: Callable[[], Any]) -> Arithmetic:
+    """Counted while it runs. Rows with few valid keys are counted with all of them."""
+    counts = _counted(call)["Global"]
+    return Arithmetic(sum(counts.values()), sum(n for op, n in counts.items() if "attention" in str(op)))
+
+
+def by_module(call: Callable[[], Any]) -> dict[str, int]:
+    """The same, of every module, its parts included."""
+    return {name: sum(counts.values()) for name, counts in _counted(call).items()}
+
+
+class Fit(NamedTuple):
+    """A least-squares fit: a coefficient for every power of the variable, and how much of the variance it explains."""
+
+    coefficients: tuple[float, ...]
+    r2: float
+
+
+def fitted(x: Sequence[float], y: Sequence[float], degree: int) -> Fit:
+    values = torch.tensor(y, dtype=torch.float64)
+    # Powers of numbers near 1, so that rounding does not decide.
+    scale = max(map(abs, x)) or 1.0
+    powers = torch.stack([(torch.tensor(x, dtype=torch.float64) / scale) ** n for n in range(degree + 1)], dim=1)
+    found = torch.linalg.lstsq(powers, values).solution
+    left, spread = (values - powers @ found).square().sum(), (values - values.mean()).square().sum()
+    coefficients = tuple(significant(float(c) / scale**n) for n, c in enumerate(found))
+    return Fit(coefficients, significant(float(1 - left / spread)))
+
+
+def _counted(call: Callable[[], Any]) -> dict[str, dict[Any, int]]:
+    counter = FlopCounterMode(display=False, custom_mapping={FOR_CPU: _attention})
+    # What the package's own attention launches is not known to the counter: for the count torch's computes it.
+    with mock.patch.object(backends, "choose", return_value=backends.YARDSTICK), counter:
+        call()
+    return counter.get_flop_counts()
+
+
+FOR_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+class Rates(NamedTuple):
+    """What a device can do: operations in a second, and bytes, those read and those written."""
+
+    matrix: float
+    copy: float
+
+
+def rates(device: str, dtype: torch.dtype, rounds: int = 7) -> Rates:
+    side, size = MATRIX[device], COPIED[device]
+    one, other = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    source = torch.zeros(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    calls = {"matrix": lambda: one @ other, "copy": lambda: target.copy_(source)}
+    in_turns(calls, 2, device)
+    fastest = {name: min(taken) for name, taken in in_turns(calls, rounds, device).items()}
+    return Rates(2 * side**3 / fastest["matrix"], 2 * size / fastest["copy"])
+
+
+def result(bench: str, device: str, **figures: Any) -> dict[str, Any]:
+    """One row: what was measured, on what, with what. Figures may say something else about it."""
+    on = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    clock = "wall" if device == "cuda" else "processor time"
+    about = {"bench": bench, "device": on, "clock": clock, "threads": torch.get_num_threads()}
+    versions = {name: version for name in PACKAGES if (version := _version(name))}
+    versions |= {"stgfast": __version__, "python": platform.python_version()}
+    return {**about, **versions, "commit": commit(), **figures}
+
+
+def _processor() -> str:
+    about = Path("/proc/cpuinfo")
+    text = about.read_text() if about.exists() else ""
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return f"CPU, {names[0] if names else platform.machine()}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def commit() -> str | None:
+    """Of the checkout that the package is in, with a mark where it was changed since; None where it is in none."""
+    here = Path(__file__).parents[2]
+    if not (here / ".git").exists():
+        return None
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return said.stdout.strip()
+
+
+def saved(row: Mapping[str, Any], file: Path | None) -> str:
+    """A row as a line of JSON, added to a file where there is one."""
+    line = json.dumps(row)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a", encoding="utf-8") as rows:
+            rows.write(line + "\n")
+    return line
+
+
+def significant(number: float, digits: int = 4) -> float:
+    """As much of a number as was measured."""
+    return float(f"{number:.{digits}g}")

@@ -1,0 +1,286 @@
+"""The models that are measured, as data. They are built from their configuration, with random weights.
+
+A clip is measured from encoded prompts to latents: what encodes and decodes is not built. Where a pipeline cannot be
+given what its encoders make, something stands in for them that takes no time.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stgfast.guidance import Guidance, Perturbation
+
+TINY, SMALL, FULL, LARGEST = SIZES = ("tiny", "small", "full", "largest")
+DTYPES = {TINY: torch.float32, SMALL: torch.float32, FULL: torch.bfloat16, LARGEST: torch.bfloat16}
+Clip = tuple[int, int, int]  # height, width, frames
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A released model, and the same made narrow.
+
+    pipeline  the pipeline class
+    denoiser  the class of its denoiser
+    layer     which the weak branch skips: about 70% of the way through, as with Mochi's published setting
+    text      what encoders make of a prompt, by the denoiser's configuration and whether the model is a narrow one:
+              shapes by name, without the prompts
+    clips     the clip, by size; the largest is the full one where it is left out
+    narrow    what is less in the narrow one, by size; it is as deep
+    config    of the released model, where that is not the class's own
+    source    where the released configuration is from
+    guidance  in place of a skipped layer; None where the pipeline asks for its weak branches itself
+    given     further arguments of a call
+    prepare   puts what stands in for encoders and decoders into a pipeline
+    part      which part of the pipeline its denoiser is
+    frames    of a video that one of its latents stands for, but the first
+    modular   the modular pipeline that makes the same clip under a guider: its blocks, and the path of the denoiser's
+    """
+
+    pipeline: str
+    denoiser: str
+    layer: int
+    text: Callable[[Any, bool], Shapes]
+    clips: Mapping[str, Clip]
+    narrow: Mapping[str, Mapping[str, Any]]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    source: str = "the class's defaults in diffusers"
+    guidance: Callable[[int], Guidance | None] = lambda layer: Guidance(Perturbation([layer]))
+    cfg: float = 4.5
+    given: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: str = "FlowMatchEulerDiscreteScheduler"
+    prepare: Callable[[Any], None] = lambda pipe: None
+    part: str = "transformer"
+    frames: int = 4
+    modular: str = ""
+
+    def clip(self, size: str) -> Clip:
+        return self.clips[size] if size in self.clips else self.clips[FULL]
+
+    def settings(self, size: str) -> dict[str, Any]:
+        """The denoiser's configuration."""
+        return {**self.config, **self.narrow.get(size, {})}
+
+    def build(self, size: str, device: str = "cpu") -> Any:
+        """A pipeline, which has little more than its denoiser and its scheduler."""
+        import diffusers
+
+        torch.manual_seed(0)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(DTYPES[size])
+        try:
+            with torch.device(device):
+                denoiser = getattr(diffusers, self.denoiser)(**self.settings(size)).eval()
+        finally:
+            torch.set_default_dtype(before)
+        cls = getattr(diffusers, self.pipeline)
+        parameters = inspect.signature(cls.__init__).parameters.values()
+        nothing = {each.name: None for each in parameters if each.default is each.empty and each.name != "self"}
+        pipe = cls(**{**nothing, self.part: denoiser, "scheduler": getattr(diffusers, self.scheduler)()})
+        pipe.set_progress_bar_config(disable=True)
+        self.prepare(pipe)
+        return pipe
+
+    def arguments(self, pipe: Any, size: str, steps: int | None, *, prompts: int = 1, clip: Clip | None = None) -> Any:
+        """A call of the pipeline, the same every time; with the pipeline's own number of steps for None."""
+        denoiser = getattr(pipe, self.part)
+        device, dtype = denoiser.device, denoiser.dtype
+        generator = torch.Generator().manual_seed(0)
+        height, width, frames = clip or self.clip(size)
+        made: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "output_type": "latent"}
+        made |= self.given
+        takes = inspect.signature(type(pipe).__call__).parameters
+        for name, shape in self.text(denoiser.config, size in self.narrow).items():
+            for side in ("", "negative_"):
+                made[side + name] = torch.randn(prompts, *shape, generator=generator).to(device, dtype)
+                mask = f"{side}prompt_attention_mask"
+                if mask in takes and name == "prompt_embeds":
+                    made[mask] = (torch.arange(shape[0]) < shape[0] // 4).to(device).repeat(prompts, 1)
+        if "image" in takes:
+            made["image"] = torch.rand(prompts, 3, height, width, generator=generator)
+        made["num_inference_steps"] = steps or takes["num_inference_steps"].default
+        scale = "max_guidance_scale" if "max_guidance_scale" in takes else "guidance_scale"
+        generators = [torch.Generator().manual_seed(1 + number) for number in range(prompts)]
+        return {**made, scale: self.cfg, "generator": generators}
+
+
+def usual_text(config: Any, narrow: bool, width: str, tokens: int, fewer: int = 0) -> Shapes:
+    """So many tokens as the pipeline pads prompts to, or fewer for a narrow model."""
+    return {"prompt_embeds": (fewer if narrow and fewer else tokens, config[width])}
+
+
+def hunyuan_text(config: Any, narrow: bool) -> Shapes:
+    text = usual_text(config, narrow, "text_embed_dim", 256, fewer=64)
+    return {**text, "pooled_prompt_embeds": (config["pooled_projection_dim"],)}
+
+
+def no_text(config: Any, narrow: bool) -> Shapes:
+    return {}
+
+
+def encoded_image(pipe: Any) -> None:
+    """Stable Video Diffusion takes an image and nothing that was made of one."""
+    unet = pipe.unet
+
+    def of(shape: Sequence[int], copies: bool) -> Tensor:
+        some = torch.randn(*shape, generator=torch.Generator().manual_seed(2)).to(unet.device, unet.dtype)
+        return torch.cat([torch.zeros_like(some), some]) if copies else some
+
+    def embeddings(image: Tensor, device: Any, videos: int, cfg: bool) -> Tensor:
+        return of((len(image), 1, unet.config.cross_attention_dim), cfg)
+
+    def latents(image: Tensor, device: Any, num_videos_per_prompt: int, do_classifier_free_guidance: bool) -> Tensor:
+        sides = (side // pipe.vae_scale_factor for side in image.shape[2:])
+        return of((len(image), unet.config.in_channels // 2, *sides), do_classifier_free_guidance)
+
+    vars(pipe).update(_encode_image=embeddings, _encode_vae_image=latents, vae=SimpleNamespace(dtype=unet.dtype))
+
+
+def connected_text(pipe: Any) -> None:
+    """LTX-2 passes encoded prompts through a model of its own, once a call; its latents are scaled at the end."""
+    none, one = torch.zeros(1), torch.ones(1)
+    scaling: dict[str, Any] = {"latents_mean": none, "latents_std": one}
+    video = SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0), **scaling)
+    audio = SimpleNamespace(config=SimpleNamespace(mel_bins=64, latent_channels=8), **scaling)
+
+    def connectors(embeds: Tensor, mask: Tensor, padding_side: str) -> tuple[Tensor, Tensor, Tensor]:
+        return embeds, embeds, torch.ones_like(mask)
+
+    vars(pipe).update(vae=video, audio_vae=audio, connectors=connectors)
+
+
+HEADS = {size: {"num_attention_heads": heads, "attention_head_dim": 64} for size, heads in ((TINY, 2), (SMALL, 4))}
+WIDTH = {TINY: 128, SMALL: 256}
+
+
+def narrowed(*widths: str, **changes: Any) -> dict[str, dict[str, Any]]:
+    """Few heads, and these as wide as they are together."""
+    return {size: {**HEADS[size], **dict.fromkeys(widths, WIDTH[size]), **changes} for size in WIDTH}
+
+
+NARROW_UNET = {
+    "block_out_channels": (64, 128, 256, 256),
+    "num_attention_heads": (1, 2, 4, 4),
+    "cross_attention_dim": 256,
+}
+CONVERTED = "diffusers' script that converts the released weights"
+LTX: dict[str, Any] = {
+    "pipeline": "LTXPipeline",
+    "denoiser": "LTXVideoTransformer3DModel",
+    "text": functools.partial(usual_text, width="caption_channels", tokens=128),
+    "clips": {TINY: (256, 256, 25), SMALL: (256, 256, 25), FULL: (512, 704, 161)},
+    # Narrower than this its blocks are not what takes the time.
+    "narrow": dict.fromkeys(WIDTH, narrowed("cross_attention_dim", "caption_channels")[SMALL]),
+    "cfg": 3.0,
+    "frames": 8,
+    "modular": "diffusers.modular_pipelines.ltx.modular_blocks_ltx.LTXBlocks",
+}
+COGVIDEOX: dict[str, Any] = {
+    "pipeline": "CogVideoXPipeline",
+    "denoiser": "CogVideoXTransformer3DModel",
+    "text": functools.partial(usual_text, width="text_embed_dim", tokens=226),
+    "clips": {TINY: (96, 96, 9), SMALL: (128, 128, 9), FULL: (480, 720, 49)},
+    "narrow": narrowed("text_embed_dim", time_embed_dim=128),
+    "source": CONVERTED,
+    "scheduler": "CogVideoXDDIMScheduler",
+    "cfg": 6.0,
+}
+WAN: dict[str, Any] = {
+    "pipeline": "WanPipeline",
+    "denoiser": "WanTransformer3DModel",
+    "text": functools.partial(usual_text, width="text_dim", tokens=512, fewer=128),
+    "narrow": {size: {**HEADS[size], "text_dim": WIDTH[size], "ffn_dim": 4 * WIDTH[size]} for size in WIDTH},
+    "source": CONVERTED,
+    "cfg": 5.0,
+    "modular": "diffusers.modular_pipelines.wan.modular_blocks_wan.WanBlocks",
+}
+MODELS = {
+    "mochi": Model(
+        pipeline="MochiPipeline",
+        denoiser="MochiTransformer3DModel",
+        layer=34,
+        text=functools.partial(usual_text, width="text_embed_dim", tokens=256),
+        frames=6,
+        clips={TINY: (128, 128, 7), SMALL: (192, 192, 13), FULL: (480, 848, 31), LARGEST: (480, 848, 163)},
+        narrow=narrowed(pooled_projection_dim=128, text_embed_dim=344),
+    ),
+    "ltx-2b": Model(layer=19, **LTX),
+    "ltx-13b": Model(
+        layer=34,
+        config={"num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096},
+        **{**LTX, "source": "the transformer's config.json of LTX-Video 0.9.7"},
+    ),
+    "ltx-2": Model(
+        pipeline="LTX2Pipeline",
+        denoiser="LTX2VideoTransformer3DModel",
+        layer=28,
+        text=functools.partial(usual_text, width="caption_channels", tokens=1024, fewer=128),
+        clips={TINY: (224, 224, 33), SMALL: (256, 256, 25), FULL: (512, 768, 121)},
+        # The pipeline's weak pass needs it to be weak.
+        config={"perturbed_attn": True},
+        narrow={
+            size: {
+                **dict.fromkeys(("num_attention_heads", "audio_num_attention_heads"), WIDTH[size] // 64),
+                **{"attention_head_dim": 64, "audio_attention_head_dim": 32, "cross_attention_dim": WIDTH[size]},
+                **{"audio_cross_attention_dim": WIDTH[size] // 2, "caption_channels": WIDTH[size]},
+            }
+            for size in WIDTH
+        },
+        source=CONVERTED + ", version 2.0",
+        guidance=lambda layer: None,
+        given={"spatio_temporal_guidance_blocks": [28]},
+        cfg=3.0,
+        prepare=connected_text,
+        frames=8,
+    ),
+    "cogvideox-2b": Model(layer=21, **COGVIDEOX),
+    "cogvideox-5b": Model(
+        layer=30,
+        config={"num_layers": 42, "num_attention_heads": 48, "use_rotary_positional_embeddings": True},
+        **COGVIDEOX,
+    ),
+    "hunyuan-video": Model(
+        pipeline="HunyuanVideoPipeline",
+        denoiser="HunyuanVideoTransformer3DModel",
+        layer=42,
+        text=hunyuan_text,
+        clips={TINY: (96, 96, 9), SMALL: (128, 128, 9), FULL: (720, 1280, 61), LARGEST: (720, 1280, 129)},
+        narrow=narrowed("text_embed_dim", rope_axes_dim=(16, 24, 24), pooled_projection_dim=64),
+        source=CONVERTED,
+    ),
+    "wan-1.3b": Model(
+        layer=21,
+        clips={TINY: (128, 128, 9), SMALL: (128, 128, 9), FULL: (480, 832, 81)},
+        config={"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
+        **WAN,
+    ),
+    "wan-14b": Model(
+        layer=28,
+        clips={TINY: (128, 128, 9), SMALL: (128, 128, 9), FULL: (480, 832, 81), LARGEST: (720, 1280, 81)},
+        **WAN,
+    ),
+    "svd": Model(
+        pipeline="StableVideoDiffusionPipeline",
+        denoiser="UNetSpatioTemporalConditionModel",
+        layer=8,
+        text=no_text,
+        clips={TINY: (128, 128, 4), SMALL: (192, 192, 8), FULL: (576, 1024, 14), LARGEST: (576, 1024, 25)},
+        narrow={TINY: NARROW_UNET, SMALL: NARROW_UNET},
+        guidance=lambda layer: Guidance(
+            [Perturbation([layer], kind="attention", axis=axis) for axis in ("spatial", "temporal")]
+        ),
+        cfg=3.0,
+        scheduler="EulerDiscreteScheduler",
+        prepare=encoded_image,
+        part="unet",
+        frames=1,
+    ),
+}

@@ -1,0 +1,62 @@
+"""Rows of results as a page: static, in one file, opened from disk.
+
+The page is `report.html` with the rows in it as JSON; its script draws them. Of rows that answer the same question on
+the same device the last one is shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from stgfast.errors import wrong
+
+MARK = "<!-- rows -->"
+# What tells questions apart, of whatever kind they are.
+QUESTION = (
+    *("bench", "device", "model", "size", "whole", "steps", "axis"),
+    *("case", "MB of a branch", "size of a head", "tokens", "grid", "jobs", "dtype"),
+)
+
+
+def rows_in(folder: Path) -> list[dict[str, Any]]:
+    """The rows of all files of a folder; raises where there is none."""
+    files = sorted(folder.glob("*.jsonl"))
+    rows = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines() if line.strip()]
+    if not rows:
+        raise wrong("--report", str(folder), "a folder with results, files of lines of JSON that end in .jsonl")
+    return latest(rows)
+
+
+def latest(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    last: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        question = json.dumps([row.get(name) for name in QUESTION])
+        last.pop(question, None)
+        last[question] = dict(row)
+    return list(last.values())
+
+
+def page(rows: Iterable[Mapping[str, Any]]) -> str:
+    before, after = resources.files("stgfast.bench").joinpath("report.html").read_text("utf-8").split(MARK)
+    # JSON that cannot end the element that it stands in.
+    data = ",\n".join(json.dumps(row) for row in rows).replace("<", "\\u003c")
+    return f"{before}{data}{after}"
+
+
+def table(rows: Iterable[Mapping[str, Any]], size: str, names: Mapping[str, str]) -> str:
+    """For a README: over the accelerated clip, the time of others, and of the paper's scheme what blocks predict."""
+    of = {row["model"]: row for row in rows if row["bench"] == "steps" and row["size"] == size and not row["whole"]}
+    there = [model for model in names if model in of]
+    lines = [["", *(names[model] for model in there)], ["---"] * (len(there) + 1)]
+    told = {
+        "the paper's scheme": ("over", "paper"),
+        "as the blocks predict": ("predicted", "paper"),
+        "CFG alone": ("over", "stock"),
+    }
+    for line, (figure, variant) in told.items():
+        lines.append([line, *(f"{of[model][figure][variant]:.2f}" for model in there)])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

@@ -1,0 +1,130 @@
+"""One result for every model: its variants, found to agree and then timed in turns."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stgfast.bench.measure import (
+    Rates,
+    agreeing,
+    arithmetic,
+    in_turns,
+    medians,
+    peak_memory,
+    rates,
+    result,
+    significant,
+)
+from stgfast.bench.models import DTYPES, MODELS
+from stgfast.bench.variants import OTHER_RESULT, Bench
+
+# By how much variants may differ, relatively; those of bfloat16 are told apart by rounding.
+ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
+UNIQUE = ("stgfast", "compiled", "fastest")  # these compute every row once
+COUNTED = ("stock", "paper", "stgfast")
+WITHIN = 0.05  # of what the blocks predict, in `check`
+
+
+def measured(
+    name: str,
+    *,
+    size: str = "small",
+    device: str = "cpu",
+    steps: int | None = 2,
+    rounds: int = 5,
+    variants: Sequence[str] = ("stock", "paper", "stgfast", "reuse"),
+    timed: Sequence[str] | None = None,
+    backend: str = "inductor",
+) -> dict[str, Any]:
+    """One row of results, of all `variants` or of those that are `timed`; raises where variants disagree.
+
+    A whole clip is measured for no `steps`: it has as many as the pipeline's default says.
+    """
+    torch.compiler.reset()
+    bench = Bench(MODELS[name], size, device, steps, backend=backend)
+    variants = [each for each in bench.variants() if each in {*variants, "stgfast"}]
+    timed = [each for each in variants if timed is None or each in {*timed, "stgfast"}]
+    calls: dict[str, Callable[[], Tensor]] = {each: partial(bench.make, each) for each in variants}
+    made = {each: peak_memory(call, device) for each, call in calls.items()}  # and the warm-up
+    far = agreeing(
+        name, {each: clip for each, (clip, _) in made.items()}, "stgfast", ALLOWED[DTYPES[size]], OTHER_RESULT
+    )
+    memory = {each: most for each, (_, most) in made.items() if most}
+    del made
+    calls = {each: calls[each] for each in timed}
+    taken = in_turns(calls, rounds, device)
+    seconds = medians(taken)
+    rows = {each: bench.block_rows(each) for each in variants}
+    counts = {each: arithmetic(calls[each]) for each in timed if each in COUNTED}
+    can, unique = rates(device, DTYPES[size]), counts["stgfast"].total
+    costs, tokens = bench.costs()
+    total = sum(rows["stgfast"])
+    return result(
+        "steps",
+        device,
+        model=name,
+        pipeline=bench.model.pipeline,
+        configuration=bench.model.source if size not in bench.model.narrow else f"narrow, {bench.model.source}",
+        parameters=sum(parameter.numel() for parameter in bench.denoiser.parameters()),
+        size=size,
+        dtype=str(DTYPES[size]).removeprefix("torch."),
+        clip=bench.frames,
+        tokens=tokens,
+        steps=bench.arguments()["num_inference_steps"],
+        whole=steps is None,
+        guidance=bench.guidance.to_dict() if bench.guidance is not None else bench.model.given,
+        cfg=bench.model.cfg,
+        rounds=rounds,
+        distance=far,
+        seconds={each: significant(value) for each, value in seconds.items()},
+        spread={each: [significant(min(values)), significant(max(values))] for each, values in taken.items()},
+        over={each: _ratio(taken[each], taken["stgfast"]) for each in timed},
+        block_rows={each: sum(counted) for each, counted in rows.items()},
+        rows_over={each: significant(sum(counted) / total) for each, counted in rows.items()},
+        predicted=predictions(rows, costs),
+        arithmetic={each: count.total for each, count in counts.items()},
+        attention=significant(counts["stgfast"].attention / unique),
+        matrix_rate=significant(can.matrix),
+        copy_rate=significant(can.copy),
+        matrix_share={each: significant(unique / seconds[each] / can.matrix) for each in timed if each in UNIQUE},
+        limit=limits(bench, unique, can),
+        **({"peak_memory": memory} if memory else {}),
+        **({"attention_backend": bench.attention} if "fastest" in timed else {}),
+    )
+
+
+def _ratio(one: Sequence[float], other: Sequence[float]) -> float:
+    """The median of what neighbours in time say."""
+    return significant(statistics.median(a / b for a, b in zip(one, other, strict=True)))
+
+
+def predictions(rows: dict[str, list[int]], costs: Sequence[int]) -> dict[str, float]:
+    """Over stgfast, what block-rows say where one of a block counts as much as the block computes.
+
+    The blocks of most models compute the same; those of a UNet do not.
+    """
+    weighed = {each: sum(a * b for a, b in zip(counted, costs, strict=True)) for each, counted in rows.items()}
+    return {each: significant(value / weighed["stgfast"]) for each, value in weighed.items()}
+
+
+def limits(bench: Bench, unique: int, can: Rates) -> dict[str, float]:
+    """Seconds that the device needs at least: for the arithmetic, and to read the weights in every pass."""
+    explained = bench.explained()
+    passes = sum(count * len(plans) for phase in explained.phases for count, plans in phase.kinds)
+    weights = sum(parameter.nbytes for parameter in bench.denoiser.parameters())
+    return {"arithmetic": significant(unique / can.matrix), "weights": significant(passes * weights / can.copy)}
+
+
+def off_prediction(row: dict[str, Any]) -> float:
+    """How far the time of the paper's scheme is from what the blocks predict for it, relatively.
+
+    Of the fastest rounds: whatever else runs on the machine takes from all others.
+    """
+    fastest = {each: low for each, (low, _) in row["spread"].items()}
+    return float(fastest["paper"] / fastest["stgfast"] / row["predicted"]["paper"] - 1)

@@ -1,0 +1,376 @@
+"""The ways in which one clip can be made.
+
+stock      the pipeline with CFG alone, and where it guides itself with that alone
+paper      STG as the paper's code does it: a stack of all branches, every row through every block; one call after
+           another where the pipeline itself does so; the passes of a pipeline that asks for weak branches itself
+passes     every branch by itself, one after another, combined by one formula
+guiders    the modular pipeline under diffusers' `SkipLayerGuidance`, which does so too
+stgfast    `stgfast.accelerate`
+compiled   the same, with the model's blocks compiled
+fastest    the same, with the attention of diffusers' that was measured to be the fastest
+reuse      as stgfast, with the weak branch computed in every second step: another result
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from stgfast.batching.layout import Unit
+from stgfast.bench.measure import by_module, in_turns, medians
+from stgfast.bench.models import Clip, Model
+from stgfast.explain import Explanation, explain
+from stgfast.guidance import RESIDUAL, Guidance, Perturbation
+from stgfast.install import accelerate, restore
+from stgfast.integrations import ADAPTERS
+
+VARIANTS = ("stock", "paper", "passes", "guiders", "stgfast", "compiled", "fastest", "reuse")
+OTHER_RESULT = ("stock", "reuse")
+# Those of diffusers that download nothing; which of them are there, trying says.
+ATTENTION = {
+    "cpu": ("native", "_native_math"),
+    "cuda": ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3", "xformers"),
+}
+SAME_ATTENTION = 5e-2  # relatively, of results in bfloat16
+OFF = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
+
+
+class Bench:
+    """One model, and the ways in which its clip can be made."""
+
+    def __init__(
+        self,
+        model: Model,
+        size: str,
+        device: str = "cpu",
+        steps: int | None = 2,
+        *,
+        prompts: int = 1,
+        clip: Clip | None = None,
+        guidance: Guidance | None = None,
+        backend: str = "inductor",
+    ):
+        self.model, self.size, self.device, self.steps = model, size, device, steps
+        self.prompts, self.frames, self.backend = prompts, clip or model.clip(size), backend
+        self.pipe = model.build(size, device)
+        self.denoiser: Any = getattr(self.pipe, model.part)
+        self.adapter = ADAPTERS[model.pipeline]
+        self.layout = self.adapter.layout(model.part, self.denoiser)
+        self.guidance = guidance or model.guidance(model.layer)
+
+    def variants(self) -> tuple[str, ...]:
+        """Those that there are for this model."""
+        if self.adapter.protocol == "announced":
+            return tuple(name for name in VARIANTS if name not in ("passes", "guiders", "reuse"))
+        return tuple(name for name in VARIANTS if name != "guiders" or self.model.modular)
+
+    def make(self, variant: str) -> Tensor:
+        made: Tensor = getattr(self, variant)()
+        return made
+
+    def stock(self) -> Tensor:
+        return self._clip(**(OFF if self.adapter.protocol == "announced" else {}))
+
+    def paper(self) -> Tensor:
+        if self.adapter.protocol == "announced":
+            return self._clip()
+        if self.adapter.protocol != "stacked":
+            return self.passes()
+        return self._by(self._stacked)
+
+    def passes(self) -> Tensor:
+        how = {"stacked": self._apart, "sequential": self._after_both, "embedded": self._after_one}
+        return self._by(how[self.adapter.protocol])
+
+    def stgfast(self, compile: Mapping[str, Any] | bool = False) -> Tensor:
+        return self._accelerated(self.guidance, compile)
+
+    def reuse(self) -> Tensor:
+        return self._accelerated(self._reusing())
+
+    def compiled(self) -> Tensor:
+        """Of which the first call compiles: it is the warm-up."""
+        return self.stgfast(compile={"backend": self.backend})
+
+    def fastest(self) -> Tensor:
+        with self._attending(self.attention):
+            return self.compiled()
+
+    @functools.cached_property
+    def attention(self) -> str:
+        """The fastest attention that runs here and gives the same result."""
+        right, calls = self.stgfast().double(), dict[str, Callable[[], Any]]()
+        for name in ATTENTION[self.device]:
+            try:
+                with self._attending(name):
+                    made = self.stgfast().double()
+            except Exception:  # whatever it is that a backend that is not there says
+                continue
+            if float((made - right).norm() / right.norm()) <= SAME_ATTENTION:
+                calls[name] = functools.partial(self._with_attention, name)
+        times = medians(in_turns(calls, 3, self.device))
+        return min(times, key=lambda name: times[name])
+
+    def _with_attention(self, name: str) -> Tensor:
+        with self._attending(name):
+            return self.stgfast()
+
+    @contextmanager
+    def _attending(self, name: str) -> Iterator[None]:
+        try:
+            self.denoiser.set_attention_backend(name)
+            yield
+        finally:
+            self.denoiser.reset_attention_backend()
+
+    def guiders(self) -> Tensor:
+        """Its blocks are those that make latents of embeddings; its guider skips in the first step too."""
+        import diffusers
+        from diffusers.hooks import LayerSkipConfig
+
+        module, _, name = self.model.modular.rpartition(".")
+        blocks = getattr(importlib.import_module(module), name)()
+        for each in ("text_encoder", "decode"):
+            blocks.sub_blocks.pop(each)
+        _without_progress(blocks)
+        pipe = blocks.init_pipeline()
+        (path,), (part,) = self.adapter.blocks, self._guidance.perturbations
+        guider = diffusers.SkipLayerGuidance(
+            guidance_scale=self.model.cfg,
+            skip_layer_guidance_scale=part.scale,
+            skip_layer_config=LayerSkipConfig(list(part.layers), fqn=path),
+            skip_layer_guidance_start=0.0,
+            skip_layer_guidance_stop=1.0,
+        )
+        vars(guider)["_is_slg_enabled"] = lambda: True
+        pipe.update_components(transformer=self.denoiser, scheduler=self.pipe.scheduler, guider=guider)
+        given = self.arguments()
+        for of_pipeline in ("guidance_scale", "output_type"):
+            given.pop(of_pipeline)
+        with torch.no_grad():
+            made: Tensor = pipe(**given, output="latents")
+        packed: Tensor = self.pipe._pack_latents(made) if hasattr(self.pipe, "_pack_latents") else made
+        return packed.flatten()
+
+    def arguments(self) -> dict[str, Any]:
+        made: dict[str, Any] = self.model.arguments(
+            self.pipe, self.size, self.steps, prompts=self.prompts, clip=self.frames
+        )
+        if self.adapter.protocol == "embedded":  # the scale is an input; there is no other row
+            made = {name: value for name, value in made.items() if not name.startswith("negative_")}
+        return made
+
+    def explained(self, variant: str = "stgfast") -> Explanation:
+        accelerate(self.pipe, self._reusing() if variant == "reuse" else self.guidance)
+        try:
+            return explain(self.pipe, **self.arguments())
+        finally:
+            restore(self.pipe)
+
+    def block_rows(self, variant: str) -> list[int]:
+        """What a variant computes of every block in all steps, by the planner, or by its own scheme."""
+        explained = self.explained(variant)
+        steps = sum(phase.steps for phase in explained.phases)
+        if variant == "stock":
+            return [steps * (1 if self.adapter.protocol == "embedded" else 2)] * explained.depth
+        if variant in ("paper", "passes", "guiders"):
+            return [explained.unshared // explained.depth] * explained.depth
+        return [
+            sum(
+                count * plan.computed[block]
+                for phase in explained.phases
+                for count, plans in phase.kinds
+                for plan in plans
+            )
+            for block in range(explained.depth)
+        ]
+
+    def costs(self) -> tuple[list[int], int]:
+        """The arithmetic of every block on the same rows, and how many tokens of a sample the first one sees."""
+        names = {module: name for name, module in self.denoiser.named_modules()}
+        first, seen = self.layout.units[0].module, list[Tensor]()
+        signature = inspect.signature(first.forward)
+
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append(signature.bind(*args, **kwargs).arguments[self.layout.state[0]])
+
+        with first.register_forward_pre_hook(see, with_kwargs=True):
+            counts = by_module(self.stock)
+        # Channels are dimension 1 of images, and the last one of tokens.
+        channels = seen[0].shape[1] if seen[0].ndim == 4 else seen[0].shape[-1]
+        rows = self.prompts * (2 if self.adapter.protocol in ("stacked", "announced") else 1)
+        costs = [counts[f"{type(self.denoiser).__name__}.{names[unit.module]}"] for unit in self.layout.units]
+        return costs, seen[0].numel() // (channels * rows)
+
+    def at(self, *, prompts: int = 1, clip: Clip | None = None, guidance: Guidance | None = None) -> Bench:
+        """The same model, at another point."""
+        other = copy.copy(self)
+        other.prompts, other.frames, other.guidance = prompts, clip or self.frames, guidance or self.guidance
+        return other
+
+    @property
+    def _guidance(self) -> Guidance:
+        assert self.guidance is not None
+        return self.guidance
+
+    def _reusing(self) -> Guidance:
+        return Guidance(self._guidance.perturbations, reuse=2)
+
+    def _accelerated(self, guidance: Guidance | None, compile: Mapping[str, Any] | bool = False) -> Tensor:
+        accelerate(self.pipe, guidance, compile=compile)
+        try:
+            return self._clip()
+        finally:
+            restore(self.pipe)
+
+    def _clip(self, **changes: Any) -> Tensor:
+        """All that the pipeline makes, as numbers in a row."""
+        torch.manual_seed(0)  # some schedulers draw noise that no pipeline gives them a generator for
+        with torch.no_grad():
+            output = self.pipe(**{**self.arguments(), **changes})
+        return torch.cat([part.flatten() for part in output.values()])
+
+    def _by(self, scheme: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Tensor:
+        """The clip, with the denoiser called in another way."""
+        forward = self.denoiser.forward
+        with mock.patch.object(self.denoiser, "forward", functools.wraps(forward)(scheme(forward))):
+            return self._clip()
+
+    def _stacked(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def stacked(*args: Any, **kwargs: Any) -> Any:
+            parts = self._guidance.perturbations
+            rows = [0, 1] + [1] * len(parts)
+            with ExitStack() as weak:
+                for number, part in enumerate(parts):
+                    weak.enter_context(self._weakened(part, number + 2, len(rows)))
+                stack = self._given(forward, args, kwargs, rows)
+                uncond, cond, *others = forward(**stack)[0].chunk(len(rows))
+            guided = self._guided(uncond, cond, others)
+            return (torch.cat([guided, guided]),)
+
+        return stacked
+
+    def _apart(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def apart(*args: Any, **kwargs: Any) -> Any:
+            uncond, cond = (self._given(forward, args, kwargs, [row]) for row in (0, 1))
+            guided = self._guided(forward(**uncond)[0], forward(**cond)[0], self._weak(forward, cond))
+            return (torch.cat([guided, guided]),)
+
+        return apart
+
+    def _after_both(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        held: list[Any] = []
+
+        def after_both(**kwargs: Any) -> Any:
+            made = forward(**kwargs)[0]
+            if not held:
+                held.extend([kwargs, made])
+                return (made,)
+            cond, first = held
+            held.clear()
+            guided = self._guided(made, first.clone(), self._weak(forward, cond)).to(made.dtype)
+            first.copy_(guided)
+            return (guided,)
+
+        return after_both
+
+    def _after_one(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def after_one(**kwargs: Any) -> Any:
+            cond, weak = forward(**kwargs)[0], self._weak(forward, kwargs)
+            return (self._pushed(cond, cond, weak),)
+
+        return after_one
+
+    def _weak(self, forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """Every weak branch, by itself."""
+        made = []
+        for part in self._guidance.perturbations:
+            with self._weakened(part, 0, 1):
+                made.append(forward(**kwargs)[0])
+        return made
+
+    def _guided(self, uncond: Tensor, cond: Tensor, weak: Sequence[Tensor]) -> Tensor:
+        uncond, cond, *weak = (branch.float() for branch in (uncond, cond, *weak))
+        return self._pushed(uncond + self.pipe.guidance_scale * (cond - uncond), cond, weak)
+
+    def _pushed(self, guided: Tensor, cond: Tensor, weak: Sequence[Tensor]) -> Tensor:
+        for part, prediction in zip(self._guidance.perturbations, weak, strict=True):
+            assert isinstance(part.scale, float)
+            guided = guided + part.scale * (cond - prediction)
+        return guided
+
+    def _given(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], branches: Sequence[int]
+    ) -> dict[str, Any]:
+        """The arguments of a denoiser for some of its two branches."""
+        given = {**inspect.signature(forward).bind_partial(*args).arguments, **kwargs}
+        rows = 2 * self.prompts
+
+        def chosen(name: str, value: Any) -> Any:
+            if name not in self.adapter.rows or not isinstance(value, Tensor) or not value.ndim or len(value) != rows:
+                return value
+            parts = value.chunk(2)
+            return torch.cat([parts[branch] for branch in branches])
+
+        return {name: chosen(name, value) for name, value in given.items()}
+
+    @contextmanager
+    def _weakened(self, part: Perturbation, branch: int, of: int) -> Iterator[None]:
+        """Within the block, one of the stack's branches is weak, after all of them were computed."""
+        with ExitStack() as stack:
+            for unit in self.layout.units:
+                if unit.layer not in part.layers:
+                    continue
+                for module, weak in self._weak_modules(unit, part):
+                    stack.enter_context(mock.patch.object(module, "forward", _mixed(module.forward, weak, branch, of)))
+            yield
+
+    def _weak_modules(self, unit: Unit, part: Perturbation) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+        """What changes, and what it gives instead."""
+        if part.kind == RESIDUAL:
+            signature = inspect.signature(unit.module.forward)
+
+            def passed(*args: Any, **kwargs: Any) -> Any:
+                given = signature.bind(*args, **kwargs).arguments
+                return tuple(given[name] for name in unit.state or self.layout.state)
+
+            yield unit.module, passed
+        else:
+            for axis, attention in unit.attentions:
+                if part.axis in ("", axis):
+                    yield attention, functools.partial(self.layout.identity, attention)
+
+
+def _without_progress(blocks: Any) -> None:
+    """A modular pipeline hands this on to its own blocks, but not to the blocks of these."""
+    for block in getattr(blocks, "sub_blocks", {}).values():
+        if hasattr(block, "progress_bar"):
+            block.set_progress_bar_config(disable=True)
+        _without_progress(block)
+
+
+def _mixed(forward: Callable[..., Any], weak: Callable[..., Any], branch: int, of: int) -> Callable[..., Any]:
+    """One branch of what is computed, replaced."""
+
+    def mixed(*args: Any, **kwargs: Any) -> Any:
+        made, others = forward(*args, **kwargs), weak(*args, **kwargs)
+        if isinstance(made, Tensor):
+            return _replaced(made, others[0] if isinstance(others, tuple) else others, branch, of)
+        return tuple(_replaced(one, other, branch, of) for one, other in zip(made, others, strict=True))
+
+    return mixed
+
+
+def _replaced(made: Tensor, other: Tensor, branch: int, of: int) -> Tensor:
+    parts = list(made.chunk(of))
+    parts[branch] = other.chunk(of)[branch]
+    return torch.cat(parts)

@@ -1,0 +1,145 @@
+"""The benchmark of steps: all ways of making a clip agree, or none is timed. No time is asserted."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+
+from stgfast import Guidance, Perturbation
+from stgfast.bench import command, steps
+from stgfast.bench.measure import arithmetic
+from stgfast.bench.models import MODELS
+from stgfast.bench.variants import OTHER_RESULT, VARIANTS, Bench
+from stgfast.cli import main
+
+SMALL = {"num_attention_heads": 2, "attention_head_dim": 16}
+SHALLOW = {  # one for each way in which pipelines call, of the size that is called tiny
+    "mochi": {**SMALL, "num_layers": 4, "pooled_projection_dim": 16, "text_embed_dim": 32, "max_sequence_length": 16},
+    "wan-14b": {**SMALL, "num_layers": 4, "text_dim": 32, "ffn_dim": 64},
+    "hunyuan-video": {
+        **{**SMALL, "num_layers": 2, "num_single_layers": 2, "num_refiner_layers": 1, "rope_axes_dim": (4, 6, 6)},
+        **{"text_embed_dim": 32, "pooled_projection_dim": 16},
+    },
+}
+
+# Clips of few tokens, for what is counted and not timed.
+FEW = {"mochi": (64, 64, 7), "ltx": (128, 128, 17), "cogvideox": (64, 64, 5), "hunyuan": (64, 64, 5)}
+FEW |= {"wan": (64, 64, 9), "svd": (64, 64, 2)}
+TOKENS = {"mochi": 4 * 4 * 2, "ltx": 4 * 4 * 3, "cogvideox": 4 * 4 * 2, "hunyuan": 4 * 4 * 2, "wan": 4 * 4 * 3}
+TOKENS |= {"svd": 8 * 8 * 2}
+
+
+def shallow(name):
+    clip = (32, 32, 7 if name == "mochi" else 9)
+    return dataclasses.replace(MODELS[name], narrow={"tiny": SHALLOW[name]}, layer=2, clips={"tiny": clip})
+
+
+@pytest.fixture(params=SHALLOW)
+def model(request, monkeypatch):
+    monkeypatch.setitem(MODELS, request.param, shallow(request.param))
+    monkeypatch.setattr(steps, "rates", lambda device, dtype: steps.Rates(1e9, 1e9))
+    torch.compiler.reset()
+    return request.param
+
+
+def run(*arguments):
+    """Exit code, rows, and what is said to a person."""
+    arguments = (*arguments, "--backend", "eager")
+    parser = command.argparse.ArgumentParser()
+    command.add_bench(parser)
+    out, said = io.StringIO(), io.StringIO()
+    code = command.main(parser.parse_args(arguments), out, said)
+    return code, [json.loads(line) for line in out.getvalue().splitlines()], said.getvalue()
+
+
+def test_all_variants(model, tmp_path):
+    file = tmp_path / "results" / "rows.jsonl"
+    code, (row,), said = run(
+        "--models", model, "--size", "tiny", "--rounds", "1", "--variants", *VARIANTS, "--save", str(file)
+    )
+    assert code == 0
+    there = [each for each in VARIANTS if each != "guiders" or model == "wan-14b"]
+    assert list(row["seconds"]) == there
+    assert max(far for each, far in row["distance"].items() if each not in OTHER_RESULT) <= 1e-5
+    assert min(row["distance"][variant] for variant in OTHER_RESULT) > 1e-5
+    # The weak branch is computed in one block of four, and in one step of two where it is reused.
+    stock, unshared = (4, 8) if model == "hunyuan-video" else (8, 12)
+    rows = {"stock": stock, "paper": unshared, "passes": unshared, "stgfast": stock + 1, "reuse": stock + 0.5}
+    for variant, count in rows.items():
+        assert row["block_rows"][variant] == 2 * count
+    assert row["matrix_share"].keys() == {"stgfast", "compiled", "fastest"}
+    assert row["attention_backend"] in ("native", "_native_math")
+    assert file.read_text() == json.dumps(row) + "\n"
+    assert model in said
+
+
+def test_no_number_where_variants_disagree(model, monkeypatch):
+    made = Bench.passes
+
+    def wrong(self):
+        return made(self) * 1.0001
+
+    monkeypatch.setattr(Bench, "passes", wrong)
+    code, rows, said = run("--models", model, "--size", "tiny", "--rounds", "1", "--variants", "passes")
+    assert (code, rows) == (1, [])
+    assert "nothing was timed" in said
+
+
+def test_a_time_that_is_not_predicted_fails_the_check(model, monkeypatch):
+    arguments = ("--models", model, "--check", "--rounds", "1", "--variants", "paper")
+    for off, expected in ((0.04, 0), (-0.06, 1)):
+        monkeypatch.setattr(steps, "off_prediction", lambda row, off=off: off)
+        code, (row,), said = run(*arguments)
+        assert code == expected
+        assert ("not within 5%" in said) == bool(expected)
+        assert row["size"] == "tiny"
+
+
+def test_wrong_arguments(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["bench", "--models", "no-such-model"])
+    assert stopped.value.code == 2
+    if not torch.cuda.is_available():
+        assert main(["bench", "--device", "cuda"]) == 2
+        assert "expected a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_blocks_predict_the_arithmetic(name):
+    """Of every family, in its real depth: what is computed is what the plan says, and all ways agree on the result."""
+    bench = Bench(MODELS[name], "tiny", steps=2 if name == "mochi" else 1, clip=FEW[name.split("-")[0]])
+    variants = ("stock", "paper", "stgfast")
+    made = {}
+    counts = {each: arithmetic(lambda each=each: made.update({each: bench.make(each)})).total for each in variants}
+    assert steps.agreeing(name, made, "stgfast", 1e-5, OTHER_RESULT)["stock"] > 1e-4
+    rows = {each: bench.block_rows(each) for each in variants}
+    costs, tokens = bench.costs()
+    assert tokens == TOKENS[name.split("-")[0]]
+    predicted = steps.predictions(rows, costs)
+    for each in variants:
+        assert counts[each] / counts["stgfast"] == pytest.approx(predicted[each], rel=0.05)
+    if name != "svd":  # whose blocks are not alike
+        assert predicted["paper"] == pytest.approx(sum(rows["paper"]) / sum(rows["stgfast"]), rel=0.01)
+
+
+def test_prompts_and_branches_agree_too():
+    guidance = Guidance([Perturbation([2]), Perturbation([1], kind="attention", scale=0.5)])
+    for name in SHALLOW:
+        bench = Bench(shallow(name), "tiny", prompts=2, guidance=guidance)
+        made = {each: bench.make(each) for each in ("stgfast", "paper", "passes")}
+        assert max(steps.agreeing(name, made, "stgfast", 1e-5).values()) > 0
+
+
+def test_full_sizes_are_those_of_the_released_models():
+    """Counted on a device where weights take no memory."""
+    billions = {
+        **{"mochi": 10.0, "ltx-2b": 1.9, "ltx-13b": 13.0, "ltx-2": 18.9, "cogvideox-2b": 1.7, "cogvideox-5b": 5.6},
+        **{"hunyuan-video": 12.8, "wan-1.3b": 1.4, "wan-14b": 14.3, "svd": 1.5},
+    }
+    for name, model in MODELS.items():
+        denoiser = getattr(model.build("full", "meta"), model.part)
+        count = sum(parameter.numel() for parameter in denoiser.parameters())
+        assert round(count / 1e9, 1) == billions[name], name
+        assert {parameter.dtype for parameter in denoiser.parameters()} <= {torch.bfloat16, torch.float32}
