@@ -47,6 +47,7 @@ MAY = {
 FOREIGN = {  # third-party packages, and the only parts that may import them
     "diffusers": {"integrations", "render", "toy"},
     "triton": {"kernels"},
+    "ray": {"render"},
     "transformers": {"toy"},
     "torch": {
         "announced",
@@ -109,6 +110,7 @@ def test_no_adapter_imports_another():
 
 def test_import_is_cold():
     code = (
-        "import sys, stgfast; print([name for name in ('triton', 'diffusers', 'transformers') if name in sys.modules])"
+        "import sys, stgfast, stgfast.cli; "
+        "print([name for name in ('triton', 'diffusers', 'transformers', 'ray') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
