@@ -49,7 +49,7 @@ def check(model: Model, address: str | None, actors: int | None) -> None:
         raise wrong("ray", address, ADDRESSES)
     if model.pipe is not None:
         raise wrong("model", type(model.pipe).__name__, "a folder or a name: another machine cannot be sent a pipeline")
-    _ray()
+    _ray(address)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,18 +158,26 @@ class Actors:
         self.stopping = self.aborting = self.told = False
         self.found: deque[Outcome] = deque()
         self.batches = 0
+        self.hired: list[Hired] = []
         self.ray, self.own = _connected(address)
         self.looked = self.answered = time.monotonic()
-        token = uuid.uuid4().hex
-        (scratch / "token").write_text(token)
+        try:
+            self._hire(setup, count)
+        except BaseException:
+            self.own.close()
+            raise
+
+    def _hire(self, setup: Setup, count: int | None) -> None:
+        folder, token = Path(setup.model.name).is_dir(), uuid.uuid4().hex
+        (self.scratch / "token").write_text(token)
         gpus = 0 if setup.device == "cpu" else int(self.ray.cluster_resources().get("GPU", 0))
         count = count or gpus or 1
         asks = {"num_cpus": 1, "num_gpus": min(gpus, 1)}
-        tell("asking", actors=count, each="GPU" if gpus else "CPU")
+        self.tell("asking", model=setup.model.name, actors=count, each="GPU" if gpus else "CPU")
         kind = self.ray.remote(Actor).options(
             **asks, max_restarts=-1, max_concurrency=IN_HAND + 2, scheduling_strategy="SPREAD"
         )
-        arguments = setup, Path(setup.model.name).is_dir(), self.scratch, token, __version__
+        arguments = setup, folder, self.scratch, token, __version__
         self.hired = [Hired(number, kind.remote(*arguments), self._send) for number in range(count)]
         for actor in self.hired:
             self._greet(actor)
@@ -344,7 +352,11 @@ class Actors:
 # The cluster
 
 
-def _ray() -> Any:
+def _ray(address: str) -> Any:
+    """Ray, imported. It reads its settings then."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address == "local":
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # all of it listens to this machine alone
     try:
         import ray
     except ImportError as error:
@@ -355,11 +367,7 @@ def _ray() -> Any:
 def _connected(address: str) -> tuple[Any, contextlib.ExitStack]:
     """Ray, and what ends with the run. A cluster that this process is part of already is used, and left as it is."""
     own = contextlib.ExitStack()
-    if address == "local":
-        # Read when Ray is imported, and meant for laptops: all of it listens to this machine alone.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray = _ray()
+    ray = _ray(address)
     if ray.is_initialized():
         return ray, own
     if address not in ("local", "auto") and not _answers(address):
@@ -369,9 +377,9 @@ def _connected(address: str) -> tuple[Any, contextlib.ExitStack]:
         settings |= {"include_dashboard": False, "object_store_memory": STORE}
     try:
         with own:
-            own.callback(ray.shutdown)
-            own.enter_context(_unmoved_signal())
             own.enter_context(_silence())
+            own.enter_context(_unmoved_signal())
+            own.callback(ray.shutdown)
             ray.init(address=address, **settings)
             return ray, own.pop_all()
     except (RuntimeError, ValueError, OSError) as error:

@@ -224,7 +224,7 @@ TOLD = {
     "recovered": "{jobs} clips were in hand when an earlier run died; they are rendered again",
     "planned": "{pending} clips to render, {done} done, {failed} failed earlier",
     "loading": "loading {model}",
-    "asking": "asking Ray for {actors} actors, of one {each} each",
+    "asking": "loading {model} on {actors} {each} of Ray",
     "joined": "actor {actor}: ready on {node}, {device}",
     "died": "{files}: again, as who rendered them died: {why}",
     "lost": "actor {actor} does not come back: {why}",

@@ -119,8 +119,8 @@ def render(
                 store.retry_failed()
             if not plan_only and (store.counts()[PENDING] or store.elsewhere()):
                 setup = Setup(known, form, fps is None, dtype, device, offload_text)
-                run.tell("loading", model=known.name)
                 if ray is None:
+                    run.tell("loading", model=known.name)
                     crew: Crew = setup.worker(store.scratch)
                 else:
                     crew = Actors(setup, store.scratch, ray, actors, run.tell)
@@ -244,7 +244,7 @@ class Run:
         tasks = (outcome.task,) if isinstance(outcome, (Written, Failed)) else outcome.tasks
         where: Event = {}
         for task in tasks:
-            where = self.where.pop(task.id)
+            where = self.where.pop(task.id, {})
         if isinstance(outcome, Written):
             task = outcome.task
             if store.finish(task, outcome.path, outcome.seconds):
