@@ -256,10 +256,10 @@ class Actors:
             self._send_kept(actor)
             return
         except self.ray.exceptions.RayActorError as error:
-            self._died(actor, stream, _first_line(error))
+            self._died(actor, stream, _reason(error))
             return
         except self.ray.exceptions.RayError as error:  # what it said did not come over
-            outcome = Stopped(hand.left(), DeviceError(f"actor {actor.number}: {_first_line(error)}"))
+            outcome = Stopped(hand.left(), DeviceError(f"actor {actor.number}: {_reason(error)}"))
         if isinstance(outcome, Stopped) and outcome.error is not None and not isinstance(outcome.error, OSError):
             self.ray.kill(actor.handle, no_restart=False)  # its device is past use for a process that began on it
             self._died(actor, stream, str(outcome.error))
@@ -304,7 +304,7 @@ class Actors:
         try:
             said: Ready | Refused = self.ray.get(hello)
         except self.ray.exceptions.RayError as error:
-            self._lost(actor, _first_line(error))
+            self._lost(actor, _reason(error))
             return
         if isinstance(said, Ready):
             actor.ready = said
@@ -383,7 +383,7 @@ def _connected(address: str) -> tuple[Any, contextlib.ExitStack]:
             ray.init(address=address, **settings)
             return ray, own.pop_all()
     except (RuntimeError, ValueError, OSError) as error:
-        raise wrong("ray", address, f"{ADDRESSES} ({_first_line(error)})") from None
+        raise wrong("ray", address, f"{ADDRESSES} ({_said(error)})") from None
 
 
 @contextlib.contextmanager
@@ -446,7 +446,7 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
 
-def _first_line(error: BaseException) -> str:
-    """Ray's errors are pages."""
+def _reason(error: BaseException) -> str:
+    """Ray's errors are pages, of which the last line says why."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return lines[-1][:500] if lines else type(error).__name__

@@ -62,7 +62,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--ray", metavar="ADDRESS", help="render on the GPUs of a Ray cluster: local (this machine), auto, or host:port"
     )
-    parser.add_argument("--actors", type=int, metavar="N", help="how many of its devices at most; all GPUs, or one CPU")
+    parser.add_argument("--actors", type=int, metavar="N", help="how many of its devices; all GPUs, or one CPU")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--quiet", action="store_true", help="say only what went wrong")
     output.add_argument("--json", action="store_true", help="say everything as lines of JSON")

@@ -91,9 +91,10 @@ def render(
     retry_failed  try those again that failed in an earlier run
     offload_text  text encoders are on the device only while they encode
     trust         the name of the model, for one that brings code of its own
-    ray           render on every GPU of a Ray cluster: its address, "auto" for the one that this machine is part of, or
-                  "local" for one of this machine alone; the model is a folder or a name then, and folders are shared
-    actors        how many devices of it at most; all its GPUs where left out, or one CPU where it has none
+    ray           render on every GPU of a Ray cluster: its host:port, "auto" for the one that this machine is part of,
+                  or "local" for one of this machine alone, unless this process is part of one already; the model is a
+                  folder or a name then, and every node sees the same folders
+    actors        how many of its devices to ask for; all its GPUs where left out, or one CPU where it has none
     listener      is told of everything that happens
     plan_only     check and take up the jobs, and render nothing
 
