@@ -30,7 +30,7 @@ from stgfast.render.worker import Died, Failed, Outcome, Prompt, Stopped, Writte
 from stgfast.version import __version__
 
 IN_HAND = 3  # batches of an actor: one is decoded, one denoised, one comes next
-LIVES = 5  # an actor that died so often in a row, with no job settled in between, is given up
+LIVES = 5  # an actor that died so often in a row, while it loads or with no job settled in between, is given up
 STORE = 100 << 20  # bytes of a local Ray's object store; no more than jobs and outcomes pass through it
 ANSWER = 5.0  # seconds to answer a connection
 GONE = 30.0  # seconds without an answer after which the cluster is gone; after 60, Ray ends this process itself
@@ -70,29 +70,37 @@ class Refused:
 
 
 class Actor:
-    """What runs on a device of the cluster. It never raises, so that Ray does not take a model for a broken actor."""
+    """What runs on a device of the cluster. It loads when it is greeted: a greeting has a number of tries, and Ray
+    begins an actor that dies earlier than that again for ever."""
 
     def __init__(self, setup: Setup, folder: bool, scratch: Path, token: str, version: str):
-        node = socket.gethostname()
-        try:
-            if version != __version__:
-                raise wrong(f"stgfast on {node}", __version__, f"the version of the run, {version}")
-            if not _sees(scratch / "token", token):
-                out = scratch.parent.parent
-                raise wrong(f"output folder {out}", f"another one on {node}", "the same on every node")
-            if folder and not Path(setup.model.name).is_dir():
-                raise wrong(f"model on {node}", setup.model.name, "a folder that every node sees")
-            own = scratch / uuid.uuid4().hex  # where it keeps prompts
-            own.mkdir()
-            self.worker = setup.worker(own)
-            self.state: Ready | Refused = Ready(self.worker.device_name, node, os.getpid())
-        except (SettingsError, UnsupportedPipelineError) as error:
-            self.state = Refused(str(error), ours=True)
-        except Exception as error:
-            self.state = Refused(f"the model could not be loaded on {node}: {_said(error)}", ours=False)
+        self.setup, self.folder, self.scratch, self.token, self.version = setup, folder, scratch, token, version
+        self.lock = threading.Lock()
+        self.state: Ready | Refused | None = None
 
     def hello(self) -> Ready | Refused:
-        return self.state
+        with self.lock:
+            self.state = self.state or self._load()
+            return self.state
+
+    def _load(self) -> Ready | Refused:
+        node, setup = socket.gethostname(), self.setup
+        try:
+            if self.version != __version__:
+                raise wrong(f"stgfast on {node}", __version__, f"the version of the run, {self.version}")
+            if not _sees(self.scratch / "token", self.token):
+                out = self.scratch.parent.parent
+                raise wrong(f"output folder {out}", f"another one on {node}", "the same on every node")
+            if self.folder and not Path(setup.model.name).is_dir():
+                raise wrong(f"model on {node}", setup.model.name, "a folder that every node sees")
+            own = self.scratch / uuid.uuid4().hex  # where it keeps prompts
+            own.mkdir()
+            self.worker = setup.worker(own)
+            return Ready(self.worker.device_name, node, os.getpid())
+        except (SettingsError, UnsupportedPipelineError) as error:
+            return Refused(str(error), ours=True)
+        except Exception as error:
+            return Refused(f"the model could not be loaded on {node}: {_said(error)}", ours=False)
 
     def render(self, batch: Batch, ahead: Sequence[Prompt], aside: Path) -> Iterator[Outcome]:
         for outcome in self.worker.render(batch, ahead, aside):
@@ -218,7 +226,7 @@ class Actors:
         """No actor is left, and this process is no part of the cluster any more, if it was not before."""
         if self.hired:
             for actor in self.hired:
-                self.ray.kill(actor.handle)
+                self._kill(actor)
             streams = [stream for actor in self.hired for stream in actor.in_hand]
             until = time.monotonic() + seconds
             for stream in streams:  # what writes is gone when its stream has ended
@@ -261,7 +269,7 @@ class Actors:
         except self.ray.exceptions.RayError as error:  # what it said did not come over
             outcome = Stopped(hand.left(), DeviceError(f"actor {actor.number}: {_reason(error)}"))
         if isinstance(outcome, Stopped) and outcome.error is not None and not isinstance(outcome.error, OSError):
-            self.ray.kill(actor.handle, no_restart=False)  # its device is past use for a process that began on it
+            self._kill(actor, again=True)  # its device is past use for a process that began on it
             self._died(actor, stream, str(outcome.error))
             return
         if isinstance(outcome, Written):
@@ -291,13 +299,16 @@ class Actors:
         if actor.deaths < LIVES:
             self._greet(actor)
         else:
-            self.ray.kill(actor.handle)
             self._lost(actor, f"it died {LIVES} times in a row: {why}")
 
     # Actors
 
     def _greet(self, actor: Hired) -> None:
-        actor.hello = actor.handle.hello.options(max_task_retries=-1).remote()
+        actor.hello = actor.handle.hello.options(max_task_retries=LIVES).remote()
+
+    def _kill(self, actor: Hired, *, again: bool = False) -> None:
+        with contextlib.suppress(self.ray.exceptions.RayError):  # whoever does not hear it is gone
+            self.ray.kill(actor.handle, no_restart=not again)
 
     def _greeted(self, actor: Hired) -> None:
         hello, actor.hello = actor.hello, None
@@ -317,6 +328,7 @@ class Actors:
 
     def _lost(self, actor: Hired, why: str) -> None:
         """An actor that does not come back."""
+        self._kill(actor)
         self.tell("lost", actor=actor.number, why=why)
         actor.hello = actor.ready = None
         self._put_kept_down(actor)

@@ -198,6 +198,20 @@ def test_no_actor_is_left(tmp_path, cluster, monkeypatch):
     assert states[3] == "pending"
 
 
+def test_an_actor_that_dies_while_it_loads_is_given_up(tmp_path, cluster, monkeypatch):
+    here = os.getpid()
+
+    def build():
+        if os.getpid() != here:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return pipes.pipeline("wan")
+
+    monkeypatch.setitem(models.NAMED, "heavy", build)
+    monkeypatch.setattr(actors, "LIVES", 1)
+    with pytest.raises(DeviceError, match="no actor is left"):
+        go("heavy", some(1), tmp_path, ray="auto")
+
+
 def test_the_cluster_is_gone(tmp_path, model, cluster, monkeypatch):
     monkeypatch.setattr(actors, "GONE", 0.5)
     monkeypatch.setattr(actors, "ANSWER", 0.1)
