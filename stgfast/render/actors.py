@@ -70,15 +70,18 @@ class Refused:
 
 
 class Actor:
-    """What runs on a device of the cluster. It loads when it is greeted: a greeting has a number of tries, and Ray
-    begins an actor that dies earlier than that again for ever."""
+    """What runs on a device of the cluster. It does not load at its beginning: Ray begins an actor that dies there
+    again for ever."""
 
     def __init__(self, setup: Setup, folder: bool, scratch: Path, token: str, version: str):
         self.setup, self.folder, self.scratch, self.token, self.version = setup, folder, scratch, token, version
         self.lock = threading.Lock()
         self.state: Ready | Refused | None = None
 
-    def hello(self) -> Ready | Refused:
+    def hello(self) -> None:
+        """Its process runs."""
+
+    def load(self) -> Ready | Refused:
         with self.lock:
             self.state = self.state or self._load()
             return self.state
@@ -118,7 +121,8 @@ class Hired:
 
     def __init__(self, number: int, handle: Any, send: Callable[[Hired, Batch, Sequence[Prompt]], None]):
         self.number, self.handle, self.send = number, handle, send
-        self.hello: Any = None  # what it says when it has loaded the model; it is awaited, or gone
+        self.hello: Any = None  # awaited: that its process runs, then what it says when it has loaded the model
+        self.loading = False
         self.ready: Ready | None = None
         self.in_hand: dict[Any, Hand] = {}
         self.kept: tuple[Batch, Sequence[Prompt]] | None = None  # a lonely batch, until nothing else is in hand
@@ -295,6 +299,9 @@ class Actors:
         if actor.ready is None:
             return  # known already
         actor.ready = None
+        self._again(actor, why)
+
+    def _again(self, actor: Hired, why: str) -> None:
         actor.deaths += 1
         if actor.deaths < LIVES:
             self._greet(actor)
@@ -304,7 +311,8 @@ class Actors:
     # Actors
 
     def _greet(self, actor: Hired) -> None:
-        actor.hello = actor.handle.hello.options(max_task_retries=LIVES).remote()
+        actor.loading = False
+        actor.hello = actor.handle.hello.options(max_task_retries=-1).remote()
 
     def _kill(self, actor: Hired, *, again: bool = False) -> None:
         with contextlib.suppress(self.ray.exceptions.RayError):  # whoever does not hear it is gone
@@ -313,11 +321,13 @@ class Actors:
     def _greeted(self, actor: Hired) -> None:
         hello, actor.hello = actor.hello, None
         try:
-            said: Ready | Refused = self.ray.get(hello)
+            said: Ready | Refused | None = self.ray.get(hello)
         except self.ray.exceptions.RayError as error:
-            self._lost(actor, _reason(error))
+            (self._again if actor.loading else self._lost)(actor, _reason(error))
             return
-        if isinstance(said, Ready):
+        if said is None:
+            actor.hello, actor.loading = actor.handle.load.remote(), True
+        elif isinstance(said, Ready):
             actor.ready = said
             self.tell("joined", **actor.where)
             self._send_kept(actor)

@@ -263,13 +263,13 @@ def test_what_an_actor_says_where_it_cannot_render(tmp_path, model, monkeypatch)
     folder = tmp_path / "out" / FOLDER / "runner"
     folder.mkdir(parents=True)
     (folder / "token").write_text("token")
-    said = Actor(setup, True, folder, "token", __version__).hello()
+    said = Actor(setup, True, folder, "token", __version__).load()
     assert isinstance(said, Ready)
     assert (said.device_name, said.pid) == ("cpu", os.getpid())
-    said = Actor(setup, True, folder, "other", __version__).hello()
+    said = Actor(setup, True, folder, "other", __version__).load()
     assert said.ours
     assert said.why.startswith(f"output folder {tmp_path / 'out'}: got 'another one on ")
-    said = Actor(setup, True, folder, "token", "0.0").hello()
+    said = Actor(setup, True, folder, "token", "0.0").load()
     assert said.ours
     assert said.why.endswith(f"got '{__version__}', expected the version of the run, 0.0")
 
@@ -278,7 +278,7 @@ def test_what_an_actor_says_where_it_cannot_render(tmp_path, model, monkeypatch)
 
     short = described(str(model))
     object.__setattr__(short, "build", short_of_memory)
-    said = Actor(Setup(short, form, own_fps=True), True, folder, "token", __version__).hello()
+    said = Actor(Setup(short, form, own_fps=True), True, folder, "token", __version__).load()
     assert not said.ours  # another device may do
     assert said.why.endswith(": MemoryError: no room")
 
