@@ -4,6 +4,7 @@ from setuptools import find_packages, setup
 
 VERSION = Path("stgfast/version.py").read_text(encoding="utf-8").split('__version__ = "')[1].split('"')[0]
 
+RAY = ["ray>=2.50"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6.100", "peft>=0.17", "selenium>=4.20"]
 LINT = ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-tqdm"]
 
@@ -34,9 +35,10 @@ setup(
     extras_require={
         "flash-attn": ["flash-attn>=2.7"],
         "xformers": ["xformers>=0.0.29"],
-        "test": TEST,
+        "ray": RAY,
+        "test": TEST + RAY,
         "lint": LINT,
-        "dev": TEST + LINT,
+        "dev": TEST + RAY + LINT,
     },
     entry_points={"console_scripts": ["stgfast = stgfast.cli:main"]},
 )

@@ -50,6 +50,7 @@ MAY = {
 FOREIGN = {  # third-party packages, and the only parts that may import them
     "diffusers": {"integrations", "render", "toy", "bench"},
     "triton": {"kernels"},
+    "ray": {"render"},
     "transformers": {"toy"},
     "torch": {
         "announced",
@@ -115,6 +116,7 @@ def test_no_adapter_imports_another():
 
 def test_import_is_cold():
     code = (
-        "import sys, stgfast; print([name for name in ('triton', 'diffusers', 'transformers') if name in sys.modules])"
+        "import sys, stgfast, stgfast.cli; "
+        "print([name for name in ('triton', 'diffusers', 'transformers', 'ray') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

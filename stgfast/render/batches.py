@@ -22,10 +22,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Batch:
-    """Jobs that are rendered in one call. `shape` is what their memory depends on, and where."""
+    """Jobs that are rendered in one call. `shape` is what their memory depends on, and where.
+
+    lonely  an actor has nothing else in hand beside it: should it die, it is known of what
+    """
 
     tasks: tuple[Task, ...]
     shape: str
+    lonely: bool = False
 
     def __len__(self) -> int:
         return len(self.tasks)

@@ -59,6 +59,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--offload-text", action="store_true", help="text encoders leave the device when they have read"
     )
     parser.add_argument("--trust", metavar="NAME", help="the model's name again, for one that brings code of its own")
+    parser.add_argument(
+        "--ray", metavar="ADDRESS", help="render on the GPUs of a Ray cluster: local (this machine), auto, or host:port"
+    )
+    parser.add_argument("--actors", type=int, metavar="N", help="how many of its devices; all GPUs, or one CPU")
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--quiet", action="store_true", help="say only what went wrong")
     output.add_argument("--json", action="store_true", help="say everything as lines of JSON")
@@ -67,7 +71,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
     """The command, from its arguments to its exit code."""
     from stgfast.errors import SettingsError, UnsupportedPipelineError
-    from stgfast.render.run import BadJobs, DeviceError, render
+    from stgfast.render.crew import DeviceError
+    from stgfast.render.run import BadJobs, render
     from stgfast.render.store import StoreError
 
     screen = Screen(stdout or sys.stdout, stderr or sys.stderr, quiet=arguments.quiet, as_json=arguments.json)
@@ -87,6 +92,8 @@ def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Tex
             device=arguments.device,
             offload_text=arguments.offload_text,
             trust=arguments.trust,
+            ray=arguments.ray,
+            actors=arguments.actors,
             listener=screen.show,
             plan_only=arguments.plan,
         )
@@ -217,6 +224,10 @@ TOLD = {
     "recovered": "{jobs} clips were in hand when an earlier run died; they are rendered again",
     "planned": "{pending} clips to render, {done} done, {failed} failed earlier",
     "loading": "loading {model}",
+    "asking": "loading {model} on {actors} {each} of Ray",
+    "joined": "actor {actor}: ready on {node}, {device}",
+    "died": "{files}: again, as who rendered them died: {why}",
+    "lost": "actor {actor} does not come back: {why}",
     "failed": "{file}: {error}",
     "again": "{files}: again, smaller or apart: {why}",
     "page": "the page about the folder could not be written: {error}",

@@ -37,6 +37,7 @@ class Model:
     pipe: Any = None
     trusted: bool = False
     parameters: dict[str, inspect.Parameter] = field(default_factory=dict)
+    build: Callable[[], Any] | None = None  # of a model that comes by a name of its own
 
     def __post_init__(self) -> None:
         self.parameters.update(inspect.signature(self.kind.__call__).parameters)
@@ -108,7 +109,7 @@ class Model:
         if self.pipe is not None:
             pipe = copy.copy(self.pipe)
         else:
-            pipe = NAMED[self.name]() if self.name in NAMED else self._pretrained(dtype, device)
+            pipe = self.build() if self.build else self._pretrained(dtype, device)
         return pipe if hasattr(pipe, INSTALLED) else accelerate(pipe)
 
     def _pretrained(self, dtype: str | None, device: str | None) -> Any:
@@ -143,7 +144,7 @@ def described(model: Any, *, trust: str | None = None) -> Model:
     if trust is not None and trust != name:
         raise wrong("trust", trust, f"the name of the model, {name!r}, or none")
     if name in NAMED:
-        return Model(name, type(NAMED[name]()))
+        return Model(name, type(NAMED[name]()), build=NAMED[name])
     path = Path(name)
     if path.is_dir():
         name, index = str(path.resolve()), path / "model_index.json"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import signal
 import sqlite3
@@ -12,19 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Empty
 from types import FrameType
 from typing import Any
 
-import torch
-
 from stgfast.errors import SettingsError, wrong
+from stgfast.render.crew import Crew, DeviceError, Setup
 from stgfast.render.files import Form
 from stgfast.render.gallery import NAME, write_gallery
 from stgfast.render.jobs import Bad, Job, Line, checked, read
 from stgfast.render.models import Model, described
 from stgfast.render.store import DONE, FAILED, PENDING, Store, StoreError
-from stgfast.render.worker import Again, Failed, Outcome, Worker, Written
+from stgfast.render.worker import Again, Died, Failed, Outcome, Written
 
 Event = dict[str, Any]
 Listener = Callable[[Event], None]
@@ -41,10 +38,6 @@ class BadJobs(SettingsError):
         self.lines, self.count = lines, count
         first = "; ".join(f"line {line.number}: {line.why}" for line in lines[:3])
         super().__init__(f"jobs: got {count} bad line{'s' * (count > 1)}, expected none ({first})")
-
-
-class DeviceError(RuntimeError):
-    """Nothing further can be rendered by this process."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +76,8 @@ def render(
     device: str | None = None,
     offload_text: bool = False,
     trust: str | None = None,
+    ray: str | None = None,
+    actors: int | None = None,
     listener: Listener | None = None,
     plan_only: bool = False,
 ) -> Report:
@@ -96,6 +91,10 @@ def render(
     retry_failed  try those again that failed in an earlier run
     offload_text  text encoders are on the device only while they encode
     trust         the name of the model, for one that brings code of its own
+    ray           render on every GPU of a Ray cluster: its host:port, "auto" for the one that this machine is part of,
+                  or "local" for one of this machine alone, unless this process is part of one already; the model is a
+                  folder or a name then, and every node sees the same folders
+    actors        how many of its devices to ask for; all its GPUs where left out, or one CPU where it has none
     listener      is told of everything that happens
     plan_only     check and take up the jobs, and render nothing
 
@@ -106,7 +105,11 @@ def render(
         raise wrong("max_batch", max_batch, "a number of clips, 1 or more")
     form = Form(kind=format, fps=24.0 if fps is None else fps, crf=crf)
     known = described(model, trust=trust)
-    run = Run(known, Path(out), form, listener or (lambda event: None), own_fps=fps is None)
+    if ray is not None or actors is not None:
+        from stgfast.render.actors import Actors, check
+
+        check(known, ray, actors)
+    run = Run(known, Path(out), form, listener or (lambda event: None))
     started = time.monotonic()
     try:
         with Store(run.out) as store:
@@ -116,9 +119,13 @@ def render(
             if retry_failed:
                 store.retry_failed()
             if not plan_only and (store.counts()[PENDING] or store.elsewhere()):
-                run.tell("loading", model=known.name)
-                pipe = known.load(dtype=dtype, device=device)
-                run.work(pipe, max_batch, offload_text)
+                setup = Setup(known, form, fps is None, dtype, device, offload_text)
+                if ray is None:
+                    run.tell("loading", model=known.name)
+                    crew: Crew = setup.worker(store.scratch)
+                else:
+                    crew = Actors(setup, store.scratch, ray, actors, run.tell)
+                run.work(crew, max_batch, ahead=256 if offload_text else 0)
             if not plan_only:
                 run.page()
             return run.report(time.monotonic() - started)
@@ -143,12 +150,13 @@ def lines_of(
 
 
 class Run:
-    """One process at work on one folder."""
+    """One process in charge of one folder, and of who renders for it."""
 
     store: Store
 
-    def __init__(self, model: Model, out: Path, form: Form, listener: Listener, *, own_fps: bool):
-        self.model, self.out, self.form, self.listener, self.own_fps = model, out, form, listener, own_fps
+    def __init__(self, model: Model, out: Path, form: Form, listener: Listener):
+        self.model, self.out, self.form, self.listener = model, out, form, listener
+        self.where: dict[int, Event] = {}  # jobs in hand
         self.bad = self.rendered = self.interrupts = 0
         self.fault: BaseException | None = None
         self.paged = time.monotonic()
@@ -192,43 +200,27 @@ class Run:
 
     # Rendering
 
-    def work(self, pipe: Any, max_batch: int, offload_text: bool) -> None:
+    def work(self, crew: Crew, max_batch: int, ahead: int) -> None:
         """Until nothing waits that this run may render; then until other runners have done theirs, or died."""
-        ahead = 256
-        worker = Worker(
-            pipe,
-            self.store.scratch,
-            self.form,
-            fps=self.model.fps if self.own_fps else None,
-            offload_text=offload_text,
-            ahead=lambda: self._ahead,
-        )
-        self._ahead: list[tuple[str, str | None]] = []
-        device = _device_name(worker)
-        with self._interruptible(worker):
-            while True:
-                while worker.has_room and not worker.stopping:
-                    batch = self.store.claim(max_batch, device)
-                    if batch is None:
+        try:
+            with self._interruptible(crew):
+                while not crew.aborting:
+                    self._hand_out(crew, max_batch, ahead)
+                    if crew.busy or (not crew.stopping and self.store.counts()[PENDING]):
+                        self._settle(crew.outcome(0.1), crew)  # in time for a look at whether the run is to stop
+                    elif crew.stopping or not self.store.elsewhere():
                         break
-                    if offload_text:
-                        self._ahead = self.store.waiting_prompts(ahead)
-                    self.tell("claimed", files=[task.file for task in batch.tasks])
-                    worker.start(batch)
-                if worker.busy:
-                    with contextlib.suppress(Empty):  # for a look at whether the run is to stop
-                        self._settle(worker.outcomes.get(timeout=0.1), worker)
-                elif worker.stopping or not self.store.elsewhere():
-                    break
-                else:
-                    time.sleep(POLL)
-                    self.recover()
-                if worker.aborting:
-                    worker.wait(ENDING)
-                    break
-                if time.monotonic() - self.paged > PAGE:
-                    self.page()
-        if isinstance(self.fault, OSError):
+                    else:
+                        self._settle(crew.outcome(POLL), crew)
+                        self.recover()
+                    if time.monotonic() - self.paged > PAGE:
+                        self.page()
+        except BaseException:
+            crew.abort()
+            raise
+        finally:
+            crew.close(ENDING)
+        if isinstance(self.fault, (OSError, SettingsError, DeviceError)):
             raise self.fault
         if self.fault is not None:
             said = f"{type(self.fault).__name__}: {self.fault}"
@@ -236,30 +228,51 @@ class Run:
                 f"the device, or the worker on it, gave out ({said}); what is done is kept"
             ) from self.fault
 
-    def _settle(self, outcome: Outcome, worker: Worker) -> None:
+    def _hand_out(self, crew: Crew, max_batch: int, ahead: int) -> None:
+        while not crew.stopping and (seat := crew.free()) is not None:
+            batch = self.store.claim(max_batch, seat.device_name)
+            if batch is None:
+                return
+            self.where.update({task.id: seat.where for task in batch.tasks})
+            self.tell("claimed", files=[task.file for task in batch.tasks], **seat.where)
+            seat.start(batch, self.store.waiting_prompts(ahead) if ahead else ())
+
+    def _settle(self, outcome: Outcome | None, crew: Crew) -> None:
         """Record what became of jobs."""
+        if outcome is None:
+            return
         store = self.store
+        tasks = (outcome.task,) if isinstance(outcome, (Written, Failed)) else outcome.tasks
+        where: Event = {}
+        for task in tasks:
+            where = self.where.pop(task.id, {})
         if isinstance(outcome, Written):
             task = outcome.task
             if store.finish(task, outcome.path, outcome.seconds):
                 self.rendered += 1
-                self.tell("done", file=task.file, seconds=outcome.seconds, **self._progress())
+                self.tell("done", file=task.file, seconds=outcome.seconds, **where, **self._progress())
             else:
                 self.tell("failed", file=task.file, error="its name was taken meanwhile", **self._progress())
         elif isinstance(outcome, Failed):
             store.fail(outcome.task, outcome.error, outcome.seconds)
-            self.tell("failed", file=outcome.task.file, error=outcome.error, trace=outcome.trace, **self._progress())
+            more = {"error": outcome.error, "trace": outcome.trace, **where}
+            self.tell("failed", file=outcome.task.file, **more, **self._progress())
         elif isinstance(outcome, Again):
             if outcome.rows:
                 store.bound(outcome.shape, outcome.rows)
-            store.give_back(outcome.tasks, apart=outcome.apart, error=outcome.why)
-            files = [task.file for task in outcome.tasks]
-            self.tell("again", files=files, why=outcome.why, rows=outcome.rows, apart=outcome.apart)
+            store.give_back(tasks, apart=outcome.apart, error=outcome.why)
+            files = [task.file for task in tasks]
+            self.tell("again", files=files, why=outcome.why, rows=outcome.rows, apart=outcome.apart, **where)
+        elif isinstance(outcome, Died):
+            failed = store.died(tasks, outcome.why)
+            self.tell("died", files=[task.file for task in tasks], why=outcome.why, **where)
+            for task, error in failed:
+                self.tell("failed", file=task.file, error=error, **where, **self._progress())
         else:
-            store.give_back(outcome.tasks)
+            store.give_back(tasks)
             if outcome.error is not None and self.fault is None:
                 self.fault = outcome.error
-                worker.stop()
+                crew.stop()
                 self.tell("stopping", why=f"{type(outcome.error).__name__}: {outcome.error}")
 
     def _progress(self) -> Event:
@@ -267,16 +280,16 @@ class Run:
         return {"total": sum(counts.values()), "finished": counts[DONE] + counts[FAILED]}
 
     @contextmanager
-    def _interruptible(self, worker: Worker) -> Iterator[None]:
+    def _interruptible(self, crew: Crew) -> Iterator[None]:
         """Within the block, the first signal to end lets batches in hand finish, and the second one does not."""
 
         def handle(number: int, frame: FrameType | None) -> None:
             self.interrupts += 1
             if self.interrupts == 1:
-                worker.stop()
+                crew.stop()
                 self.tell("stopping", why=signal.Signals(number).name)
             else:
-                worker.abort()
+                crew.abort()
 
         if threading.current_thread() is not threading.main_thread():
             yield  # signals are the main thread's
@@ -310,10 +323,3 @@ class Run:
         )
         self.tell("ended", **dataclasses.asdict(report))
         return report
-
-
-def _device_name(worker: Worker) -> str:
-    """What memory is remembered for: another card may hold more."""
-    if worker.device.type != "cuda":
-        return worker.device.type
-    return torch.cuda.get_device_name(worker.device)

@@ -32,6 +32,9 @@ from stgfast.render.jobs import Bad, Job
 FOLDER = ".stgfast"
 PENDING, CLAIMED, PUBLISHING, DONE, FAILED = STATUSES = ("pending", "claimed", "publishing", "done", "failed")
 VERSION = 1
+DEATHS = 3  # a job that was in hand so often when an actor died has failed
+# Whatever was in hand twice when somebody died is rendered alone from then on.
+AGAIN_AFTER_DEATH = "status = 'pending', apart = apart OR deaths, deaths = deaths + ?, runner = NULL"
 SCHEMA = """
 CREATE TABLE jobs (
     id INTEGER PRIMARY KEY,
@@ -45,7 +48,7 @@ CREATE TABLE jobs (
     status TEXT NOT NULL DEFAULT 'pending',
     runner TEXT,                           -- who has it in hand
     attempts INTEGER NOT NULL DEFAULT 0,
-    deaths INTEGER NOT NULL DEFAULT 0,     -- how often a runner died with it in hand
+    deaths INTEGER NOT NULL DEFAULT 0,     -- how often a runner, or an actor of one, died with it in hand
     apart INTEGER NOT NULL DEFAULT 0,      -- not to be stacked with others
     seconds TEXT,                          -- per stage, as JSON
     error TEXT,
@@ -242,7 +245,7 @@ class Store:
     def claim(self, size: int, device: str) -> Batch | None:
         """Take up to `size` waiting jobs that fit together, fewer where memory is known to hold fewer.
 
-        A job that was in hand when a runner died goes last: if it is what kills, the others are done before.
+        A job that was in hand when a runner or actor died goes last: if it is what kills, the others are done before.
         """
         with self._transaction():
             first = self.connection.execute(
@@ -264,7 +267,7 @@ class Store:
             ids = [(self.runner, row["id"]) for row in rows]
             claim = "UPDATE jobs SET status = 'claimed', runner = ?, attempts = attempts + 1 WHERE id = ?"
             self.connection.executemany(claim, ids)
-        return Batch(tuple(_task(row) for row in rows), shape)
+        return Batch(tuple(_task(row) for row in rows), shape, lonely=first["deaths"] >= DEATHS - 1)
 
     def waiting_prompts(self, count: int) -> list[tuple[str, str | None]]:
         """Prompt and negative prompt of the jobs that come next, for reading them ahead."""
@@ -303,6 +306,19 @@ class Store:
         with self._transaction():
             self.connection.executemany(change, [(int(apart), error, task.id) for task in tasks])
 
+    def died(self, tasks: Iterable[Task], why: str) -> list[tuple[Task, str]]:
+        """Jobs in hand when an actor died wait again, as after a runner's death. Returns those that failed by it."""
+        failed = []
+        for task in tasks:
+            change = f"UPDATE jobs SET {AGAIN_AFTER_DEATH}, error = ? WHERE id = ?"
+            self.connection.execute(change, (1, why, task.id))
+            (deaths,) = self.connection.execute("SELECT deaths FROM jobs WHERE id = ?", (task.id,)).fetchone()
+            if deaths >= DEATHS:
+                error = f"who rendered it died {deaths} times, the last time with nothing else in hand: {why}"
+                self.fail(task, error, {})
+                failed.append((task, error))
+        return failed
+
     def bound(self, shape: str, rows: int) -> None:
         """Remember that no more clips of this shape than these fit into memory."""
         change = "INSERT INTO shapes VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET rows = MIN(rows, excluded.rows)"
@@ -332,12 +348,9 @@ class Store:
             rows = self.connection.execute("SELECT * FROM jobs WHERE runner = ?", (runner,)).fetchall()
             for row in rows:
                 done = row["status"] == PUBLISHING and self._roll_forward(self.home / runner / row["file"], row["file"])
-                # Whatever was in hand twice when a runner died is rendered alone from then on.
-                again = "status = 'pending', apart = apart OR deaths, deaths = deaths + ?"
-                change = "status = 'done', finished = ?" if done else again
+                change = "status = 'done', finished = ?, runner = NULL" if done else AGAIN_AFTER_DEATH
                 self.connection.execute(
-                    f"UPDATE jobs SET {change}, runner = NULL WHERE id = ?",
-                    (time.time() if done else deaths, row["id"]),
+                    f"UPDATE jobs SET {change} WHERE id = ?", (time.time() if done else deaths, row["id"])
                 )
         return len(rows)
 

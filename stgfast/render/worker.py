@@ -21,7 +21,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -82,7 +82,16 @@ class Stopped:
     error: BaseException | None = None
 
 
-Outcome = Written | Failed | Again | Stopped
+@dataclasses.dataclass(frozen=True)
+class Died:
+    """Jobs that were in hand when the process that rendered them ended."""
+
+    tasks: tuple[Task, ...]
+    why: str
+
+
+Outcome = Written | Failed | Again | Stopped | Died
+Prompt = tuple[str, str | None]  # and the negative one
 
 
 class Stopping(Exception):
@@ -94,7 +103,6 @@ class Worker:
 
     scratch  where clips are written before they are whole
     fps      frames in a second of a job's clip, where that is not the same for all
-    ahead    gives prompts that come later, for encoding them in one go where the text encoder leaves the device
     """
 
     def __init__(
@@ -105,7 +113,6 @@ class Worker:
         *,
         fps: Callable[[Job], float] | None = None,
         offload_text: bool = False,
-        ahead: Callable[[], list[tuple[str, str | None]]] = list,
     ):
         self.pipe, self.scratch, self.form, self.fps = copy.copy(pipe), scratch, form, fps
         self.device = torch.device(pipe._execution_device)
@@ -115,7 +122,9 @@ class Worker:
         self.overlap = not getattr(pipe, "_all_hooks", None)
         encoders = encoders_of(pipe) if offload_text else {}
         vars(self.pipe).update(dict.fromkeys(encoders))
-        self.texts = Texts(scratch / "texts", self.device, parts=encoders, ahead=ahead)
+        # Prompts that come later are encoded in one go where the text encoder leaves the device.
+        self.ahead: Sequence[Prompt] = ()
+        self.texts = Texts(scratch / "texts", self.device, parts=encoders, ahead=lambda: list(self.ahead))
         self.stopping = self.aborting = False
         self.in_hand: dict[threading.Thread, Passage] = {}
         self.streams: list[Any] = []
@@ -127,17 +136,37 @@ class Worker:
         return bool(self.in_hand) or not self.outcomes.empty()
 
     @property
-    def has_room(self) -> bool:
-        return len(self.in_hand) < len(DOORS)  # one behind every door
+    def device_name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    @property
+    def where(self) -> dict[str, Any]:
+        return {"device": self.device_name}
+
+    def free(self) -> Worker | None:
+        return self if len(self.in_hand) < len(DOORS) else None  # one behind every door
+
+    def outcome(self, seconds: float) -> Outcome | None:
+        try:
+            return self.outcomes.get(timeout=seconds)
+        except queue.Empty:
+            return None
 
     def form_of(self, job: Job) -> Form:
         return self.form if self.fps is None else dataclasses.replace(self.form, fps=self.fps(job))
 
-    def start(self, batch: Batch) -> None:
-        passage = Passage(self, batch)
+    def start(self, batch: Batch, ahead: Sequence[Prompt] = ()) -> None:
+        self.ahead = ahead
+        passage = Passage(self, batch, self.scratch)
         thread = threading.Thread(target=self._run, args=(passage,), name="stgfast-batch", daemon=True)
         self.in_hand[thread] = passage
         thread.start()
+
+    def render(self, batch: Batch, ahead: Sequence[Prompt], aside: Path) -> Iterator[Outcome]:
+        """As `start`, in the caller's thread: what became of the jobs, whose clips are in a folder of the caller's."""
+        self.ahead = ahead
+        passage = self.in_hand[threading.current_thread()] = Passage(self, batch, aside)
+        yield from self._through(passage)
 
     def stop(self) -> None:
         """Batches that do not denoise yet are put down; the others are finished."""
@@ -165,18 +194,20 @@ class Worker:
         finally:
             self.streams.append(stream)
 
-    def wait(self, seconds: float) -> None:
-        """For what is in hand, but no longer than this."""
+    def close(self, seconds: float) -> None:
         until = time.monotonic() + seconds
         for thread in list(self.in_hand):
             thread.join(max(0.0, until - time.monotonic()))
 
     def _run(self, passage: Passage) -> None:
+        for outcome in self._through(passage):
+            self.outcomes.put(outcome)
+
+    def _through(self, passage: Passage) -> Iterator[Outcome]:
         try:
-            for outcome in passage.outcomes():
-                self.outcomes.put(outcome)
+            yield from passage.outcomes()
         except BaseException as error:  # which the run has to hear of, whatever it is
-            self.outcomes.put(Stopped(passage.left(), error))
+            yield Stopped(passage.left(), error)
         finally:
             passage.leave()
             passage.close()
@@ -184,10 +215,10 @@ class Worker:
 
 
 class Passage:
-    """One batch on its way through the doors."""
+    """One batch on its way through the doors, its clips to a folder aside."""
 
-    def __init__(self, worker: Worker, batch: Batch):
-        self.worker, self.batch = worker, batch
+    def __init__(self, worker: Worker, batch: Batch, aside: Path):
+        self.worker, self.batch, self.aside = worker, batch, aside
         self.held: list[str] = []
         self.seconds: dict[str, float] = {}
         self.settled: set[int] = set()
@@ -286,7 +317,7 @@ class Passage:
                 else:
                     yield Failed(task, _said(error), self._share(), "".join(traceback.format_exception(error)))
                 continue
-            path = self.worker.scratch / task.file
+            path = self.aside / task.file
             self._pass(WRITER)
             if self.worker.aborting:
                 yield Stopped(self.left())

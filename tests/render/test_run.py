@@ -21,10 +21,11 @@ import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.errors import SettingsError
 from stgfast.render import files, run, worker
+from stgfast.render.crew import DeviceError
 from stgfast.render.files import metadata_of, read_frames
 from stgfast.render.gallery import NAME
 from stgfast.render.jobs import Job
-from stgfast.render.run import BadJobs, DeviceError, render
+from stgfast.render.run import BadJobs, render
 from stgfast.render.store import FOLDER, Store, StoreError
 from tests.render import pipes
 

@@ -199,6 +199,25 @@ def test_what_kills_twice_goes_alone(tmp_path):
     assert sizes == [["k3.mp4"], ["k0.mp4"], ["k1.mp4"], ["k2.mp4"]]
 
 
+def test_what_actors_die_of_fails(tmp_path):
+    """The runner lives on. What is under suspicion is in hand with nothing else, so that the other is not blamed."""
+    with Store(tmp_path) as store:
+        take_up(store, jobs(2))
+        for _ in range(2):
+            batch = store.claim(8, "cpu")
+            assert (len(batch), batch.lonely) == (2, False)
+            assert store.died(batch.tasks, "killed") == []
+        batch = store.claim(8, "cpu")
+        assert ([task.file for task in batch.tasks], batch.lonely) == (["k0.mp4"], True)
+        ((task, error),) = store.died(batch.tasks, "killed")
+        assert (task.file, error) == (
+            "k0.mp4", "who rendered it died 3 times, the last time with nothing else in hand: killed"
+        )  # fmt: skip
+        batch = store.claim(8, "cpu")
+        finish(store, batch.tasks[0])
+        assert statuses(store) == {"k0.mp4": FAILED, "k1.mp4": DONE}
+
+
 @pytest.mark.parametrize("when", ["before", "after", "lost"])
 def test_a_rename_cut_short(tmp_path, when):
     """Killed right before, or right after, the rename; and where the clip is in neither place."""

@@ -1,0 +1,474 @@
+"""The devices of a Ray cluster as a crew: an actor for each, which holds the model and a worker of its own.
+
+Ray places actors, starts them again and says which died; this process alone has the state of the folder. An actor
+writes clips into folders of this run, aside, and this process puts them in their place. A batch has such a folder to
+itself: whoever was taken for dead, and goes on writing, disturbs nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
+from stgfast.render.batches import Batch, Task
+from stgfast.render.crew import DeviceError, Setup
+from stgfast.render.files import discard
+from stgfast.render.models import Model
+from stgfast.render.worker import Died, Failed, Outcome, Prompt, Stopped, Written
+from stgfast.version import __version__
+
+IN_HAND = 3  # batches of an actor: one is decoded, one denoised, one comes next
+LIVES = 5  # an actor that died so often in a row, while it loads or with no job settled in between, is given up
+STORE = 100 << 20  # bytes of a local Ray's object store; no more than jobs and outcomes pass through it
+ANSWER = 5.0  # seconds to answer a connection
+GONE = 30.0  # seconds without an answer after which the cluster is gone; after 60, Ray ends this process itself
+KEPT = "what is done is kept"
+ADDRESSES = '"local", "auto", or the host:port of a cluster'
+
+
+def check(model: Model, address: str | None, actors: int | None) -> None:
+    """What can be said before there is a cluster."""
+    if address is None:
+        raise wrong("actors", actors, f"none without ray: {ADDRESSES}")
+    if actors is not None and (isinstance(actors, bool) or not isinstance(actors, int) or actors < 1):
+        raise wrong("actors", actors, "a number, 1 or more")
+    host, _, port = str(address).rpartition(":")
+    if address not in ("local", "auto") and not (host and port.isdigit() and "/" not in host):
+        raise wrong("ray", address, ADDRESSES)
+    if model.pipe is not None:
+        raise wrong("model", type(model.pipe).__name__, "a folder or a name: another machine cannot be sent a pipeline")
+    _ray(address)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """An actor that takes batches."""
+
+    device_name: str
+    node: str
+    pid: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """One that cannot. `ours`: so would every other, as what it was asked for is wrong."""
+
+    why: str
+    ours: bool
+
+
+class Actor:
+    """What runs on a device of the cluster. It does not load at its beginning: Ray begins an actor that dies there
+    again for ever."""
+
+    def __init__(self, setup: Setup, folder: bool, scratch: Path, token: str, version: str):
+        self.setup, self.folder, self.scratch, self.token, self.version = setup, folder, scratch, token, version
+        self.lock = threading.Lock()
+        self.state: Ready | Refused | None = None
+
+    def hello(self) -> None:
+        """Its process runs."""
+
+    def load(self) -> Ready | Refused:
+        with self.lock:
+            self.state = self.state or self._load()
+            return self.state
+
+    def _load(self) -> Ready | Refused:
+        node, setup = socket.gethostname(), self.setup
+        try:
+            if self.version != __version__:
+                raise wrong(f"stgfast on {node}", __version__, f"the version of the run, {self.version}")
+            if not _sees(self.scratch / "token", self.token):
+                out = self.scratch.parent.parent
+                raise wrong(f"output folder {out}", f"another one on {node}", "the same on every node")
+            if self.folder and not Path(setup.model.name).is_dir():
+                raise wrong(f"model on {node}", setup.model.name, "a folder that every node sees")
+            own = self.scratch / uuid.uuid4().hex  # where it keeps prompts
+            own.mkdir()
+            self.worker = setup.worker(own)
+            return Ready(self.worker.device_name, node, os.getpid())
+        except (SettingsError, UnsupportedPipelineError) as error:
+            return Refused(str(error), ours=True)
+        except Exception as error:
+            return Refused(f"the model could not be loaded on {node}: {_said(error)}", ours=False)
+
+    def render(self, batch: Batch, ahead: Sequence[Prompt], aside: Path) -> Iterator[Outcome]:
+        for outcome in self.worker.render(batch, ahead, aside):
+            if isinstance(outcome, Stopped) and outcome.error is not None:
+                yield Stopped(outcome.tasks, _plain(outcome.error))
+            else:
+                yield outcome
+
+    def stop(self) -> None:
+        self.worker.stop()
+
+
+class Hired:
+    """An actor as this process sees it: a seat."""
+
+    def __init__(self, number: int, handle: Any, send: Callable[[Hired, Batch, Sequence[Prompt]], None]):
+        self.number, self.handle, self.send = number, handle, send
+        self.hello: Any = None  # awaited: that its process runs, then what it says when it has loaded the model
+        self.loading = False
+        self.ready: Ready | None = None
+        self.in_hand: dict[Any, Hand] = {}
+        self.kept: tuple[Batch, Sequence[Prompt]] | None = None  # a lonely batch, until nothing else is in hand
+        self.deaths = 0  # in a row
+
+    @property
+    def device_name(self) -> str:
+        return self.ready.device_name if self.ready else ""
+
+    @property
+    def where(self) -> dict[str, Any]:
+        return {"actor": self.number} | (
+            {"node": self.ready.node, "pid": self.ready.pid, "device": self.device_name} if self.ready else {}
+        )
+
+    @property
+    def has_room(self) -> bool:
+        alone = self.kept or any(hand.batch.lonely for hand in self.in_hand.values())
+        return self.ready is not None and not alone and len(self.in_hand) < IN_HAND
+
+    def start(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
+        if batch.lonely and self.in_hand:
+            self.kept = batch, ahead
+        else:
+            self.send(self, batch, ahead)
+
+
+@dataclasses.dataclass
+class Hand:
+    """A batch that an actor has."""
+
+    batch: Batch
+    aside: Path
+    settled: set[int] = dataclasses.field(default_factory=set)
+
+    def left(self) -> tuple[Task, ...]:
+        return tuple(task for task in self.batch.tasks if task.id not in self.settled)
+
+
+class Actors:
+    """All actors of a run."""
+
+    def __init__(self, setup: Setup, scratch: Path, address: str, count: int | None, tell: Callable[..., None]):
+        self.scratch, self.tell = scratch.resolve(), tell
+        self.stopping = self.aborting = self.told = False
+        self.found: deque[Outcome] = deque()
+        self.batches = 0
+        self.hired: list[Hired] = []
+        self.ray, self.own = _connected(address)
+        self.looked = self.answered = time.monotonic()
+        try:
+            self._hire(setup, count)
+        except BaseException:
+            self.own.close()
+            raise
+
+    def _hire(self, setup: Setup, count: int | None) -> None:
+        folder, token = Path(setup.model.name).is_dir(), uuid.uuid4().hex
+        (self.scratch / "token").write_text(token)
+        gpus = 0 if setup.device == "cpu" else int(self.ray.cluster_resources().get("GPU", 0))
+        count = count or gpus or 1
+        asks = {"num_cpus": 1, "num_gpus": min(gpus, 1)}
+        self.tell("asking", model=setup.model.name, actors=count, each="GPU" if gpus else "CPU")
+        kind = self.ray.remote(Actor).options(
+            **asks, max_restarts=-1, max_concurrency=IN_HAND + 2, scheduling_strategy="SPREAD"
+        )
+        arguments = setup, folder, self.scratch, token, __version__
+        self.hired = [Hired(number, kind.remote(*arguments), self._send) for number in range(count)]
+        for actor in self.hired:
+            self._greet(actor)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.found) or any(actor.in_hand or actor.kept for actor in self.hired)
+
+    def free(self) -> Hired | None:
+        able = [actor for actor in self.hired if actor.has_room]
+        return min(able, key=lambda actor: len(actor.in_hand), default=None)
+
+    def stop(self) -> None:
+        self.stopping = True  # this may be within a signal: actors are told at the next look
+
+    def abort(self) -> None:
+        self.stopping = self.aborting = True
+
+    def outcome(self, seconds: float) -> Outcome | None:
+        if self.stopping and not self.told:
+            self._tell_to_stop()
+        self._look_whether_gone()
+        awaited: dict[Any, tuple[Hired, Hand | None]] = {}
+        awaited |= {actor.hello: (actor, None) for actor in self.hired if actor.hello}
+        awaited |= {stream: (actor, hand) for actor in self.hired for stream, hand in actor.in_hand.items()}
+        if awaited and not self.found:
+            for stream in self.ray.wait(list(awaited), num_returns=1, timeout=seconds)[0]:
+                actor, hand = awaited[stream]
+                if hand is None:
+                    self._greeted(actor)
+                else:
+                    self._heard(actor, stream, hand)
+        elif not self.found:
+            time.sleep(seconds)
+        return self.found.popleft() if self.found else None
+
+    def close(self, seconds: float) -> None:
+        """No actor is left, and this process is no part of the cluster any more, if it was not before."""
+        if self.hired:
+            for actor in self.hired:
+                self._kill(actor)
+            streams = [stream for actor in self.hired for stream in actor.in_hand]
+            until = time.monotonic() + seconds
+            for stream in streams:  # what writes is gone when its stream has ended
+                with contextlib.suppress(self.ray.exceptions.RayError, StopIteration):
+                    while time.monotonic() < until and self.ray.wait([stream], timeout=until - time.monotonic())[0]:
+                        self.ray.get(next(stream))
+        self.hired = []
+        self.own.close()
+
+    # Batches
+
+    def _send(self, actor: Hired, batch: Batch, ahead: Sequence[Prompt]) -> None:
+        self.batches += 1
+        aside = self.scratch / f"batch-{self.batches}"
+        aside.mkdir()
+        stream = actor.handle.render.options(num_returns="streaming").remote(batch, ahead, aside)
+        actor.in_hand[stream] = Hand(batch, aside)
+
+    def _send_kept(self, actor: Hired) -> None:
+        if actor.kept and not actor.in_hand:
+            (batch, ahead), actor.kept = actor.kept, None
+            self._send(actor, batch, ahead)
+
+    def _put_kept_down(self, actor: Hired) -> None:
+        if actor.kept:
+            self.found.append(Stopped(actor.kept[0].tasks))
+            actor.kept = None
+
+    def _heard(self, actor: Hired, stream: Any, hand: Hand) -> None:
+        """What an actor says of a batch, or Ray of the actor."""
+        try:
+            outcome: Outcome = self.ray.get(next(stream))
+        except StopIteration:
+            self._put_down(actor, stream)
+            self._send_kept(actor)
+            return
+        except self.ray.exceptions.RayActorError as error:
+            self._died(actor, stream, _reason(error))
+            return
+        except self.ray.exceptions.RayError as error:  # what it said did not come over
+            outcome = Stopped(hand.left(), DeviceError(f"actor {actor.number}: {_reason(error)}"))
+        if isinstance(outcome, Stopped) and outcome.error is not None and not isinstance(outcome.error, OSError):
+            self._kill(actor, again=True)  # its device is past use for a process that began on it
+            self._died(actor, stream, str(outcome.error))
+            return
+        if isinstance(outcome, Written):
+            path = self.scratch / outcome.task.file
+            discard(path)
+            os.rename(outcome.path, path)
+            outcome = dataclasses.replace(outcome, path=path)
+        tasks = (outcome.task,) if isinstance(outcome, (Written, Failed)) else outcome.tasks
+        hand.settled |= {task.id for task in tasks}
+        actor.deaths = 0
+        self.found.append(outcome)
+
+    def _put_down(self, actor: Hired, stream: Any) -> tuple[Task, ...]:
+        hand = actor.in_hand.pop(stream)
+        shutil.rmtree(hand.aside, ignore_errors=True)
+        return hand.left()
+
+    def _died(self, actor: Hired, stream: Any, why: str) -> None:
+        """Every stream of a dead actor ends so. Ray starts it again, and it loads the model again."""
+        left = self._put_down(actor, stream)
+        if left:
+            self.found.append(Died(left, f"actor {actor.number}: {why}"))
+        if actor.ready is None:
+            return  # known already
+        actor.ready = None
+        self._again(actor, why)
+
+    def _again(self, actor: Hired, why: str) -> None:
+        actor.deaths += 1
+        if actor.deaths < LIVES:
+            self._greet(actor)
+        else:
+            self._lost(actor, f"it died {LIVES} times in a row: {why}")
+
+    # Actors
+
+    def _greet(self, actor: Hired) -> None:
+        actor.loading = False
+        actor.hello = actor.handle.hello.options(max_task_retries=-1).remote()
+
+    def _kill(self, actor: Hired, *, again: bool = False) -> None:
+        with contextlib.suppress(self.ray.exceptions.RayError):  # whoever does not hear it is gone
+            self.ray.kill(actor.handle, no_restart=not again)
+
+    def _greeted(self, actor: Hired) -> None:
+        hello, actor.hello = actor.hello, None
+        try:
+            said: Ready | Refused | None = self.ray.get(hello)
+        except self.ray.exceptions.RayError as error:
+            (self._again if actor.loading else self._lost)(actor, _reason(error))
+            return
+        if said is None:
+            actor.hello, actor.loading = actor.handle.load.remote(), True
+        elif isinstance(said, Ready):
+            actor.ready = said
+            self.tell("joined", **actor.where)
+            self._send_kept(actor)
+        elif said.ours:
+            self.found.append(Stopped((), SettingsError(said.why)))
+        else:
+            self._lost(actor, said.why)
+
+    def _lost(self, actor: Hired, why: str) -> None:
+        """An actor that does not come back."""
+        self._kill(actor)
+        self.tell("lost", actor=actor.number, why=why)
+        actor.hello = actor.ready = None
+        self._put_kept_down(actor)
+        if all(other.hello is None and other.ready is None for other in self.hired):
+            self.found.append(Stopped((), DeviceError(f"no actor is left, the last one because: {why}; {KEPT}")))
+
+    def _tell_to_stop(self) -> None:
+        self.told = True
+        for actor in self.hired:
+            if actor.ready:
+                actor.handle.stop.remote()
+            self._put_kept_down(actor)
+
+    def _look_whether_gone(self) -> None:
+        """Ray waits for a cluster to come back, and ends the process when it does not: say why before that."""
+        now = time.monotonic()
+        if now - self.looked < ANSWER or not self.hired:
+            return
+        address = self.ray.get_runtime_context().gcs_address
+        if _answers(address):
+            self.answered = time.monotonic()
+        elif now - self.answered > GONE:
+            for actor in self.hired:
+                for stream in list(actor.in_hand):
+                    self.found.append(Stopped(self._put_down(actor, stream)))
+                self._put_kept_down(actor)
+            self.hired = []
+            why = f"the Ray cluster at {address} does not answer any more; {KEPT}"
+            self.found.append(Stopped((), DeviceError(why)))
+        self.looked = time.monotonic()
+
+
+# The cluster
+
+
+def _ray(address: str) -> Any:
+    """Ray, imported. It reads its settings then."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address == "local":
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # all of it listens to this machine alone
+    try:
+        import ray
+    except ImportError as error:
+        raise SettingsError(f'ray: got {error}, expected it installed: pip install "stgfast[ray]"') from None
+    return ray
+
+
+def _connected(address: str) -> tuple[Any, contextlib.ExitStack]:
+    """Ray, and what ends with the run. A cluster that this process is part of already is used, and left as it is."""
+    own = contextlib.ExitStack()
+    ray = _ray(address)
+    if ray.is_initialized():
+        return ray, own
+    if address not in ("local", "auto") and not _answers(address):
+        raise wrong("ray", address, f"a cluster that answers there; {ADDRESSES}")
+    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "critical"}
+    if address == "local":
+        settings |= {"include_dashboard": False, "object_store_memory": STORE}
+    try:
+        with own:
+            own.enter_context(_silence())
+            own.enter_context(_unmoved_signal())
+            own.callback(ray.shutdown)
+            ray.init(address=address, **settings)
+            return ray, own.pop_all()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise wrong("ray", address, f"{ADDRESSES} ({_said(error)})") from None
+
+
+@contextlib.contextmanager
+def _unmoved_signal() -> Iterator[None]:
+    """Ray takes SIGTERM for itself."""
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Ray prints that a process died, whatever it is told of logs: on standard output, where a run's own lines are."""
+    from ray._private import worker
+
+    before = getattr(worker, "_worker_logs_enabled", True)
+    worker._worker_logs_enabled = False
+    try:
+        yield
+    finally:
+        worker._worker_logs_enabled = before
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
+    except OSError:
+        return False
+    return True
+
+
+# Within an actor
+
+
+def _sees(path: Path, token: str) -> bool:
+    """Whether a file of the run is there; a folder over the network may be late."""
+    until = time.monotonic() + ANSWER
+    while True:
+        with contextlib.suppress(OSError):
+            if path.read_text() == token:
+                return True
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+
+
+def _plain(error: BaseException) -> BaseException:
+    """An error that can be sent anywhere, and is as much the disk's as it was."""
+    if isinstance(error, OSError):
+        return OSError(error.errno, f"{error.strerror or error} (on {socket.gethostname()})", error.filename)
+    return DeviceError(_said(error))
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+
+
+def _reason(error: BaseException) -> str:
+    """Ray's errors are pages, of which the last line says why."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:500] if lines else type(error).__name__

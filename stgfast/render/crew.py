@@ -1,0 +1,75 @@
+"""Who renders a run's batches: one worker in this process, or actors of a cluster. The run does not know which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from stgfast.render.batches import Batch
+from stgfast.render.files import Form
+from stgfast.render.models import Model
+from stgfast.render.worker import Outcome, Prompt, Worker
+
+
+class DeviceError(RuntimeError):
+    """Nothing further can be rendered by this run."""
+
+
+class Seat(Protocol):
+    """One device that takes batches, of which it has some in hand at a time."""
+
+    @property
+    def device_name(self) -> str:
+        """What memory is remembered for: another card may hold more."""
+
+    @property
+    def where(self) -> dict[str, Any]:
+        """What the listener is told of it."""
+
+    def start(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
+        """Take a batch; `ahead` are prompts that come later."""
+
+
+class Crew(Protocol):
+    """All devices of a run. A `Worker` is a crew of one, and its own seat."""
+
+    stopping: bool
+    aborting: bool
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is an outcome to come."""
+
+    def free(self) -> Seat | None:
+        """One that takes another batch."""
+
+    def outcome(self, seconds: float) -> Outcome | None:
+        """What became of some jobs, if that is known within this time."""
+
+    def stop(self) -> None:
+        """Batches in hand are finished, others put down."""
+
+    def abort(self) -> None:
+        """Every batch is put down at once."""
+
+    def close(self, seconds: float) -> None:
+        """Nothing writes any more, or is not waited for longer than this."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that a worker is made of, on this machine or another."""
+
+    model: Model
+    form: Form
+    own_fps: bool
+    dtype: str | None = None
+    device: str | None = None
+    offload_text: bool = False
+
+    def worker(self, scratch: Path) -> Worker:
+        pipe = self.model.load(dtype=self.dtype, device=self.device)
+        fps = self.model.fps if self.own_fps else None
+        return Worker(pipe, scratch, self.form, fps=fps, offload_text=self.offload_text)
