@@ -15,7 +15,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from stgfast.kernels import backends
 from stgfast.version import __version__
@@ -112,6 +111,8 @@ def fitted(x: Sequence[float], y: Sequence[float], degree: int) -> Fit:
 
 
 def _counted(call: Callable[[], Any]) -> dict[str, dict[Any, int]]:
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton
+
     counter = FlopCounterMode(display=False, custom_mapping={FOR_CPU: _attention})
     # What the package's own attention launches is not known to the counter: for the count torch's computes it.
     with mock.patch.object(backends, "choose", return_value=backends.YARDSTICK), counter:
@@ -123,6 +124,8 @@ FOR_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    from torch.utils.flop_counter import sdpa_flop_count
+
     return int(sdpa_flop_count(query, key, value))
 
 

@@ -25,11 +25,19 @@ def add_render(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", help="what to render with CFG alone, and at every one of the layers and scales")
+    parser.add_argument(
+        "prompts",
+        nargs="+",
+        metavar="PROMPT",
+        help="what to render with CFG alone, and at every one of the layers and scales; or a .txt file of such prompts",
+    )
     parser.add_argument("--layers", nargs="+", required=True, metavar="N[,N]", help="to perturb one after another")
     parser.add_argument("--scales", nargs="+", required=True, type=float, metavar="W")
     parser.add_argument("--kind", default="residual", help="residual, attention, ...")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
+    parser.add_argument(
+        "--cfg", nargs="+", type=float, default=[], metavar="S", help="CFG scales; else the model's own"
+    )
     _add_common(parser)
 
 
@@ -120,17 +128,43 @@ def jobs_of(arguments: argparse.Namespace) -> Path | list[dict[str, Any]]:
     from stgfast.errors import SettingsError, wrong
     from stgfast.render.sweep import sweep
 
-    if "prompt" in arguments:
+    if "prompts" in arguments:
         try:
             layers = [[int(number) for number in one.split(",")] for one in arguments.layers]
         except ValueError:
             raise wrong("--layers", arguments.layers, "numbers, such as 10 20 30, or 10,11 20,21") from None
-        jobs = sweep(arguments.prompt, layers, arguments.scales, kind=arguments.kind, seeds=arguments.seeds)
+        more = {"pipeline": defaults_of(arguments.defaults).get("pipeline", {})} if arguments.cfg else {}
+        jobs = sweep(
+            prompts_of(arguments.prompts),
+            layers,
+            arguments.scales,
+            kind=arguments.kind,
+            seeds=arguments.seeds,
+            cfg=arguments.cfg,
+            **more,
+        )
         return [job.to_dict() for job in jobs]
     if (arguments.jobs is None) == (arguments.source is None):
         raise SettingsError("jobs: expected a job file, or --from with a clip, and not both")
     given: Path = arguments.jobs
     return given if arguments.source is None else [repeated(arguments.source)]
+
+
+def prompts_of(given: list[str]) -> list[str]:
+    """Prompts as they are given, or those of a file."""
+    from stgfast.errors import SettingsError
+    from stgfast.render.jobs import Bad, read
+
+    if len(given) > 1 or not given[0].lower().endswith(".txt"):
+        return given
+    found = []
+    for line in read(Path(given[0])):
+        if isinstance(line, Bad):
+            raise SettingsError(f"line {line.number}: {line.why}")
+        found += [job.prompt for job in line.jobs]
+    if not found:
+        raise SettingsError(f"prompts: got {given[0]!r} with none, expected one in each line")
+    return found
 
 
 def repeated(clip: Path) -> dict[str, Any]:

@@ -8,20 +8,27 @@ import difflib
 import functools
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from stgfast import toy
 from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
 from stgfast.install import INSTALLED, accelerate
 from stgfast.integrations import ADAPTERS
 from stgfast.render.jobs import Job
 
-# Models that come by a name of their own: what builds the pipeline.
-NAMED: dict[str, Callable[[], Any]] = {}
+
+def _toy() -> Any:
+    return accelerate(toy.pipeline(), toy.GUIDANCE)
+
+
+# Models that come by a name of their own: what builds the pipeline, and what their jobs have that do not say otherwise.
+NAMED: dict[str, Callable[[], Any]] = {"toy": _toy}
+DEFAULTS: dict[str, Mapping[str, Any]] = {"toy": toy.JOB}
 LIBRARIES = ("diffusers", "transformers")
 # Frames in a second that models were trained on, where their call does not say.
 FPS = {"Mochi": 30, "Wan": 16, "SkyReels": 24, "CogVideoX": 8, "Hunyuan": 24, "Allegro": 15, "Latte": 8, "Cosmos": 24}
@@ -52,6 +59,10 @@ class Model:
         installed = getattr(self.pipe, INSTALLED, None)
         given = installed.given if installed else None
         return job if given is None or job.guidance is not None else dataclasses.replace(job, guidance=given)
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        return DEFAULTS.get(self.name, {})
 
     @property
     def needs_image(self) -> bool:

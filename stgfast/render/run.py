@@ -115,7 +115,7 @@ def render(
         with Store(run.out) as store:
             run.store = store
             run.recover()
-            run.plan(lines_of(jobs, defaults), skip_bad)
+            run.plan(lines_of(jobs, {**known.defaults, **(defaults or {})}), skip_bad)
             if retry_failed:
                 store.retry_failed()
             if not plan_only and (store.counts()[PENDING] or store.elsewhere()):

@@ -14,6 +14,12 @@ from stgfast.guidance import Guidance, Perturbation
 FOLDER = Path(__file__).parent / "pipeline"
 CALL: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 12, "guidance_scale": 2.0}
 GUIDANCE = Guidance(Perturbation([6], scale=0.3))
+JOB: dict[str, Any] = {  # the same, as a job for `stgfast render` says it
+    **{name: CALL[name] for name in ("height", "width", "num_frames")},
+    "steps": CALL["num_inference_steps"],
+    "pipeline": {"guidance_scale": CALL["guidance_scale"]},
+    "guidance": GUIDANCE.to_dict(),
+}
 PROMPTS = (
     "a red square moves left over a dark blue background",
     "a yellow star turns clockwise over a striped grey background",

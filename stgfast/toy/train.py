@@ -43,9 +43,9 @@ class Settings:
     vae_batch: int = 6
     clips: int = 24576
     shard: int = 512  # clips in a file of latents
-    steps: int = 10000
+    steps: int = 6000
     batch: int = 32
-    decoder_steps: int = 4000
+    decoder_steps: int = 2500
     save_every: int = 100
 
     def autocast(self) -> AbstractContextManager[Any]:

@@ -12,7 +12,7 @@ from stgfast import Guidance, Perturbation, accelerate
 from stgfast.errors import SettingsError
 from stgfast.render import command, models, worker
 from stgfast.render.files import read_frames
-from stgfast.render.store import FOLDER
+from stgfast.render.store import FOLDER, Store
 from tests.render import pipes
 
 SETS = [f"--set={name}={value}" for name, value in pipes.CALL.items()] + ['--set=pipeline={"max_sequence_length": 16}']
@@ -146,6 +146,36 @@ def test_a_sweep_is_a_grid_in_the_page(tmp_path):
     assert found == [[], [("1", 0.5)], [("1", 2.0)], [("2, 3", 0.5)], [("2, 3", 2.0)]]
     frames = [read_frames(tmp_path / "out" / clip["name"]) for clip in clips]
     assert len({one.tobytes() for one in frames}) == 5
+
+
+def test_a_sweep_over_a_file_of_prompts_and_cfg_scales(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red kite\n# no prompt\nthe grey sea\n")
+    arguments = (
+        tmp_path / "prompts.txt",
+        "--layers",
+        "1",
+        "--scales",
+        "1",
+        "--cfg",
+        "2",
+        "4",
+        "--out",
+        tmp_path / "out",
+    )
+    code, out, err = call(*arguments, "--plan", *SETS, add=command.add_sweep)
+    assert code == 0, err
+    names = [line.split()[1] for line in out.splitlines()]
+    assert len(names) == 8
+    assert names[:2] == ["prompt-1-seed-0-cfg-2-cfg-alone.mp4", "prompt-1-seed-0-cfg-2-residual-1-scale-1.mp4"]
+    with Store(tmp_path / "out") as store:
+        rows = list(store.rows(every=True))
+    assert {(row.job.prompt, row.job.pipeline["guidance_scale"]) for row in rows} == {
+        (prompt, scale) for prompt in ("a red kite", "the grey sea") for scale in (2.0, 4.0)
+    }
+    assert {row.job.pipeline["max_sequence_length"] for row in rows} == {16}  # of --set
+    (tmp_path / "prompts.txt").write_text("# none\n")
+    code, _, err = call(*arguments, *SETS, add=command.add_sweep)
+    assert (code, "expected one in each line" in err) == (2, True)
 
 
 def test_a_layer_that_the_model_does_not_have(tmp_path):
