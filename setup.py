@@ -17,7 +17,8 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["stgfast", "stgfast.*"]),
     package_data={
-        "stgfast": ["py.typed", "*/*.html", "toy/*.md", "toy/*.safetensors", "toy/pipeline/*", "toy/pipeline/*/*"]
+        "stgfast": ["py.typed", "*/*.html", "pages/common.*"],
+        "stgfast.toy": ["README.md", "*.safetensors", "pipeline/*", "pipeline/*/*"],
     },
     python_requires=">=3.10,<3.14",
     install_requires=[

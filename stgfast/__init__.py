@@ -1,6 +1,7 @@
 """Spatiotemporal Skip Guidance for diffusers video pipelines, computing nothing twice."""
 
 from stgfast.errors import EngineError, SettingsError, UnsupportedPipelineError
+from stgfast.evaluate.run import evaluate
 from stgfast.explain import explain
 from stgfast.guidance import Guidance, Perturbation
 from stgfast.guided import guided
@@ -21,6 +22,7 @@ __all__ = [
     "UnsupportedPipelineError",
     "__version__",
     "accelerate",
+    "evaluate",
     "explain",
     "guided",
     "render",

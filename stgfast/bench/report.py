@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from stgfast.errors import wrong
+from stgfast.pages import halves, safe
 
-MARK = "<!-- rows -->"
 # What tells questions apart, of whatever kind they are.
 QUESTION = (
     *("bench", "device", "model", "size", "whole", "steps", "axis"),
@@ -41,10 +40,9 @@ def latest(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def page(rows: Iterable[Mapping[str, Any]]) -> str:
-    before, after = resources.files("stgfast.bench").joinpath("report.html").read_text("utf-8").split(MARK)
-    # JSON that cannot end the element that it stands in.
-    data = ",\n".join(json.dumps(row) for row in rows).replace("<", "\\u003c")
-    return f"{before}{data}{after}"
+    before, after = halves("stgfast.bench", "report.html")
+    data = ",\n".join(json.dumps(row) for row in rows)
+    return f"{before}{safe(data)}{after}"
 
 
 def table(rows: Iterable[Mapping[str, Any]], size: str, names: Mapping[str, str]) -> str:

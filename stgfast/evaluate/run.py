@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,12 @@ from stgfast.errors import wrong
 from stgfast.evaluate.measures import PLAIN, Measure, Measured
 from stgfast.evaluate.statistics import Array, Chosen, Cloud, Estimate, diversity, estimated, mean
 from stgfast.guidance import Guidance
+from stgfast.pages import halves, safe
 from stgfast.render.files import Frames, read_frames
 from stgfast.render.jobs import Job
 from stgfast.render.store import DONE, FOLDER, Row, Store, StoreError
 
 Clip = tuple[str, int]  # its prompt, with what belongs to it, and its seed
-MARK = "<!-- evaluation -->"
 APART = ("prompt", "negative_prompt", "image", "image_sha256", "seed", "name")  # what differs within a setting
 
 
@@ -76,9 +75,8 @@ class Evaluation:
 
     def page(self) -> str:
         """All of it, drawn: one static file."""
-        before, after = resources.files("stgfast.evaluate").joinpath("page.html").read_text("utf-8").split(MARK)
-        # JSON that cannot end the element that it stands in.
-        return f"{before}{json.dumps(self.to_dict(), allow_nan=False).replace('<', chr(92) + 'u003c')}{after}"
+        before, after = halves("stgfast.evaluate", "page.html")
+        return f"{before}{safe(json.dumps(self.to_dict(), allow_nan=False))}{after}"
 
     def table(self, names: Sequence[str] = ()) -> str:
         """In markdown. A number that differs from CFG alone, as far as can be told, has the sign of the difference."""

@@ -14,7 +14,7 @@ import argparse
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,30 @@ def tuning() -> Study:
     return Study(seed=101, prompts=32, settings=[*((cfg, Guidance()) for cfg in CFG), *grid])
 
 
-STUDIES = {"tuning": tuning}
+def reported() -> Study:
+    """What the README says, of what was chosen by the study before; and what that showed to hurt."""
+    usual = toy.CALL["guidance_scale"]
+    return Study(
+        seed=202,
+        prompts=256,
+        settings=[
+            (usual, Guidance()),
+            (usual, toy.GUIDANCE),
+            (3.0, Guidance()),
+            (4.0, Guidance()),
+            (usual, perturbed(RESIDUAL, 4, 0.5)),
+            (usual, perturbed(RESIDUAL, 4, 2.0)),
+            (1.0, Guidance()),
+            (usual, perturbed(RESIDUAL, 8, 1.0)),
+            (usual, replace(toy.GUIDANCE, rescale=0.7)),
+            (usual, replace(toy.GUIDANCE, reuse=2)),
+            (1.0, toy.GUIDANCE),
+            (6.0, Guidance()),
+        ],
+    )
+
+
+STUDIES = {"tuning": tuning, "reported": reported}
 
 
 def run(study: Study, out: Path) -> Evaluation:

@@ -1,7 +1,6 @@
 """A page about an output folder: every clip with how it was made and how it went. Static, opened from disk.
 
-The page is `gallery.html` with the clips in it as JSON. What comes from a job file is data there and never markup: the
-page's script puts it in as text alone.
+The page is `gallery.html` with the clips in it as JSON.
 """
 
 from __future__ import annotations
@@ -9,27 +8,26 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
-from importlib import resources
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from stgfast.pages import halves, safe
 from stgfast.render.files import sync
 from stgfast.render.store import DONE, Row
 
 NAME = "index.html"
-MARK = "<!-- clips -->"
 SHOWN = ("width", "height", "num_frames", "steps", "image")
 
 
 def write_gallery(out: Path, rows: Iterable[Row], aside: Path) -> Path:
     """The page about these jobs, put in its place whole; rows are written as they come, however many there are."""
-    before, after = resources.files("stgfast.render").joinpath("gallery.html").read_text("utf-8").split(MARK)
+    before, after = halves("stgfast.render", "gallery.html")
     with aside.open("w", encoding="utf-8") as page:
         page.write(before)
         for number, row in enumerate(rows):
             page.write(",\n" if number else "\n")
-            page.write(_safe(json.dumps(clip(out, row), ensure_ascii=False)))
+            page.write(safe(json.dumps(clip(out, row), ensure_ascii=False)))
         page.write(after)
     sync(aside)
     os.replace(aside, out / NAME)
@@ -80,8 +78,3 @@ def _guidance(guidance: Any) -> list[dict[str, Any]]:
         }
         for part in guidance.perturbations
     ]
-
-
-def _safe(text: str) -> str:
-    """JSON that cannot end the element that it stands in."""
-    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

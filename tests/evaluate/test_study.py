@@ -1,0 +1,78 @@
+"""What STG does to the toy model: the study runs, goes on where it stopped, and its recorded results come out again."""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from stgfast import Guidance, toy
+from stgfast.evaluate import study
+from stgfast.evaluate.study import STUDIES, Study, perturbed, run
+
+RECORDED = Path(__file__).parents[2] / "bench" / "results" / "toy.json"
+WEAK = perturbed("residual", 6, 0.5)
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setitem(toy.CALL, "num_inference_steps", 2)
+    small = Study(seed=7, prompts=1, settings=[(2.0, Guidance()), (2.0, WEAK)])
+    found = run(small, tmp_path / "clips")
+    assert [each.name for each in found.summaries] == [
+        *("as drawn", "as drawn, through the VAE"),
+        *("CFG alone", "residual, layer 6, scale 0.5"),
+    ]
+    assert [each.clips for each in found.summaries] == [study.SEEDS] * 4
+    assert found.summaries[0].estimates["right"].value == 1
+    assert set(found.summaries[3].differences) >= {"Fréchet", "right", "diversity", "jerk", "flicker"}
+    told = []
+    monkeypatch.setattr(study, "_told", lambda event: told.append(event["event"]))
+    again = run(small, tmp_path / "clips")
+    assert "done" not in told
+    assert again.to_dict() == found.to_dict()
+    # A job that has no clip leaves a study unfinished, and not smaller.
+    more = dataclasses.replace(small, settings=[(2.0, perturbed("residual", 99, 0.5))])
+    with pytest.raises(RuntimeError, match="got 0 clips, expected 4; start it again"):
+        run(more, tmp_path / "other")
+
+
+def test_what_is_reported_was_not_chosen_on_the_same_clips():
+    tuned, reported = STUDIES["tuning"](), STUDIES["reported"]()
+    seeds = [{job.seed for job in each.jobs()} for each in (tuned, reported)]
+    assert not seeds[0] & seeds[1]
+    counts = Counter(json.dumps([job.to_dict()["guidance"], dict(job.pipeline)]) for job in reported.jobs())
+    assert set(counts.values()) == {1024}
+    assert len({job.name for job in reported.jobs()}) == sum(counts.values())
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return {each["name"]: each for each in json.loads(RECORDED.read_text())["settings"]}
+
+
+def test_the_model_shows_what_prompts_say(recorded):
+    """Floors below what 1,024 clips showed; every number of the README comes from the same file."""
+    alone = recorded["CFG alone; guidance_scale 2.0"]
+    assert alone["clips"] == 1024
+    for attribute, floor in FLOORS.items():
+        assert alone["estimates"][attribute]["value"] >= floor
+
+
+FLOORS = {"colour": 0.95, "ground": 0.97, "pattern": 0.98, "motion": 0.8, "shape": 0.55, "right": 0.45}
+
+
+def test_a_slice_is_as_recorded(tmp_path, recorded):
+    """Clips of the reported study rendered anew: the shares that are right lie where 1,024 clips say."""
+    whole = STUDIES["reported"]()
+    settings = [(2.0, Guidance()), (2.0, toy.GUIDANCE)]
+    assert all(setting in whole.settings for setting in settings)
+    found = run(dataclasses.replace(whole, prompts=6, settings=settings), tmp_path)
+    for summary, name in zip(found.summaries[2:], ("CFG alone", str(toy.GUIDANCE)), strict=True):
+        assert summary.name == name
+        long = recorded[f"{name}; guidance_scale 2.0"]["estimates"]
+        for attribute in ("colour", "shape", "motion", "right"):
+            short = summary.estimates[attribute]
+            error = math.hypot(short.half, long[attribute]["half"]) + 0.05
+            assert abs(short.value - long[attribute]["value"]) <= 1.5 * error, attribute
