@@ -31,7 +31,7 @@ NAMES = {
 
 
 def main() -> int:
-    return readme.main("measured.py", __doc__, table(rows_in(RESULTS), SIZE, NAMES))
+    return readme.main("measured.py", __doc__, {readme.README: table(rows_in(RESULTS), SIZE, NAMES)})
 
 
 if __name__ == "__main__":

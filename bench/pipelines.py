@@ -249,7 +249,7 @@ def table() -> str:
 
 
 def main() -> int:
-    return readme.main("pipelines.py", __doc__, table())
+    return readme.main("pipelines.py", __doc__, {readme.README: table()})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Each line has one cause more than the line before, and first shows that its clip
     overlap   decoding and writing while the next clip denoises
     batching  clips that fit together in one call
 
-The model is an LTX-Video with random weights, small enough for a CPU.
+The model is the one in the package, small enough for a CPU.
 """
 
 from __future__ import annotations
@@ -28,67 +28,27 @@ import numpy as np
 import torch
 
 import stgfast
-from stgfast import Guidance, Perturbation
+from stgfast import toy
 from stgfast.bench.measure import result, saved
 from stgfast.render.files import Form, read_frames, write
 from stgfast.render.run import render
 
-LAYERS, LAYER, SCALE, CFG = 12, 9, 1.0, 3.0
-WORDS = ("a", "red", "blue", "kite", "dog", "over", "the", "grey", "sea", "runs")
-PROMPTS = ("a red kite", "a blue kite", "a dog runs", "the grey sea", "a kite over the sea", "a red dog")
-
-
-def pipeline() -> Any:
-    from diffusers import (
-        AutoencoderKLLTXVideo,
-        FlowMatchEulerDiscreteScheduler,
-        LTXPipeline,
-        LTXVideoTransformer3DModel,
-    )
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
-
-    torch.manual_seed(0)
-    tokenizer = Tokenizer(models.WordLevel({w: n for n, w in enumerate(("<pad>", "<unk>", *WORDS))}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    pipe = LTXPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(),
-        vae=AutoencoderKLLTXVideo(
-            latent_channels=16,
-            block_out_channels=(16, 32, 32, 32),
-            decoder_block_out_channels=(16, 32, 32, 32),
-            layers_per_block=(1, 1, 1, 1, 1),
-            decoder_layers_per_block=(1, 1, 1, 1, 1),
-        ).eval(),
-        text_encoder=T5EncoderModel(
-            T5Config(vocab_size=len(WORDS) + 2, d_model=256, d_kv=32, d_ff=1024, num_layers=6, num_heads=8)
-        ).eval(),
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>"),
-        transformer=LTXVideoTransformer3DModel(
-            in_channels=16,
-            out_channels=16,
-            num_attention_heads=4,
-            attention_head_dim=32,
-            cross_attention_dim=128,
-            caption_channels=256,
-            num_layers=LAYERS,
-        ).eval(),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+CFG = toy.CALL["guidance_scale"]
+(WEAK,) = toy.GUIDANCE.perturbations
+(LAYER,) = WEAK.layers
 
 
 def jobs_of(count: int) -> list[dict[str, Any]]:
     return [
         {
-            "prompt": PROMPTS[n % len(PROMPTS)],
+            "prompt": toy.PROMPTS[n % len(toy.PROMPTS)],
             "seed": n,
             "name": f"clip-{n:03}",
-            "width": (128, 160)[n % 2],
-            "height": 128,
-            "num_frames": 17,
-            "steps": 6,
-            "pipeline": {"guidance_scale": CFG, "max_sequence_length": 64},
+            "width": (64, 96)[n % 2],
+            "height": 64,
+            "num_frames": toy.CALL["num_frames"],
+            "steps": toy.CALL["num_inference_steps"],
+            "pipeline": {"guidance_scale": CFG},
         }
         for n in range(count)
     ]
@@ -126,7 +86,7 @@ def as_the_paper(pipe: Any) -> Any:
             weak = forward(**half)[0]
         finally:
             block.forward = own
-        guided = uncond + CFG * (cond - uncond) + SCALE * (cond - weak)
+        guided = uncond + CFG * (cond - uncond) + WEAK.scale * (cond - weak)
         return (torch.cat([guided, guided]),)
 
     pipe.transformer.forward = stacked
@@ -134,7 +94,7 @@ def as_the_paper(pipe: Any) -> Any:
 
 
 def guided() -> Any:
-    return stgfast.accelerate(pipeline(), Guidance(Perturbation([LAYER], scale=SCALE)))
+    return stgfast.accelerate(toy.pipeline(), toy.GUIDANCE)
 
 
 def in_turn() -> Any:
@@ -148,7 +108,7 @@ def variants(max_batch: int) -> dict[str, tuple[Callable[[], Any], Callable[[Any
         return lambda pipe, jobs, out: render(pipe, jobs, out, format="png", max_batch=batch)
 
     return {
-        "loop": (lambda: as_the_paper(pipeline()), loop),
+        "loop": (lambda: as_the_paper(toy.pipeline()), loop),
         "sharing": (guided, loop),
         "text": (in_turn, rendered(1)),
         "overlap": (guided, rendered(1)),
@@ -159,7 +119,7 @@ def variants(max_batch: int) -> dict[str, tuple[Callable[[], Any], Callable[[Any
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=24)
-    parser.add_argument("--max-batch", type=int, default=4)
+    parser.add_argument("--max-batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3, help="each variant's best counts")
     parser.add_argument("--save", type=Path, help="a file to add the result to, as a line of JSON")

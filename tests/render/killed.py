@@ -18,13 +18,16 @@ import sqlite3
 import sys
 import time
 import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 import stgfast
-from stgfast import Guidance, Perturbation
+from stgfast import Guidance, Perturbation, toy
 from stgfast.render import worker
 from stgfast.render.files import metadata_of, read_frames
 from stgfast.render.gallery import NAME
@@ -46,24 +49,53 @@ BAD = (
 )
 
 
-def job_file(path: Path, count: int, bad: int, rng: random.Random) -> None:
+@dataclass(frozen=True)
+class Kind:
+    """What is rendered: a pipeline, and what its jobs choose from."""
+
+    pipeline: Callable[[], Any]
+    prompts: Sequence[str]
+    negative: str
+    widths: Sequence[int]
+    height: int
+    frames: Sequence[int]
+    tokens: int
+
+
+KINDS = {
+    "tiny": Kind(
+        lambda: stgfast.accelerate(pipes.pipeline("wan"), Guidance(Perturbation([1]))),
+        ("a red kite", "the grey sea", "a dog runs", "a blue kite over the sea"),
+        "bad",
+        (32, 48),
+        32,
+        (1, 5),
+        16,
+    ),
+    "toy": Kind(
+        lambda: stgfast.accelerate(toy.pipeline(), toy.GUIDANCE), toy.PROMPTS, "a white star", (64, 96), 64, (9, 17), 20
+    ),
+}
+
+
+def job_file(path: Path, count: int, bad: int, rng: random.Random, kind: Kind) -> None:
     """Mixed sizes, settings and prompts, with bad lines among them."""
     lines = []
     for seed in range(count - bad):
         job = {
-            "prompt": rng.choice(("a red kite", "the grey sea", "a dog runs", "a blue kite over the sea")),
+            "prompt": rng.choice(kind.prompts),
             "seed": seed,
             "name": f"clip-{seed}",
-            "width": rng.choice((32, 48)),
-            "height": 32,
-            "num_frames": rng.choice((1, 5)),
+            "width": rng.choice(kind.widths),
+            "height": kind.height,
+            "num_frames": rng.choice(kind.frames),
             "steps": rng.choice((2, 3)),
-            "pipeline": {"max_sequence_length": 16, "guidance_scale": rng.choice((1.0, 5.0))},
+            "pipeline": {"max_sequence_length": kind.tokens, "guidance_scale": rng.choice((1.0, 5.0))},
         }
         if rng.random() < 0.3:
             job["guidance"] = {"perturbations": []}
         if rng.random() < 0.3:
-            job["negative_prompt"] = "bad"
+            job["negative_prompt"] = kind.negative
         lines.append(json.dumps(job))
     for number in range(bad):
         lines.insert(rng.randrange(len(lines) + 1), BAD[number % len(BAD)])
@@ -124,14 +156,14 @@ def compare(pipe: object, jobs: Path, out: Path, alone: Path, max_batch: int) ->
 
 
 def run(
-    folder: Path, count: int, kills: int, bad: int, max_batch: int, seed: int = 0, longest: float = 0.2
+    folder: Path, count: int, kills: int, bad: int, max_batch: int, seed: int = 0, model: str = "tiny"
 ) -> dict[str, object]:
     rng = random.Random(seed)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     jobs, out, log = folder / "jobs.jsonl", folder / "out", folder / "log.jsonl"
-    job_file(jobs, count, bad, rng)
-    pipe = stgfast.accelerate(pipes.pipeline("wan"), Guidance(Perturbation([1])))
+    job_file(jobs, count, bad, rng, KINDS[model])
+    pipe = KINDS[model].pipeline()
     killed = 0
     # Each kill comes when so many clips are done, and then a random moment later: all come before the last clip.
     moments = sorted(rng.sample(range(int(0.8 * (count - bad))), kills))
@@ -140,7 +172,7 @@ def run(
         if killed < kills:
             while done(log) < moments[killed] and alive(child):
                 time.sleep(0.002)
-            time.sleep(rng.uniform(0.0, longest))
+            time.sleep(rng.uniform(0.0, 0.2))
             if alive(child):
                 os.kill(child, signal.SIGKILL)
                 killed += 1
@@ -173,6 +205,7 @@ def run(
     assert worst <= 1e-5, worst
     assert equal == good or max_batch > 1, equal
     return {
+        "model": model,
         "jobs": count,
         "bad": bad,
         "kills": killed,
@@ -198,11 +231,13 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--bad", type=int, default=10)
     parser.add_argument("--max-batch", type=int, default=4, help="1: then every clip is bit for bit what it is alone")
+    parser.add_argument("--model", choices=KINDS, default="tiny")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True, help="is emptied first")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    result = run(arguments.folder, arguments.jobs, arguments.kills, arguments.bad, arguments.max_batch, arguments.seed)
+    given = arguments.folder, arguments.jobs, arguments.kills, arguments.bad, arguments.max_batch
+    result = run(*given, seed=arguments.seed, model=arguments.model)
     sys.stdout.write(json.dumps(result) + "\n")
 
 

@@ -1,0 +1,79 @@
+"""What STG did to the model in the package, as two READMEs have it: made of bench/results/toy.json, which is made by
+
+    python -m stgfast.evaluate.study reported --out DIR --save bench/results/toy.json
+
+python bench/studied.py           the tables
+python bench/studied.py --check   are they what the READMEs have?
+python bench/studied.py --write   put them there
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import readme
+
+from stgfast import toy
+
+RESULTS = Path(__file__).parent / "results" / "toy.json"
+PAGE = toy.FOLDER.parent / "README.md"
+# What is shown of a number: its name, by what it is multiplied, and its digits.
+COLUMNS = {
+    "right": ("all right, %", 100, 1),
+    "shape": ("shape, %", 100, 1),
+    "motion": ("motion, %", 100, 1),
+    "Fréchet": ("Fréchet distance", 1, 3),
+    "diversity": ("diversity", 1, 4),
+    "speed": ("speed, pixels", 1, 2),
+    "jerk": ("jerk, pixels", 1, 3),
+    "flicker": ("flicker, 1/1000", 1000, 2),
+}
+SHORT = ("right", "Fréchet", "diversity", "speed", "flicker")
+AT = "; guidance_scale "
+
+
+def label(setting: Mapping[str, Any]) -> str:
+    name, at, scale = setting["name"].partition(AT)
+    if not at:
+        return name
+    cfg = f"CFG {float(scale):g}" if float(scale) > 1 else "no CFG"
+    return cfg if name == "CFG alone" else f"{cfg}, {name}"
+
+
+def cell(setting: Mapping[str, Any], name: str) -> str:
+    """With the sign of what differs from the same CFG alone, as far as can be told."""
+    _, times, digits = COLUMNS[name]
+    found, than = setting["estimates"][name], setting["differences"].get(name)
+    apart = than is not None and than["half"] is not None and abs(than["value"]) > than["half"]
+    sign = "" if not apart else " ▲" if than["value"] > 0 else " ▼"
+    return f"{times * found['value']:.{digits}f} ± {times * found['half']:.{digits}f}{sign}"
+
+
+def table(settings: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    lines = [["", *(COLUMNS[name][0] for name in columns)], ["---"] * (len(columns) + 1)]
+    lines += [[label(setting), *(cell(setting, name) for name in columns)] for setting in settings]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def main() -> int:
+    settings = json.loads(RESULTS.read_text(encoding="utf-8"))["settings"]
+    few = [each for each in settings if label(each) in FEW]
+    made = {readme.README: table(few, SHORT), PAGE: table(settings, list(COLUMNS))}
+    return readme.main("studied.py", __doc__, made)
+
+
+FEW = (
+    "CFG 2",
+    f"CFG 2, {toy.GUIDANCE}",
+    "CFG 4",
+    "CFG 2, residual, layer 8, scale 1",
+    "as drawn, through the VAE",
+)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
