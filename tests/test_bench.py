@@ -3,8 +3,13 @@
 import sys
 from pathlib import Path
 
+import pytest
+
+from stgfast import toy
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import combine
+import reuse
 
 
 def test_combine_counts_bytes(capsys, monkeypatch):
@@ -17,3 +22,16 @@ def test_combine_counts_bytes(capsys, monkeypatch):
     assert (plain["floor"], plain["as_written"], plain["as_written operations"]) == (3, 8, 3)
     assert rows["3 branches, rescale"]["floor"] == 7
     assert all(row["floor"] < row["as_written"] < row["reference"] for row in rows.values())
+
+
+def test_reuse_counts_what_is_left_out(monkeypatch):
+    monkeypatch.setattr(reuse, "STEPS", 4)
+    monkeypatch.setattr(reuse, "SETTINGS", ({"reuse": 1}, {"reuse": 2}))
+    exact, half = reuse.rows(2, toy.GUIDANCE)
+    blocks, (layer,) = 12, toy.GUIDANCE.perturbations[0].layers
+    weak = blocks - layer - 1
+    assert exact["block-rows"] == 4 * (2 * blocks + weak)
+    assert half["block-rows"] == 4 * 2 * blocks + 2 * weak
+    assert half["block-rows saved"] == pytest.approx(2 * weak / exact["block-rows"], rel=1e-3)
+    assert exact["distance"] == 0
+    assert 0 < half["distance / what guidance does"] < 1

@@ -24,7 +24,7 @@ PROMPTS = (
     "a red square moves left over a dark blue background",
     "a yellow star turns clockwise over a striped grey background",
     "a white circle moves down over a checked dark green background",
-    "a purple triangle moves right and a green square moves up over a black background",
+    "a purple triangle moves right over a striped brown background",
 )
 
 
