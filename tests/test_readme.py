@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import measured
 import pipelines
 import readme
+import studied
 
 README = readme.README.read_text()
 
@@ -29,7 +30,11 @@ def test_every_pipeline_is_in_the_table():
     assert {name for model in pipelines.MODELS for name in model.pipelines} == set(ADAPTERS | pipelines.OPEN_SORA)
 
 
-MADE = {"pipelines.py": (pipelines, "144, 109, 96", "144, 108, 96"), "measured.py": (measured, "| SVD |", "| other |")}
+MADE = {
+    "pipelines.py": (pipelines, "144, 109, 96", "144, 108, 96"),
+    "measured.py": (measured, "| SVD |", "| other |"),
+    "studied.py": (studied, "| CFG 4 |", "| CFG 5 |"),
+}
 
 
 @pytest.mark.parametrize("script", MADE)

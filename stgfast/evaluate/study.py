@@ -90,18 +90,13 @@ def reported() -> Study:
         seed=202,
         prompts=256,
         settings=[
-            (usual, Guidance()),
-            (usual, toy.GUIDANCE),
-            (3.0, Guidance()),
-            (4.0, Guidance()),
-            (usual, perturbed(RESIDUAL, 4, 0.5)),
-            (usual, perturbed(RESIDUAL, 4, 2.0)),
             (1.0, Guidance()),
-            (usual, perturbed(RESIDUAL, 8, 1.0)),
+            (usual, Guidance()),
+            (4.0, Guidance()),
+            (usual, toy.GUIDANCE),
             (usual, replace(toy.GUIDANCE, rescale=0.7)),
             (usual, replace(toy.GUIDANCE, reuse=2)),
-            (1.0, toy.GUIDANCE),
-            (6.0, Guidance()),
+            (usual, perturbed(RESIDUAL, 8, 1.0)),
         ],
     )
 
