@@ -42,9 +42,11 @@ def test_the_tables_are_what_they_are_made_of(script, monkeypatch, capsys, tmp_p
     made, right, wrong = MADE[script]
     monkeypatch.setattr(sys, "argv", [script, "--check"])
     assert made.main() == 0
-    other = tmp_path / "README.md"
+    other, page = tmp_path / "README.md", tmp_path / "page.md"
     other.write_text(README.replace(right, wrong))
     monkeypatch.setattr(readme, "README", other)
+    page.write_text(studied.PAGE.read_text())
+    monkeypatch.setattr(studied, "PAGE", page)
     assert made.main() == 1
     assert f"{script} --write" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [script, "--write"])
