@@ -16,7 +16,7 @@ from stgfast.pages import halves, safe
 
 # What tells questions apart, of whatever kind they are.
 QUESTION = (
-    *("bench", "device", "model", "size", "whole", "steps", "axis"),
+    *("bench", "device", "model", "size", "whole", "steps", "axis", "guidance"),
     *("case", "MB of a branch", "size of a head", "tokens", "grid", "jobs", "dtype"),
 )
 
