@@ -22,6 +22,7 @@ from torch import Tensor
 import stgfast
 from stgfast import Guidance, toy
 from stgfast.bench.measure import result, saved, significant
+from stgfast.demo import counted
 from stgfast.toy import videos
 
 SEED = 303  # of prompts and of noise
@@ -58,8 +59,10 @@ def rows(count: int, guidance: Guidance) -> Iterator[dict[str, Any]]:
     alone = far(latents(pipe, count, stg_scale=0.0), exact)
     for settings in SETTINGS:
         approximate = replace(guidance, **settings)
-        computed = counted(pipe, lambda approximate=approximate: latents(pipe, count, stg=approximate), count)
-        clips, block_rows = computed
+        # With a tolerance nobody knows the rows beforehand.
+        with counted(list(pipe.transformer.transformer_blocks)) as computed:
+            clips = latents(pipe, count, stg=approximate)
+        block_rows = sum(computed)
         distance = far(clips, exact)
         figures = {
             "model": "toy",
@@ -74,14 +77,6 @@ def rows(count: int, guidance: Guidance) -> Iterator[dict[str, Any]]:
             "block-rows saved": significant(1 - block_rows / count / all_of_them),
         }
         yield result("reuse", "cpu", **figures)
-
-
-def counted(pipe: Any, render: Any, count: int) -> tuple[Tensor, int]:
-    """What is rendered, and the rows that blocks ran on meanwhile: with a tolerance nobody knows them beforehand."""
-    from stgfast.demo import counted as counting
-
-    with counting(list(pipe.transformer.transformer_blocks)) as seen:
-        return render(), sum(seen)
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import readme
 
 from stgfast import toy
+from stgfast.evaluate.statistics import Estimate
 
 RESULTS = Path(__file__).parent / "results" / "toy.json"
 PAGE = toy.FOLDER.parent / "README.md"
@@ -48,8 +49,7 @@ def cell(setting: Mapping[str, Any], name: str) -> str:
     """With the sign of what differs from the same CFG alone, as far as can be told."""
     _, times, digits = COLUMNS[name]
     found, than = setting["estimates"][name], setting["differences"].get(name)
-    apart = than is not None and than["half"] is not None and abs(than["value"]) > than["half"]
-    sign = "" if not apart else " ▲" if than["value"] > 0 else " ▼"
+    sign = Estimate(than["value"], than["half"]).sign if than and than["half"] is not None else ""
     return f"{times * found['value']:.{digits}f} ± {times * found['half']:.{digits}f}{sign}"
 
 

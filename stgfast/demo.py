@@ -16,7 +16,7 @@ import torch
 from stgfast import toy
 from stgfast.explain import explain
 from stgfast.install import accelerate
-from stgfast.render.files import Form, Frames, write
+from stgfast.render.files import Form, Frames, pixels, write
 
 NAMES = ("CFG", "CFG + STG")
 LARGER = 4  # by how much clips are enlarged, and pictures half of that
@@ -66,7 +66,7 @@ def render(pipe: Any, name: str, prompts: Sequence[str], seed: int, **changes: A
         start = time.perf_counter()
         clips = pipe(list(prompts), **{**toy.CALL, **changes}, generator=generators, output_type="np").frames
         seconds = time.perf_counter() - start
-    return Side(name, list((clips * 255).round().astype(np.uint8)), sum(rows), seconds)
+    return Side(name, [pixels(clip) for clip in clips], sum(rows), seconds)
 
 
 @contextmanager

@@ -6,12 +6,19 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from stgfast.evaluate.run import Evaluation
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="where stgfast render or stgfast sweep rendered into")
     parser.add_argument("--columns", nargs="+", default=[], metavar="NAME", help="of the table; all where left out")
+    add_outputs(parser)
+
+
+def add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--page", type=Path, metavar="FILE", help="write a page with plots there, for a browser")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write everything there as JSON")
 
@@ -28,11 +35,15 @@ def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Tex
     except (SettingsError, StoreError) as error:
         stderr.write(f"stgfast evaluate: {error}\n")
         return 2
-    if arguments.page:
-        arguments.page.write_text(evaluation.page(), encoding="utf-8")
-    if arguments.save:
-        arguments.save.write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n", encoding="utf-8")
+    write_outputs(evaluation, arguments)
     stdout.write(table)
     if evaluation.left_out:
         stdout.write(f"\n{evaluation.left_out} jobs have no clip, and are left out.\n")
     return 0
+
+
+def write_outputs(evaluation: Evaluation, arguments: argparse.Namespace) -> None:
+    if arguments.page:
+        arguments.page.write_text(evaluation.page(), encoding="utf-8")
+    if arguments.save:
+        arguments.save.write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n", encoding="utf-8")

@@ -95,8 +95,7 @@ def _cell(summary: Summary, name: str) -> str:
     if name not in summary.estimates:
         return ""
     difference = summary.differences.get(name)
-    sign = "" if difference is None or not difference.apart else " ▲" if difference.value > 0 else " ▼"
-    return f"{summary.estimates[name]}{sign}"
+    return f"{summary.estimates[name]}{difference.sign if difference else ''}"
 
 
 def evaluate(

@@ -32,6 +32,11 @@ class Estimate:
         """Whether it is not 0, as far as can be told."""
         return abs(self.value) > self.half
 
+    @property
+    def sign(self) -> str:
+        """Of a difference, as far as there is one."""
+        return "" if not self.apart else " ▲" if self.value > 0 else " ▼"
+
     def __str__(self) -> str:
         return f"{self.value:.4g} ± {self.half:.2g}" if math.isfinite(self.half) else f"{self.value:.4g}"
 

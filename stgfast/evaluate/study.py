@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from stgfast import toy
+from stgfast.evaluate.command import add_outputs, write_outputs
 from stgfast.evaluate.judged import measure
 from stgfast.evaluate.measures import Measure
 from stgfast.evaluate.run import Clip, Evaluation, Setting, clips_of, measured, summed_up
 from stgfast.guidance import ATTENTION, RESIDUAL, Guidance, Perturbation
 from stgfast.install import accelerate
-from stgfast.render.files import Frames
+from stgfast.render.files import pixels
 from stgfast.render.jobs import Job
 from stgfast.render.run import render
 from stgfast.toy import videos
@@ -106,35 +106,30 @@ STUDIES = {"tuning": tuning, "reported": reported}
 
 def run(study: Study, out: Path) -> Evaluation:
     jobs = list(study.jobs())
-    report = render(accelerate(toy.pipeline(), toy.GUIDANCE), jobs, out, format="npz", max_batch=16, listener=_told)
+    pipe = accelerate(toy.pipeline(), toy.GUIDANCE)
+    report = render(pipe, jobs, out, format="npz", max_batch=16, listener=_told)
     if report.done < len(jobs):
         raise RuntimeError(f"the study in {out}: got {report.done} clips, expected {len(jobs)}; start it again")
     judged = measure()
     rows, left_out = clips_of(out)
     settings = measured(out, rows, judged, _counted)
     clips = list(next(iter(settings.values())).clips)
-    made = {setting.name: setting for setting in as_drawn(study, clips, judged)}
+    made = {setting.name: setting for setting in as_drawn(study, clips, judged, pipe.vae)}
     return Evaluation(summed_up({**made, **settings}, judged.real), left_out)
 
 
-def as_drawn(study: Study, clips: Sequence[Clip], judged: Measure) -> tuple[Setting, Setting]:
+def as_drawn(study: Study, clips: Sequence[Clip], judged: Measure, vae: Any) -> tuple[Setting, Setting]:
     """For the same prompts: what the model was trained to make, and what its VAE leaves of that."""
     drawn, through = Setting({}, name="as drawn"), Setting({}, name="as drawn, through the VAE")
-    vae = toy.pipeline().vae
     for number, clip in enumerate(clips):
         prompt = json.loads(clip[0])[0]
         frames = videos.clips(study.seed + 1, [number], [videos.Scene.parse(prompt)]).frames
-        drawn.clips[clip] = judged.of(_bytes(frames[0]), prompt)
+        drawn.clips[clip] = judged.of(pixels(frames[0].permute(0, 2, 3, 1)), prompt)
         with torch.no_grad():
             latents = vae.encode(frames.transpose(1, 2) * 2 - 1).latent_dist.mean
             back = vae.decode(latents).sample.transpose(1, 2) / 2 + 0.5
-        through.clips[clip] = judged.of(_bytes(back[0]), prompt)
+        through.clips[clip] = judged.of(pixels(back[0].permute(0, 2, 3, 1)), prompt)
     return drawn, through
-
-
-def _bytes(frames: Tensor) -> Frames:
-    made: Frames = (frames.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    return made
 
 
 def _told(event: dict[str, Any]) -> None:
@@ -151,15 +146,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where clips are put")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="all numbers, as JSON")
-    parser.add_argument("--page", type=Path, metavar="FILE", help="a page with plots, for a browser")
+    add_outputs(parser)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     evaluation = run(STUDIES[arguments.study](), arguments.out)
-    if arguments.page:
-        arguments.page.write_text(evaluation.page(), encoding="utf-8")
-    if arguments.save:
-        arguments.save.write_text(json.dumps(evaluation.to_dict(), indent=1) + "\n", encoding="utf-8")
+    write_outputs(evaluation, arguments)
     log.info("%s", evaluation.table(COLUMNS))
 
 

@@ -55,6 +55,15 @@ class Form:
         return name if ending and name.lower().endswith(ending) else name + ending
 
 
+def pixels(clip: Any) -> Frames:
+    """Frames from 0 to 1, as bytes."""
+    frames = np.asarray(clip, dtype=np.float32)
+    if not np.isfinite(frames).all():
+        raise ValueError("the clip's frames: got numbers that are not finite, expected 0 to 1; try another dtype")
+    made: Frames = (frames * 255).round().clip(0, 255).astype(np.uint8)
+    return made
+
+
 def write(path: Path, frames: Frames, form: Form, metadata: Mapping[str, Any]) -> None:
     """Write a clip, and wait until it is on the disk."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:

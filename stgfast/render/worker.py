@@ -27,12 +27,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from stgfast.render.batches import Batch, Task, free, is_out_of_memory
-from stgfast.render.files import Form, Frames, discard, write
+from stgfast.render.files import Form, discard, pixels, write
 from stgfast.render.jobs import Job, read_image
 from stgfast.render.texts import NotStackable, Texts, encoders_of
 from stgfast.version import __version__
@@ -326,7 +325,7 @@ class Passage:
                 started = time.monotonic()
                 discard(path)
                 form = self.worker.form_of(task.job)
-                write(path, _pixels(clips[place]), form, metadata_for(task, form))
+                write(path, pixels(clips[place]), form, metadata_for(task, form))
                 share = {**self._share(), WRITER: round(time.monotonic() - started, 4)}
             except OSError as fault:  # the disk's, and not the job's: the run cannot go on
                 yield Stopped(self.left(), fault)
@@ -481,15 +480,6 @@ class _Reached(Exception):
 def metadata_for(task: Task, form: Form) -> dict[str, Any]:
     """What a clip says of how it was made: enough to make it again."""
     return {"job": task.job.to_dict(), "model": task.model, "fps": form.fps, "version": __version__}
-
-
-def _pixels(clip: Any) -> Frames:
-    """Frames from 0 to 1, as bytes."""
-    frames = np.asarray(clip, dtype=np.float32)
-    if not np.isfinite(frames).all():
-        raise ValueError("the clip's frames: got numbers that are not finite, expected 0 to 1; try another dtype")
-    pixels: Frames = (frames * 255).round().clip(0, 255).astype(np.uint8)
-    return pixels
 
 
 def _row(value: Any, place: int, count: int) -> Any:
