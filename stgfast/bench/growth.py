@@ -6,13 +6,12 @@ fitted to the times: a + b n + c n^2 in tokens, lines in all else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
-from stgfast.bench.measure import agreeing, arithmetic, fitted, in_turns, medians, result, significant
+from stgfast.bench.measure import agreeing, arithmetic, fitted, result, rounds_of, significant
 from stgfast.bench.models import DTYPES, MODELS
 from stgfast.bench.steps import ALLOWED
 from stgfast.bench.variants import Bench
@@ -48,7 +47,7 @@ def grown(
     *,
     size: str = "tiny",
     device: str = "cpu",
-    steps: int | None = 2,
+    steps: int | None = 3,
     rounds: int = 5,
     axes: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
@@ -78,23 +77,21 @@ def _row(
 
 
 def _timed(benches: Mapping[int, Bench], axis: str, size: str, rounds: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    calls: dict[int, Callable[[], Tensor]] = {value: bench.stgfast for value, bench in benches.items()}
     far = {}
     for value, bench in benches.items():
         both = {"stgfast": bench.stgfast(), "passes": bench.passes()}  # and the warm-up
         far[value] = agreeing(f"{axis} {value}", both, "passes", ALLOWED[DTYPES[size]])["stgfast"]
-    device = next(iter(benches.values())).device
-    taken = in_turns({str(value): call for value, call in calls.items()}, rounds, device)
-    seconds = medians(taken)
+    taken = rounds_of({value: partial(bench.timed, "stgfast") for value, bench in benches.items()}, rounds)
     for value, bench in benches.items():
-        times = taken[str(value)]
+        times = [each.step for each in taken[value]]
         yield (
             value,
             {
-                "seconds": significant(seconds[str(value)]),
+                "seconds": significant(statistics.median(times)),
                 "spread": [significant(min(times)), significant(max(times))],
                 "block_rows": sum(bench.block_rows("stgfast")) * bench.prompts,
-                "arithmetic": arithmetic(partial(bench.make, "stgfast")).total,
+                "arithmetic": arithmetic(partial(bench.make, "stgfast")).total
+                // bench.arguments()["num_inference_steps"],
                 "clip": bench.frames,
                 "distance": far[value],
             },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import json
 import platform
@@ -9,8 +10,9 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import torch
@@ -19,8 +21,13 @@ from torch import Tensor
 from stgfast.kernels import backends
 from stgfast.version import __version__
 
+K = TypeVar("K")
+T = TypeVar("T")
+
 PACKAGES = ("torch", "diffusers", "triton")
 MATRIX = {"cpu": 1024, "cuda": 8192}  # the side of the matrices by which the matrix rate is measured
+# To trim, to take ahead, and to map by itself.
+MALLOC = {-1: (1 << 31) - 1, -2: 1 << 28, -3: 1 << 30}
 COPIED = {"cpu": 1 << 27, "cuda": 1 << 30}  # bytes by which the copy rate is
 
 
@@ -42,24 +49,58 @@ def agreeing(
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
     """Seconds of every call in every round. What warms up has been done before."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
+    return rounds_of({name: partial(seconds, call, device) for name, call in calls.items()}, rounds)
+
+
+def rounds_of(measures: Mapping[K, Callable[[], T]], rounds: int) -> dict[K, list[T]]:
+    """What is measured, in rounds in which all take turns: whatever changes meanwhile changes for all."""
+    taken: dict[K, list[T]] = {name: [] for name in measures}
     for _ in range(rounds):
-        for name, call in calls.items():
-            taken[name].append(seconds(call, device))
+        for name, measure in measures.items():
+            taken[name].append(measure())
     return taken
 
 
+def keep_memory() -> None:
+    """The C library keeps what it has for tensors on a CPU, as torch does on a GPU.
+
+    To give it back and take it again makes up to a tenth of a step, and decides which of two variants is faster.
+    """
+    options: Any = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
+    for option, size in (MALLOC if options else {}).items():
+        options(option, size)
+
+
+class Stopwatch:
+    """Moments of a run. On a CPU time is the processor's, so that what else runs on it hardly counts."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.moments: list[Any] = []
+
+    def mark(self) -> None:
+        if self.device == "cpu":
+            self.moments.append(time.process_time())
+            return
+        event = torch.cuda.Event(enable_timing=True)  # which the host need not wait for
+        event.record()
+        self.moments.append(event)
+
+    def seconds(self) -> list[float]:
+        """Since the first moment."""
+        first, *_ = self.moments
+        if self.device == "cpu":
+            return [moment - first for moment in self.moments]
+        torch.cuda.synchronize()
+        return [first.elapsed_time(moment) / 1e3 for moment in self.moments]
+
+
 def seconds(call: Callable[[], Any], device: str) -> float:
-    """On a CPU they are those of the processor, so that what else runs on it hardly counts."""
-    if device == "cpu":
-        start = time.process_time()
-        call()
-        return time.process_time() - start
-    torch.cuda.synchronize()
-    start = time.perf_counter()
+    watch = Stopwatch(device)
+    watch.mark()
     call()
-    torch.cuda.synchronize()
-    return time.perf_counter() - start
+    watch.mark()
+    return watch.seconds()[-1]
 
 
 def medians(taken: Mapping[str, Sequence[float]]) -> dict[str, float]:

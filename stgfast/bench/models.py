@@ -30,15 +30,16 @@ class Model:
 
     pipeline  the pipeline class
     denoiser  the class of its denoiser
-    layer     which the weak branch skips: about 70% of the way through, as with Mochi's published setting
+    layers    which one the weak branch skips: about 70% of the way through, as with Mochi's published setting; by
+              size, all as the full one where they are left out
     text      what encoders make of a prompt, by the denoiser's configuration and whether the model is a narrow one:
               shapes by name, without the prompts
     clips     the clip, by size; the largest is the full one where it is left out
-    narrow    what is less in the narrow one, by size; it is as deep
+    narrow    what is less in the narrow one, by size; a small one is as deep, a tiny one half or a quarter
     config    of the released model, where that is not the class's own
     source    where the released configuration is from
     guidance  in place of a skipped layer; None where the pipeline asks for its weak branches itself
-    given     further arguments of a call
+    given     further arguments of a call, by the layer
     prepare   puts what stands in for encoders and decoders into a pipeline
     part      which part of the pipeline its denoiser is
     frames    of a video that one of its latents stands for, but the first
@@ -47,7 +48,7 @@ class Model:
 
     pipeline: str
     denoiser: str
-    layer: int
+    layers: Mapping[str, int]
     text: Callable[[Any, bool], Shapes]
     clips: Mapping[str, Clip]
     narrow: Mapping[str, Mapping[str, Any]]
@@ -55,7 +56,7 @@ class Model:
     source: str = "the class's defaults in diffusers"
     guidance: Callable[[int], Guidance | None] = lambda layer: Guidance(Perturbation([layer]))
     cfg: float = 4.5
-    given: Mapping[str, Any] = field(default_factory=dict)
+    given: Callable[[int], Mapping[str, Any]] = lambda layer: {}
     scheduler: str = "FlowMatchEulerDiscreteScheduler"
     prepare: Callable[[Any], None] = lambda pipe: None
     part: str = "transformer"
@@ -64,6 +65,9 @@ class Model:
 
     def clip(self, size: str) -> Clip:
         return self.clips[size] if size in self.clips else self.clips[FULL]
+
+    def layer(self, size: str) -> int:
+        return self.layers[size] if size in self.layers else self.layers[FULL]
 
     def settings(self, size: str) -> dict[str, Any]:
         """The denoiser's configuration."""
@@ -90,13 +94,13 @@ class Model:
         return pipe
 
     def arguments(self, pipe: Any, size: str, steps: int | None, *, prompts: int = 1, clip: Clip | None = None) -> Any:
-        """A call of the pipeline, the same every time; with the pipeline's own number of steps for None."""
+        """A call of the pipeline, but its generators; with the pipeline's own number of steps for None."""
         denoiser = getattr(pipe, self.part)
         device, dtype = denoiser.device, denoiser.dtype
         generator = torch.Generator().manual_seed(0)
         height, width, frames = clip or self.clip(size)
         made: dict[str, Any] = {"height": height, "width": width, "num_frames": frames, "output_type": "latent"}
-        made |= self.given
+        made |= self.given(self.layer(size))
         takes = inspect.signature(type(pipe).__call__).parameters
         for name, shape in self.text(denoiser.config, size in self.narrow).items():
             for side in ("", "negative_"):
@@ -108,8 +112,7 @@ class Model:
             made["image"] = torch.rand(prompts, 3, height, width, generator=generator)
         made["num_inference_steps"] = steps or takes["num_inference_steps"].default
         scale = "max_guidance_scale" if "max_guidance_scale" in takes else "guidance_scale"
-        generators = [torch.Generator().manual_seed(1 + number) for number in range(prompts)]
-        return {**made, scale: self.cfg, "generator": generators}
+        return {**made, scale: self.cfg}
 
 
 def usual_text(config: Any, narrow: bool, width: str, tokens: int, fewer: int = 0) -> Shapes:
@@ -130,6 +133,7 @@ def encoded_image(pipe: Any) -> None:
     """Stable Video Diffusion takes an image and nothing that was made of one."""
     unet = pipe.unet
 
+    @functools.cache
     def of(shape: Sequence[int], copies: bool) -> Tensor:
         some = torch.randn(*shape, generator=torch.Generator().manual_seed(2)).to(unet.device, unet.dtype)
         return torch.cat([torch.zeros_like(some), some]) if copies else some
@@ -166,6 +170,11 @@ def narrowed(*widths: str, **changes: Any) -> dict[str, dict[str, Any]]:
     return {size: {**HEADS[size], **dict.fromkeys(widths, WIDTH[size]), **changes} for size in WIDTH}
 
 
+def halved(narrow: Mapping[str, Mapping[str, Any]], **depth: int) -> dict[str, Mapping[str, Any]]:
+    """With so many blocks in the tiny one, which are half of all."""
+    return {**narrow, TINY: {**narrow[TINY], **depth}}
+
+
 NARROW_UNET = {
     "block_out_channels": (64, 128, 256, 256),
     "num_attention_heads": (1, 2, 4, 4),
@@ -177,103 +186,113 @@ LTX: dict[str, Any] = {
     "denoiser": "LTXVideoTransformer3DModel",
     "text": functools.partial(usual_text, width="caption_channels", tokens=128),
     "clips": {TINY: (256, 256, 25), SMALL: (256, 256, 25), FULL: (512, 704, 161)},
-    # Narrower than this its blocks are not what takes the time.
-    "narrow": dict.fromkeys(WIDTH, narrowed("cross_attention_dim", "caption_channels")[SMALL]),
     "cfg": 3.0,
     "frames": 8,
     "modular": "diffusers.modular_pipelines.ltx.modular_blocks_ltx.LTXBlocks",
+}
+# Narrower than this its blocks are not what takes the time.
+NARROW_LTX = dict.fromkeys(WIDTH, narrowed("cross_attention_dim", "caption_channels")[SMALL])
+NARROW_LTX2 = {
+    **{"num_attention_heads": 4, "attention_head_dim": 64, "audio_num_attention_heads": 4},
+    **{"audio_attention_head_dim": 32, "cross_attention_dim": 256, "audio_cross_attention_dim": 128},
+    "caption_channels": 256,
 }
 COGVIDEOX: dict[str, Any] = {
     "pipeline": "CogVideoXPipeline",
     "denoiser": "CogVideoXTransformer3DModel",
     "text": functools.partial(usual_text, width="text_embed_dim", tokens=226),
-    "clips": {TINY: (96, 96, 9), SMALL: (128, 128, 9), FULL: (480, 720, 49)},
-    "narrow": narrowed("text_embed_dim", time_embed_dim=128),
+    "clips": {TINY: (128, 128, 9), SMALL: (128, 128, 9), FULL: (480, 720, 49)},
     "source": CONVERTED,
     "scheduler": "CogVideoXDDIMScheduler",
     "cfg": 6.0,
 }
+NARROW_COGVIDEOX = narrowed("text_embed_dim", time_embed_dim=128)
 WAN: dict[str, Any] = {
     "pipeline": "WanPipeline",
     "denoiser": "WanTransformer3DModel",
     "text": functools.partial(usual_text, width="text_dim", tokens=512, fewer=128),
-    "narrow": {size: {**HEADS[size], "text_dim": WIDTH[size], "ffn_dim": 4 * WIDTH[size]} for size in WIDTH},
     "source": CONVERTED,
     "cfg": 5.0,
     "modular": "diffusers.modular_pipelines.wan.modular_blocks_wan.WanBlocks",
 }
+NARROW_WAN = {size: {**HEADS[size], "text_dim": WIDTH[size], "ffn_dim": 4 * WIDTH[size]} for size in WIDTH}
 MODELS = {
     "mochi": Model(
         pipeline="MochiPipeline",
         denoiser="MochiTransformer3DModel",
-        layer=34,
+        layers={TINY: 17, FULL: 34},
         text=functools.partial(usual_text, width="text_embed_dim", tokens=256),
         frames=6,
         clips={TINY: (128, 128, 7), SMALL: (192, 192, 13), FULL: (480, 848, 31), LARGEST: (480, 848, 163)},
-        narrow=narrowed(pooled_projection_dim=128, text_embed_dim=344),
+        narrow=halved(narrowed(pooled_projection_dim=128, text_embed_dim=344), num_layers=24),
     ),
-    "ltx-2b": Model(layer=19, **LTX),
+    "ltx-2b": Model(layers={TINY: 9, FULL: 19}, narrow=halved(NARROW_LTX, num_layers=14), **LTX),
     "ltx-13b": Model(
-        layer=34,
+        layers={TINY: 17, FULL: 34},
+        narrow=halved(NARROW_LTX, num_layers=24),
         config={"num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096},
         **{**LTX, "source": "the transformer's config.json of LTX-Video 0.9.7"},
     ),
     "ltx-2": Model(
         pipeline="LTX2Pipeline",
         denoiser="LTX2VideoTransformer3DModel",
-        layer=28,
+        layers={TINY: 7, FULL: 28},
         text=functools.partial(usual_text, width="caption_channels", tokens=1024, fewer=128),
-        clips={TINY: (224, 224, 33), SMALL: (256, 256, 25), FULL: (512, 768, 121)},
+        clips={TINY: (256, 256, 25), SMALL: (256, 256, 25), FULL: (512, 768, 121)},
         # The pipeline's weak pass needs it to be weak.
         config={"perturbed_attn": True},
-        narrow={
-            size: {
-                **dict.fromkeys(("num_attention_heads", "audio_num_attention_heads"), WIDTH[size] // 64),
-                **{"attention_head_dim": 64, "audio_attention_head_dim": 32, "cross_attention_dim": WIDTH[size]},
-                **{"audio_cross_attention_dim": WIDTH[size] // 2, "caption_channels": WIDTH[size]},
-            }
-            for size in WIDTH
-        },
+        narrow={TINY: {**NARROW_LTX2, "num_layers": 12}, SMALL: NARROW_LTX2},
         source=CONVERTED + ", version 2.0",
         guidance=lambda layer: None,
-        given={"spatio_temporal_guidance_blocks": [28]},
+        given=lambda layer: {"spatio_temporal_guidance_blocks": [layer]},
         cfg=3.0,
         prepare=connected_text,
         frames=8,
     ),
-    "cogvideox-2b": Model(layer=21, **COGVIDEOX),
+    "cogvideox-2b": Model(layers={TINY: 10, FULL: 21}, narrow=halved(NARROW_COGVIDEOX, num_layers=15), **COGVIDEOX),
     "cogvideox-5b": Model(
-        layer=30,
+        layers={TINY: 15, FULL: 30},
+        narrow=halved(NARROW_COGVIDEOX, num_layers=21),
         config={"num_layers": 42, "num_attention_heads": 48, "use_rotary_positional_embeddings": True},
         **COGVIDEOX,
     ),
     "hunyuan-video": Model(
         pipeline="HunyuanVideoPipeline",
         denoiser="HunyuanVideoTransformer3DModel",
-        layer=42,
+        layers={TINY: 21, FULL: 42},
         text=hunyuan_text,
         clips={TINY: (96, 96, 9), SMALL: (128, 128, 9), FULL: (720, 1280, 61), LARGEST: (720, 1280, 129)},
-        narrow=narrowed("text_embed_dim", rope_axes_dim=(16, 24, 24), pooled_projection_dim=64),
+        narrow=halved(
+            narrowed("text_embed_dim", rope_axes_dim=(16, 24, 24), pooled_projection_dim=64),
+            num_layers=10,
+            num_single_layers=20,
+        ),
         source=CONVERTED,
     ),
     "wan-1.3b": Model(
-        layer=21,
+        layers={TINY: 10, FULL: 21},
         clips={TINY: (128, 128, 9), SMALL: (128, 128, 9), FULL: (480, 832, 81)},
+        narrow=halved(NARROW_WAN, num_layers=15),
         config={"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
         **WAN,
     ),
     "wan-14b": Model(
-        layer=28,
+        layers={TINY: 14, FULL: 28},
         clips={TINY: (128, 128, 9), SMALL: (128, 128, 9), FULL: (480, 832, 81), LARGEST: (720, 1280, 81)},
+        narrow=halved(NARROW_WAN, num_layers=20),
         **WAN,
     ),
     "svd": Model(
         pipeline="StableVideoDiffusionPipeline",
         denoiser="UNetSpatioTemporalConditionModel",
-        layer=8,
+        layers={FULL: 8},
         text=no_text,
-        clips={TINY: (128, 128, 4), SMALL: (192, 192, 8), FULL: (576, 1024, 14), LARGEST: (576, 1024, 25)},
-        narrow={TINY: NARROW_UNET, SMALL: NARROW_UNET},
+        clips={TINY: (192, 192, 2), SMALL: (192, 192, 8), FULL: (576, 1024, 14), LARGEST: (576, 1024, 25)},
+        # Where there are few pixels and many channels, reading the weights takes longer than computing with them.
+        narrow={
+            TINY: {**NARROW_UNET, "block_out_channels": (64, 64, 128, 128), "num_attention_heads": (1, 1, 2, 2)},
+            SMALL: NARROW_UNET,
+        },
         guidance=lambda layer: Guidance(
             [Perturbation([layer], kind="attention", axis=axis) for axis in ("spatial", "temporal")]
         ),

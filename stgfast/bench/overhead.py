@@ -2,7 +2,7 @@
 
 The model's blocks hand on what they are given and do nothing else, so that an accelerated clip takes longer than the
 stock one by our own work, and by what the model does for the weak branch outside of its blocks: it is no less than our
-own. Clips of few steps and of many tell a step's from a call's.
+own.
 """
 
 from __future__ import annotations
@@ -16,26 +16,28 @@ from typing import Any
 from unittest import mock
 
 from stgfast.batching.layout import Unit
-from stgfast.bench.measure import in_turns, medians, result, seconds, significant
+from stgfast.bench.measure import result, rounds_of, significant
 from stgfast.bench.models import MODELS
 from stgfast.bench.variants import Bench
 
-STEPS = (2, 12)
+STEPS = 9
 
 
 def overhead(name: str, *, size: str = "small", device: str = "cpu", rounds: int = 9) -> dict[str, Any]:
-    bench = Bench(MODELS[name], size, device, STEPS[0])
+    bench = Bench(MODELS[name], size, device)
     bench.stgfast()
-    real = statistics.median(seconds(bench.stgfast, device) for _ in range(3)) / STEPS[0]
-    ours: list[float] = []
+    real = statistics.median(bench.timed("stgfast").step for _ in range(3))
+    bench.steps = STEPS
     with _nothing_in_blocks(bench):
-        for bench.steps in STEPS:
-            calls: dict[str, Callable[[], Any]] = {each: partial(bench.make, each) for each in ("stock", "stgfast")}
-            in_turns(calls, 1, device)
-            taken = medians(in_turns(calls, rounds, device))
-            ours.append(taken["stgfast"] - taken["stock"])
-    few, many = STEPS
-    step = (ours[1] - ours[0]) / (many - few)
+        calls = {each: partial(bench.timed, each) for each in ("stock", "stgfast")}
+        rounds_of(calls, 1)
+        taken = rounds_of(calls, rounds)
+
+    def more(of: str) -> float:
+        medians = {each: statistics.median(getattr(one, of) for one in times) for each, times in taken.items()}
+        return float(medians["stgfast"] - medians["stock"])
+
+    step = more("step")
     return result(
         "overhead",
         device,
@@ -45,7 +47,7 @@ def overhead(name: str, *, size: str = "small", device: str = "cpu", rounds: int
         microseconds={
             "of a block's call": significant(1e6 * step / bench.layout.depth, 3),
             "of a step": significant(1e6 * step, 3),
-            "of a call of the pipeline": significant(1e6 * (ours[0] - few * step), 3),
+            "of a call of the pipeline": significant(1e6 * (more("clip") - STEPS * step), 3),
         },
         step_seconds=significant(real),
         share_of_a_step=significant(step / real, 3),

@@ -14,11 +14,11 @@ from stgfast.bench.measure import (
     Rates,
     agreeing,
     arithmetic,
-    in_turns,
     medians,
     peak_memory,
     rates,
     result,
+    rounds_of,
     significant,
 )
 from stgfast.bench.models import DTYPES, MODELS
@@ -36,7 +36,7 @@ def measured(
     *,
     size: str = "small",
     device: str = "cpu",
-    steps: int | None = 2,
+    steps: int | None = 3,
     rounds: int = 5,
     variants: Sequence[str] = ("stock", "paper", "stgfast", "reuse"),
     timed: Sequence[str] | None = None,
@@ -44,7 +44,8 @@ def measured(
 ) -> dict[str, Any]:
     """One row of results, of all `variants` or of those that are `timed`; raises where variants disagree.
 
-    A whole clip is measured for no `steps`: it has as many as the pipeline's default says.
+    Its figures are of one step, the mean of all but the first; for no `steps` they are of a whole clip, which has as
+    many as the pipeline's default says.
     """
     torch.compiler.reset()
     bench = Bench(MODELS[name], size, device, steps, backend=backend)
@@ -57,12 +58,14 @@ def measured(
     )
     memory = {each: most for each, (_, most) in made.items() if most}
     del made
-    calls = {each: calls[each] for each in timed}
-    taken = in_turns(calls, rounds, device)
+    times = rounds_of({each: partial(bench.timed, each) for each in timed}, rounds)
+    whole, count = steps is None, bench.arguments()["num_inference_steps"]
+    part, of = ("clip", count) if whole else ("step", 1)  # that the figures are about, and its steps
+    taken = {each: [getattr(seconds, part) for seconds in rounds_taken] for each, rounds_taken in times.items()}
     seconds = medians(taken)
     rows = {each: bench.block_rows(each) for each in variants}
     counts = {each: arithmetic(calls[each]) for each in timed if each in COUNTED}
-    can, unique = rates(device, DTYPES[size]), counts["stgfast"].total
+    can, unique = rates(device, DTYPES[size]), counts["stgfast"].total * of // count
     costs, tokens = bench.costs()
     total = sum(rows["stgfast"])
     return result(
@@ -76,24 +79,24 @@ def measured(
         dtype=str(DTYPES[size]).removeprefix("torch."),
         clip=bench.frames,
         tokens=tokens,
-        steps=bench.arguments()["num_inference_steps"],
-        whole=steps is None,
-        guidance=bench.guidance.to_dict() if bench.guidance is not None else bench.model.given,
+        steps=count,
+        whole=whole,
+        guidance=bench.guidance.to_dict() if bench.guidance is not None else bench.model.given(bench.model.layer(size)),
         cfg=bench.model.cfg,
         rounds=rounds,
         distance=far,
         seconds={each: significant(value) for each, value in seconds.items()},
         spread={each: [significant(min(values)), significant(max(values))] for each, values in taken.items()},
         over={each: _ratio(taken[each], taken["stgfast"]) for each in timed},
-        block_rows={each: sum(counted) for each, counted in rows.items()},
+        block_rows={each: significant(sum(counted) * of) for each, counted in rows.items()},
         rows_over={each: significant(sum(counted) / total) for each, counted in rows.items()},
         predicted=predictions(rows, costs),
-        arithmetic={each: count.total for each, count in counts.items()},
-        attention=significant(counts["stgfast"].attention / unique),
+        arithmetic={each: counted.total * of // count for each, counted in counts.items()},
+        attention=significant(counts["stgfast"].attention / counts["stgfast"].total),
         matrix_rate=significant(can.matrix),
         copy_rate=significant(can.copy),
         matrix_share={each: significant(unique / seconds[each] / can.matrix) for each in timed if each in UNIQUE},
-        limit=limits(bench, unique, can),
+        limit=limits(bench, unique, of, can),
         **({"peak_memory": memory} if memory else {}),
         **({"attention_backend": bench.attention} if "fastest" in timed else {}),
     )
@@ -104,7 +107,7 @@ def _ratio(one: Sequence[float], other: Sequence[float]) -> float:
     return significant(statistics.median(a / b for a, b in zip(one, other, strict=True)))
 
 
-def predictions(rows: dict[str, list[int]], costs: Sequence[int]) -> dict[str, float]:
+def predictions(rows: dict[str, list[float]], costs: Sequence[int]) -> dict[str, float]:
     """Over stgfast, what block-rows say where one of a block counts as much as the block computes.
 
     The blocks of most models compute the same; those of a UNet do not.
@@ -113,18 +116,12 @@ def predictions(rows: dict[str, list[int]], costs: Sequence[int]) -> dict[str, f
     return {each: significant(value / weighed["stgfast"]) for each, value in weighed.items()}
 
 
-def limits(bench: Bench, unique: int, can: Rates) -> dict[str, float]:
+def limits(bench: Bench, unique: int, steps: int, can: Rates) -> dict[str, float]:
     """Seconds that the device needs at least: for the arithmetic, and to read the weights in every pass."""
-    explained = bench.explained()
-    passes = sum(count * len(plans) for phase in explained.phases for count, plans in phase.kinds)
-    weights = sum(parameter.nbytes for parameter in bench.denoiser.parameters())
-    return {"arithmetic": significant(unique / can.matrix), "weights": significant(passes * weights / can.copy)}
+    weights = steps * bench.passes_of_a_step() * sum(parameter.nbytes for parameter in bench.denoiser.parameters())
+    return {"arithmetic": significant(unique / can.matrix), "weights": significant(weights / can.copy)}
 
 
 def off_prediction(row: dict[str, Any]) -> float:
-    """How far the time of the paper's scheme is from what the blocks predict for it, relatively.
-
-    Of the fastest rounds: whatever else runs on the machine takes from all others.
-    """
-    fastest = {each: low for each, (low, _) in row["spread"].items()}
-    return float(fastest["paper"] / fastest["stgfast"] / row["predicted"]["paper"] - 1)
+    """How far the time of the paper's scheme is from what the blocks predict for it, relatively."""
+    return float(row["over"]["paper"] / row["predicted"]["paper"] - 1)

@@ -19,21 +19,24 @@ import importlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from stgfast.batching.layout import Unit
-from stgfast.bench.measure import by_module, in_turns, medians
+from stgfast.batching.plan import Plan
+from stgfast.bench.measure import Stopwatch, by_module, in_turns, medians
 from stgfast.bench.models import Clip, Model
+from stgfast.errors import wrong
 from stgfast.explain import Explanation, explain
 from stgfast.guidance import RESIDUAL, Guidance, Perturbation
 from stgfast.install import accelerate, restore
 from stgfast.integrations import ADAPTERS
 
 VARIANTS = ("stock", "paper", "passes", "guiders", "stgfast", "compiled", "fastest", "reuse")
+FEWEST = 2  # steps
 OTHER_RESULT = ("stock", "reuse")
 # Those of diffusers that download nothing; which of them are there, trying says.
 ATTENTION = {
@@ -44,6 +47,13 @@ SAME_ATTENTION = 5e-2  # relatively, of results in bfloat16
 OFF = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
 
 
+class Seconds(NamedTuple):
+    """Of a clip, and of one of its steps."""
+
+    clip: float
+    step: float
+
+
 class Bench:
     """One model, and the ways in which its clip can be made."""
 
@@ -52,20 +62,23 @@ class Bench:
         model: Model,
         size: str,
         device: str = "cpu",
-        steps: int | None = 2,
+        steps: int | None = 3,
         *,
         prompts: int = 1,
         clip: Clip | None = None,
         guidance: Guidance | None = None,
         backend: str = "inductor",
     ):
+        if steps is not None and steps < FEWEST:
+            raise wrong("steps", steps, f"{FEWEST} or more, of which the first is not timed")
         self.model, self.size, self.device, self.steps = model, size, device, steps
         self.prompts, self.frames, self.backend = prompts, clip or model.clip(size), backend
         self.pipe = model.build(size, device)
         self.denoiser: Any = getattr(self.pipe, model.part)
         self.adapter = ADAPTERS[model.pipeline]
         self.layout = self.adapter.layout(model.part, self.denoiser)
-        self.guidance = guidance or model.guidance(model.layer)
+        self.guidance = guidance or model.guidance(model.layer(size))
+        self.drawn: dict[Any, dict[str, Any]] = {}  # what is given to the pipeline, by the point that is measured
 
     def variants(self) -> tuple[str, ...]:
         """Those that there are for this model."""
@@ -76,6 +89,25 @@ class Bench:
     def make(self, variant: str) -> Tensor:
         made: Tensor = getattr(self, variant)()
         return made
+
+    def timed(self, variant: str) -> Seconds:
+        """Told by the scheduler, which ends every step. What is done but once is done when the first one ends."""
+        scheduler, watch = self.pipe.scheduler, Stopwatch(self.device)
+        step = type(scheduler).step
+
+        @functools.wraps(step)
+        def marked(which: Any, *args: Any, **kwargs: Any) -> Any:
+            made = step(which, *args, **kwargs)
+            if which is scheduler:  # and not a copy, for what is denoised beside the video
+                watch.mark()
+            return made
+
+        watch.mark()
+        with mock.patch.object(type(scheduler), "step", marked):
+            self.make(variant)
+        watch.mark()
+        _, first, *_, last, end = watch.seconds()
+        return Seconds(end, (last - first) / (len(watch.moments) - 3))
 
     def stock(self) -> Tensor:
         return self._clip(**(OFF if self.adapter.protocol == "announced" else {}))
@@ -162,9 +194,13 @@ class Bench:
         return packed.flatten()
 
     def arguments(self) -> dict[str, Any]:
-        made: dict[str, Any] = self.model.arguments(
-            self.pipe, self.size, self.steps, prompts=self.prompts, clip=self.frames
-        )
+        point = (self.steps, self.prompts, self.frames)
+        if point not in self.drawn:
+            self.drawn[point] = self.model.arguments(
+                self.pipe, self.size, self.steps, prompts=self.prompts, clip=self.frames
+            )
+        generators = [torch.Generator().manual_seed(1 + number) for number in range(self.prompts)]
+        made: dict[str, Any] = {**self.drawn[point], "generator": generators}
         if self.adapter.protocol == "embedded":  # the scale is an input; there is no other row
             made = {name: value for name, value in made.items() if not name.startswith("negative_")}
         return made
@@ -176,23 +212,20 @@ class Bench:
         finally:
             restore(self.pipe)
 
-    def block_rows(self, variant: str) -> list[int]:
-        """What a variant computes of every block in all steps, by the planner, or by its own scheme."""
+    def block_rows(self, variant: str) -> list[float]:
+        """What a variant computes of every block in a step that is timed, by the planner, or by its own scheme."""
         explained = self.explained(variant)
-        steps = sum(phase.steps for phase in explained.phases)
+        depth = explained.depth
         if variant == "stock":
-            return [steps * (1 if self.adapter.protocol == "embedded" else 2)] * explained.depth
+            return [1 if self.adapter.protocol == "embedded" else 2] * depth
         if variant in ("paper", "passes", "guiders"):
-            return [explained.unshared // explained.depth] * explained.depth
-        return [
-            sum(
-                count * plan.computed[block]
-                for phase in explained.phases
-                for count, plans in phase.kinds
-                for plan in plans
-            )
-            for block in range(explained.depth)
-        ]
+            return [explained.unshared / depth / sum(phase.steps for phase in explained.phases)] * depth
+        _, *steps = _plans(explained)
+        return [sum(plan.computed[block] for plans in steps for plan in plans) / len(steps) for block in range(depth)]
+
+    def passes_of_a_step(self) -> int:
+        """How often a step reads the weights."""
+        return len(_plans(self.explained())[-1])
 
     def costs(self) -> tuple[list[int], int]:
         """The arithmetic of every block on the same rows, and how many tokens of a sample the first one sees."""
@@ -348,6 +381,11 @@ class Bench:
             for axis, attention in unit.attentions:
                 if part.axis in ("", axis):
                     yield attention, functools.partial(self.layout.identity, attention)
+
+
+def _plans(explained: Explanation) -> list[tuple[Plan, ...]]:
+    """Of every step, where all phases are alike."""
+    return [plans for phase in explained.phases for count, plans in phase.kinds for _ in range(count)]
 
 
 def _without_progress(blocks: Any) -> None:

@@ -25,9 +25,9 @@ def test_arithmetic_follows_the_plan(model):
     assert [point["tokens"] for point in rows["tokens"]["points"]] == list(growth.TIMES)
     latent = [(point["clip"][2] - 1) // MODELS[model].frames + 1 for point in rows["tokens"]["points"]]
     assert latent == [n * latent[0] for n in growth.TIMES]
-    assert [point["block_rows"] for point in rows["prompts"]["points"]] == [18 * n for n in growth.TIMES]
-    # Of four blocks in two steps: two rows everywhere, and one more after the block that is skipped.
-    assert [point["block_rows"] for point in rows["layer"]["points"]] == [22, 20, 18, 16]
+    assert [point["block_rows"] for point in rows["prompts"]["points"]] == [9 * n for n in growth.TIMES]
+    # Of four blocks: two rows everywhere, and one more after the block that is skipped.
+    assert [point["block_rows"] for point in rows["layer"]["points"]] == [11, 10, 9, 8]
     for axis, falling in (("layer", True), ("branches", False)):
         for what in ("block_rows", "arithmetic"):
             values = [point[what] for point in rows[axis]["points"]]
