@@ -9,7 +9,7 @@ from typing import Any
 
 from stgfast.batching.layout import Grid
 from stgfast.guidance import Guidance
-from stgfast.integrations.spec import Adapter, CallArguments, patches, requested_scale, steps_of_call
+from stgfast.integrations.spec import EACH, Adapter, CallArguments, patches, requested_scale, steps_of_call
 from stgfast.presets import PRESETS
 
 
@@ -41,7 +41,7 @@ COGVIDEOX = Adapter(
     source=PRESETS["cogvideox"].source,
 )
 
-COGVIDEOX_IMAGE = replace(COGVIDEOX, pipeline="CogVideoXImageToVideoPipeline")
+COGVIDEOX_IMAGE = replace(COGVIDEOX, pipeline="CogVideoXImageToVideoPipeline", images=EACH)
 
 COGVIDEOX_VIDEO = replace(
     COGVIDEOX,

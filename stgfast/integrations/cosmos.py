@@ -13,7 +13,7 @@ import numpy as np
 
 from stgfast.batching.layout import Grid
 from stgfast.guidance import Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments, patches
+from stgfast.integrations.spec import EACH, Adapter, CallArguments, patches
 
 
 def requested(call: CallArguments) -> float | None:
@@ -52,8 +52,8 @@ COSMOS = Adapter(
     # 70% of the depth of the smaller models, which have 28 blocks; the 14B ones have 36. Predict 1 and 2 agree in this.
     defaults=Guidance(Perturbation([19], scale=1.0)),
 )
-COSMOS_VIDEO = replace(COSMOS, pipeline="CosmosVideoToWorldPipeline")
+COSMOS_VIDEO = replace(COSMOS, pipeline="CosmosVideoToWorldPipeline", images=EACH)
 
 # These have x0 of the first prediction before they call for the second.
 COSMOS2_IMAGE = replace(COSMOS, pipeline="Cosmos2TextToImagePipeline", early=True, float32=True, schedule=schedule)
-COSMOS2_VIDEO = replace(COSMOS2_IMAGE, pipeline="Cosmos2VideoToWorldPipeline")
+COSMOS2_VIDEO = replace(COSMOS2_IMAGE, pipeline="Cosmos2VideoToWorldPipeline", images=EACH)

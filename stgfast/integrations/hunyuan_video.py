@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from stgfast.batching.layout import Grid
 from stgfast.guidance import Guidance
-from stgfast.integrations.spec import Adapter, even_sigmas, live_true_cfg_scale, patches, true_cfg_scale
+from stgfast.integrations.spec import EACH, Adapter, even_sigmas, live_true_cfg_scale, patches, true_cfg_scale
 from stgfast.presets import PRESETS
 
 HUNYUAN_VIDEO = Adapter(
@@ -41,7 +41,8 @@ HUNYUAN_VIDEO = Adapter(
 HUNYUAN_VIDEO_IMAGE = replace(
     HUNYUAN_VIDEO,
     pipeline="HunyuanVideoImageToVideoPipeline",
+    images=EACH,
     rows=HUNYUAN_VIDEO.rows | {"token_replace_emb"},
 )
 
-HUNYUAN_SKYREELS_IMAGE = replace(HUNYUAN_VIDEO, pipeline="HunyuanSkyreelsImageToVideoPipeline")
+HUNYUAN_SKYREELS_IMAGE = replace(HUNYUAN_VIDEO, pipeline="HunyuanSkyreelsImageToVideoPipeline", images=EACH)

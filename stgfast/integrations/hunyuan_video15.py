@@ -7,7 +7,7 @@ import dataclasses
 from stgfast.batching.layout import Grid
 from stgfast.guidance import Guidance, Perturbation
 from stgfast.integrations.guiders import guided_by, steps_of_modular_call
-from stgfast.integrations.spec import Adapter, even_sigmas, patches
+from stgfast.integrations.spec import ONE, Adapter, even_sigmas, patches
 
 FACTS = Adapter(
     pipeline="",
@@ -35,5 +35,7 @@ FACTS = Adapter(
     defaults=Guidance(Perturbation([37], scale=1.0)),
 )
 HUNYUAN_VIDEO_15 = guided_by(FACTS, "HunyuanVideo15Pipeline")
-HUNYUAN_VIDEO_15_IMAGE = dataclasses.replace(HUNYUAN_VIDEO_15, pipeline="HunyuanVideo15ImageToVideoPipeline")
+HUNYUAN_VIDEO_15_IMAGE = dataclasses.replace(
+    HUNYUAN_VIDEO_15, pipeline="HunyuanVideo15ImageToVideoPipeline", images=ONE
+)
 HUNYUAN_VIDEO_15_MODULAR = guided_by(FACTS, "HunyuanVideo15ModularPipeline", steps_asked=steps_of_modular_call)

@@ -11,7 +11,7 @@ from stgfast.batching.arguments import Arguments
 from stgfast.batching.layout import Grid
 from stgfast.guidance import Guidance
 from stgfast.integrations.guiders import guided_by, steps_of_modular_call
-from stgfast.integrations.spec import Adapter, CallArguments, even_sigmas, latent_tokens, shifted, steps_of_call
+from stgfast.integrations.spec import EACH, Adapter, CallArguments, even_sigmas, latent_tokens, shifted, steps_of_call
 from stgfast.presets import PRESETS
 
 
@@ -60,7 +60,7 @@ LTX = Adapter(
 )
 
 # A timestep for every token; the frame that is given takes no part in the scheduler's step, but in the rescale.
-LTX_IMAGE = replace(LTX, pipeline="LTXImageToVideoPipeline")
+LTX_IMAGE = replace(LTX, pipeline="LTXImageToVideoPipeline", images=EACH)
 
 LTX_CONDITION = replace(
     LTX,

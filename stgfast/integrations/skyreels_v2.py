@@ -7,7 +7,7 @@ from typing import Any
 
 from stgfast.batching.layout import Grid
 from stgfast.guidance import Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments, patches, steps_of_call
+from stgfast.integrations.spec import ONE, Adapter, CallArguments, patches, steps_of_call
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
@@ -47,12 +47,15 @@ SKYREELS_V2 = Adapter(
 SKYREELS_V2_IMAGE = replace(
     SKYREELS_V2,
     pipeline="SkyReelsV2ImageToVideoPipeline",
+    images=ONE,
     # There is a 1.3B model of 30 blocks beside the 14B one of 40, and this is late in both.
     defaults=Guidance(Perturbation([24], scale=1.0)),
 )
 # A timestep for every frame. `fps` has an entry for every prompt as well, but the models that look at it take one
 # prompt at a time, so that its one entry goes for all rows.
 SKYREELS_V2_FORCED = replace(
-    SKYREELS_V2_IMAGE, pipeline="SkyReelsV2DiffusionForcingPipeline", steps_asked=forced_steps, unfit=unfit
+    SKYREELS_V2_IMAGE, pipeline="SkyReelsV2DiffusionForcingPipeline", steps_asked=forced_steps, unfit=unfit, images=""
 )
-SKYREELS_V2_FORCED_IMAGE = replace(SKYREELS_V2_FORCED, pipeline="SkyReelsV2DiffusionForcingImageToVideoPipeline")
+SKYREELS_V2_FORCED_IMAGE = replace(
+    SKYREELS_V2_FORCED, pipeline="SkyReelsV2DiffusionForcingImageToVideoPipeline", images=ONE
+)

@@ -19,6 +19,7 @@ from stgfast.integrations.attention import identity_attention
 from stgfast.kernels import blur
 from stgfast.schedules import Moment
 
+EACH, ONE = "each", "one"  # of Adapter.images
 CallArguments = Mapping[str, Any]  # the arguments of one pipeline call by name, defaults filled in
 
 
@@ -171,6 +172,8 @@ class Adapter:
     unfit        what of a guidance, or of a call with it, the pipeline cannot do, if anything
     denoisers    the pipeline's components that are called for steps; those that are None are not
     sample       the argument of a denoiser that has what is to be denoised
+    images       how a call for several prompts takes the images that clips begin with: `each`, a list of as many;
+                 `one`, the same for all; nothing, where clips are not what they are alone
     """
 
     pipeline: str
@@ -210,6 +213,7 @@ class Adapter:
     unfit: Callable[[Any, Guidance, CallArguments], str | None] = lambda pipe, guidance, call: None
     denoisers: tuple[str, ...] = ("transformer",)
     sample: str = "hidden_states"
+    images: str = ""
 
     def calls(self, cfg: bool) -> tuple[tuple[str, ...], ...]:
         """The calls of the denoiser that make a step, each with the rows it is called on."""

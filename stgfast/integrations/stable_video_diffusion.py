@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from stgfast.guidance import APG, CFG_ZERO, Guidance, Scale
-from stgfast.integrations.spec import Adapter, CallArguments
+from stgfast.integrations.spec import EACH, Adapter, CallArguments
 from stgfast.integrations.unet import GRID, units
 from stgfast.presets import PRESETS
 
@@ -48,6 +48,7 @@ STABLE_VIDEO_DIFFUSION = Adapter(
     grid=GRID,
     denoisers=("unet",),
     sample="sample",
+    images=EACH,
     defaults=Guidance.preset("svd"),
     source=PRESETS["svd"].source,
 )

@@ -13,7 +13,7 @@ from stgfast.batching.layout import Grid, Unit
 from stgfast.batching.seam import unwrapped
 from stgfast.guidance import Guidance
 from stgfast.integrations.guiders import guided_by, steps_of_modular_call
-from stgfast.integrations.spec import Adapter, CallArguments, patches, steps_of_call
+from stgfast.integrations.spec import ONE, Adapter, CallArguments, patches, steps_of_call
 from stgfast.presets import PRESETS
 
 
@@ -54,7 +54,7 @@ WAN = Adapter(
     defaults=Guidance.preset("wan"),
     source=PRESETS["wan"].source,
 )
-WAN_IMAGE = replace(WAN, pipeline="WanImageToVideoPipeline")
+WAN_IMAGE = replace(WAN, pipeline="WanImageToVideoPipeline", images=ONE)
 WAN_VIDEO = replace(
     WAN,
     pipeline="WanVideoToVideoPipeline",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from stgfast.integrations.spec import EACH
 from stgfast.render.jobs import Job
 
 
@@ -35,11 +36,13 @@ class Batch:
         return len(self.tasks)
 
 
-def stack_of(job: Job) -> str:
-    """Jobs with the same are one call of the pipeline."""
+def stack_of(job: Job, images: str = "") -> str:
+    """Jobs with the same are one call of the pipeline, which takes images as its adapter says."""
     data = job.to_dict()
     apart = {name: data.get(name) for name in ("width", "height", "num_frames", "steps", "guidance", "pipeline")}
     apart["negative"] = job.negative_prompt is not None  # pipelines have a negative prompt of their own
+    if job.image is not None:
+        apart["image"] = "each its own" if images == EACH else job.image_sha256
     return json.dumps(apart, sort_keys=True)
 
 

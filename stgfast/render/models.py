@@ -65,6 +65,11 @@ class Model:
         return DEFAULTS.get(self.name, {})
 
     @property
+    def images(self) -> str:
+        """How its calls take several images."""
+        return ADAPTERS[self.kind.__name__].images
+
+    @property
     def needs_image(self) -> bool:
         kind = self.kind.__name__
         return any(part in kind for part in ("ImageToVideo", "I2V", "StableVideoDiffusion"))

@@ -196,7 +196,7 @@ class Run:
                 except SettingsError as error:
                     yield Bad(line.number, str(error))
                     break
-                self.store.stage(named, self.form.file(named.name), line.number)
+                self.store.stage(named, self.form.file(named.name), line.number, self.model.images)
 
     # Rendering
 

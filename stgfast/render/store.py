@@ -137,7 +137,8 @@ class Store:
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("CREATE TEMP TABLE mine (id INTEGER PRIMARY KEY)")  # the jobs that this run is about
-        connection.execute("CREATE TEMP TABLE staged (id INTEGER PRIMARY KEY, file TEXT, job TEXT, line INTEGER)")
+        staged = "id INTEGER PRIMARY KEY, file TEXT, job TEXT, line INTEGER, stack TEXT, apart INTEGER"
+        connection.execute(f"CREATE TEMP TABLE staged ({staged})")
         with self._transaction():
             version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version == 0:
@@ -173,10 +174,11 @@ class Store:
 
     # Planning
 
-    def stage(self, job: Job, file: str, line: int) -> None:
-        """Put a job on this run's list, which nobody else sees yet."""
-        insert = "INSERT INTO staged (file, job, line) VALUES (?, ?, ?)"
-        self.connection.execute(insert, (file, json.dumps(job.to_dict()), line))
+    def stage(self, job: Job, file: str, line: int, images: str = "") -> None:
+        """Put a job on this run's list, which nobody else sees yet; its pipeline takes images as its adapter says."""
+        insert = "INSERT INTO staged (file, job, line, stack, apart) VALUES (?, ?, ?, ?, ?)"
+        apart = job.image is not None and not images
+        self.connection.execute(insert, (file, json.dumps(job.to_dict()), line, stack_of(job, images), apart))
 
     @contextmanager
     def taking_up(self, model: str, bad: Iterable[Bad]) -> Iterator[Iterator[Bad]]:
@@ -197,19 +199,19 @@ class Store:
         self.connection.execute("BEGIN IMMEDIATE")
         for row in self.connection.execute("SELECT * FROM staged ORDER BY id"):
             try:
-                self._add(trusted(row["job"]), row["file"], model, row["line"])
+                self._add(trusted(row["job"]), row, model)
             except SettingsError as error:
                 yield Bad(row["line"], str(error))
 
-    def _add(self, job: Job, file: str, model: str, line: int) -> None:
+    def _add(self, job: Job, staged: sqlite3.Row, model: str) -> None:
+        file, line = staged["file"], staged["line"]
         recipe, folded = job.recipe(model), file.casefold()
         there = self.connection.execute("SELECT * FROM jobs WHERE folded = ?", (folded,)).fetchone()
         final, data = self.out / file, json.dumps(job.to_dict())
         if there is None:
             if os.path.lexists(final):
                 raise SettingsError(f"name: got {file!r}, which is in the folder but not on its list, expected another")
-            # Pipelines differ in how they take several images, so that such jobs are not stacked.
-            values = (file, folded, recipe, data, model, line, self._stack(job), int(job.image is not None))
+            values = (file, folded, recipe, data, model, line, self._stack(job, staged["stack"]), staged["apart"])
             names = "file, folded, recipe, job, model, line, stack, apart"
             insert = f"INSERT INTO jobs ({names}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)"
             identity = self.connection.execute(insert, values).lastrowid
@@ -230,8 +232,7 @@ class Store:
             self.connection.execute(change, (line, data, *([PENDING] if lost else []), identity))
         self.connection.execute("INSERT INTO mine VALUES (?)", (identity,))
 
-    def _stack(self, job: Job) -> int:
-        key = stack_of(job)
+    def _stack(self, job: Job, key: str) -> int:
         self.connection.execute("INSERT OR IGNORE INTO stacks (key, shape) VALUES (?, ?)", (key, shape_of(job)))
         return int(self.connection.execute("SELECT id FROM stacks WHERE key = ?", (key,)).fetchone()[0])
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 MEMORY = 256 << 20  # bytes of encoded prompts that stay in memory; more go to disk
@@ -61,10 +62,10 @@ class Texts:
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
             given = dict(signature.bind(pipe, *args, **kwargs).arguments)
             del given[next(iter(signature.parameters))]  # self
-            if not named or any(isinstance(value, Tensor) for value in given.values()):
+            key = _key(given) if named else None
+            if key is None:
                 with self.lock, self._reader(pipe) as reader:  # not to be taken apart prompt by prompt
                     return original(reader, *args, **kwargs)
-            key = _key(given)
             if key not in mine:
                 with self.lock:
                     each = [self._encoded(pipe, _of_one(given, place, count)) for place in range(count)]
@@ -75,16 +76,19 @@ class Texts:
 
     def _encoded(self, pipe: Any, given: dict[str, Any]) -> Any:
         key = _key(given)
+        assert key is not None  # nor was it None for all prompts together
         if key not in self.known:
-            others = [_with(given, *texts) for texts in self.ahead()] if self.parts else []
+            # What is read with an image is read for its own clip alone.
+            others = [_with(given, *texts) for texts in self.ahead()] if self.parts and "image" not in given else []
             with self._reader(pipe) as reader:
                 encoded = type(pipe).encode_prompt(reader, **given)
                 if not _plain(encoded):
                     return encoded  # of a form that is not known, and so not kept
                 self._keep(key, encoded)
                 for other in others:
-                    if _key(other) not in self.known:
-                        self._keep(_key(other), type(pipe).encode_prompt(reader, **other))
+                    theirs = _key(other)
+                    if theirs is not None and theirs not in self.known:
+                        self._keep(theirs, type(pipe).encode_prompt(reader, **other))
         return tuple(None if part is None else part.to(self.device) for part in self._look_up(key))
 
     @contextmanager
@@ -196,8 +200,25 @@ def _with(given: dict[str, Any], prompt: str, negative: str | None) -> dict[str,
     return changed
 
 
-def _key(given: dict[str, Any]) -> str:
-    return hashlib.sha256(repr(sorted(given.items())).encode()).hexdigest()
+def _key(given: dict[str, Any]) -> str | None:
+    """What is the same for equal arguments alone; None for some whose equality is not to be told."""
+    try:
+        return hashlib.sha256(repr({name: _told(given[name]) for name in sorted(given)}).encode()).hexdigest()
+    except TypeError:
+        return None
+
+
+def _told(value: Any) -> Any:
+    """A value as something that is the same in words where the value is."""
+    if value is None or isinstance(value, (str, int, float, torch.device, torch.dtype)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_told(part) for part in value]
+    if isinstance(value, Mapping):
+        return {name: _told(part) for name, part in value.items()}
+    if isinstance(value, Image.Image):
+        return value.mode, value.size, hashlib.sha256(value.tobytes()).hexdigest()
+    raise TypeError(type(value).__name__)
 
 
 def _plain(encoded: Any) -> bool:

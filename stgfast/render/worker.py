@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stgfast.install import installed_on
+from stgfast.integrations.spec import EACH
 from stgfast.render.batches import Batch, Task, free, is_out_of_memory
 from stgfast.render.files import Form, discard, pixels, write
 from stgfast.render.jobs import Job, read_image
@@ -365,7 +367,8 @@ class Passage:
         if first.negative_prompt is not None:
             call["negative_prompt"] = [job.negative_prompt for job in jobs]
         if first.image is not None:
-            call["image"] = read_image(first.image)
+            several = len(jobs) > 1 and installed_on(self.pipe).adapter.images == EACH
+            call["image"] = [read_image(str(job.image)) for job in jobs] if several else read_image(first.image)
         call["generator"] = [torch.Generator().manual_seed(job.seed) for job in jobs]
         return {**call, "output_type": "np"}
 

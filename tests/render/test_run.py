@@ -20,7 +20,9 @@ import torch
 import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.errors import SettingsError
+from stgfast.integrations.spec import EACH, ONE
 from stgfast.render import files, run, worker
+from stgfast.render.batches import stack_of
 from stgfast.render.crew import DeviceError
 from stgfast.render.files import metadata_of, read_frames
 from stgfast.render.gallery import NAME
@@ -347,6 +349,43 @@ def test_image_to_video_is_rendered_one_by_one(tmp_path):
     jobs = [{"prompt": "a", "image": str(tmp_path / "a.png"), "seed": n} for n in range(2)]
     assert go(pipe, jobs, tmp_path / "out").done == 2
     assert set(seen) == {((32, 32), "RGB", 1)}
+
+
+def test_clips_that_begin_with_images_in_one_batch(tmp_path, latents):
+    """Each with its own, as it is alone."""
+    import diffusers
+    from PIL import Image
+
+    for name in ("red", "blue"):
+        Image.new("RGB", (40, 32), name).save(tmp_path / f"{name}.png")
+    text = pipes.pipeline("ltx")
+    pipe = stgfast.accelerate(diffusers.LTXImageToVideoPipeline(**text.components), Guidance(Perturbation([1])))
+    of = {**pipes.CALL, **TEXT, "num_frames": 9}
+    shown = [("red", 0), ("blue", 0), ("red", 1)]
+    jobs = [
+        {**of, "prompt": PROMPTS[n], "image": str(tmp_path / f"{name}.png"), "seed": seed, "name": f"k{n}"}
+        for n, (name, seed) in enumerate(shown)
+    ]
+    events = []
+    assert go(pipe, jobs, tmp_path / "out", events).done == 3
+    assert [sorted(event["files"]) for event in told(events, "claimed")] == [["k0", "k1", "k2"]]
+    assert told(events, "again") == []
+    together = dict(latents)
+    assert go(pipe, jobs, tmp_path / "alone", max_batch=1).done == 3
+    for name, alone in latents.items():
+        assert float((together[name] - alone).norm() / alone.norm()) < 1e-5
+    assert float((together["k0"] - together["k1"]).norm()) > 0.1
+
+
+def test_who_is_rendered_together_with_images(tmp_path):
+    from PIL import Image
+
+    for shade in range(2):
+        Image.new("RGB", (8, 8), (shade, 0, 0)).save(tmp_path / f"{shade}.png")
+    one, other = (Job(prompt="a", image=str(tmp_path / f"{shade}.png")) for shade in range(2))
+    assert stack_of(one, EACH) == stack_of(other, EACH) != stack_of(Job(prompt="a"), EACH)
+    assert stack_of(one, ONE) != stack_of(other, ONE)
+    assert stack_of(one, ONE) == stack_of(Job(prompt="b", image=one.image, seed=7), ONE)
 
 
 def test_the_disk_is_full(tmp_path, pipe, monkeypatch):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from stgfast.render.texts import NotStackable, Texts, encoders_of
 from tests.render import pipes
@@ -33,6 +34,39 @@ def test_once_for_each_distinct(tmp_path):
     texts.encoding(pipe, 2)(["a", "a"], length=8)  # another length is another text
     texts.encoding(pipe, 2)(["a", "a"], ["no", "no"])
     assert pipe.read == [("a", None, 4), ("bb", None, 4), ("a", None, 8), ("a", "no", 4)]
+
+
+def test_images_are_told_apart_by_what_they_show(tmp_path):
+    """And not by where they lie in memory, where another one may lie later."""
+    read = []
+
+    class Seeing(Reader):
+        def encode_prompt(self, prompt, image=None):
+            read.append((prompt[0], [each.getpixel((0, 0)) for each in image]))
+            return (torch.tensor([[float(image[0].getpixel((0, 0))[0])]]),)
+
+    texts = Texts(tmp_path, CPU)
+    shown = [Image.new("RGB", (2, 2), (shade, 0, 0)) for shade in (7, 9)]
+    (embeds,) = texts.encoding(Seeing(), 2)(["a", "a"], shown)
+    assert embeds.flatten().tolist() == [7, 9]
+    texts.encoding(Seeing(), 1)(["a"], [shown[1].copy()])
+    assert read == [("a", [(7, 0, 0)]), ("a", [(9, 0, 0)])]
+
+
+def test_what_cannot_be_told_apart_is_not_kept(tmp_path):
+    read = []
+
+    class Anything(Reader):
+        def encode_prompt(self, prompt, style=None):
+            read.append(prompt)
+            return (torch.zeros(len(prompt), 1),)
+
+    texts = Texts(tmp_path, CPU)
+    for _ in range(2):
+        (embeds,) = texts.encoding(Anything(), 2)(["a", "b"], object())
+        assert embeds.shape == (2, 1)
+    assert read == [["a", "b"]] * 2
+    assert not texts.known
 
 
 def test_what_memory_does_not_hold_is_on_disk(tmp_path):
