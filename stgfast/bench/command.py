@@ -36,6 +36,12 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=SIZES, help=f"{SMALL}, or {TINY} with --check, where left out")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--backend", default="inductor", help="of torch.compile; with --check nothing is compiled")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        metavar="DIR",
+        help="a checkout of the paper's repository: its own pipelines for Mochi and LTX-Video, whose code is run",
+    )
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, default=3, help="of a clip; all but the first are timed")
     length.add_argument("--whole", action="store_true", help="as many as the pipeline makes by itself")
@@ -118,8 +124,8 @@ def _rows(arguments: argparse.Namespace) -> Any:
                     break
             yield row, right
         else:
-            variants = arguments.variants or USUAL
-            given |= {"size": arguments.size or SMALL, "backend": arguments.backend}
+            variants = arguments.variants or (*USUAL, "reference")
+            given |= {"size": arguments.size or SMALL, "backend": arguments.backend, "reference": arguments.reference}
             yield measured(name, rounds=rounds, variants=variants, **given), True
 
 

@@ -44,6 +44,7 @@ class Model:
     part      which part of the pipeline its denoiser is
     frames    of a video that one of its latents stands for, but the first
     modular   the modular pipeline that makes the same clip under a guider: its blocks, and the path of the denoiser's
+    reference  the file of the paper's repository that has a pipeline for it, and the pipeline's class, if any
     """
 
     pipeline: str
@@ -62,6 +63,7 @@ class Model:
     part: str = "transformer"
     frames: int = 4
     modular: str = ""
+    reference: tuple[str, str] = ("", "")
 
     def clip(self, size: str) -> Clip:
         return self.clips[size] if size in self.clips else self.clips[FULL]
@@ -189,6 +191,7 @@ LTX: dict[str, Any] = {
     "cfg": 3.0,
     "frames": 8,
     "modular": "diffusers.modular_pipelines.ltx.modular_blocks_ltx.LTXBlocks",
+    "reference": ("LTXVideo/pipeline_stg_ltx.py", "LTXSTGPipeline"),
 }
 # Narrower than this its blocks are not what takes the time.
 NARROW_LTX = dict.fromkeys(WIDTH, narrowed("cross_attention_dim", "caption_channels")[SMALL])
@@ -225,6 +228,7 @@ MODELS = {
         frames=6,
         clips={TINY: (128, 128, 7), SMALL: (192, 192, 13), FULL: (480, 848, 31), LARGEST: (480, 848, 163)},
         narrow=halved(narrowed(pooled_projection_dim=128, text_embed_dim=344), num_layers=24),
+        reference=("Mochi/pipeline_stg_mochi.py", "MochiSTGPipeline"),
     ),
     "ltx-2b": Model(layers={TINY: 9, FULL: 19}, narrow=halved(NARROW_LTX, num_layers=14), **LTX),
     "ltx-13b": Model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from stgfast.bench.variants import OTHER_RESULT, Bench
 
 # By how much variants may differ, relatively; those of bfloat16 are told apart by rounding.
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
-UNIQUE = ("stgfast", "compiled", "fastest")  # these compute every row once
+UNIQUE = ("stgfast", "split", "compiled", "fastest")  # these compute every row once
 COUNTED = ("stock", "paper", "stgfast")
 WITHIN = 0.05  # of what the blocks predict, in `check`
 
@@ -41,6 +42,7 @@ def measured(
     variants: Sequence[str] = ("stock", "paper", "stgfast", "reuse"),
     timed: Sequence[str] | None = None,
     backend: str = "inductor",
+    reference: Path | None = None,
 ) -> dict[str, Any]:
     """One row of results, of all `variants` or of those that are `timed`; raises where variants disagree.
 
@@ -48,7 +50,7 @@ def measured(
     many as the pipeline's default says.
     """
     torch.compiler.reset()
-    bench = Bench(MODELS[name], size, device, steps, backend=backend)
+    bench = Bench(MODELS[name], size, device, steps, backend=backend, reference=reference)
     variants = [each for each in bench.variants() if each in {*variants, "stgfast"}]
     timed = [each for each in variants if timed is None or each in {*timed, "stgfast"}]
     calls: dict[str, Callable[[], Tensor]] = {each: partial(bench.make, each) for each in variants}

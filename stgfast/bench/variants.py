@@ -5,7 +5,9 @@ paper      STG as the paper's code does it: a stack of all branches, every row t
            another where the pipeline itself does so; the passes of a pipeline that asks for weak branches itself
 passes     every branch by itself, one after another, combined by one formula
 guiders    the modular pipeline under diffusers' `SkipLayerGuidance`, which does so too
+reference  the paper's own code, of a checkout
 stgfast    `stgfast.accelerate`
+split      the same, with no more rows in a block at once than the pipeline's own call has
 compiled   the same, with the model's blocks compiled
 fastest    the same, with the attention of diffusers' that was measured to be the fastest
 reuse      as stgfast, with the weak branch computed in every second step: another result
@@ -16,9 +18,11 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -35,7 +39,7 @@ from stgfast.guidance import RESIDUAL, Guidance, Perturbation
 from stgfast.install import accelerate, restore
 from stgfast.integrations import ADAPTERS
 
-VARIANTS = ("stock", "paper", "passes", "guiders", "stgfast", "compiled", "fastest", "reuse")
+VARIANTS = ("stock", "paper", "passes", "guiders", "reference", "stgfast", "split", "compiled", "fastest", "reuse")
 FEWEST = 2  # steps
 OTHER_RESULT = ("stock", "reuse")
 # Those of diffusers that download nothing; which of them are there, trying says.
@@ -68,11 +72,13 @@ class Bench:
         clip: Clip | None = None,
         guidance: Guidance | None = None,
         backend: str = "inductor",
+        reference: Path | None = None,
     ):
         if steps is not None and steps < FEWEST:
             raise wrong("steps", steps, f"{FEWEST} or more, of which the first is not timed")
         self.model, self.size, self.device, self.steps = model, size, device, steps
         self.prompts, self.frames, self.backend = prompts, clip or model.clip(size), backend
+        self.checkout = reference
         self.pipe = model.build(size, device)
         self.denoiser: Any = getattr(self.pipe, model.part)
         self.adapter = ADAPTERS[model.pipeline]
@@ -82,9 +88,10 @@ class Bench:
 
     def variants(self) -> tuple[str, ...]:
         """Those that there are for this model."""
+        there = {"guiders": bool(self.model.modular), "reference": bool(self.checkout and any(self.model.reference))}
         if self.adapter.protocol == "announced":
-            return tuple(name for name in VARIANTS if name not in ("passes", "guiders", "reuse"))
-        return tuple(name for name in VARIANTS if name != "guiders" or self.model.modular)
+            there |= dict.fromkeys(("passes", "reuse"), False)
+        return tuple(name for name in VARIANTS if there.get(name, True))
 
     def make(self, variant: str) -> Tensor:
         made: Tensor = getattr(self, variant)()
@@ -125,6 +132,34 @@ class Bench:
 
     def stgfast(self, compile: Mapping[str, Any] | bool = False) -> Tensor:
         return self._accelerated(self.guidance, compile)
+
+    def split(self) -> Tensor:
+        return self._accelerated(self.guidance, max_rows=2 if self.adapter.protocol == "stacked" else 1)
+
+    def reference(self) -> Tensor:
+        (part,), (path,) = self._guidance.perturbations, self.adapter.blocks
+        blocks = [self.denoiser.get_submodule(f"{path}.{layer}") for layer in part.layers]
+        settings = {"stg_applied_layers_idx": list(part.layers), "stg_scale": part.scale, "do_rescaling": False}
+        with ExitStack() as stack:
+            for block in blocks:  # in which it leaves a forward of its own
+                stack.enter_context(mock.patch.object(block, "forward", block.forward))
+            return self._clip(self._papers, **settings)
+
+    @functools.cached_property
+    def _papers(self) -> Any:
+        assert self.checkout is not None
+        file, name = self.model.reference
+        path = self.checkout / file
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if not path.is_file() or spec is None or spec.loader is None:
+            raise wrong("--reference", str(self.checkout), f"a checkout of the paper's repository, which has {file}")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        kind = getattr(module, name)
+        takes = inspect.signature(kind.__init__).parameters
+        pipe = kind(**{part: value for part, value in self.pipe.components.items() if part in takes})
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
 
     def reuse(self) -> Tensor:
         return self._accelerated(self._reusing())
@@ -218,7 +253,7 @@ class Bench:
         depth = explained.depth
         if variant == "stock":
             return [1 if self.adapter.protocol == "embedded" else 2] * depth
-        if variant in ("paper", "passes", "guiders"):
+        if variant in ("paper", "passes", "guiders", "reference"):
             return [explained.unshared / depth / sum(phase.steps for phase in explained.phases)] * depth
         _, *steps = _plans(explained)
         return [sum(plan.computed[block] for plans in steps for plan in plans) / len(steps) for block in range(depth)]
@@ -258,18 +293,20 @@ class Bench:
     def _reusing(self) -> Guidance:
         return Guidance(self._guidance.perturbations, reuse=2)
 
-    def _accelerated(self, guidance: Guidance | None, compile: Mapping[str, Any] | bool = False) -> Tensor:
-        accelerate(self.pipe, guidance, compile=compile)
+    def _accelerated(
+        self, guidance: Guidance | None, compile: Mapping[str, Any] | bool = False, max_rows: int | None = None
+    ) -> Tensor:
+        accelerate(self.pipe, guidance, compile=compile, max_rows=max_rows)
         try:
             return self._clip()
         finally:
             restore(self.pipe)
 
-    def _clip(self, **changes: Any) -> Tensor:
+    def _clip(self, pipe: Any = None, **changes: Any) -> Tensor:
         """All that the pipeline makes, as numbers in a row."""
         torch.manual_seed(0)  # some schedulers draw noise that no pipeline gives them a generator for
         with torch.no_grad():
-            output = self.pipe(**{**self.arguments(), **changes})
+            output = (pipe or self.pipe)(**{**self.arguments(), **changes})
         return torch.cat([part.flatten() for part in output.values()])
 
     def _by(self, scheme: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Tensor:

@@ -60,19 +60,60 @@ def test_all_variants(model, tmp_path):
         "--models", model, "--size", "tiny", "--rounds", "1", "--variants", *VARIANTS, "--save", str(file)
     )
     assert code == 0
-    there = [each for each in VARIANTS if each != "guiders" or model == "wan-14b"]
+    absent = {"reference"} if model == "wan-14b" else {"reference", "guiders"}
+    there = [each for each in VARIANTS if each not in absent]
     assert list(row["seconds"]) == there
     assert max(far for each, far in row["distance"].items() if each not in OTHER_RESULT) <= 1e-5
     assert min(row["distance"][variant] for variant in OTHER_RESULT) > 1e-5
     # The weak branch is computed in one block of four, and in one step of two where it is reused.
     stock, unshared = (4, 8) if model == "hunyuan-video" else (8, 12)
-    rows = {"stock": stock, "paper": unshared, "passes": unshared, "stgfast": stock + 1, "reuse": stock + 0.5}
+    rows = {
+        "stock": stock,
+        "paper": unshared,
+        "passes": unshared,
+        "stgfast": stock + 1,
+        "split": stock + 1,
+        "reuse": stock + 0.5,
+    }
     for variant, count in rows.items():
         assert row["block_rows"][variant] == count
-    assert row["matrix_share"].keys() == {"stgfast", "compiled", "fastest"}
+    assert row["matrix_share"].keys() == {"stgfast", "split", "compiled", "fastest"}
     assert row["attention_backend"] in ("native", "_native_math")
     assert file.read_text() == json.dumps(row) + "\n"
     assert model in said
+
+
+CHECKOUT = """
+import stgfast
+from diffusers import MochiPipeline
+
+class MochiSTGPipeline(MochiPipeline):
+    def __call__(self, *args, stg_applied_layers_idx, stg_scale, do_rescaling, **kwargs):
+        assert do_rescaling is False
+        part = stgfast.Perturbation(stg_applied_layers_idx, scale=stg_scale)
+        made = stgfast.accelerate(MochiPipeline(**self.components), stgfast.Guidance(part))(*args, **kwargs)
+        made.frames *= FACTOR
+        for layer in stg_applied_layers_idx:
+            self.transformer.transformer_blocks[layer].forward = None  # as the paper leaves its own
+        return made
+"""
+
+
+@pytest.mark.parametrize("model", ["mochi"], indirect=True)
+def test_the_code_of_a_checkout(model, tmp_path):
+    """It agrees, or nothing is timed; what it leaves in the model's blocks is gone afterwards."""
+    file = tmp_path / MODELS[model].reference[0]
+    arguments = ("--models", model, "--size", "tiny", "--rounds", "1", "--reference", str(tmp_path))
+    code, rows, said = run(*arguments, "--variants", "reference")
+    assert (code, rows) == (2, [])
+    assert "expected a checkout of the paper's repository, which has Mochi/" in said
+    file.parent.mkdir()
+    for factor, expected in (("1.0", 0), ("1.001", 1)):
+        file.write_text(CHECKOUT.replace("FACTOR", factor))
+        code, rows, said = run(*arguments)
+        assert code == expected
+        assert ["reference" in row["seconds"] for row in rows] == [True] * (1 - expected)
+    assert "'reference'" in said
 
 
 def test_no_number_where_variants_disagree(model, monkeypatch):
