@@ -46,15 +46,18 @@ def page(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def table(rows: Iterable[Mapping[str, Any]], size: str, names: Mapping[str, str]) -> str:
-    """For a README: over the accelerated clip, the time of others, and of the paper's scheme what blocks predict."""
+    """For a README: over the accelerated step, the time of others, and of the paper's scheme what blocks predict."""
     of = {row["model"]: row for row in rows if row["bench"] == "steps" and row["size"] == size and not row["whole"]}
     there = [model for model in names if model in of]
     lines = [["", *(names[model] for model in there)], ["---"] * (len(there) + 1)]
     told = {
         "the paper's scheme": ("over", "paper"),
+        "the paper's own code": ("over", "reference"),
         "as the blocks predict": ("predicted", "paper"),
         "CFG alone": ("over", "stock"),
     }
     for line, (figure, variant) in told.items():
-        lines.append([line, *(f"{of[model][figure][variant]:.2f}" for model in there)])
+        values = [of[model][figure].get(variant) for model in there]
+        if any(values):
+            lines.append([line, *("" if value is None else f"{value:.2f}" for value in values)])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)

@@ -10,12 +10,13 @@ import errno
 import json
 import os
 import shutil
+import wave
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ from stgfast.errors import SettingsError, wrong
 Frames = NDArray[np.uint8]  # (frames, height, width, 3)
 KEY = "stgfast"  # marks what a clip says as ours
 MAX_METADATA = 1 << 20
+AAC_FRAME = 1024  # samples
 ENDINGS = {"mp4": ".mp4", "gif": ".gif", "png": "", "npz": ".npz"}  # the PNGs of a clip have a folder
 
 
@@ -32,7 +34,7 @@ ENDINGS = {"mp4": ".mp4", "gif": ".gif", "png": "", "npz": ".npz"}  # the PNGs o
 class Form:
     """What clips become.
 
-    kind  `mp4`, `gif`, `png`, or `npz`: `frames` as an array, for programs
+    kind  `mp4`, `gif`, `png`, or `npz`: `frames` as an array, and where there is sound `sound` and its `rate`
     fps   frames in a second
     crf   of H.264, from 0 (without loss) to 51
     """
@@ -55,21 +57,38 @@ class Form:
         return name if ending and name.lower().endswith(ending) else name + ending
 
 
+class Sound(NamedTuple):
+    """What is heard with a clip, from -1 to 1."""
+
+    samples: NDArray[np.float32]  # (channels, length)
+    rate: int  # samples in a second
+
+
 def pixels(clip: Any) -> Frames:
     """Frames from 0 to 1, as bytes."""
     frames = np.asarray(clip, dtype=np.float32)
-    if not np.isfinite(frames).all():
-        raise ValueError("the clip's frames: got numbers that are not finite, expected 0 to 1; try another dtype")
+    _check_finite("frames", frames, "0 to 1")
     made: Frames = (frames * 255).round().clip(0, 255).astype(np.uint8)
     return made
 
 
-def write(path: Path, frames: Frames, form: Form, metadata: Mapping[str, Any]) -> None:
-    """Write a clip, and wait until it is on the disk."""
+def heard(samples: Any, rate: int) -> Sound:
+    made = np.asarray(samples, dtype=np.float32)
+    _check_finite("sound", made, "-1 to 1")
+    return Sound(made.clip(-1, 1), rate)
+
+
+def _check_finite(what: str, numbers: NDArray[np.float32], right: str) -> None:
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"the clip's {what}: got numbers that are not finite, expected {right}; try another dtype")
+
+
+def write(path: Path, frames: Frames, form: Form, metadata: Mapping[str, Any], sound: Sound | None = None) -> None:
+    """Write a clip, and wait until it is on the disk. A GIF has no sound."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
         raise wrong("frames", f"{frames.dtype} {frames.shape}", "uint8 (frames, height, width, 3)")
     text = json.dumps({KEY: metadata}, sort_keys=True)
-    WRITERS[form.kind](path, frames, form, text)
+    WRITERS[form.kind](path, frames, form, text, sound)
     for inner in sorted(path.iterdir()) if path.is_dir() else ():
         sync(inner)
     sync(path)
@@ -99,7 +118,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _write_mp4(path: Path, frames: Frames, form: Form, text: str) -> None:
+def _write_mp4(path: Path, frames: Frames, form: Form, text: str, sound: Sound | None) -> None:
     import av
     from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
@@ -116,14 +135,28 @@ def _write_mp4(path: Path, frames: Frames, form: Form, text: str) -> None:
         codec.thread_count = 2  # the denoiser needs the others
         codec.colorspace, codec.color_primaries = Colorspace.ITU709, ColorPrimaries.BT709
         codec.color_trc, codec.color_range = ColorTrc.BT709, ColorRange.MPEG
+        # Both are there before the first packet of either.
+        track = None if sound is None else container.add_stream("aac", rate=sound.rate, layout=_layout(sound))
         for one in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(one), format="rgb24")
             frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+        if track is not None and sound is not None:
+            for start in range(0, sound.samples.shape[1], AAC_FRAME):
+                part = av.AudioFrame.from_ndarray(
+                    np.ascontiguousarray(sound.samples[:, start : start + AAC_FRAME]), "fltp", _layout(sound)
+                )
+                part.sample_rate, part.pts, part.time_base = sound.rate, start, Fraction(1, sound.rate)
+                container.mux(track.encode(part))
+            container.mux(track.encode())
 
 
-def _write_gif(path: Path, frames: Frames, form: Form, text: str) -> None:
+def _layout(sound: Sound) -> str:
+    return "mono" if len(sound.samples) == 1 else "stereo"
+
+
+def _write_gif(path: Path, frames: Frames, form: Form, text: str, sound: Sound | None) -> None:
     first, *rest = _images(frames)
     first.save(
         path,
@@ -136,7 +169,7 @@ def _write_gif(path: Path, frames: Frames, form: Form, text: str) -> None:
     )
 
 
-def _write_png(path: Path, frames: Frames, form: Form, text: str) -> None:
+def _write_png(path: Path, frames: Frames, form: Form, text: str, sound: Sound | None) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     path.mkdir()
@@ -145,10 +178,15 @@ def _write_png(path: Path, frames: Frames, form: Form, text: str) -> None:
         info = PngInfo()
         info.add_itxt(KEY, text)
         image.save(path / f"{number:0{width}}.png", format="PNG", pnginfo=info)
+    if sound is not None:
+        with wave.open(str(path / "sound.wav"), "wb") as file:
+            file.setparams((len(sound.samples), 2, sound.rate, 0, "NONE", ""))
+            file.writeframes((sound.samples.T * 32767).round().astype("<i2").tobytes())
 
 
-def _write_npz(path: Path, frames: Frames, form: Form, text: str) -> None:
+def _write_npz(path: Path, frames: Frames, form: Form, text: str, sound: Sound | None) -> None:
     arrays: dict[str, Any] = {"frames": frames, KEY: np.array(text)}
+    arrays |= {} if sound is None else {"sound": sound.samples, "rate": np.array(sound.rate)}
     with path.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
@@ -159,7 +197,7 @@ def _images(frames: Frames) -> list[Any]:
     return [Image.fromarray(frame) for frame in frames]
 
 
-WRITERS: dict[str, Callable[[Path, Frames, Form, str], None]] = {
+WRITERS: dict[str, Callable[[Path, Frames, Form, str, Sound | None], None]] = {
     "mp4": _write_mp4,
     "gif": _write_gif,
     "png": _write_png,

@@ -51,8 +51,6 @@ class Model:
         missing = {"generator", "output_type", "num_inference_steps"} - set(self.parameters)
         if missing or not {"num_frames", "video_length"} & set(self.parameters):
             raise UnsupportedPipelineError(f"pipeline: got {self.kind.__name__}, expected one that makes video")
-        if "audio_latents" in self.parameters:
-            raise UnsupportedPipelineError(f"pipeline: got {self.kind.__name__}, expected one that makes no sound")
 
     def settled(self, job: Job) -> Job:
         """The job with the guidance that a pipeline was handed over with, so that the clip can say it."""

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from stgfast.install import installed_on
 from stgfast.integrations.spec import EACH
 from stgfast.render.batches import Batch, Task, free, is_out_of_memory
-from stgfast.render.files import Form, discard, pixels, write
+from stgfast.render.files import Form, discard, heard, pixels, write
 from stgfast.render.jobs import Job, read_image
 from stgfast.render.texts import NotStackable, Texts, encoders_of
 from stgfast.version import __version__
@@ -89,6 +89,14 @@ class Died:
 
     tasks: tuple[Task, ...]
     why: str
+
+
+class Clip(NamedTuple):
+    """As the pipeline hands it over."""
+
+    frames: Any
+    sound: Any = None
+    rate: int = 0
 
 
 Outcome = Written | Failed | Again | Stopped | Died
@@ -282,8 +290,8 @@ class Passage:
             self.pipe = self._copy()
         yield from self._written(clips)
 
-    def _clips(self, alone: bool) -> Any:
-        """The frames of every clip, by the pipeline's own call.
+    def _clips(self, alone: bool) -> list[Clip]:
+        """By the pipeline's own call.
 
         `alone`, nothing else is on the device meanwhile: memory was short, or models are moved to and fro.
         """
@@ -300,16 +308,20 @@ class Passage:
             if self.worker.stopping:
                 raise Stopping
             self.started, self.decoding = time.monotonic(), 0.0
-            frames = self.pipe(**self._arguments()).frames
+            made = self.pipe(**self._arguments())
+            clips = [Clip(frames) for frames in made.frames]
+            if getattr(made, "audio", None) is not None:
+                rate = int(self.pipe.vocoder.config.output_sampling_rate)
+                clips = [Clip(*both, rate) for both in zip(made.frames, made.audio.float().cpu(), strict=True)]
             self._synchronize()
             ended = time.monotonic()
             self.seconds[DENOISER if not self.decoding else DECODER] = ended - (self.decoding or self.started)
         self.leave()
-        if len(frames) != len(self.batch):
-            raise RuntimeError(f"the pipeline's clips: got {len(frames)}, expected {len(self.batch)}")
-        return frames
+        if len(clips) != len(self.batch):
+            raise RuntimeError(f"the pipeline's clips: got {len(clips)}, expected {len(self.batch)}")
+        return clips
 
-    def _written(self, clips: Any) -> Iterator[Outcome]:
+    def _written(self, clips: Sequence[Clip]) -> Iterator[Outcome]:
         for place, task in enumerate(self.batch.tasks):
             if place in self.errors:
                 error = self.errors[place]
@@ -327,7 +339,9 @@ class Passage:
                 started = time.monotonic()
                 discard(path)
                 form = self.worker.form_of(task.job)
-                write(path, pixels(clips[place]), form, metadata_for(task, form))
+                clip = clips[place]
+                sound = None if clip.sound is None else heard(clip.sound, clip.rate)
+                write(path, pixels(clip.frames), form, metadata_for(task, form), sound)
                 share = {**self._share(), WRITER: round(time.monotonic() - started, 4)}
             except OSError as fault:  # the disk's, and not the job's: the run cannot go on
                 yield Stopped(self.left(), fault)

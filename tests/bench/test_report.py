@@ -52,7 +52,8 @@ def test_the_last_answer_to_a_question_counts():
 
 
 def test_a_table_for_a_readme():
-    made = report.table([steps("svd"), steps("mochi"), growth()], "small", {"mochi": "Mochi", "svd": "SVD", "no": "No"})
+    names = {"mochi": "Mochi", "svd": "SVD", "no": "No"}
+    made = report.table([steps("svd"), steps("mochi"), growth()], "small", names)
     assert made.splitlines() == [
         "|  | Mochi | SVD |",
         "| --- | --- | --- |",
@@ -60,6 +61,9 @@ def test_a_table_for_a_readme():
         "| as the blocks predict | 1.32 | 1.32 |",
         "| CFG alone | 0.88 | 0.88 |",
     ]
+    with_code = steps("mochi")
+    with_code["over"]["reference"] = 1.345
+    assert "| the paper's own code | 1.34 |  |" in report.table([with_code, steps("svd")], "small", names)
 
 
 def test_a_folder_without_results(tmp_path, capsys):

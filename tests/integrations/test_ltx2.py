@@ -49,7 +49,7 @@ VOCODER = {
 }
 
 
-def build(cls="LTX2Pipeline", version="2.3", **changes):
+def build(cls="LTX2Pipeline", version="2.3", text_encoder=None, tokenizer=None, **changes):
     torch.manual_seed(0)
     model = diffusers.LTX2VideoTransformer3DModel(**{**TRANSFORMER, **VERSIONS[version], **changes})
     spread(model)
@@ -60,8 +60,8 @@ def build(cls="LTX2Pipeline", version="2.3", **changes):
         "audio_vae": diffusers.AutoencoderKLLTX2Audio(**AUDIO_VAE).eval(),
         "vocoder": LTX2Vocoder(**VOCODER).eval(),
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(),
-        "text_encoder": None,
-        "tokenizer": None,
+        "text_encoder": text_encoder,
+        "tokenizer": tokenizer,
     }
     pipe = getattr(diffusers, cls)(**parts)
     pipe.set_progress_bar_config(disable=True)

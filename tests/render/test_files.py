@@ -3,13 +3,14 @@
 import errno
 import json
 import os
+import wave
 
 import numpy as np
 import pytest
 
 from stgfast.errors import SettingsError
 from stgfast.render import files
-from stgfast.render.files import Form, discard, metadata_of, publish, read_frames, write
+from stgfast.render.files import Form, discard, heard, metadata_of, publish, read_frames, write
 
 SAID = {"job": {"prompt": "<script>alert(1)</script> über \u2603", "seed": 3}, "model": "m"}
 
@@ -31,6 +32,39 @@ def test_round_trip(tmp_path, kind, budget):
     assert back.shape == clip().shape
     assert np.abs(back.astype(int) - clip()).mean() <= budget / 2
     assert np.abs(back.astype(int) - clip()).max() <= budget
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_sound(tmp_path, channels):
+    """A tone for each channel, and what is too loud is cut."""
+    import av
+
+    rate, seconds = 24000, 0.6
+    time = np.arange(int(rate * seconds)) / rate
+    tones = np.stack([0.5 * np.sin(2 * np.pi * hertz * time) for hertz in (440, 880)[:channels]])
+    sound = heard(np.where(time < 0.5, tones, 7.0), rate)
+    assert (sound.samples.max(), sound.samples.dtype) == (1.0, np.float32)
+    for kind in ("mp4", "gif", "png", "npz"):
+        form = Form(kind=kind, fps=10)
+        write(tmp_path / form.file("clip"), clip(), form, SAID, sound)
+        assert metadata_of(tmp_path / form.file("clip")) == SAID
+        assert read_frames(tmp_path / form.file("clip")).shape == clip().shape
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        stream = container.streams.audio[0]
+        assert (stream.codec_context.name, stream.rate, stream.channels) == ("aac", rate, channels)
+        played = np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], axis=1)
+    with wave.open(str(tmp_path / "clip" / "sound.wav")) as file:
+        assert (file.getnchannels(), file.getframerate(), file.getnframes()) == (channels, rate, len(time))
+        written = np.frombuffer(file.readframes(len(time)), "<i2").reshape(-1, channels).T / 32767
+    assert np.abs(written - sound.samples).max() < 1e-4
+    arrays = np.load(tmp_path / "clip.npz")
+    assert (arrays["sound"] == sound.samples).all()
+    assert arrays["rate"] == rate
+    for channel, hertz in zip(played, (440, 880), strict=False):
+        heights = np.abs(np.fft.rfft(channel[2000:10000]))
+        assert abs(np.fft.rfftfreq(8000, 1 / rate)[heights.argmax()] - hertz) < 4
+    with pytest.raises(ValueError, match="the clip's sound: got numbers that are not finite"):
+        heard(np.full((1, 4), np.nan), rate)
 
 
 def test_mp4_is_what_players_want(tmp_path):

@@ -118,9 +118,6 @@ def test_models_that_are_none(tmp_path, monkeypatch):
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
     with pytest.raises(UnsupportedPipelineError, match="one that makes video"):
         described(tmp_path)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "LTX2Pipeline"}')
-    with pytest.raises(UnsupportedPipelineError, match="makes no sound"):
-        described(tmp_path)
 
 
 def test_models_with_a_name(monkeypatch):

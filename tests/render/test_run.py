@@ -29,6 +29,7 @@ from stgfast.render.gallery import NAME
 from stgfast.render.jobs import Job
 from stgfast.render.run import BadJobs, render
 from stgfast.render.store import FOLDER, Store, StoreError
+from tests import models
 from tests.render import pipes
 
 TEXT = {"pipeline": {"max_sequence_length": 16}}
@@ -375,6 +376,33 @@ def test_clips_that_begin_with_images_in_one_batch(tmp_path, latents):
     for name, alone in latents.items():
         assert float((together[name] - alone).norm() / alone.norm()) < 1e-5
     assert float((together["k0"] - together["k1"]).norm()) > 0.1
+
+
+def test_clips_with_sound(tmp_path, latents):
+    """LTX-2 makes both; each clip has its own, and the pipeline's own passes are answered together."""
+    from tests.integrations import test_ltx2
+
+    pipe = stgfast.accelerate(test_ltx2.build(tokenizer=pipes.tokenizer(), text_encoder=pipes.text_encoder(16, "t5")))
+    models.spread(pipe.audio_vae, gain=3.0)
+    models.spread(pipe.vocoder)  # or it says nothing, whatever it is given
+    own = {"spatio_temporal_guidance_blocks": [3], **TEXT["pipeline"]}
+    jobs = [
+        {**pipes.CALL, "num_frames": 9, "prompt": PROMPTS[n], "seed": n, "name": f"k{n}", "pipeline": own}
+        for n in range(2)
+    ]
+    events = []
+    assert go(pipe, jobs, tmp_path / "out", events, format="npz").done == 2
+    assert len(told(events, "claimed")) == 1
+    assert go(pipe, jobs, tmp_path / "alone", format="npz", max_batch=1).done == 2
+    sounds = []
+    for name in ("k0.npz", "k1.npz"):
+        together, alone = np.load(tmp_path / "out" / name), np.load(tmp_path / "alone" / name)
+        assert np.abs(together["frames"].astype(int) - alone["frames"]).max() <= 1
+        assert np.abs(together["sound"] - alone["sound"]).max() < 1e-5
+        assert together["rate"] == 16000
+        sounds.append(alone["sound"])
+    assert sounds[0].shape[0] == 2
+    assert np.abs(sounds[0] - sounds[1]).max() > 1e-3
 
 
 def test_who_is_rendered_together_with_images(tmp_path):
