@@ -172,8 +172,8 @@ def narrowed(*widths: str, **changes: Any) -> dict[str, dict[str, Any]]:
     return {size: {**HEADS[size], **dict.fromkeys(widths, WIDTH[size]), **changes} for size in WIDTH}
 
 
-def halved(narrow: Mapping[str, Mapping[str, Any]], **depth: int) -> dict[str, Mapping[str, Any]]:
-    """With so many blocks in the tiny one, which are half of all."""
+def shallow(narrow: Mapping[str, Mapping[str, Any]], **depth: int) -> dict[str, Mapping[str, Any]]:
+    """With so many blocks in the tiny one, which are half of all or a quarter."""
     return {**narrow, TINY: {**narrow[TINY], **depth}}
 
 
@@ -227,13 +227,13 @@ MODELS = {
         text=functools.partial(usual_text, width="text_embed_dim", tokens=256),
         frames=6,
         clips={TINY: (128, 128, 7), SMALL: (192, 192, 13), FULL: (480, 848, 31), LARGEST: (480, 848, 163)},
-        narrow=halved(narrowed(pooled_projection_dim=128, text_embed_dim=344), num_layers=24),
+        narrow=shallow(narrowed(pooled_projection_dim=128, text_embed_dim=344), num_layers=24),
         reference=("Mochi/pipeline_stg_mochi.py", "MochiSTGPipeline"),
     ),
-    "ltx-2b": Model(layers={TINY: 9, FULL: 19}, narrow=halved(NARROW_LTX, num_layers=14), **LTX),
+    "ltx-2b": Model(layers={TINY: 4, FULL: 19}, narrow=shallow(NARROW_LTX, num_layers=7), **LTX),
     "ltx-13b": Model(
-        layers={TINY: 17, FULL: 34},
-        narrow=halved(NARROW_LTX, num_layers=24),
+        layers={TINY: 8, FULL: 34},
+        narrow=shallow(NARROW_LTX, num_layers=12),
         config={"num_layers": 48, "attention_head_dim": 128, "cross_attention_dim": 4096},
         **{**LTX, "source": "the transformer's config.json of LTX-Video 0.9.7"},
     ),
@@ -253,10 +253,10 @@ MODELS = {
         prepare=connected_text,
         frames=8,
     ),
-    "cogvideox-2b": Model(layers={TINY: 10, FULL: 21}, narrow=halved(NARROW_COGVIDEOX, num_layers=15), **COGVIDEOX),
+    "cogvideox-2b": Model(layers={TINY: 10, FULL: 21}, narrow=shallow(NARROW_COGVIDEOX, num_layers=15), **COGVIDEOX),
     "cogvideox-5b": Model(
         layers={TINY: 15, FULL: 30},
-        narrow=halved(NARROW_COGVIDEOX, num_layers=21),
+        narrow=shallow(NARROW_COGVIDEOX, num_layers=21),
         config={"num_layers": 42, "num_attention_heads": 48, "use_rotary_positional_embeddings": True},
         **COGVIDEOX,
     ),
@@ -266,7 +266,7 @@ MODELS = {
         layers={TINY: 21, FULL: 42},
         text=hunyuan_text,
         clips={TINY: (96, 96, 9), SMALL: (128, 128, 9), FULL: (720, 1280, 61), LARGEST: (720, 1280, 129)},
-        narrow=halved(
+        narrow=shallow(
             narrowed("text_embed_dim", rope_axes_dim=(16, 24, 24), pooled_projection_dim=64),
             num_layers=10,
             num_single_layers=20,
@@ -276,14 +276,14 @@ MODELS = {
     "wan-1.3b": Model(
         layers={TINY: 10, FULL: 21},
         clips={TINY: (128, 128, 9), SMALL: (128, 128, 9), FULL: (480, 832, 81)},
-        narrow=halved(NARROW_WAN, num_layers=15),
+        narrow=shallow(NARROW_WAN, num_layers=15),
         config={"num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960},
         **WAN,
     ),
     "wan-14b": Model(
         layers={TINY: 14, FULL: 28},
         clips={TINY: (128, 128, 9), SMALL: (128, 128, 9), FULL: (480, 832, 81), LARGEST: (720, 1280, 81)},
-        narrow=halved(NARROW_WAN, num_layers=20),
+        narrow=shallow(NARROW_WAN, num_layers=20),
         **WAN,
     ),
     "svd": Model(
