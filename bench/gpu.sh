@@ -28,21 +28,23 @@ kernels() {
 
 # Narrow models: where the GPU is not full, and our own Python counts most.
 small() {
-    bench --size small --rounds 9 --variants stock paper passes guiders stgfast reuse --save "$OUT/steps.jsonl"
+    bench --size small --rounds 9 --variants stock paper passes guiders stgfast split reuse --save "$OUT/steps.jsonl"
     bench --overhead --size small --save "$OUT/overhead.jsonl"
 }
 
 growth() { bench --growth --size small --save "$OUT/growth.jsonl"; }
 
 # Released sizes, random weights.
-mochi() { full --models mochi; }
+mochi() { full --models mochi --variants stock paper stgfast split compiled fastest; }
 light() { full --models ltx-2b wan-1.3b cogvideox-2b svd; }
 heavy() { full --models wan-14b ltx-13b; }
 others() { full --models cogvideox-5b ltx-2 hunyuan-video; }
-full() { bench --size full --rounds 3 --variants stock paper stgfast compiled fastest --save "$OUT/steps.jsonl" "$@"; }
+full() {
+    bench --size full --steps 2 --rounds 3 --variants stock paper stgfast compiled fastest --save "$OUT/steps.jsonl" "$@"
+}
 
 # How near to the limit, and whole clips.
-largest() { bench --size largest --models mochi --rounds 2 --variants stgfast fastest --save "$OUT/steps.jsonl"; }
+largest() { bench --size largest --models mochi --steps 2 --rounds 2 --variants stgfast fastest --save "$OUT/steps.jsonl"; }
 whole() { bench --size full --whole --models ltx-2b mochi --rounds 1 --variants stgfast --save "$OUT/steps.jsonl"; }
 
 page() { python3 -m stgfast.cli bench --report "$OUT" --out "$OUT/report.html"; }

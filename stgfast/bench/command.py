@@ -26,7 +26,9 @@ GROWN = "wan-1.3b"  # whose pipeline takes clips of any length
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--check", action="store_true", help="do all variants agree, and are times as predicted? (tiny)")
+    what.add_argument(
+        "--check", action="store_true", help="do all variants agree, and are times as predicted, within 5%%?"
+    )
     what.add_argument("--growth", action="store_true", help="how the cost grows: with tokens, prompts, branches, layer")
     what.add_argument("--overhead", action="store_true", help="what our own Python takes")
     what.add_argument("--report", type=Path, metavar="DIR", help="make a page of the results in a folder")

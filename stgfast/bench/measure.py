@@ -26,9 +26,10 @@ T = TypeVar("T")
 
 PACKAGES = ("torch", "diffusers", "triton")
 MATRIX = {"cpu": 1024, "cuda": 8192}  # the side of the matrices by which the matrix rate is measured
-# To trim, to take ahead, and to map by itself.
-MALLOC = {-1: (1 << 31) - 1, -2: 1 << 28, -3: 1 << 30}
 COPIED = {"cpu": 1 << 27, "cuda": 1 << 30}  # bytes by which the copy rate is
+# Options of the C library's allocator: how much to have free before any is given back, how much to take at once, and
+# from what size on to take memory from the system for one tensor alone.
+MALLOC = {-1: (1 << 31) - 1, -2: 1 << 28, -3: 1 << 30}
 
 
 class Disagreement(RuntimeError):

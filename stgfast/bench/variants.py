@@ -41,6 +41,7 @@ from stgfast.integrations import ADAPTERS
 
 VARIANTS = ("stock", "paper", "passes", "guiders", "reference", "stgfast", "split", "compiled", "fastest", "reuse")
 FEWEST = 2  # steps
+STACKED = ("stacked", "announced")  # protocols that have cond and uncond in one call
 OTHER_RESULT = ("stock", "reuse")
 # Those of diffusers that download nothing; which of them are there, trying says.
 ATTENTION = {
@@ -134,7 +135,7 @@ class Bench:
         return self._accelerated(self.guidance, compile)
 
     def split(self) -> Tensor:
-        return self._accelerated(self.guidance, max_rows=2 if self.adapter.protocol == "stacked" else 1)
+        return self._accelerated(self.guidance, max_rows=2 if self.adapter.protocol in STACKED else 1)
 
     def reference(self) -> Tensor:
         (part,), (path,) = self._guidance.perturbations, self.adapter.blocks
@@ -275,7 +276,7 @@ class Bench:
             counts = by_module(self.stock)
         # Channels are dimension 1 of images, and the last one of tokens.
         channels = seen[0].shape[1] if seen[0].ndim == 4 else seen[0].shape[-1]
-        rows = self.prompts * (2 if self.adapter.protocol in ("stacked", "announced") else 1)
+        rows = self.prompts * (2 if self.adapter.protocol in STACKED else 1)
         costs = [counts[f"{type(self.denoiser).__name__}.{names[unit.module]}"] for unit in self.layout.units]
         return costs, seen[0].numel() // (channels * rows)
 

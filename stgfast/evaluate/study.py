@@ -97,6 +97,8 @@ def reported() -> Study:
             (usual, replace(toy.GUIDANCE, rescale=0.7)),
             (usual, replace(toy.GUIDANCE, reuse=2)),
             (usual, perturbed(RESIDUAL, 8, 1.0)),
+            (usual, perturbed(ATTENTION, 6, 1.0)),
+            (1.0, toy.GUIDANCE),
         ],
     )
 
