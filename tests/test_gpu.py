@@ -49,7 +49,7 @@ def test_neither_steps_nor_schedules_compile_anew(name, device):
     """Once all blocks have run with the rows of a weak branch, and without."""
     torch.compiler.reset()
     bench = Bench(shallow(name), "tiny", device, 2, backend=BACKEND[device])
-    layers = [bench.model.layer]
+    layers = [bench.model.layer("tiny")]
     bench.guidance = Guidance(Perturbation(layers, scale=[1.0, 0.0]))
     bench.compiled()
     bench.steps = STEPS

@@ -33,7 +33,7 @@ TOKENS |= {"svd": 8 * 8 * 2}
 
 def shallow(name):
     clip = (32, 32, 7 if name == "mochi" else 9)
-    return dataclasses.replace(MODELS[name], narrow={"tiny": SHALLOW[name]}, layers={"tiny": 2}, clips={"tiny": clip})
+    return dataclasses.replace(MODELS[name], narrow={"tiny": SHALLOW[name]}, layers={"full": 2}, clips={"tiny": clip})
 
 
 @pytest.fixture(params=SHALLOW)
