@@ -67,6 +67,8 @@ def main() -> int:
 
 
 FEW = (
+    "no CFG",
+    f"no CFG, {toy.GUIDANCE}",
     "CFG 2",
     f"CFG 2, {toy.GUIDANCE}",
     "CFG 4",

@@ -43,7 +43,7 @@ class Settings:
     vae_batch: int = 6
     clips: int = 24576
     shard: int = 512  # clips in a file of latents
-    steps: int = 6000
+    steps: int = 10000
     batch: int = 32
     decoder_steps: int = 2500
     save_every: int = 100
