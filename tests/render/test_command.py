@@ -74,7 +74,7 @@ def test_bad_lines(tmp_path):
 
 
 def test_failed_jobs(tmp_path, monkeypatch):
-    def fails(path, frames, form, metadata):
+    def fails(*_):
         raise RuntimeError("no picture")
 
     monkeypatch.setattr(worker, "write", fails)
