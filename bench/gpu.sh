@@ -36,9 +36,11 @@ growth() { bench --growth --size small --save "$OUT/growth.jsonl"; }
 
 # Released sizes, random weights.
 mochi() { full --models mochi --variants stock paper stgfast split compiled fastest; }
-light() { full --models ltx-2b wan-1.3b cogvideox-2b svd; }
-heavy() { full --models wan-14b ltx-13b; }
-others() { full --models cogvideox-5b ltx-2 hunyuan-video; }
+light() { full --models ltx-2b wan-1.3b; }
+ltx() { full --models ltx-13b; }
+wan() { full --models wan-14b --rounds 2; }
+hunyuan() { full --models hunyuan-video --rounds 1; }
+others() { full --models cogvideox-2b svd cogvideox-5b ltx-2 --rounds 2; }
 full() {
     bench --size full --steps 2 --rounds 3 --variants stock paper stgfast compiled fastest --save "$OUT/steps.jsonl" "$@"
 }
@@ -53,7 +55,7 @@ if [ "${1:-}" = --one ]; then
     "$2"
     exit
 fi
-for part in "${@:-tests kernels small growth mochi light heavy others largest whole page}"; do
+for part in "${@:-tests kernels mochi largest light ltx wan small growth others hunyuan whole page}"; do
     for one in $part; do
         timeout 600 bash bench/gpu.sh --one "$one"
     done

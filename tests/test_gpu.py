@@ -1,16 +1,22 @@
 """What only a GPU can show, or a CPU only half: no step waits for the device, and no step compiles anew."""
 
+import contextlib
 import dataclasses
 import functools
 
 import pytest
 import torch
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stgfast import Guidance, Perturbation
+from stgfast.announced import AnnouncedRun
 from stgfast.bench.models import MODELS
 from stgfast.bench.steps import measured
 from stgfast.bench.variants import Bench
 from stgfast.engine import GuidedRun
+from stgfast.integrations import ADAPTERS
+from stgfast.kernels import backends
 from tests.bench.test_steps import shallow
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"))
@@ -41,6 +47,51 @@ def test_no_host_sync_in_a_step(name, device, monkeypatch):
     bench.stgfast()
     calls = 2 if name == "wan-14b" else 1
     assert device == "cuda" or modes == ["error", "default"] * calls * (STEPS - 1)
+
+
+class OneDevice(TorchDispatchMode):
+    """Within it no operation has anything to do with the host: its tensors are all on a device without numbers."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        output = operation(*args, **(kwargs or {}))
+        tensors = [each for each in pytree.tree_leaves((args, kwargs, output)) if isinstance(each, torch.Tensor)]
+        assert {tensor.device.type for tensor in tensors} <= {"meta"}, operation
+        return output
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_steps_of_the_released_sizes_stay_on_the_device(name, monkeypatch):
+    """The pipeline and its scheduler compute on the host, the denoiser where a look at a number is an error."""
+
+    def moved(device, values):
+        return pytree.tree_map(lambda value: value.to(device) if isinstance(value, torch.Tensor) else value, values)
+
+    def apart(denoise):
+        def elsewhere(self, part, plain, arguments):
+            arguments = arguments.changed(lambda _, value: moved("meta", value))
+            scales.append(moved("meta", adapter.live(self.pipe, self.call, part)))
+            with OneDevice():
+                output = denoise(self, part, plain, arguments)
+            steps.append(self.step)
+            return pytree.tree_map(lambda part: torch.zeros_like(part, device="cpu"), output)
+
+        return elsewhere
+
+    steps, scales, autocast, adapter = [], [], torch.autocast, ADAPTERS[MODELS[name].pipeline]
+    bench = Bench(MODELS[name], "full", "meta", 2)
+    for run in (GuidedRun, AnnouncedRun):
+        monkeypatch.setattr(run, "_denoise", apart(run._denoise))
+    for owner, prop in ((bench.denoiser, "device"), (bench.pipe, "_execution_device")):
+        monkeypatch.setattr(type(owner), prop, torch.device("cpu"))
+    changed = {"attend_on": ("meta",), "live": lambda *_: scales[-1]}
+    monkeypatch.setitem(ADAPTERS, adapter.pipeline, dataclasses.replace(adapter, **changed))
+    monkeypatch.setattr(backends, "choose", lambda call: "triton")
+    monkeypatch.setattr(backends, "triton_runs", lambda device: True)
+    monkeypatch.setattr(
+        torch, "autocast", lambda kind, *a: contextlib.nullcontext() if kind == "meta" else autocast(kind, *a)
+    )
+    bench.stgfast()
+    assert steps[-1] == 2
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from stgfast.bench.measure import agreeing, arithmetic, fitted, result, rounds_of, significant
+from stgfast.bench.measure import agreeing, fitted, result, rounds_of, significant
 from stgfast.bench.models import DTYPES, MODELS
 from stgfast.bench.steps import ALLOWED
 from stgfast.bench.variants import Bench
@@ -90,8 +90,7 @@ def _timed(benches: Mapping[int, Bench], axis: str, size: str, rounds: int) -> I
                 "seconds": significant(statistics.median(times)),
                 "spread": [significant(min(times)), significant(max(times))],
                 "block_rows": sum(bench.block_rows("stgfast")) * bench.prompts,
-                "arithmetic": arithmetic(partial(bench.make, "stgfast")).total
-                // bench.arguments()["num_inference_steps"],
+                "arithmetic": bench.arithmetic("stgfast").total,
                 "clip": bench.frames,
                 "distance": far[value],
             },

@@ -85,6 +85,7 @@ class Model:
         try:
             with torch.device(device):
                 denoiser = getattr(diffusers, self.denoiser)(**self.settings(size)).eval()
+            denoiser.to(device)  # some make a tensor in a way that does not heed where it should be
         finally:
             torch.set_default_dtype(before)
         cls = getattr(diffusers, self.pipeline)

@@ -14,7 +14,6 @@ from torch import Tensor
 from stgfast.bench.measure import (
     Rates,
     agreeing,
-    arithmetic,
     medians,
     peak_memory,
     rates,
@@ -66,8 +65,8 @@ def measured(
     taken = {each: [getattr(seconds, part) for seconds in rounds_taken] for each, rounds_taken in times.items()}
     seconds = medians(taken)
     rows = {each: bench.block_rows(each) for each in variants}
-    counts = {each: arithmetic(calls[each]) for each in timed if each in COUNTED}
-    can, unique = rates(device, DTYPES[size]), counts["stgfast"].total * of // count
+    counts = {each: bench.arithmetic(each) for each in timed if each in COUNTED}
+    can, unique = rates(device, DTYPES[size]), counts["stgfast"].total * of
     costs, tokens = bench.costs()
     total = sum(rows["stgfast"])
     return result(
@@ -93,7 +92,7 @@ def measured(
         block_rows={each: significant(sum(counted) * of) for each, counted in rows.items()},
         rows_over={each: significant(sum(counted) / total) for each, counted in rows.items()},
         predicted=predictions(rows, costs),
-        arithmetic={each: counted.total * of // count for each, counted in counts.items()},
+        arithmetic={each: counted.total * of for each, counted in counts.items()},
         attention=significant(counts["stgfast"].attention / counts["stgfast"].total),
         matrix_rate=significant(can.matrix),
         copy_rate=significant(can.copy),

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from stgfast.batching.layout import Unit
 from stgfast.batching.plan import Plan
-from stgfast.bench.measure import Stopwatch, by_module, in_turns, medians
+from stgfast.bench.measure import Arithmetic, Stopwatch, arithmetic, by_module, in_turns, medians
 from stgfast.bench.models import Clip, Model
 from stgfast.errors import wrong
 from stgfast.explain import Explanation, explain
@@ -40,13 +40,14 @@ from stgfast.install import accelerate, restore
 from stgfast.integrations import ADAPTERS
 
 VARIANTS = ("stock", "paper", "passes", "guiders", "reference", "stgfast", "split", "compiled", "fastest", "reuse")
-FEWEST = 2  # steps
+FEWEST = 2  # steps, of which the first is not timed
 STACKED = ("stacked", "announced")  # protocols that have cond and uncond in one call
 OTHER_RESULT = ("stock", "reuse")
-# Those of diffusers that download nothing; which of them are there, trying says.
+NATIVE = "native"  # attention of diffusers, its default
+# Those that download nothing; which of them are there, trying says.
 ATTENTION = {
-    "cpu": ("native", "_native_math"),
-    "cuda": ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3", "xformers"),
+    "cpu": (NATIVE, "_native_math"),
+    "cuda": (NATIVE, "_native_cudnn", "_native_flash", "flash", "_flash_3", "xformers"),
 }
 SAME_ATTENTION = 5e-2  # relatively, of results in bfloat16
 OFF = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "audio_modality_scale": 1.0}
@@ -175,25 +176,32 @@ class Bench:
 
     @functools.cached_property
     def attention(self) -> str:
-        """The fastest attention that runs here and gives the same result."""
-        right, calls = self.stgfast().double(), dict[str, Callable[[], Any]]()
+        """The fastest attention that runs here and gives the same result, in the first block of the stock pipeline."""
+        with self._first_block() as given:
+            self.at(steps=FEWEST).stock()
+        block = given[0]
+
+        def attended(name: str) -> Tensor:
+            with self._attending(name), torch.no_grad():
+                made = self.layout.units[0].module(*block.args, **block.kwargs)
+            return made if isinstance(made, Tensor) else made[0]
+
+        right, calls = attended(NATIVE).double(), dict[str, Callable[[], Any]]()
         for name in ATTENTION[self.device]:
             try:
-                with self._attending(name):
-                    made = self.stgfast().double()
+                made = attended(name).double()
             except Exception:  # whatever it is that a backend that is not there says
                 continue
             if float((made - right).norm() / right.norm()) <= SAME_ATTENTION:
-                calls[name] = functools.partial(self._with_attention, name)
-        times = medians(in_turns(calls, 3, self.device))
+                calls[name] = functools.partial(attended, name)
+        times = medians(in_turns(calls, 5, self.device))
         return min(times, key=lambda name: times[name])
-
-    def _with_attention(self, name: str) -> Tensor:
-        with self._attending(name):
-            return self.stgfast()
 
     @contextmanager
     def _attending(self, name: str) -> Iterator[None]:
+        if name == NATIVE:  # as it is: what was compiled before would be compiled anew for the word
+            yield
+            return
         try:
             self.denoiser.set_attention_backend(name)
             yield
@@ -266,25 +274,45 @@ class Bench:
     def costs(self) -> tuple[list[int], int]:
         """The arithmetic of every block on the same rows, and how many tokens of a sample the first one sees."""
         names = {module: name for name, module in self.denoiser.named_modules()}
-        first, seen = self.layout.units[0].module, list[Tensor]()
+        with self._first_block() as given:
+            counts = by_module(self.at(steps=FEWEST).stock)
+        state = given[0].arguments[self.layout.state[0]]
+        # Channels are dimension 1 of images, and the last one of tokens.
+        channels = state.shape[1] if state.ndim == 4 else state.shape[-1]
+        rows = self.prompts * (2 if self.adapter.protocol in STACKED else 1)
+        costs = [counts[f"{type(self.denoiser).__name__}.{names[unit.module]}"] for unit in self.layout.units]
+        return costs, state.numel() // (channels * rows)
+
+    def arithmetic(self, variant: str) -> Arithmetic:
+        """Of one step."""
+        counted = arithmetic(functools.partial(self.at(steps=FEWEST).make, variant))
+        return Arithmetic(*(count // FEWEST for count in counted))
+
+    def at(
+        self,
+        *,
+        prompts: int | None = None,
+        clip: Clip | None = None,
+        guidance: Guidance | None = None,
+        steps: int | None = None,
+    ) -> Bench:
+        """The same model, at another point."""
+        other = copy.copy(self)
+        other.prompts, other.frames = prompts or self.prompts, clip or self.frames
+        other.guidance, other.steps = guidance or self.guidance, steps or self.steps
+        return other
+
+    @contextmanager
+    def _first_block(self) -> Iterator[list[inspect.BoundArguments]]:
+        """What the first block is given within, call after call."""
+        first, given = self.layout.units[0].module, list[inspect.BoundArguments]()
         signature = inspect.signature(first.forward)
 
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.append(signature.bind(*args, **kwargs).arguments[self.layout.state[0]])
+            given.append(signature.bind(*args, **kwargs))
 
         with first.register_forward_pre_hook(see, with_kwargs=True):
-            counts = by_module(self.stock)
-        # Channels are dimension 1 of images, and the last one of tokens.
-        channels = seen[0].shape[1] if seen[0].ndim == 4 else seen[0].shape[-1]
-        rows = self.prompts * (2 if self.adapter.protocol in STACKED else 1)
-        costs = [counts[f"{type(self.denoiser).__name__}.{names[unit.module]}"] for unit in self.layout.units]
-        return costs, seen[0].numel() // (channels * rows)
-
-    def at(self, *, prompts: int = 1, clip: Clip | None = None, guidance: Guidance | None = None) -> Bench:
-        """The same model, at another point."""
-        other = copy.copy(self)
-        other.prompts, other.frames, other.guidance = prompts, clip or self.frames, guidance or self.guidance
-        return other
+            yield given
 
     @property
     def _guidance(self) -> Guidance:

@@ -17,8 +17,11 @@ def requested(call: CallArguments) -> float | None:
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
-    """A scale for every frame, as a tensor that goes with a prediction; there is none before the first step."""
-    return pipe.guidance_scale if pipe.do_classifier_free_guidance else None
+    """A scale for every frame, as a tensor that goes with a prediction.
+
+    Whether there is CFG is not asked of the pipeline, which would look at the tensor, and wait for the device.
+    """
+    return pipe.guidance_scale if requested(call) is not None else None
 
 
 def steps_asked(call: CallArguments) -> int:
