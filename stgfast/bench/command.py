@@ -20,7 +20,8 @@ CHECKED = {"cuda": VARIANTS, "cpu": tuple(name for name in VARIANTS if name != "
 USUAL = ("stock", "paper", "stgfast", "reuse")
 # Models whose blocks keep the shape of what they are given; those of a UNet do not.
 DEEP = [name for name, model in MODELS.items() if model.part == "transformer"]
-TRIES = 2  # of what is checked: where memory happens to lie can make some percents of a CPU's time
+TRIES = 2  # of what is checked: what a CPU has beside it can make some percents of a time
+TURNS = {"steps": 2, "rounds": 12}  # of what is checked: short ones, so that a slower second falls on all
 GROWN = "wan-1.3b"  # whose pipeline takes clips of any length
 
 
@@ -45,9 +46,9 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
         help="a checkout of the paper's repository: its own pipelines for Mochi and LTX-Video, whose code is run",
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, default=3, help="of a clip; all but the first are timed")
+    length.add_argument("--steps", type=int, help="of a clip, 3 where left out; all but the first are timed")
     length.add_argument("--whole", action="store_true", help="as many as the pipeline makes by itself")
-    parser.add_argument("--rounds", type=int, help="in which all variants take turns; 5 where left out")
+    parser.add_argument("--rounds", type=int, help="in which all variants take turns, 5 where left out")
     parser.add_argument("--save", type=Path, metavar="FILE", help="add the results to it, as lines of JSON")
 
 
@@ -101,8 +102,9 @@ def _rows(arguments: argparse.Namespace) -> Any:
     from stgfast.bench.overhead import overhead
     from stgfast.bench.steps import WITHIN, measured, off_prediction
 
-    given: dict[str, Any] = {"device": arguments.device, "steps": None if arguments.whole else arguments.steps}
-    rounds = arguments.rounds or (7 if arguments.overhead else 5)
+    usual = TURNS if arguments.check else {"steps": 3, "rounds": 7 if arguments.overhead else 5}
+    steps, rounds = (getattr(arguments, name) or number for name, number in usual.items())
+    given: dict[str, Any] = {"device": arguments.device, "steps": None if arguments.whole else steps}
     models = arguments.models or (DEEP if arguments.overhead else [GROWN] if arguments.growth else MODELS)
     for name in models:
         if arguments.overhead:

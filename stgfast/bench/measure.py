@@ -54,11 +54,14 @@ def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int, device: str) -
 
 
 def rounds_of(measures: Mapping[K, Callable[[], T]], rounds: int) -> dict[K, list[T]]:
-    """What is measured, in rounds in which all take turns: whatever changes meanwhile changes for all."""
+    """What is measured, in rounds in which all take turns, there and back: whatever changes meanwhile, in a second or
+    slowly, changes for all."""
     taken: dict[K, list[T]] = {name: [] for name in measures}
+    order = list(measures.items())
     for _ in range(rounds):
-        for name, measure in measures.items():
+        for name, measure in order:
             taken[name].append(measure())
+        order.reverse()
     return taken
 
 

@@ -35,7 +35,7 @@ class Model:
     text      what encoders make of a prompt, by the denoiser's configuration and whether the model is a narrow one:
               shapes by name, without the prompts
     clips     the clip, by size; the largest is the full one where it is left out
-    narrow    what is less in the narrow one, by size; a small one is as deep, a tiny one half or a quarter
+    narrow    what is less in the narrow one, by size; a small one is as deep, a tiny one is not
     config    of the released model, where that is not the class's own
     source    where the released configuration is from
     guidance  in place of a skipped layer; None where the pipeline asks for its weak branches itself
@@ -174,7 +174,7 @@ def narrowed(*widths: str, **changes: Any) -> dict[str, dict[str, Any]]:
 
 
 def shallow(narrow: Mapping[str, Mapping[str, Any]], **depth: int) -> dict[str, Mapping[str, Any]]:
-    """With so many blocks in the tiny one, which are half of all or a quarter."""
+    """With fewer blocks in the tiny one."""
     return {**narrow, TINY: {**narrow[TINY], **depth}}
 
 
@@ -194,7 +194,8 @@ LTX: dict[str, Any] = {
     "modular": "diffusers.modular_pipelines.ltx.modular_blocks_ltx.LTXBlocks",
     "reference": ("LTXVideo/pipeline_stg_ltx.py", "LTXSTGPipeline"),
 }
-# Narrower than this its blocks are not what takes the time.
+# Narrower than this, what a call costs whatever its rows are is no longer little.
+NARROW_MOCHI = dict.fromkeys(WIDTH, narrowed(pooled_projection_dim=128, text_embed_dim=344)[SMALL])
 NARROW_LTX = dict.fromkeys(WIDTH, narrowed("cross_attention_dim", "caption_channels")[SMALL])
 NARROW_LTX2 = {
     **{"num_attention_heads": 4, "attention_head_dim": 64, "audio_num_attention_heads": 4},
@@ -224,11 +225,11 @@ MODELS = {
     "mochi": Model(
         pipeline="MochiPipeline",
         denoiser="MochiTransformer3DModel",
-        layers={TINY: 17, FULL: 34},
+        layers={TINY: 5, FULL: 34},
         text=functools.partial(usual_text, width="text_embed_dim", tokens=256),
         frames=6,
-        clips={TINY: (128, 128, 7), SMALL: (192, 192, 13), FULL: (480, 848, 31), LARGEST: (480, 848, 163)},
-        narrow=shallow(narrowed(pooled_projection_dim=128, text_embed_dim=344), num_layers=24),
+        clips={TINY: (192, 192, 7), SMALL: (192, 192, 13), FULL: (480, 848, 31), LARGEST: (480, 848, 163)},
+        narrow=shallow(NARROW_MOCHI, num_layers=8),
         reference=("Mochi/pipeline_stg_mochi.py", "MochiSTGPipeline"),
     ),
     "ltx-2b": Model(layers={TINY: 4, FULL: 19}, narrow=shallow(NARROW_LTX, num_layers=7), **LTX),
@@ -241,12 +242,12 @@ MODELS = {
     "ltx-2": Model(
         pipeline="LTX2Pipeline",
         denoiser="LTX2VideoTransformer3DModel",
-        layers={TINY: 7, FULL: 28},
+        layers={TINY: 3, FULL: 28},
         text=functools.partial(usual_text, width="caption_channels", tokens=1024, fewer=128),
-        clips={TINY: (256, 256, 25), SMALL: (256, 256, 25), FULL: (512, 768, 121)},
+        clips={TINY: (384, 384, 25), SMALL: (256, 256, 25), FULL: (512, 768, 121)},
         # The pipeline's weak pass needs it to be weak.
         config={"perturbed_attn": True},
-        narrow={TINY: {**NARROW_LTX2, "num_layers": 12}, SMALL: NARROW_LTX2},
+        narrow={TINY: {**NARROW_LTX2, "num_layers": 4}, SMALL: NARROW_LTX2},
         source=CONVERTED + ", version 2.0",
         guidance=lambda layer: None,
         given=lambda layer: {"spatio_temporal_guidance_blocks": [layer]},
@@ -290,12 +291,15 @@ MODELS = {
     "svd": Model(
         pipeline="StableVideoDiffusionPipeline",
         denoiser="UNetSpatioTemporalConditionModel",
-        layers={FULL: 8},
+        layers={TINY: 5, FULL: 8},
         text=no_text,
-        clips={TINY: (192, 192, 2), SMALL: (192, 192, 8), FULL: (576, 1024, 14), LARGEST: (576, 1024, 25)},
+        clips={TINY: (256, 256, 2), SMALL: (192, 192, 8), FULL: (576, 1024, 14), LARGEST: (576, 1024, 25)},
         # Where there are few pixels and many channels, reading the weights takes longer than computing with them.
         narrow={
-            TINY: {**NARROW_UNET, "block_out_channels": (64, 64, 128, 128), "num_attention_heads": (1, 1, 2, 2)},
+            TINY: {
+                **NARROW_UNET,
+                **{"block_out_channels": (64,) * 4, "num_attention_heads": (1,) * 4, "layers_per_block": 1},
+            },
             SMALL: NARROW_UNET,
         },
         guidance=lambda layer: Guidance(

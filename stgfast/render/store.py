@@ -392,13 +392,9 @@ class Store:
 def trusted(text: str) -> Job:
     """A job from its JSON, without a second look at what was checked when it was taken up, its image above all."""
     data = json.loads(text)
-    job = object.__new__(Job)
     guidance = data.pop("guidance", None)
-    defaults: dict[str, object] = {"negative_prompt": None, "seed": 0, "pipeline": {}, "name": ""}
-    absent = dict.fromkeys(("width", "height", "num_frames", "steps", "image", "image_sha256"))
-    fields = {**defaults, **absent, **data, "guidance": guidance and Guidance.from_dict(guidance)}
-    for name, value in fields.items():
-        object.__setattr__(job, name, value)
+    job = object.__new__(Job)  # which has its defaults from its class, but for what can be changed
+    vars(job).update({"pipeline": {}, **data, "guidance": guidance and Guidance.from_dict(guidance)})
     return job
 
 

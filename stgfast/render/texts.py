@@ -62,8 +62,11 @@ class Texts:
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
             given = dict(signature.bind(pipe, *args, **kwargs).arguments)
             del given[next(iter(signature.parameters))]  # self
-            key = _key(given) if named else None
-            if key is None:
+            try:
+                key = _key(given) if named else ""
+            except TypeError:  # whose equality is not to be told
+                key = ""
+            if not key:
                 with self.lock, self._reader(pipe) as reader:  # not to be taken apart prompt by prompt
                     return original(reader, *args, **kwargs)
             if key not in mine:
@@ -76,7 +79,6 @@ class Texts:
 
     def _encoded(self, pipe: Any, given: dict[str, Any]) -> Any:
         key = _key(given)
-        assert key is not None  # nor was it None for all prompts together
         if key not in self.known:
             # What is read with an image is read for its own clip alone.
             others = [_with(given, *texts) for texts in self.ahead()] if self.parts and "image" not in given else []
@@ -87,7 +89,7 @@ class Texts:
                 self._keep(key, encoded)
                 for other in others:
                     theirs = _key(other)
-                    if theirs is not None and theirs not in self.known:
+                    if theirs not in self.known:
                         self._keep(theirs, type(pipe).encode_prompt(reader, **other))
         return tuple(None if part is None else part.to(self.device) for part in self._look_up(key))
 
@@ -200,12 +202,9 @@ def _with(given: dict[str, Any], prompt: str, negative: str | None) -> dict[str,
     return changed
 
 
-def _key(given: dict[str, Any]) -> str | None:
-    """What is the same for equal arguments alone; None for some whose equality is not to be told."""
-    try:
-        return hashlib.sha256(repr({name: _told(given[name]) for name in sorted(given)}).encode()).hexdigest()
-    except TypeError:
-        return None
+def _key(given: dict[str, Any]) -> str:
+    """What is the same for equal arguments alone; raises TypeError for some whose equality is not to be told."""
+    return hashlib.sha256(repr({name: _told(given[name]) for name in sorted(given)}).encode()).hexdigest()
 
 
 def _told(value: Any) -> Any:

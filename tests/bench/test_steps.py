@@ -184,8 +184,8 @@ def test_the_blocks_predict_the_arithmetic(name):
     predicted = steps.predictions(rows, costs)
     for each in variants:
         assert counts[each] / counts["stgfast"] == pytest.approx(predicted[each], rel=0.05)
-    if name != "svd":  # whose blocks are not alike
-        assert predicted["paper"] == pytest.approx(sum(rows["paper"]) / sum(rows["stgfast"]), rel=0.01)
+    if name != "svd":  # whose blocks are not alike; Mochi's last one of eight leaves half of its work out
+        assert predicted["paper"] == pytest.approx(sum(rows["paper"]) / sum(rows["stgfast"]), rel=0.03)
 
 
 def test_prompts_and_branches_agree_too():
