@@ -32,6 +32,11 @@ small() {
     bench --overhead --size small --save "$OUT/overhead.jsonl"
 }
 
+# Where launches count, recorded and not.
+graphs() {
+    bench --size small --models mochi wan-1.3b hunyuan-video --variants stock stgfast compiled graphs --save "$OUT/graphs.jsonl"
+}
+
 growth() { bench --growth --size small --save "$OUT/growth.jsonl"; }
 
 # Released sizes, random weights.
@@ -55,7 +60,7 @@ if [ "${1:-}" = --one ]; then
     "$2"
     exit
 fi
-for part in "${@:-tests kernels mochi largest light ltx wan small growth others hunyuan whole page}"; do
+for part in "${@:-tests kernels mochi largest light ltx wan small growth others hunyuan whole graphs page}"; do
     for one in $part; do
         timeout 600 bash bench/gpu.sh --one "$one"
     done

@@ -58,6 +58,8 @@ class GuidedRun:
                 units = [unit for unit in units if unit.layer is not None and not compiled_in_place(unit.module)]
             if make is not None:
                 self.compiled |= {unit.module: make(unit.module._call_impl) for unit in units}
+        every = [unit.module for layout in self.layouts.values() for unit in layout.units]
+        self.compiles = bool(self.compiled) or any(map(compiled_in_place, every))
         self.plans: dict[tuple[str, tuple[str, ...], frozenset[str]], Plan] = {}
         self.step = 0  # steps done
         self.turn = 0  # calls of the denoiser done in this step
@@ -179,6 +181,8 @@ class GuidedRun:
             raise EngineError(f"rows of the denoiser: got {rows}, expected as many for each of {', '.join(sources)}")
         where = spans([sources.index(branch.source) for branch in plan.branches], prompts)
         grid = self.layout.grid and functools.partial(self.layout.grid.size, self.call, arguments)
+        if self.compiles:  # blocks that are CUDA graphs keep what they made until the next call of the denoiser
+            torch.compiler.cudagraph_mark_step_begin()
         stack = Stack(self.layout, plan, prompts, max_rows=self.max_rows, compiled=self.compiled, grid=grid)
         with handling(stack.handlers()):
             output = arguments.changed(

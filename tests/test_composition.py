@@ -265,6 +265,20 @@ def test_accelerate_compiles(family):
     assert torch.equal(family.run(stgfast.restore(pipe)), family.run(family.build()))
 
 
+@pytest.mark.parametrize("owner", ["accelerate", "compiled blocks", "compiled whole", "nobody"])
+def test_cuda_graphs_are_told_of_every_call_of_the_denoiser(owner, monkeypatch):
+    """What one block made is still there for the next, if what a block launches was recorded."""
+    torch.compiler.reset()
+    family, told = FAMILIES["LTX"], []
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: told.append(True))
+    pipe = family.build()
+    if owner in OWNERS:
+        OWNERS[owner](pipe)
+    compilation = {"backend": "eager"} if owner == "accelerate" else False
+    family.run(stgfast.accelerate(pipe, Guidance(Perturbation([2])), compile=compilation))
+    assert len(told) == (0 if owner == "nobody" else family.steps[0])
+
+
 def test_blocks_that_are_compiled_already_stay_so():
     torch.compiler.reset()
     family = FAMILIES["Wan"]

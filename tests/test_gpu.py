@@ -117,7 +117,9 @@ def test_a_result_of_a_gpu(size, monkeypatch):
     narrow = dict.fromkeys(("tiny", "full"), model.narrow["tiny"])
     clips = dict.fromkeys(("tiny", "full"), model.clips["tiny"])
     monkeypatch.setitem(MODELS, "mochi", dataclasses.replace(model, narrow=narrow, clips=clips))
-    row = measured("mochi", size=size, device="cuda", rounds=1, variants=("stock", "paper", "compiled", "fastest"))
+    row = measured(
+        "mochi", size=size, device="cuda", rounds=1, variants=("stock", "paper", "compiled", "graphs", "fastest")
+    )
     assert row["peak_memory"].keys() == row["seconds"].keys()
     assert row["clock"] == "wall"
     assert row["attention_backend"]

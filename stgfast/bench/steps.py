@@ -26,7 +26,7 @@ from stgfast.bench.variants import OTHER_RESULT, Bench
 
 # By how much variants may differ, relatively; those of bfloat16 are told apart by rounding.
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
-UNIQUE = ("stgfast", "split", "compiled", "fastest")  # these compute every row once
+UNIQUE = ("stgfast", "split", "compiled", "graphs", "fastest")  # these compute every row once
 COUNTED = ("stock", "paper", "stgfast")
 WITHIN = 0.05  # of what the blocks predict, in `check`
 

@@ -9,6 +9,7 @@ reference  the paper's own code, of a checkout
 stgfast    `stgfast.accelerate`
 split      the same, with no more rows in a block at once than the pipeline's own call has
 compiled   the same, with the model's blocks compiled
+graphs     the same, with what a block launches recorded as a CUDA graph
 fastest    the same, with the attention of diffusers' that was measured to be the fastest
 reuse      as stgfast, with the weak branch computed in every second step: another result
 """
@@ -39,7 +40,10 @@ from stgfast.guidance import RESIDUAL, Guidance, Perturbation
 from stgfast.install import accelerate, restore
 from stgfast.integrations import ADAPTERS
 
-VARIANTS = ("stock", "paper", "passes", "guiders", "reference", "stgfast", "split", "compiled", "fastest", "reuse")
+VARIANTS = (
+    *("stock", "paper", "passes", "guiders", "reference"),
+    *("stgfast", "split", "compiled", "graphs", "fastest", "reuse"),
+)
 FEWEST = 2  # steps, of which the first is not timed
 STACKED = ("stacked", "announced")  # protocols that have cond and uncond in one call
 OTHER_RESULT = ("stock", "reuse")
@@ -90,7 +94,8 @@ class Bench:
 
     def variants(self) -> tuple[str, ...]:
         """Those that there are for this model."""
-        there = {"guiders": bool(self.model.modular), "reference": bool(self.checkout and any(self.model.reference))}
+        there = {"guiders": bool(self.model.modular), "graphs": self.device == "cuda"}
+        there["reference"] = bool(self.checkout and any(self.model.reference))
         if self.adapter.protocol == "announced":
             there |= dict.fromkeys(("passes", "reuse"), False)
         return tuple(name for name in VARIANTS if there.get(name, True))
@@ -169,6 +174,9 @@ class Bench:
     def compiled(self) -> Tensor:
         """Of which the first call compiles: it is the warm-up."""
         return self.stgfast(compile={"backend": self.backend})
+
+    def graphs(self) -> Tensor:
+        return self.stgfast(compile={"mode": "reduce-overhead"})
 
     def fastest(self) -> Tensor:
         with self._attending(self.attention):
