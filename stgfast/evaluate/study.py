@@ -99,6 +99,7 @@ def reported() -> Study:
             (usual, perturbed(RESIDUAL, 8, 1.0)),
             (usual, perturbed(ATTENTION, 6, 1.0)),
             (1.0, toy.GUIDANCE),
+            (usual, perturbed(RESIDUAL, 10, 1.0)),
         ],
     )
 
