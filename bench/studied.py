@@ -73,6 +73,7 @@ FEW = (
     f"CFG 2, {toy.GUIDANCE}",
     "CFG 4",
     "CFG 2, residual, layer 8, scale 1",
+    "CFG 2, residual, layer 10, scale 1",
     "as drawn, through the VAE",
 )
 
