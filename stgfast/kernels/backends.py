@@ -28,14 +28,29 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) ->
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
-def _sdpa_by(backend: str) -> Attend:
-    def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-        from torch.nn.attention import SDPBackend, sdpa_kernel  # which loads triton
+# Torch's own one by one. `sdpa_kernel` would choose for every thread: for a VAE that decodes meanwhile too.
 
-        with sdpa_kernel(getattr(SDPBackend, backend)):
-            return _sdpa(q, k, v, bias, scale)
 
-    return attend
+def _math(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    return _first(torch.ops.aten._scaled_dot_product_attention_math(q, k, v, _added(q, k, bias), scale=scale))
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    return _first(torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale))
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    added = _added(q, k, bias, aligned=16)
+    return _first(torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, added, False, scale=scale))
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    added = _added(q, k, bias)
+    return _first(torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, added, False, scale=scale))
+
+
+def _first(outputs: tuple[Tensor, ...]) -> Tensor:
+    return outputs[0]
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -48,12 +63,20 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: flo
 def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     from xformers.ops import memory_efficient_attention
 
-    if bias is not None and bias.dtype == torch.bool:
-        bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill(~bias, -torch.inf)
-    if bias is not None:
-        bias = bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    out: Tensor = memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_bias=bias, scale=scale)
+    added = _added(q, k, bias, aligned=8)
+    out: Tensor = memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_bias=added, scale=scale)
     return out.transpose(1, 2)
+
+
+def _added(q: Tensor, k: Tensor, bias: Tensor | None, aligned: int = 1) -> Tensor | None:
+    """A bias or mask as what is added to every score, whose lines begin at multiples of so many numbers."""
+    if bias is None:
+        return None
+    if bias.dtype == torch.bool:
+        bias = torch.zeros_like(bias, dtype=q.dtype).masked_fill(~bias, -torch.inf)
+    keys = bias.shape[3]
+    bias = F.pad(bias, (0, -keys % aligned))[..., :keys]
+    return bias.expand(q.shape[0], q.shape[1], q.shape[2], k.shape[2])
 
 
 @dataclass(frozen=True)
@@ -77,10 +100,10 @@ class Backend:
 BOTH, CUDA = ("cpu", "cuda"), ("cuda",)
 BACKENDS = {
     "sdpa": Backend(_sdpa, BOTH, takes_bias=True),
-    "math": Backend(_sdpa_by("MATH"), BOTH, takes_bias=True),
-    "flash": Backend(_sdpa_by("FLASH_ATTENTION"), CUDA, takes_bias=False),
-    "efficient": Backend(_sdpa_by("EFFICIENT_ATTENTION"), CUDA, takes_bias=True),
-    "cudnn": Backend(_sdpa_by("CUDNN_ATTENTION"), CUDA, takes_bias=True),
+    "math": Backend(_math, BOTH, takes_bias=True),
+    "flash": Backend(_flash, CUDA, takes_bias=False),
+    "efficient": Backend(_efficient, CUDA, takes_bias=True),
+    "cudnn": Backend(_cudnn, CUDA, takes_bias=True),
     "flash-attn": Backend(_flash_attn, CUDA, takes_bias=False, package="flash_attn"),
     "xformers": Backend(_xformers, CUDA, takes_bias=True, package="xformers"),
 }

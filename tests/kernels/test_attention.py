@@ -10,11 +10,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from stgfast.kernels import attention, backends, layout, reference
-from stgfast.kernels.backends import NAMES, masked_attention, unavailable
+from stgfast.kernels.backends import BACKENDS, NAMES, masked_attention, unavailable
 from tests.kernels import interpreter  # noqa: F401  (repairs it)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-IMPLS = [name for name in NAMES if name not in ("auto", "hopper") and not unavailable(name, DEVICE, biased=True)]
+# What others wrote for a GPU alone refuses some calls.
+FOR_A_GPU = [name for name, backend in BACKENDS.items() if "cpu" not in backend.devices]
+IMPLS = [name for name in NAMES if name not in ("auto", "hopper", *FOR_A_GPU) and not unavailable(name, DEVICE, True)]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -133,6 +135,19 @@ def test_every_option_against_float64(impl, call):
     check(impl, q, k, v, **options)
 
 
+@pytest.mark.parametrize("impl", FOR_A_GPU)
+def test_those_for_a_gpu(impl):
+    for bias in (None, "mask", "added") if BACKENDS[impl].takes_bias else (None,):
+        reason = unavailable(impl, DEVICE, bias is not None)
+        if reason:
+            pytest.skip(reason)
+        for keys in (130, 64):
+            q, k, v, options = made({**PLAIN, "shape": (2, 2, 130, keys, 64), "identity": None, "bias": bias})
+            check(impl, q, k, v, **options)
+        q, k, v, options = made({**PLAIN, "bias": bias})
+        check(impl, q, k, v, **options)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_query_with_no_key_gives_0(impl, dtype):
@@ -229,7 +244,7 @@ def test_wrong_calls_say_so(name):
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a gpu: a host sync is found by CUDA's own debug mode")
-@pytest.mark.parametrize("impl", IMPLS[1:])
+@pytest.mark.parametrize("impl", [name for name in (*IMPLS[1:], *FOR_A_GPU) if not unavailable(name, DEVICE, True)])
 def test_no_host_sync_on_a_gpu(impl):
     q, k, v, options = made({**PLAIN, "kv_len": [100, 130]})
     masked_attention(q, k, v, impl=impl, **options)  # brings the plan's numbers to the device, and compiles

@@ -1,6 +1,9 @@
 """Who computes attention: what is measured, and what is never chosen."""
 
+import pytest
 import torch
+from torch.backends import cuda as switches
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stgfast.kernels import backends
 from stgfast.kernels.backends import BOTH, Backend, Call
@@ -38,3 +41,29 @@ def test_the_fastest_right_one_is_chosen(monkeypatch):
     assert choice.failed["refusing"] == "no kernel for this shape"
     assert choice.failed["wrong"].startswith("differs from sdpa by 0.01")
     assert choice.failed["broken"].startswith("differs from sdpa by nan")
+
+
+class Switches(TorchDispatchMode):
+    """Which of torch's own attention may be chosen, at every operation. These switches are one set for all threads."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        of = (switches.flash_sdp_enabled, switches.mem_efficient_sdp_enabled, switches.cudnn_sdp_enabled)
+        self.seen.add((switches.math_sdp_enabled(), *(each() for each in of)))
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["math", "flash", "efficient", "cudnn"])
+def test_what_another_thread_attends_with_is_its_own_choice(name):
+    """A clip is decoded while the next one is denoised."""
+    backend = backends.BACKENDS[name]
+    q, k, v = (torch.empty(2, 3, tokens, 64, device="meta", dtype=torch.bfloat16) for tokens in (50, 43, 43))
+    mask = torch.empty(1, 1, 1, 43, device="meta", dtype=torch.bool)
+    for bias in (None, mask, mask.to(q.dtype)) if backend.takes_bias else (None,):
+        with Switches() as others:
+            out = backend.attend(q, k, v, bias, 0.125)
+        assert out.shape == q.shape
+        assert others.seen == {(True,) * 4}
