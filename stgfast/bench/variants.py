@@ -179,18 +179,22 @@ class Bench:
         return self.stgfast(compile={"mode": "reduce-overhead"})
 
     def fastest(self) -> Tensor:
-        with self._attending(self.attention):
+        from diffusers import attention_backend
+
+        with attention_backend(self.attention):
             return self.compiled()
 
     @functools.cached_property
     def attention(self) -> str:
         """The fastest attention that runs here and gives the same result, in the first block of the stock pipeline."""
+        from diffusers import attention_backend
+
         with self._first_block() as given:
             self.at(steps=FEWEST).stock()
         block = given[0]
 
         def attended(name: str) -> Tensor:
-            with self._attending(name), torch.no_grad():
+            with attention_backend(name), torch.no_grad():
                 made = self.layout.units[0].module(*block.args, **block.kwargs)
             return made if isinstance(made, Tensor) else made[0]
 
@@ -204,17 +208,6 @@ class Bench:
                 calls[name] = functools.partial(attended, name)
         times = medians(in_turns(calls, 5, self.device))
         return min(times, key=lambda name: times[name])
-
-    @contextmanager
-    def _attending(self, name: str) -> Iterator[None]:
-        if name == NATIVE:  # as it is: what was compiled before would be compiled anew for the word
-            yield
-            return
-        try:
-            self.denoiser.set_attention_backend(name)
-            yield
-        finally:
-            self.denoiser.reset_attention_backend()
 
     def guiders(self) -> Tensor:
         """Its blocks are those that make latents of embeddings; its guider skips in the first step too."""

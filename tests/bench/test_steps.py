@@ -116,6 +116,16 @@ def test_the_code_of_a_checkout(model, tmp_path):
     assert "'reference'" in said
 
 
+def test_attention_is_chosen_for_one_variant_alone():
+    torch.compiler.reset()
+    bench = Bench(shallow("wan-14b"), "tiny", steps=2, backend="eager")
+    vars(bench)["attention"] = "_native_math"
+    before, other = bench.stgfast(), bench.fastest()
+    assert not torch.equal(other, before)
+    assert torch.allclose(other, before, atol=1e-5)
+    assert torch.equal(bench.stgfast(), before)
+
+
 def test_no_number_where_variants_disagree(model, monkeypatch):
     made = Bench.passes
 
