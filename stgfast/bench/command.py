@@ -24,7 +24,7 @@ USUAL = ("stock", "paper", "stgfast", "reuse")
 # Models whose blocks keep the shape of what they are given; those of a UNet do not.
 DEEP = [name for name, model in MODELS.items() if model.part == "transformer"]
 TRIES = 2  # of what is checked: what a CPU has beside it can make some percents of a time
-TURNS = {"steps": 2, "rounds": 12}  # of what is checked: short ones, so that a slower second falls on all
+CHECKED_STEPS, CHECKED_ROUNDS = 2, 12  # short turns, so that a slower second falls on all
 GROWN = "wan-1.3b"  # whose pipeline takes clips of any length
 
 
@@ -105,8 +105,8 @@ def _rows(arguments: argparse.Namespace) -> Any:
     from stgfast.bench.overhead import overhead
     from stgfast.bench.steps import WITHIN, measured, off_prediction
 
-    usual = TURNS if arguments.check else {"steps": 3, "rounds": 7 if arguments.overhead else 5}
-    steps, rounds = (getattr(arguments, name) or number for name, number in usual.items())
+    steps = arguments.steps or (CHECKED_STEPS if arguments.check else 3)
+    rounds = arguments.rounds or (CHECKED_ROUNDS if arguments.check else 7 if arguments.overhead else 5)
     given: dict[str, Any] = {"device": arguments.device, "steps": None if arguments.whole else steps}
     models = arguments.models or (DEEP if arguments.overhead else [GROWN] if arguments.growth else MODELS)
     for name in models:

@@ -173,9 +173,14 @@ def narrowed(*widths: str, **changes: Any) -> dict[str, dict[str, Any]]:
     return {size: {**HEADS[size], **dict.fromkeys(widths, WIDTH[size]), **changes} for size in WIDTH}
 
 
-def shallow(narrow: Mapping[str, Mapping[str, Any]], **depth: int) -> dict[str, Mapping[str, Any]]:
-    """With fewer blocks in the tiny one."""
-    return {**narrow, TINY: {**narrow[TINY], **depth}}
+def alike(narrow: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tiny one as wide as the small one: narrower, what a call costs whatever its rows are is no longer little."""
+    return {size: dict(narrow) for size in WIDTH}
+
+
+def shallow(narrow: Mapping[str, Mapping[str, Any]], **less: Any) -> dict[str, Mapping[str, Any]]:
+    """With fewer blocks in the tiny one, or less of what is in them."""
+    return {**narrow, TINY: {**narrow[TINY], **less}}
 
 
 NARROW_UNET = {
@@ -194,14 +199,15 @@ LTX: dict[str, Any] = {
     "modular": "diffusers.modular_pipelines.ltx.modular_blocks_ltx.LTXBlocks",
     "reference": ("LTXVideo/pipeline_stg_ltx.py", "LTXSTGPipeline"),
 }
-# Narrower than this, what a call costs whatever its rows are is no longer little.
-NARROW_MOCHI = dict.fromkeys(WIDTH, narrowed(pooled_projection_dim=128, text_embed_dim=344)[SMALL])
-NARROW_LTX = dict.fromkeys(WIDTH, narrowed("cross_attention_dim", "caption_channels")[SMALL])
-NARROW_LTX2 = {
-    **{"num_attention_heads": 4, "attention_head_dim": 64, "audio_num_attention_heads": 4},
-    **{"audio_attention_head_dim": 32, "cross_attention_dim": 256, "audio_cross_attention_dim": 128},
-    "caption_channels": 256,
-}
+NARROW_MOCHI = alike(narrowed(pooled_projection_dim=128, text_embed_dim=344)[SMALL])
+NARROW_LTX = alike(narrowed("cross_attention_dim", "caption_channels")[SMALL])
+NARROW_LTX2 = alike(
+    {
+        **{"num_attention_heads": 4, "attention_head_dim": 64, "audio_num_attention_heads": 4},
+        **{"audio_attention_head_dim": 32, "cross_attention_dim": 256, "audio_cross_attention_dim": 128},
+        "caption_channels": 256,
+    }
+)
 COGVIDEOX: dict[str, Any] = {
     "pipeline": "CogVideoXPipeline",
     "denoiser": "CogVideoXTransformer3DModel",
@@ -247,7 +253,7 @@ MODELS = {
         clips={TINY: (384, 384, 25), SMALL: (256, 256, 25), FULL: (512, 768, 121)},
         # The pipeline's weak pass needs it to be weak.
         config={"perturbed_attn": True},
-        narrow={TINY: {**NARROW_LTX2, "num_layers": 4}, SMALL: NARROW_LTX2},
+        narrow=shallow(NARROW_LTX2, num_layers=4),
         source=CONVERTED + ", version 2.0",
         guidance=lambda layer: None,
         given=lambda layer: {"spatio_temporal_guidance_blocks": [layer]},
@@ -295,13 +301,9 @@ MODELS = {
         text=no_text,
         clips={TINY: (256, 256, 2), SMALL: (192, 192, 8), FULL: (576, 1024, 14), LARGEST: (576, 1024, 25)},
         # Where there are few pixels and many channels, reading the weights takes longer than computing with them.
-        narrow={
-            TINY: {
-                **NARROW_UNET,
-                **{"block_out_channels": (64,) * 4, "num_attention_heads": (1,) * 4, "layers_per_block": 1},
-            },
-            SMALL: NARROW_UNET,
-        },
+        narrow=shallow(
+            alike(NARROW_UNET), block_out_channels=(64,) * 4, num_attention_heads=(1,) * 4, layers_per_block=1
+        ),
         guidance=lambda layer: Guidance(
             [Perturbation([layer], kind="attention", axis=axis) for axis in ("spatial", "temporal")]
         ),
