@@ -59,7 +59,7 @@ def accelerate(
         raise wrong("guidance", guidance, "a stgfast.Guidance, or None for the paper's settings")
     check_max_rows(max_rows)
     if not isinstance(compile, bool | Mapping):
-        raise wrong("compile", compile, "True, False, or arguments of torch.compile such as {'mode': 'max-autotune'}")
+        raise wrong("compile", compile, "True, False, or arguments of torch.compile such as {'dynamic': True}")
     compilation = None if compile is False else {} if compile is True else dict(compile)
     original: Any = before.original if before else type(pipe)
     installed = Installed(adapter, guidance, max_rows, compilation, original)

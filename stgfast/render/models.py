@@ -152,6 +152,7 @@ def described(model: Any, *, trust: str | None = None) -> Model:
     if not isinstance(model, (str, Path)):
         kind = type(model)
         _check_supported(kind.__name__)
+        _check_graphs(model)
         name = getattr(model, "name_or_path", None) or kind.__name__
         return Model(str(name), kind, model)
     name = str(model)
@@ -222,6 +223,15 @@ def _check_supported(name: str) -> None:
     if name not in ADAPTERS:
         near = ", ".join(difflib.get_close_matches(name, ADAPTERS, n=3, cutoff=0.0))
         raise UnsupportedPipelineError(f"pipeline: got {name}, expected one that stgfast knows, such as {near}")
+
+
+def _check_graphs(pipe: Any) -> None:
+    """Batches have threads of their own, and a CUDA graph is of the thread that recorded it."""
+    installed = getattr(pipe, INSTALLED, None)
+    compilation = dict(installed.compilation or {}) if installed else {}
+    options = compilation.get("options") or {}
+    if compilation.get("mode") in ("reduce-overhead", "max-autotune") or options.get("triton.cudagraphs"):
+        raise wrong("compile of the pipeline", compilation, "no CUDA graphs, as with 'max-autotune-no-cudagraphs'")
 
 
 @functools.cache

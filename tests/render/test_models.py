@@ -62,6 +62,19 @@ def test_a_pipeline_is_left_as_it_was(saved):
     assert model.settled(Job(prompt="a", guidance=Guidance())).guidance == Guidance()
 
 
+def test_a_graph_is_of_one_thread():
+    pipe = pipes.pipeline("wan")
+    for compilation in (
+        {"mode": "reduce-overhead"},
+        {"mode": "max-autotune"},
+        {"options": {"triton.cudagraphs": True}},
+    ):
+        with pytest.raises(SettingsError, match="expected no CUDA graphs, as with 'max-autotune-no-cudagraphs'"):
+            described(stgfast.accelerate(pipe, compile=compilation))
+    for compilation in (True, {"mode": "max-autotune-no-cudagraphs"}):
+        assert described(stgfast.accelerate(pipe, compile=compilation)).pipe is pipe
+
+
 def test_code_in_a_folder(changed, tmp_path):
     """A class, a component, or a tokenizer that the folder brings itself."""
     ran = tmp_path / "ran"
