@@ -55,6 +55,13 @@ def cluster():
             yield ray.get_runtime_context().gcs_address
 
 
+@pytest.fixture
+def together(monkeypatch):
+    """No job is given out while an actor loads: when that takes long, none might be left for it."""
+    free = actors.Actors.free
+    monkeypatch.setattr(actors.Actors, "free", lambda crew: free(crew) if all(a.ready for a in crew.hired) else None)
+
+
 def go(model, jobs, out, events=None, also=None, **more):
     def listener(event):
         if events is not None:
@@ -113,7 +120,7 @@ def killer(seconds=0.0):
     return build
 
 
-def test_two_actors_render_what_one_process_does(tmp_path, model, cluster):
+def test_two_actors_render_what_one_process_does(tmp_path, model, cluster, together):
     jobs, events = some(16, steps=4), []
     report = go(str(model), jobs, tmp_path / "ray", events, ray="auto", actors=2)
     assert (report.done, report.rendered, report.code) == (16, 16, 0)
@@ -130,7 +137,7 @@ def test_two_actors_render_what_one_process_does(tmp_path, model, cluster):
         assert not apart.any(), f"{job['name']}: {(apart > 0).sum()} of {apart.size} differ, by {apart.max()} at most"
 
 
-def test_an_actor_that_is_killed_loses_nothing(tmp_path, model, cluster):
+def test_an_actor_that_is_killed_loses_nothing(tmp_path, model, cluster, together):
     """Killed when the first of its clips is done, it has others in hand, which are rendered again."""
     jobs, events = some(24, steps=8), []
     also = once(lambda event: os.kill(event["pid"], signal.SIGKILL), "done", actor=0)
