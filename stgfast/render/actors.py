@@ -379,6 +379,7 @@ def _ray(address: str) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address == "local":
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # all of it listens to this machine alone
+        os.environ.setdefault("RAY_worker_niceness", "0")  # an actor is what this process would be without Ray
     try:
         import ray
     except ImportError as error:

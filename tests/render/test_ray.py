@@ -57,9 +57,13 @@ def cluster():
 
 @pytest.fixture
 def together(monkeypatch):
-    """No job is given out while an actor loads: when that takes long, none might be left for it."""
+    """No job is given out while an actor loads: if that takes long, none might be left for it."""
     free = actors.Actors.free
-    monkeypatch.setattr(actors.Actors, "free", lambda crew: free(crew) if all(a.ready for a in crew.hired) else None)
+
+    def later(crew):
+        return None if any(actor.hello for actor in crew.hired) else free(crew)
+
+    monkeypatch.setattr(actors.Actors, "free", later)
 
 
 def go(model, jobs, out, events=None, also=None, **more):
@@ -121,8 +125,14 @@ def killer(seconds=0.0):
 
 
 def test_two_actors_render_what_one_process_does(tmp_path, model, cluster, together):
-    jobs, events = some(16, steps=4), []
-    report = go(str(model), jobs, tmp_path / "ray", events, ray="auto", actors=2)
+    jobs, events, nice = some(16, steps=4), [], []
+
+    def also(event):
+        if event["event"] == "joined":
+            nice.append(psutil.Process(event["pid"]).nice())
+
+    report = go(str(model), jobs, tmp_path / "ray", events, also, ray="auto", actors=2)
+    assert nice == [psutil.Process().nice()] * 2
     assert (report.done, report.rendered, report.code) == (16, 16, 0)
     done = told(events, "done")
     assert sorted(event["file"] for event in done) == sorted(job["name"] for job in jobs)
