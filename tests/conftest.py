@@ -1,6 +1,7 @@
 """What every test runs under."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,17 @@ settings.register_profile("stgfast", deadline=None, derandomize=True, suppress_h
 settings.load_profile("stgfast")
 
 
+def switches():
+    """What is one for the whole process, and decides the bits of what comes out."""
+    torchs = [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ("flash", "mem_efficient", "math")]
+    attention = sys.modules.get("diffusers.models.attention_dispatch")
+    chosen = attention._AttentionBackendRegistry.get_active_backend()[0].value if attention else "native"
+    return {"attention": chosen, "torch's": torchs, "dtype": torch.get_default_dtype(), "grad": torch.is_grad_enabled()}
+
+
 @pytest.fixture(autouse=True)
-def _seeded():
+def _seeded_and_left_as_it_was():
+    before = switches()
     torch.manual_seed(0)
+    yield
+    assert switches() == before
