@@ -139,19 +139,19 @@ def test_no_number_where_variants_disagree(model, monkeypatch):
 
 
 def test_a_time_that_is_not_predicted_fails_the_check(model, monkeypatch):
-    arguments = ("--models", model, "--check", "--rounds", "1", "--variants", "paper")
-    for found, expected in (([0.04], 0), ([-0.06, 0.01], 0), ([-0.06, 0.07], 1)):
-        monkeypatch.setattr(steps, "off_prediction", lambda row, found=found: found.pop(0))
+    arguments = ("--models", model, "--check", "--rounds", "1", "--variants", "stock")
+    for found, rounds, right in (([0.04], 1, True), ([-0.06, 0.01], 2, True), ([-0.06, 0.07, 0.06], 3, False)):
+        asked = [*found, found[-1]]
+        monkeypatch.setattr(steps, "off_prediction", lambda *_, asked=asked: asked.pop(0))
         code, (row,), said = run(*arguments)
-        assert code == expected
-        assert ("not within 5%" in said) == bool(expected)
-        assert row["size"] == "tiny"
-        assert not found
+        assert code == (0 if right else 1)
+        assert ("not within 5%" in said) != right
+        assert (row["size"], row["rounds"]) == ("tiny", rounds)
+        assert not asked
 
 
 def test_how_far_a_time_is_off():
-    row = {"over": {"paper": 1.26, "stgfast": 1.0}, "predicted": {"paper": 1.2, "stgfast": 1.0}}
-    assert steps.off_prediction(row) == pytest.approx(0.05)
+    assert steps.off_prediction({"paper": 1.26}, {"paper": 1.2}) == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize("name", ["mochi", "ltx-2"])
