@@ -17,7 +17,8 @@ settings.load_profile("stgfast")
 
 def switches():
     """What is one for the whole process, and decides the bits of what comes out."""
-    torchs = [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ("flash", "mem_efficient", "math")]
+    names = ("flash", "mem_efficient", "cudnn", "math")
+    torchs = [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in names]
     attention = sys.modules.get("diffusers.models.attention_dispatch")
     chosen = attention._AttentionBackendRegistry.get_active_backend()[0].value if attention else "native"
     return {"attention": chosen, "torch's": torchs, "dtype": torch.get_default_dtype(), "grad": torch.is_grad_enabled()}
