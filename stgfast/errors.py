@@ -15,6 +15,10 @@ class EngineError(RuntimeError):
     """A model did not behave as its adapter says. Nothing was guessed: the call was stopped."""
 
 
+class DeviceError(RuntimeError):
+    """Nothing further can be rendered by this run."""
+
+
 def wrong(what: str, got: object, right: str) -> SettingsError:
     """The one form of every message about a setting."""
     return SettingsError(f"{what}: got {got!r}, expected {right}")

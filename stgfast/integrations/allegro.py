@@ -32,4 +32,6 @@ ALLEGRO = Adapter(
     grid=Grid(patches),
     # About 70% of the way through its 32 blocks.
     defaults=Guidance(Perturbation([22], scale=1.0)),
+    exact=("vae",),
+    tiled=True,
 )

@@ -43,6 +43,7 @@ SKYREELS_V2 = Adapter(
     grid=Grid(patches),
     # 70% of the depth of the 14B model, which has 40 blocks.
     defaults=Guidance(Perturbation([28], scale=1.0)),
+    exact=("vae",),
 )
 SKYREELS_V2_IMAGE = replace(
     SKYREELS_V2,

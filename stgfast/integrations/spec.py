@@ -174,6 +174,8 @@ class Adapter:
     sample       the argument of a denoiser that has what is to be denoised
     images       how a call for several prompts takes the images that clips begin with: `each`, a list of as many;
                  `one`, the same for all; nothing, where clips are not what they are alone
+    exact        the components that are loaded in float32 whatever the others are
+    tiled        its VAE decodes in tiles or not at all
     """
 
     pipeline: str
@@ -214,6 +216,8 @@ class Adapter:
     denoisers: tuple[str, ...] = ("transformer",)
     sample: str = "hidden_states"
     images: str = ""
+    exact: tuple[str, ...] = ()
+    tiled: bool = False
 
     def calls(self, cfg: bool) -> tuple[tuple[str, ...], ...]:
         """The calls of the denoiser that make a step, each with the rows it is called on."""

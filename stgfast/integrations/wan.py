@@ -53,6 +53,7 @@ WAN = Adapter(
     grid=Grid(patches),
     defaults=Guidance.preset("wan"),
     source=PRESETS["wan"].source,
+    exact=("vae", "image_encoder"),
 )
 WAN_IMAGE = replace(WAN, pipeline="WanImageToVideoPipeline", images=ONE)
 WAN_VIDEO = replace(

@@ -1,7 +1,8 @@
 """Production batch rendering: many jobs in, video files out, and a night's work that finishes.
 
 jobs.py    what is asked for, checked line by line
-models.py  which pipeline that is for, and loading it
+models.py  which pipeline that is for
+loading.py loading it, and where its parts are meanwhile
 store.py   what became of every job, in SQLite beside the clips
 batches.py which jobs are rendered together
 worker.py  batches in, written clips out
@@ -12,7 +13,7 @@ actors.py  the devices of a Ray cluster
 run.py     all of these, until nothing waits
 """
 
-from stgfast.render.crew import DeviceError
+from stgfast.errors import DeviceError
 from stgfast.render.files import Form, metadata_of
 from stgfast.render.jobs import Job
 from stgfast.render.run import BadJobs, Report, render

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
+from stgfast.errors import DeviceError, SettingsError, UnsupportedPipelineError, wrong
 from stgfast.render.batches import Batch, Task
-from stgfast.render.crew import DeviceError, Setup
+from stgfast.render.crew import Setup
 from stgfast.render.files import discard
 from stgfast.render.models import Model
 from stgfast.render.worker import Died, Failed, Outcome, Prompt, Stopped, Written
@@ -182,7 +182,7 @@ class Actors:
     def _hire(self, setup: Setup, count: int | None) -> None:
         folder, token = Path(setup.model.name).is_dir(), uuid.uuid4().hex
         (self.scratch / "token").write_text(token)
-        gpus = 0 if setup.device == "cpu" else int(self.ray.cluster_resources().get("GPU", 0))
+        gpus = 0 if setup.loading.device == "cpu" else int(self.ray.cluster_resources().get("GPU", 0))
         count = count or gpus or 1
         asks = {"num_cpus": 1, "num_gpus": min(gpus, 1)}
         self.tell("asking", model=setup.model.name, actors=count, each="GPU" if gpus else "CPU")

@@ -64,8 +64,14 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
     parser.add_argument(
-        "--offload-text", action="store_true", help="text encoders leave the device when they have read"
+        "--offload",
+        choices=("text", "model", "group"),
+        help="what is on the device only while it computes, for memory: the text encoders, every model, every layer",
     )
+    parser.add_argument(
+        "--vae-tiling", action="store_true", help="decode in tiles, for memory: not quite the same pixels"
+    )
+    parser.add_argument("--compile", action="store_true", help="compile the model's blocks")
     parser.add_argument("--trust", metavar="NAME", help="the model's name again, for one that brings code of its own")
     parser.add_argument(
         "--ray", metavar="ADDRESS", help="render on the GPUs of a Ray cluster: local (this machine), auto, or host:port"
@@ -78,8 +84,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
     """The command, from its arguments to its exit code."""
-    from stgfast.errors import SettingsError, UnsupportedPipelineError
-    from stgfast.render.crew import DeviceError
+    from stgfast.errors import DeviceError, SettingsError, UnsupportedPipelineError
     from stgfast.render.run import BadJobs, render
     from stgfast.render.store import StoreError
 
@@ -98,7 +103,9 @@ def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Tex
             retry_failed=arguments.retry_failed,
             dtype=arguments.dtype,
             device=arguments.device,
-            offload_text=arguments.offload_text,
+            offload=arguments.offload,
+            vae_tiling=arguments.vae_tiling,
+            compile=arguments.compile,
             trust=arguments.trust,
             ray=arguments.ray,
             actors=arguments.actors,

@@ -9,12 +9,9 @@ from typing import Any, Protocol
 
 from stgfast.render.batches import Batch
 from stgfast.render.files import Form
+from stgfast.render.loading import TEXT, USUAL, Loading
 from stgfast.render.models import Model
 from stgfast.render.worker import Outcome, Prompt, Worker
-
-
-class DeviceError(RuntimeError):
-    """Nothing further can be rendered by this run."""
 
 
 class Seat(Protocol):
@@ -65,11 +62,9 @@ class Setup:
     model: Model
     form: Form
     own_fps: bool
-    dtype: str | None = None
-    device: str | None = None
-    offload_text: bool = False
+    loading: Loading = USUAL
 
     def worker(self, scratch: Path) -> Worker:
-        pipe = self.model.load(dtype=self.dtype, device=self.device)
+        pipe = self.model.load(self.loading)
         fps = self.model.fps if self.own_fps else None
-        return Worker(pipe, scratch, self.form, fps=fps, offload_text=self.offload_text)
+        return Worker(pipe, scratch, self.form, fps=fps, offload_text=self.loading.offload == TEXT)

@@ -1,4 +1,4 @@
-"""Which pipeline a model is, what its calls take, and loading it: weights from safetensors, no code from its folder."""
+"""Which pipeline a model is, and what its calls take: known before it is loaded."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ import dataclasses
 import difflib
 import functools
 import inspect
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from stgfast import toy
 from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
 from stgfast.install import INSTALLED, accelerate
 from stgfast.integrations import ADAPTERS
 from stgfast.render.jobs import Job
+from stgfast.render.loading import BY_NAME, USUAL, Loading, check_folder, read_json
 
 
 def _toy() -> Any:
@@ -29,10 +27,8 @@ def _toy() -> Any:
 # Models that come by a name of their own: what builds the pipeline, and what their jobs have that do not say otherwise.
 NAMED: dict[str, Callable[[], Any]] = {"toy": _toy}
 DEFAULTS: dict[str, Mapping[str, Any]] = {"toy": toy.JOB}
-LIBRARIES = ("diffusers", "transformers")
 # Frames in a second that models were trained on, where their call does not say.
 FPS = {"Mochi": 30, "Wan": 16, "SkyReels": 24, "CogVideoX": 8, "Hunyuan": 24, "Allegro": 15, "Latte": 8, "Cosmos": 24}
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -81,6 +77,8 @@ class Model:
             raise wrong("image", None, f"one: {kind} begins with an image")
         if job.negative_prompt is not None and "negative_prompt" not in known:
             raise wrong("negative_prompt", job.negative_prompt[:60], f"none: {kind} takes none")
+        if job.negative_prompt is None and kind.startswith("EasyAnimate"):
+            raise wrong("negative_prompt", None, f"one, if an empty one: {kind} fails without")
         for name in job.pipeline:
             if name not in known:
                 near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4)) or ", ".join(known)
@@ -118,28 +116,11 @@ class Model:
                     return float(given)
         return float(next((fps for family, fps in FPS.items() if self.kind.__name__.startswith(family)), 24))
 
-    def load(self, *, dtype: str | None = None, device: str | None = None) -> Any:
+    def load(self, loading: Loading = USUAL) -> Any:
         """The pipeline, guided: a copy where it was handed over, which itself is left as it is."""
         if self.pipe is not None:
-            pipe = copy.copy(self.pipe)
-        else:
-            pipe = self.build() if self.build else self._pretrained(dtype, device)
-        return pipe if hasattr(pipe, INSTALLED) else accelerate(pipe)
-
-    def _pretrained(self, dtype: str | None, device: str | None) -> Any:
-        from diffusers import DiffusionPipeline
-
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-        folder = self.name
-        if not Path(folder).is_dir():
-            folder = DiffusionPipeline.download(folder, use_safetensors=True, trust_remote_code=self.trusted)
-        if not self.trusted:
-            check_folder(Path(folder))
-        pipe = DiffusionPipeline.from_pretrained(
-            folder, torch_dtype=DTYPES[dtype], use_safetensors=True, trust_remote_code=self.trusted
-        )
-        return pipe.to(device)
+            return loading.prepared(copy.copy(self.pipe))
+        return loading.load(self.build or self.name, self.trusted)
 
 
 def described(model: Any, *, trust: str | None = None) -> Model:
@@ -169,33 +150,13 @@ def described(model: Any, *, trust: str | None = None) -> Model:
             check_folder(path)
     else:
         index = _index_of(name)
-    declared = _json(index).get("_class_name")
+    declared = read_json(index).get("_class_name")
     if isinstance(declared, list) and trust is not None:
         declared = declared[-1]
     if not isinstance(declared, str):
-        raise wrong("class in model_index.json", declared, f"a pipeline of diffusers; {_BY_NAME}")
+        raise wrong("class in model_index.json", declared, f"a pipeline of diffusers; {BY_NAME}")
     _check_supported(declared)
     return Model(name, getattr(diffusers, declared), trusted=trust is not None)
-
-
-_BY_NAME = "a model that brings code of its own is used only where it is trusted by name"
-
-
-def check_folder(folder: Path) -> None:
-    """That a model's folder asks for no code of its own, and for nothing but known libraries."""
-    import diffusers
-
-    index = _json(folder / "model_index.json")
-    if not isinstance(index.get("_class_name"), str) or not hasattr(diffusers, index["_class_name"]):
-        raise wrong("class in model_index.json", index.get("_class_name"), f"a pipeline of diffusers; {_BY_NAME}")
-    for name, part in index.items():
-        if isinstance(part, list) and part and part[0] not in (None, *LIBRARIES):
-            raise wrong(f"library of {name} in model_index.json", part[0], f"{' or '.join(LIBRARIES)}; {_BY_NAME}")
-    for config in sorted(folder.glob("*/*.json")):
-        if config.name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
-            asks = _json(config).get("auto_map")
-            if asks:
-                raise wrong(f"auto_map in {config.relative_to(folder)}", asks, f"none; {_BY_NAME}")
 
 
 def _index_of(name: str) -> Path:
@@ -207,16 +168,6 @@ def _index_of(name: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         said = " ".join(str(error).split())[:200]
         raise wrong("model", name, f"a folder, or the name of a model on the hub ({said})") from None
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise wrong("model", str(path), f"a file with JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise wrong("model", str(path), "a file with a JSON object")
-    return found
 
 
 def _check_supported(name: str) -> None:

@@ -14,11 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from stgfast.errors import SettingsError, wrong
-from stgfast.render.crew import Crew, DeviceError, Setup
+from stgfast.errors import DeviceError, SettingsError, wrong
+from stgfast.render.crew import Crew, Setup
 from stgfast.render.files import Form
 from stgfast.render.gallery import NAME, write_gallery
 from stgfast.render.jobs import Bad, Job, Line, checked, read
+from stgfast.render.loading import TEXT, Loading
 from stgfast.render.models import Model, described
 from stgfast.render.store import DONE, FAILED, PENDING, Store, StoreError
 from stgfast.render.worker import Again, Died, Failed, Outcome, Written
@@ -74,7 +75,9 @@ def render(
     retry_failed: bool = False,
     dtype: str | None = None,
     device: str | None = None,
-    offload_text: bool = False,
+    offload: str | None = None,
+    vae_tiling: bool = False,
+    compile: bool = False,
     trust: str | None = None,
     ray: str | None = None,
     actors: int | None = None,
@@ -89,7 +92,12 @@ def render(
     max_batch     how many clips are rendered at once where memory is not known to hold fewer
     skip_bad      go on without jobs that are wrong, in place of raising `BadJobs`
     retry_failed  try those again that failed in an earlier run
-    offload_text  text encoders are on the device only while they encode
+    dtype         of the weights; bfloat16 where left out, on a CPU float32
+    device        cuda where there is one and this is left out, else cpu
+    offload       what is on the device only while it computes: "text", the text encoders; "model", every model of the
+                  pipeline; "group", every layer
+    vae_tiling    decode in tiles, for memory: not quite the same pixels
+    compile       compile the model's blocks
     trust         the name of the model, for one that brings code of its own
     ray           render on every GPU of a Ray cluster: its host:port, "auto" for the one that this machine is part of,
                   or "local" for one of this machine alone, unless this process is part of one already; the model is a
@@ -109,6 +117,9 @@ def render(
         from stgfast.render.actors import Actors, check
 
         check(known, ray, actors)
+    loading = Loading(dtype, device, offload, vae_tiling, compile)
+    if known.pipe is not None:
+        loading.check_handed_over()
     run = Run(known, Path(out), form, listener or (lambda event: None))
     started = time.monotonic()
     try:
@@ -119,13 +130,13 @@ def render(
             if retry_failed:
                 store.retry_failed()
             if not plan_only and (store.counts()[PENDING] or store.elsewhere()):
-                setup = Setup(known, form, fps is None, dtype, device, offload_text)
+                setup = Setup(known, form, fps is None, loading)
                 if ray is None:
                     run.tell("loading", model=known.name)
                     crew: Crew = setup.worker(store.scratch)
                 else:
                     crew = Actors(setup, store.scratch, ray, actors, run.tell)
-                run.work(crew, max_batch, ahead=256 if offload_text else 0)
+                run.work(crew, max_batch, ahead=256 if offload == TEXT else 0)
             if not plan_only:
                 run.page()
             return run.report(time.monotonic() - started)

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 MEMORY = 256 << 20  # bytes of encoded prompts that stay in memory; more go to disk
+TEXTS = ("prompt", "negative_prompt")  # of which one by itself is the same as a list of it
 Encoded = tuple[Tensor | None, ...]
 
 
@@ -62,6 +63,7 @@ class Texts:
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
             given = dict(signature.bind(pipe, *args, **kwargs).arguments)
             del given[next(iter(signature.parameters))]  # self
+            given |= {name: [text] for name in TEXTS if isinstance(text := given.get(name), str)}
             try:
                 key = _key(given) if named else ""
             except TypeError:  # whose equality is not to be told

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.metadata
 import inspect
 import queue
 import threading
@@ -35,9 +36,11 @@ from stgfast.integrations.spec import EACH
 from stgfast.render.batches import Batch, Task, free, is_out_of_memory
 from stgfast.render.files import Form, discard, heard, pixels, write
 from stgfast.render.jobs import Job, read_image
+from stgfast.render.loading import moves
 from stgfast.render.texts import NotStackable, Texts, encoders_of
 from stgfast.version import __version__
 
+LESS = " (offload, vae_tiling or a smaller clip take less)"
 TEXT, DENOISER, DECODER, WRITER = DOORS = ("text", "denoise", "decode", "write")
 
 
@@ -124,19 +127,26 @@ class Worker:
         offload_text: bool = False,
     ):
         self.pipe, self.scratch, self.form, self.fps = copy.copy(pipe), scratch, form, fps
-        self.device = torch.device(pipe._execution_device)
         self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self.doors = {door: threading.Lock() for door in DOORS}
-        # Offloading moves models to and fro around one call: there a call is whole before the next begins.
-        self.overlap = not getattr(pipe, "_all_hooks", None)
+        self.overlap = not moves(pipe)  # where models do, a call is whole before the next begins
         encoders = encoders_of(pipe) if offload_text else {}
         vars(self.pipe).update(dict.fromkeys(encoders))
+        self.device = torch.device(self.pipe._execution_device)  # which text encoders need not be on
         # Prompts that come later are encoded in one go where the text encoder leaves the device.
         self.ahead: Sequence[Prompt] = ()
         self.texts = Texts(scratch / "texts", self.device, parts=encoders, ahead=lambda: list(self.ahead))
         self.stopping = self.aborting = False
         self.in_hand: dict[threading.Thread, Passage] = {}
         self.streams: list[Any] = []
+        names = installed_on(pipe).adapter.denoisers
+        denoiser = next(part for name in names if (part := getattr(pipe, name, None)) is not None)
+        self.made_with = {
+            "dtype": str(denoiser.dtype).removeprefix("torch."),
+            "vae_tiling": bool(getattr(getattr(pipe, "vae", None), "use_tiling", False)),
+            "device": self.device_name,
+            **{package: importlib.metadata.version(package) for package in ("torch", "diffusers")},
+        }
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # weights are there before other streams read them
 
@@ -163,6 +173,16 @@ class Worker:
 
     def form_of(self, job: Job) -> Form:
         return self.form if self.fps is None else dataclasses.replace(self.form, fps=self.fps(job))
+
+    def metadata_for(self, task: Task, form: Form) -> dict[str, Any]:
+        """What a clip says of how it was made: enough to make it again."""
+        return {
+            "job": task.job.to_dict(),
+            "model": task.model,
+            "fps": form.fps,
+            "version": __version__,
+            **self.made_with,
+        }
 
     def start(self, batch: Batch, ahead: Sequence[Prompt] = ()) -> None:
         self.ahead = ahead
@@ -285,7 +305,7 @@ class Passage:
                 if len(tasks) > 1:
                     yield Again(tasks, again, self.batch.shape, rows=len(tasks) // 2)
                 else:
-                    yield Failed(tasks[0], f"out of memory, with nothing else running: {again}", self._share())
+                    yield Failed(tasks[0], f"out of memory, with nothing else running{LESS}: {again}", self._share())
                 return
             self.pipe = self._copy()
         yield from self._written(clips)
@@ -341,7 +361,7 @@ class Passage:
                 form = self.worker.form_of(task.job)
                 clip = clips[place]
                 sound = None if clip.sound is None else heard(clip.sound, clip.rate)
-                write(path, pixels(clip.frames), form, metadata_for(task, form), sound)
+                write(path, pixels(clip.frames), form, self.worker.metadata_for(task, form), sound)
                 share = {**self._share(), WRITER: round(time.monotonic() - started, 4)}
             except OSError as fault:  # the disk's, and not the job's: the run cannot go on
                 yield Stopped(self.left(), fault)
@@ -376,14 +396,16 @@ class Passage:
         given = {**sizes, "num_inference_steps": first.steps, "stg": first.guidance}
         call: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         call |= first.pipeline
+        of_each: dict[str, list[Any]] = {"generator": [torch.Generator().manual_seed(job.seed) for job in jobs]}
         if "prompt" in known:
-            call["prompt"] = [job.prompt for job in jobs]
+            of_each["prompt"] = [job.prompt for job in jobs]
         if first.negative_prompt is not None:
-            call["negative_prompt"] = [job.negative_prompt for job in jobs]
+            of_each["negative_prompt"] = [job.negative_prompt for job in jobs]
         if first.image is not None:
             several = len(jobs) > 1 and installed_on(self.pipe).adapter.images == EACH
             call["image"] = [read_image(str(job.image)) for job in jobs] if several else read_image(first.image)
-        call["generator"] = [torch.Generator().manual_seed(job.seed) for job in jobs]
+        # Some pipelines take one of each, and no list.
+        call |= {name: values if len(jobs) > 1 else values[0] for name, values in of_each.items()}
         return {**call, "output_type": "np"}
 
     def _rehearse(self) -> None:
@@ -492,11 +514,6 @@ class Passage:
 
 class _Reached(Exception):
     """A rehearsal is where it was to go."""
-
-
-def metadata_for(task: Task, form: Form) -> dict[str, Any]:
-    """What a clip says of how it was made: enough to make it again."""
-    return {"job": task.job.to_dict(), "model": task.model, "fps": form.fps, "version": __version__}
 
 
 def _row(value: Any, place: int, count: int) -> Any:

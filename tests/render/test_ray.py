@@ -14,10 +14,10 @@ import numpy as np
 import psutil
 import pytest
 
-from stgfast.errors import SettingsError
+from stgfast.errors import DeviceError, SettingsError
 from stgfast.render import actors, command, models, store
 from stgfast.render.actors import Actor, Ready
-from stgfast.render.crew import DeviceError, Setup
+from stgfast.render.crew import Setup
 from stgfast.render.files import Form, read_frames
 from stgfast.render.gallery import NAME
 from stgfast.render.models import described

@@ -19,11 +19,10 @@ import torch
 
 import stgfast
 from stgfast import Guidance, Perturbation
-from stgfast.errors import SettingsError
+from stgfast.errors import DeviceError, SettingsError
 from stgfast.integrations.spec import EACH, ONE
 from stgfast.render import files, run, worker
 from stgfast.render.batches import stack_of
-from stgfast.render.crew import DeviceError
 from stgfast.render.files import metadata_of, read_frames
 from stgfast.render.gallery import NAME
 from stgfast.render.jobs import Job
@@ -181,7 +180,7 @@ def test_text_encoder_leaves_the_device(tmp_path, pipe, latents):
     moves = []
     encoder = pipe.text_encoder
     encoder.to = lambda device: moves.append(str(device)) or encoder
-    go(pipe, some(), tmp_path / "gone", offload_text=True)
+    go(pipe, some(), tmp_path / "gone", offload="text")
     assert moves == ["cpu", "cpu", "cpu"]  # there and back once, for all prompts
     assert pipe.text_encoder is encoder
     for name, clip in kept.items():
@@ -600,14 +599,15 @@ def test_models_that_move_are_not_overlapped(tmp_path, pipe):
     class Slow(model):
         def forward(self, *args, **kwargs):
             working.append("denoiser")
-            time.sleep(0.02)
-            working.pop()
-            return model.forward(self, *args, **kwargs)
+            time.sleep(0.1)
+            made = model.forward(self, *args, **kwargs)
+            working.remove("denoiser")
+            return made
 
     def before(latents):
         working.append("decoder")
         time.sleep(0.1)
-        working.pop()
+        working.remove("decoder")
 
     Reading.__name__ = kind.__name__
     pipe.__class__, pipe.transformer.__class__ = Reading, Slow
@@ -625,7 +625,7 @@ def test_a_pipeline_is_left_alone(tmp_path, pipe):
     parts = ("scheduler", "vae", "text_encoder")
     before = {name: dict(vars(getattr(pipe, name))) for name in parts}
     own = dict(vars(pipe))
-    assert go(pipe, some(4), tmp_path, max_batch=2, offload_text=True).done == 4
+    assert go(pipe, some(4), tmp_path, max_batch=2, offload="text").done == 4
     assert vars(pipe) == own
     for name in parts:
         now = vars(getattr(pipe, name))

@@ -15,6 +15,12 @@ class Unchecked(diffusers.ModelMixin):
         super().__init__()
         self.one = torch.nn.Parameter(torch.ones(1))
 
+    def check_text_safety(self, text):
+        return True
+
+    def check_video_safety(self, frames):
+        return frames
+
 
 def transformer(**changes):
     torch.manual_seed(1)

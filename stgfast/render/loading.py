@@ -1,0 +1,173 @@
+"""Loading a model as a run asks for it: weights from safetensors, no code from its folder, parts where they fit."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stgfast.errors import DeviceError, SettingsError, wrong
+from stgfast.install import INSTALLED, accelerate
+from stgfast.integrations import ADAPTERS
+from stgfast.render.batches import is_out_of_memory
+from stgfast.render.texts import encoders_of
+
+LIBRARIES = ("diffusers", "transformers")
+BY_NAME = "a model that brings code of its own is used only where it is trusted by name"
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+OFFLOADS = TEXT, MODEL, GROUP = ("text", "model", "group")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a run has its model.
+
+    dtype       of its weights, but of parts that are float32 in any; bfloat16 where left out, on a CPU float32
+    device      "cuda" where there is one and this is left out, else "cpu"
+    offload     what is on the device only while it computes: "text", the text encoders; "model", every model of the
+                pipeline; "group", every layer
+    vae_tiling  the VAE decodes a clip in tiles, for memory: not quite the same pixels
+    compile     the denoiser's blocks are compiled
+    """
+
+    dtype: str | None = None
+    device: str | None = None
+    offload: str | None = None
+    vae_tiling: bool = False
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name, choices in (("dtype", DTYPES), ("offload", OFFLOADS)):
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise wrong(name, value, f"{', '.join(choices)}, or None")
+
+    def check_handed_over(self) -> None:
+        """That nothing is asked of a pipeline that is there but what is done to a copy of it."""
+        for each in dataclasses.fields(self):
+            value = getattr(self, each.name)
+            if value != each.default and (each.name, value) not in (("offload", TEXT), ("vae_tiling", True)):
+                raise wrong(each.name, value, "none for a pipeline that is loaded: it is used as it is")
+
+    def load(self, source: str | Callable[[], Any], trusted: bool) -> Any:
+        """The pipeline, guided: of a folder or a name on the hub, or of what builds it."""
+        if isinstance(source, str):
+            pipe = self._pretrained(source, trusted)
+        else:
+            pipe = source() if self.dtype is None else source().to(DTYPES[self.dtype])
+        try:
+            self._place(pipe)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            more = "offload text, model or group takes less"
+            raise DeviceError(f"{self._target} has less memory than the model takes: {more}") from error
+        return self.prepared(pipe)
+
+    def prepared(self, pipe: Any) -> Any:
+        """The pipeline, guided, and its VAE as it is asked for."""
+        installed = getattr(pipe, INSTALLED, None)
+        if installed is None or self.compile:
+            accelerate(pipe, installed.given if installed else None, compile=self.compile)
+        if self.vae_tiling or getattr(pipe, INSTALLED).adapter.tiled:
+            vae: Any = getattr(pipe, "vae", None)
+            if not hasattr(vae, "use_tiling"):
+                raise wrong("vae_tiling", True, f"False: {type(vae).__name__} decodes a clip as a whole")
+            vars(pipe)["vae"] = vae = copy.copy(vae)  # the same weights
+            vae.enable_tiling()
+        return pipe
+
+    @property
+    def _target(self) -> torch.device:
+        try:
+            device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError:
+            raise wrong("device", self.device, "the name of a device, such as cuda, cuda:1 or cpu") from None
+        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+            raise wrong("device", self.device, f"one of the {torch.cuda.device_count()} GPUs that torch sees, or cpu")
+        return device
+
+    def _place(self, pipe: Any) -> None:
+        device = self._target
+        if self.offload == MODEL:
+            pipe.enable_model_cpu_offload(device=device)
+        elif self.offload == GROUP:
+            pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=device.type == "cuda")
+        else:
+            stay = encoders_of(pipe) if self.offload == TEXT else {}
+            for name, part in pipe.components.items():
+                if isinstance(part, nn.Module) and name not in stay:
+                    part.to(device)
+
+    def _pretrained(self, name: str, trusted: bool) -> Any:
+        from diffusers import DiffusionPipeline
+
+        dtype = DTYPES[self.dtype or ("float32" if self._target.type == "cpu" else "bfloat16")]
+        try:
+            folder = name
+            if not Path(folder).is_dir():
+                folder = DiffusionPipeline.download(folder, use_safetensors=True, trust_remote_code=trusted)
+            if not trusted:
+                check_folder(Path(folder))
+            kind = read_json(Path(folder) / "model_index.json")["_class_name"]
+            adapter = ADAPTERS.get(kind[-1] if isinstance(kind, list) else kind)
+            exact = dict.fromkeys(adapter.exact, torch.float32) if adapter else {}
+            return DiffusionPipeline.from_pretrained(
+                folder,
+                torch_dtype={**exact, "default": dtype},
+                use_safetensors=True,
+                trust_remote_code=trusted,
+            )
+        except SettingsError:
+            raise
+        except Exception as error:  # whatever it is that is wrong with a model's files, or not installed for it
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            raise SettingsError(f"model: got {name}, which cannot be loaded: {said}") from error
+
+
+USUAL = Loading()
+
+
+def moves(pipe: Any) -> bool:
+    """Whether models, or layers, come to the device and leave it around their calls."""
+    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    registries = (getattr(module, "_diffusers_hook", None) for part in modules for module in part.modules())
+    return bool(getattr(pipe, "_all_hooks", None)) or any(
+        "group_offloading" in registry.hooks for registry in registries if registry is not None
+    )
+
+
+def check_folder(folder: Path) -> None:
+    """That a model's folder asks for no code of its own, and for nothing but known libraries."""
+    import diffusers
+
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index.get("_class_name"), str) or not hasattr(diffusers, index["_class_name"]):
+        raise wrong("class in model_index.json", index.get("_class_name"), f"a pipeline of diffusers; {BY_NAME}")
+    # Parts that one pipeline alone has are named by the folder of diffusers that it is in.
+    pipelines = {path.name for path in (Path(diffusers.__file__).parent / "pipelines").iterdir() if path.is_dir()}
+    for name, part in index.items():
+        if isinstance(part, list) and part and part[0] not in (None, *LIBRARIES, *pipelines):
+            raise wrong(f"library of {name} in model_index.json", part[0], f"{' or '.join(LIBRARIES)}; {BY_NAME}")
+    for config in sorted(folder.glob("*/*.json")):
+        if config.name in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+            asks = read_json(config).get("auto_map")
+            if asks:
+                raise wrong(f"auto_map in {config.relative_to(folder)}", asks, f"none; {BY_NAME}")
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise wrong("model", str(path), f"a file with JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise wrong("model", str(path), "a file with a JSON object")
+    return found

@@ -1,0 +1,134 @@
+"""Loading as it is asked for: what is exact, where parts are meanwhile, and one sentence where it cannot be."""
+
+import shutil
+
+import diffusers
+import pytest
+import torch
+
+import stgfast
+from stgfast import Guidance, Perturbation
+from stgfast.errors import DeviceError, SettingsError
+from stgfast.integrations import ADAPTERS
+from stgfast.render import loading
+from stgfast.render.files import metadata_of, read_frames
+from stgfast.render.loading import Loading, moves
+from stgfast.render.models import Model, described
+from stgfast.render.run import render
+from tests.render import pipes
+
+JOB = {**pipes.CALL, "prompt": "a red kite", "pipeline": {"max_sequence_length": 16}, "name": "k"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    pipes.pipeline("wan").save_pretrained(folder)
+    return folder
+
+
+def frames(model, out, **settings):
+    assert render(model, [JOB], out, format="png", device="cpu", **settings).done == 1
+    return torch.from_numpy(read_frames(out / "k"))
+
+
+def test_some_parts_are_exact_in_any_type(saved):
+    pipe = described(saved).load(Loading(device="cpu", dtype="bfloat16"))
+    assert pipe.transformer.dtype == pipe.text_encoder.dtype == torch.bfloat16
+    assert pipe.vae.dtype == torch.float32
+    for one, other in zip(pipe.vae.parameters(), pipes.pipeline("wan").vae.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_parts_with_facts_are_parts_of_the_pipeline(kind):
+    """Of this one, or of one that shares its facts."""
+    parts = {"vae", "image_encoder"}
+    assert set(ADAPTERS[kind].exact) <= parts
+
+
+@pytest.mark.parametrize("offload", loading.OFFLOADS)
+def test_offloading_changes_nothing(saved, tmp_path, offload):
+    plain = frames(saved, tmp_path / "plain")
+    assert torch.equal(frames(saved, tmp_path / "other", offload=offload), plain)
+    pipe = described(saved).load(Loading(device="cpu", offload=offload))
+    assert moves(pipe) == (offload != "text")
+
+
+def test_blocks_are_compiled(saved, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda call, **options: compiled.append(options) or call)
+    plain = frames(saved, tmp_path / "plain")
+    assert compiled == []
+    assert torch.equal(frames(saved, tmp_path / "compiled", compile=True), plain)
+    assert compiled == [{}] * len(compiled) != []
+
+
+def test_decoding_in_tiles(saved, tmp_path):
+    """Of the run's own VAE; the clip says so."""
+    plain = frames(saved, tmp_path / "plain")
+    pipe = described(saved).load(Loading(device="cpu", vae_tiling=True))
+    assert pipe.vae.use_tiling
+    pipe = pipes.pipeline("wan")
+    render(pipe, [JOB], tmp_path / "tiled", format="png", vae_tiling=True)
+    assert not pipe.vae.use_tiling
+    assert read_frames(tmp_path / "tiled" / "k").shape == tuple(plain.shape)  # smaller than a tile
+    for folder, tiled in (("plain", False), ("tiled", True)):
+        said = metadata_of(tmp_path / folder / "k")
+        assert said["vae_tiling"] is tiled
+        assert (said["dtype"], said["device"], said["torch"]) == ("float32", "cpu", torch.__version__)
+
+
+def test_a_decoder_that_knows_no_tiles(saved):
+    pipe = pipes.pipeline("wan")
+    pipe.vae = torch.nn.Identity()
+    with pytest.raises(SettingsError, match="vae_tiling: got True, expected False: Identity decodes a clip as a whole"):
+        Loading(vae_tiling=True).prepared(pipe)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("dtype", "float32"), ("device", "cpu"), ("offload", "model"), ("offload", "group"), ("compile", True)],
+)
+def test_a_pipeline_that_is_loaded_is_used_as_it_is(tmp_path, setting, value):
+    with pytest.raises(SettingsError, match=f"{setting}: got {value!r}, expected none for a pipeline that is loaded"):
+        render(pipes.pipeline("wan"), [JOB], tmp_path / "out", **{setting: value})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("dtype", "int8", "dtype: got 'int8', expected bfloat16, float16, float32, or None"),
+        ("offload", "disk", "offload: got 'disk', expected text, model, group, or None"),
+        ("device", "cuda:99", "device: got 'cuda:99', expected one of the"),
+        ("device", "gpu", "device: got 'gpu', expected the name of a device, such as cuda, cuda:1 or cpu"),
+    ],
+)
+def test_settings_that_are_wrong(saved, tmp_path, setting, value, message):
+    with pytest.raises(SettingsError, match=message):
+        render(saved, [JOB], tmp_path / "out", **{setting: value})
+
+
+def test_files_that_are_wrong(saved, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    (weights,) = (folder / "transformer").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(SettingsError, match=r"model: got .*, which cannot be loaded: \w*Error: "):
+        render(folder, [JOB], tmp_path / "out", device="cpu")
+
+
+def test_a_device_that_is_too_small(saved, tmp_path, monkeypatch):
+    def full(self, pipe):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Loading, "_place", full)
+    with pytest.raises(DeviceError, match="cpu has less memory than the model takes: offload text, model or group"):
+        render(saved, [JOB], tmp_path / "out", device="cpu")
+
+
+def test_what_was_set_when_it_was_handed_over_stays(saved):
+    pipe = stgfast.accelerate(pipes.pipeline("wan"), Guidance(Perturbation([4])), max_rows=1)
+    assert described(pipe).load()._stgfast == pipe._stgfast
+    assert isinstance(Model("m", diffusers.WanPipeline, build=lambda: pipe).load(), diffusers.WanPipeline)

@@ -1,0 +1,55 @@
+"""Every pipeline that makes video, from a folder to clips: what a run renders is what the pipeline itself makes."""
+
+import dataclasses
+
+import diffusers
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+import stgfast
+from stgfast.integrations import ADAPTERS
+from stgfast.render.files import pixels, read_frames
+from stgfast.render.run import render
+from tests.render.wholes import WHOLES
+
+PROMPTS = ("a red kite", "the grey sea over a dog")
+
+
+@pytest.mark.parametrize("name", WHOLES)
+def test_a_clip_is_what_the_pipeline_makes(name, tmp_path, monkeypatch):
+    whole, adapter = WHOLES[name], ADAPTERS[name]
+    if not adapter.announces(pipe := whole.build()):
+        # Released models are deeper.
+        monkeypatch.setitem(ADAPTERS, name, dataclasses.replace(adapter, defaults=whole.guidance))
+    noise = torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(0))
+    image = PIL.Image.fromarray((noise * 255).byte().numpy())
+    image.save(tmp_path / "image.png")
+    jobs = [
+        {**whole.job(str(tmp_path / "image.png")), "prompt": prompt, "seed": seed, "name": f"k{seed}"}
+        for seed, prompt in enumerate(PROMPTS)
+    ]
+    if whole.saved:
+        pipe.save_pretrained(tmp_path / "model")
+        pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "model")
+    assert type(pipe).__name__ == name
+    events = []
+    settings = {"device": "cpu"} if whole.saved else {}
+    model = tmp_path / "model" if whole.saved else pipe
+    report = render(model, jobs, tmp_path / "out", format="png", listener=events.append, **settings)
+    assert report.done == 2, [event for event in events if event["event"] in ("failed", "again")]
+    stgfast.accelerate(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    if adapter.tiled:
+        pipe.vae.enable_tiling()
+    frames = "video_length" if name == "LattePipeline" else "num_frames"
+    for job in jobs:
+        given = {**whole.size, frames: job["num_frames"], "num_inference_steps": 2, **job["pipeline"]}
+        given |= {"image": image} if whole.image else {}
+        given |= {"negative_prompt": whole.negative} if whole.negative else {}
+        given |= {} if name == "StableVideoDiffusionPipeline" else {"prompt": job["prompt"]}
+        made = pipe(**given, generator=torch.Generator().manual_seed(job["seed"]), output_type="np").frames[0]
+        clip = read_frames(tmp_path / "out" / job["name"])
+        assert np.abs(clip.astype(int) - pixels(made)).max() <= 1, job["name"]
+        assert clip.std() > 1  # something is to be seen
