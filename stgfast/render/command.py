@@ -279,9 +279,20 @@ TOLD = {
 
 def main(arguments: argparse.Namespace) -> int:
     """As `run`, in a process of its own: what still computes after a second interruption ends with it."""
+    if arguments.quiet or arguments.json:
+        _without_bars()
     code = run(arguments)
     if code == INTERRUPTED:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _without_bars() -> None:
+    """Of the libraries that load a model."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()

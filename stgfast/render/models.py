@@ -66,17 +66,17 @@ class Model:
     @property
     def needs_image(self) -> bool:
         kind = self.kind.__name__
-        return any(part in kind for part in ("ImageToVideo", "I2V", "StableVideoDiffusion"))
+        return any(part in kind for part in ("ImageToVideo", "I2V", "StableVideoDiffusion", "VideoToWorld"))
 
     def check(self, job: Job) -> None:
         """What this pipeline cannot do of a job."""
         kind, known = self.kind.__name__, self.parameters
-        if job.image is not None and "image" not in known:
-            raise wrong("image", Path(job.image).name, f"none: {kind} takes none")
+        for name in ("image", "negative_prompt", "width", "height"):
+            value = getattr(job, name)
+            if value is not None and name not in known:
+                raise wrong(name, value[:60] if isinstance(value, str) else value, f"none: {kind} takes none")
         if job.image is None and self.needs_image:
             raise wrong("image", None, f"one: {kind} begins with an image")
-        if job.negative_prompt is not None and "negative_prompt" not in known:
-            raise wrong("negative_prompt", job.negative_prompt[:60], f"none: {kind} takes none")
         if job.negative_prompt is None and kind.startswith("EasyAnimate"):
             raise wrong("negative_prompt", None, f"one, if an empty one: {kind} fails without")
         for name in job.pipeline:

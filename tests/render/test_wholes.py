@@ -1,5 +1,6 @@
 """Every pipeline that makes video, from a folder to clips: what a run renders is what the pipeline itself makes."""
 
+import contextlib
 import dataclasses
 
 import diffusers
@@ -9,12 +10,22 @@ import pytest
 import torch
 
 import stgfast
+from stgfast.errors import UnsupportedPipelineError
 from stgfast.integrations import ADAPTERS
 from stgfast.render.files import pixels, read_frames
+from stgfast.render.models import Model
 from stgfast.render.run import render
 from tests.render.wholes import WHOLES
 
 PROMPTS = ("a red kite", "the grey sea over a dog")
+
+
+def test_every_class_that_makes_video_is_here():
+    renders = set()
+    for name in ADAPTERS:
+        with contextlib.suppress(AttributeError, UnsupportedPipelineError):  # Open-Sora's are no pipelines
+            renders.add(Model(name, getattr(diffusers, name)).kind.__name__)
+    assert renders == set(WHOLES)
 
 
 @pytest.mark.parametrize("name", WHOLES)

@@ -138,8 +138,8 @@ def kandinsky5_pipeline(cls: Any, **changes: Any) -> Any:
     )
 
 
-def easyanimate_pipeline() -> Any:
-    made = easyanimate.builder(diffusers.EasyAnimatePipeline)()
+def easyanimate_pipeline(cls: Any, **changes: Any) -> Any:
+    made = easyanimate.builder(cls, **changes)()
     text_encoder = qwen("2", made.transformer.config.text_embed_dim)
     return whole(made, text_encoder=text_encoder, tokenizer=chat_tokenizer())
 
@@ -165,6 +165,34 @@ def allegro_pipeline() -> Any:
     sizes["sample_size"] = 128  # of a tile: of less than one it makes nothing
     vae = diffusers.AutoencoderKLAllegro(**sizes).eval()
     return reading(allegro.build, 16, vae=vae)
+
+
+def hunyuan_image_pipeline() -> Any:
+    """Llava reads the prompt and sees the image, as 576 tokens of 14 by 14 pixels each."""
+    made = hunyuan_video.builder(diffusers.HunyuanVideoImageToVideoPipeline, image_condition_type="token_replace")()
+    config = made.transformer.config
+    tokenizer = chat_tokenizer()
+    marks = ["<image>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer.add_tokens(marks, special_tokens=True)
+    sizes = {"intermediate_size": 16, "num_attention_heads": 2}
+    seeing = transformers.CLIPVisionConfig(**sizes, hidden_size=16, num_hidden_layers=2, image_size=336, patch_size=14)
+    reads = transformers.LlamaConfig(
+        **sizes, hidden_size=config.text_embed_dim, num_hidden_layers=3, vocab_size=QWEN_WORDS + len(marks)
+    )
+    ends = {"image_token_id": tokenizer.convert_tokens_to_ids("<image>"), "pad_token_id": 0}
+    torch.manual_seed(0)
+    llava = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(vision_config=seeing, text_config=reads, image_seq_length=576, **ends)
+    )
+    models.spread(llava, gain=1.0)
+    return whole(
+        made,
+        text_encoder=llava.eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=clip(config.pooled_projection_dim),
+        tokenizer_2=clip_tokenizer(),
+        image_processor=transformers.CLIPImageProcessor(size={"shortest_edge": 336}, crop_size=336),
+    )
 
 
 def video_diffusion_pipeline() -> Any:
@@ -242,6 +270,7 @@ WHOLES: dict[str, Whole] = {
         video_diffusion_pipeline, 3, {"height": 16, "width": 16}, image=True, guidance=AXES
     ),
     "HunyuanVideoPipeline": Whole(partial(hunyuan_video_pipeline, diffusers.HunyuanVideoPipeline), pipeline=SHORT),
+    "HunyuanVideoImageToVideoPipeline": Whole(hunyuan_image_pipeline, pipeline=SHORT, image=True),
     "HunyuanSkyreelsImageToVideoPipeline": Whole(
         partial(
             hunyuan_video_pipeline,
@@ -308,5 +337,8 @@ WHOLES: dict[str, Whole] = {
     "Kandinsky5I2VPipeline": Whole(  # it evens out the first four latent frames by those after them: 17 are the fewest
         partial(kandinsky5_pipeline, diffusers.Kandinsky5I2VPipeline, visual_cond=True), 17, image=True
     ),
-    "EasyAnimatePipeline": Whole(easyanimate_pipeline, 9, negative="bad"),
+    "EasyAnimatePipeline": Whole(partial(easyanimate_pipeline, diffusers.EasyAnimatePipeline), 9, negative="bad"),
+    "EasyAnimateInpaintPipeline": Whole(
+        partial(easyanimate_pipeline, diffusers.EasyAnimateInpaintPipeline, in_channels=12), 9, negative="bad"
+    ),
 }
