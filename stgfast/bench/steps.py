@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from stgfast.bench.measure import (
     Rates,
@@ -22,14 +21,15 @@ from stgfast.bench.measure import (
     significant,
 )
 from stgfast.bench.models import DTYPES, MODELS
-from stgfast.bench.variants import OTHER_RESULT, Bench
+from stgfast.bench.variants import FEWEST, OTHER_RESULT, Bench
 
 # By how much variants may differ, relatively; those of bfloat16 are told apart by rounding.
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 5e-2}
 UNIQUE = ("stgfast", "split", "compiled", "graphs", "fastest")  # these compute every row once
 COUNTED = ("stock", "paper", "stgfast")
+COMPARED = ("paper", "stgfast")
 WITHIN = 0.05  # of what the blocks predict, where that is checked
-PATIENCE = 3  # times the rounds, at most, until it is: what a CPU has beside it can make some percents of a time
+PATIENCE = 4  # times the rounds, at most, until it is
 
 
 def measured(
@@ -40,77 +40,120 @@ def measured(
     steps: int | None = 3,
     rounds: int = 5,
     variants: Sequence[str] = ("stock", "paper", "stgfast", "reuse"),
-    timed: Sequence[str] | None = None,
     backend: str = "inductor",
     reference: Path | None = None,
-    checked: bool = False,
 ) -> dict[str, Any]:
-    """One row of results, of all `variants` or of those that are `timed`; raises where variants disagree.
+    """One row of results; raises where variants disagree.
 
     Its figures are of one step, the mean of all but the first; for no `steps` they are of a whole clip, which has as
-    many as the pipeline's default says. Where the time of the paper's scheme is `checked`, rounds go on while it is off
-    what the blocks predict.
+    many as the pipeline's default says.
     """
-    torch.compiler.reset()
     bench = Bench(MODELS[name], size, device, steps, backend=backend, reference=reference)
-    variants = [each for each in bench.variants() if each in {*variants, "stgfast"}]
-    timed = [each for each in variants if timed is None or each in {*timed, "stgfast"}]
-    calls: dict[str, Callable[[], Tensor]] = {each: partial(bench.make, each) for each in variants}
-    made = {each: peak_memory(call, device) for each, call in calls.items()}  # and the warm-up
-    far = agreeing(
-        name, {each: clip for each, (clip, _) in made.items()}, "stgfast", ALLOWED[DTYPES[size]], OTHER_RESULT
-    )
-    memory = {each: most for each, (_, most) in made.items() if most}
-    del made
+    far, memory = agreed(bench, name, variants)
     whole, count = steps is None, bench.arguments()["num_inference_steps"]
     part, of = ("clip", count) if whole else ("step", 1)  # that the figures are about, and its steps
-    rows = {each: bench.block_rows(each) for each in variants}
+    rows = {each: bench.block_rows(each) for each in far}
     costs, tokens = bench.costs()
-    predicted = predictions(rows, costs)
-    taken: dict[str, list[float]] = {each: [] for each in timed}
-    over: dict[str, float] = {}
-    for _ in range(PATIENCE):
-        for each, seconds_taken in rounds_of({each: partial(bench.timed, each) for each in timed}, rounds).items():
-            taken[each] += [getattr(seconds, part) for seconds in seconds_taken]
-        over = {each: _ratio(taken[each], taken["stgfast"]) for each in timed}
-        if not checked or abs(off_prediction(over, predicted)) <= WITHIN:
-            break
+    turns = rounds_of({each: partial(bench.timed, each) for each in far}, rounds)
+    taken = {each: [getattr(seconds, part) for seconds in turns[each]] for each in far}
     seconds = medians(taken)
-    counts = {each: bench.arithmetic(each) for each in timed if each in COUNTED}
+    counts = {each: bench.arithmetic(each) for each in far if each in COUNTED}
     can, unique = rates(device, DTYPES[size]), counts["stgfast"].total * of
     total = sum(rows["stgfast"])
     return result(
         "steps",
         device,
-        model=name,
-        pipeline=bench.model.pipeline,
-        configuration=bench.model.source if size not in bench.model.narrow else f"narrow, {bench.model.source}",
-        parameters=sum(parameter.numel() for parameter in bench.denoiser.parameters()),
-        size=size,
-        dtype=str(DTYPES[size]).removeprefix("torch."),
-        clip=bench.frames,
+        **about(bench, name),
         tokens=tokens,
         steps=count,
         whole=whole,
-        guidance=bench.guidance.to_dict() if bench.guidance is not None else bench.model.given(bench.model.layer(size)),
-        cfg=bench.model.cfg,
-        rounds=len(taken["stgfast"]),
+        rounds=rounds,
         distance=far,
         seconds={each: significant(value) for each, value in seconds.items()},
         spread={each: [significant(min(values)), significant(max(values))] for each, values in taken.items()},
-        over=over,
+        over={each: _ratio(values, taken["stgfast"]) for each, values in taken.items()},
         block_rows={each: significant(sum(counted) * of) for each, counted in rows.items()},
         rows_over={each: significant(sum(counted) / total) for each, counted in rows.items()},
-        predicted=predicted,
+        predicted=predictions(rows, costs),
         arithmetic={each: counted.total * of for each, counted in counts.items()},
         attention=significant(counts["stgfast"].attention / counts["stgfast"].total),
         matrix_rate=significant(can.matrix),
         copy_rate=significant(can.copy),
-        matrix_share={each: significant(unique / seconds[each] / can.matrix) for each in timed if each in UNIQUE},
+        matrix_share={each: significant(unique / seconds[each] / can.matrix) for each in far if each in UNIQUE},
         limit=limits(bench, unique, of, can),
         **({"peak_memory": memory} if memory else {}),
-        **({"attention_backend": bench.attention} if "fastest" in timed else {}),
+        **({"attention_backend": bench.attention} if "fastest" in far else {}),
     )
+
+
+def checked(
+    name: str, *, size: str = "tiny", device: str = "cpu", steps: int = 6, rounds: int = 3, variants: Sequence[str]
+) -> dict[str, Any]:
+    """One row on whether the paper's scheme takes as long, over stgfast, as the blocks predict; raises where variants
+    disagree. While it does not there are more rounds."""
+    # What is not compiled has the same result, and takes no time to compile.
+    bench = Bench(MODELS[name], size, device, steps, backend="eager")
+    far, _ = agreed(bench.at(steps=FEWEST), name, variants)
+    rows, (costs, tokens) = {each: bench.block_rows(each) for each in COMPARED}, bench.costs()
+    predicted = predictions(rows, costs)
+    taken: dict[str, list[list[float]]] = {each: [] for each in COMPARED}
+    seconds, over, turns = dict[str, float](), dict[str, float](), 0
+    while turns < PATIENCE * rounds:
+        for each, parts in rounds_of({each: partial(bench.parts, each) for each in COMPARED}, rounds).items():
+            taken[each] += [step for clip in parts for step in clip]
+        turns += rounds
+        seconds = {each: significant(undisturbed(parts)) for each, parts in taken.items()}
+        over = {each: significant(value / seconds["stgfast"]) for each, value in seconds.items()}
+        if as_predicted(over, predicted):
+            break
+    return result(
+        "check",
+        device,
+        **about(bench, name),
+        tokens=tokens,
+        steps=steps,
+        rounds=turns,
+        distance=far,
+        seconds=seconds,
+        over=over,
+        predicted=predicted,
+        right=as_predicted(over, predicted),
+    )
+
+
+def agreed(bench: Bench, name: str, variants: Sequence[str]) -> tuple[dict[str, float], dict[str, int]]:
+    """How far the variants are apart that there are for this model, and their memory on a GPU; warms them up."""
+    torch.compiler.reset()
+    there = [each for each in bench.variants() if each in {*variants, "stgfast"}]
+    made = {each: peak_memory(partial(bench.make, each), bench.device) for each in there}
+    clips = {each: clip for each, (clip, _) in made.items()}
+    far = agreeing(name, clips, "stgfast", ALLOWED[DTYPES[bench.size]], OTHER_RESULT)
+    return far, {each: most for each, (_, most) in made.items() if most}
+
+
+def about(bench: Bench, name: str) -> dict[str, Any]:
+    """What is measured."""
+    model, size = bench.model, bench.size
+    return {
+        "model": name,
+        "pipeline": model.pipeline,
+        "configuration": model.source if size not in model.narrow else f"narrow, {model.source}",
+        "parameters": sum(parameter.numel() for parameter in bench.denoiser.parameters()),
+        "size": size,
+        "dtype": str(DTYPES[size]).removeprefix("torch."),
+        "clip": bench.frames,
+        "guidance": bench.guidance.to_dict() if bench.guidance is not None else model.given(model.layer(size)),
+        "cfg": model.cfg,
+    }
+
+
+def undisturbed(steps: Sequence[Sequence[float]]) -> float:
+    """A step of which every part is as fast as it ever was.
+
+    Whatever else runs on a machine slows parts of every step down, but hardly the same ones of all.
+    """
+    fastest: list[float] = [min(parts) for parts in zip(*steps, strict=True)]
+    return sum(fastest)
 
 
 def _ratio(one: Sequence[float], other: Sequence[float]) -> float:
@@ -133,6 +176,6 @@ def limits(bench: Bench, unique: int, steps: int, can: Rates) -> dict[str, float
     return {"arithmetic": significant(unique / can.matrix), "weights": significant(weights / can.copy)}
 
 
-def off_prediction(over: Mapping[str, float], predicted: Mapping[str, float]) -> float:
-    """How far the time of the paper's scheme is from what the blocks predict for it, relatively."""
-    return over["paper"] / predicted["paper"] - 1
+def as_predicted(over: Mapping[str, float], predicted: Mapping[str, float]) -> bool:
+    """Whether the time of the paper's scheme is what the blocks predict for it."""
+    return abs(over["paper"] / predicted["paper"] - 1) <= WITHIN

@@ -23,6 +23,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -105,23 +106,40 @@ class Bench:
         return made
 
     def timed(self, variant: str) -> Seconds:
-        """Told by the scheduler, which ends every step. What is done but once is done when the first one ends."""
-        scheduler, watch = self.pipe.scheduler, Stopwatch(self.device)
+        """What is done but once is done when the first step ends, which is not timed."""
+        moments, ends = self._watched(variant)
+        return Seconds(moments[-1], (moments[ends[-1]] - moments[ends[0]]) / (len(ends) - 1))
+
+    def parts(self, variant: str) -> list[list[float]]:
+        """Of every step but the first, how long each of its parts takes: modules that have no parts of their own, and
+        what is between them."""
+        moments, ends = self._watched(variant, parts=True)
+        taken = [after - before for before, after in pairwise(moments)]
+        return [taken[first:last] for first, last in pairwise(ends)]
+
+    def _watched(self, variant: str, parts: bool = False) -> tuple[list[float], list[int]]:
+        """Moments of a clip, and which of them end a step, as the scheduler tells."""
+        scheduler, watch, ends = self.pipe.scheduler, Stopwatch(self.device), list[int]()
         step = type(scheduler).step
 
         @functools.wraps(step)
         def marked(which: Any, *args: Any, **kwargs: Any) -> Any:
             made = step(which, *args, **kwargs)
             if which is scheduler:  # and not a copy, for what is denoised beside the video
+                ends.append(len(watch.moments))
                 watch.mark()
             return made
 
-        watch.mark()
-        with mock.patch.object(type(scheduler), "step", marked):
+        with ExitStack() as stack:
+            for module in self.denoiser.modules() if parts else ():
+                if not any(True for _ in module.children()):
+                    stack.enter_context(module.register_forward_pre_hook(lambda *_: watch.mark()))
+                    stack.enter_context(module.register_forward_hook(lambda *_: watch.mark()))
+            stack.enter_context(mock.patch.object(type(scheduler), "step", marked))
+            watch.mark()
             self.make(variant)
-        watch.mark()
-        _, first, *_, last, end = watch.seconds()
-        return Seconds(end, (last - first) / (len(watch.moments) - 3))
+            watch.mark()
+        return watch.seconds(), ends
 
     def stock(self) -> Tensor:
         return self._clip(**(OFF if self.adapter.protocol == "announced" else {}))

@@ -90,8 +90,10 @@ class Loading:
             device = torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except RuntimeError:
             raise wrong("device", self.device, "the name of a device, such as cuda, cuda:1 or cpu") from None
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise wrong("device", self.device, f"one of the {torch.cuda.device_count()} GPUs that torch sees, or cpu")
+        there = torch.cuda.device_count()
+        if device.type == "cuda" and (device.index or 0) >= there:
+            right = f"one of the {there} GPUs that torch sees, or cpu" if there else "cpu, for torch sees no GPU"
+            raise wrong("device", self.device, right)
         return device
 
     def _place(self, pipe: Any) -> None:

@@ -139,19 +139,51 @@ def test_no_number_where_variants_disagree(model, monkeypatch):
 
 
 def test_a_time_that_is_not_predicted_fails_the_check(model, monkeypatch):
-    arguments = ("--models", model, "--check", "--rounds", "1", "--variants", "stock")
-    for found, rounds, right in (([0.04], 1, True), ([-0.06, 0.01], 2, True), ([-0.06, 0.07, 0.06], 3, False)):
+    arguments = ("--models", model, "--check", "--rounds", "1", "--variants", "stock", "passes")
+    for found, rounds, right in (([True], 1, True), ([False, True], 2, True), ([False] * 4, 4, False)):
         asked = [*found, found[-1]]
-        monkeypatch.setattr(steps, "off_prediction", lambda *_, asked=asked: asked.pop(0))
+        monkeypatch.setattr(steps, "as_predicted", lambda *_, asked=asked: asked.pop(0))
         code, (row,), said = run(*arguments)
         assert code == (0 if right else 1)
         assert ("not within 5%" in said) != right
-        assert (row["size"], row["rounds"]) == ("tiny", rounds)
+        assert "3 variants agree" in said
+        assert (row["size"], row["rounds"], row["right"]) == ("tiny", rounds, right)
+        assert row["distance"].keys() == {"stock", "passes", "stgfast"}
         assert not asked
 
 
-def test_how_far_a_time_is_off():
-    assert steps.off_prediction({"paper": 1.26}, {"paper": 1.2}) == pytest.approx(0.05)
+def test_what_is_predicted():
+    for over, right in ((1.141, True), (1.259, True), (1.139, False), (1.261, False)):
+        assert steps.as_predicted({"paper": over}, {"paper": 1.2}) is right
+
+
+def test_nothing_is_checked_where_variants_disagree(model, monkeypatch):
+    made = Bench.passes
+    monkeypatch.setattr(Bench, "passes", lambda self: made(self) * 1.0001)
+    code, rows, said = run("--models", model, "--check", "--rounds", "1", "--variants", "passes")
+    assert (code, rows) == (1, [])
+    assert "nothing was timed" in said
+
+
+def test_a_step_is_the_fastest_of_every_part_of_it():
+    assert steps.undisturbed([[1.0, 5.0, 2.0], [3.0, 4.0, 1.0]]) == 6.0
+
+
+def test_parts_of_a_step(model, monkeypatch):
+    """By a clock that goes on in modules without parts of their own alone."""
+    bench, calls = Bench(MODELS[model], "tiny", steps=3), []
+    leaves = [module for module in bench.denoiser.modules() if not list(module.children())]
+    monkeypatch.setattr(measure.time, "process_time", lambda: float(len(calls)))
+    for leaf in leaves:
+        leaf.register_forward_pre_hook(lambda *_: calls.append(1))
+    for variant in ("stgfast", "paper"):
+        hooked = [len(leaf._forward_pre_hooks) for leaf in leaves]
+        calls.clear()
+        one, other = bench.parts(variant)
+        assert one == other
+        assert sum(one) * 3 == len(calls)
+        assert set(one) == {0.0, 1.0}
+        assert [len(leaf._forward_pre_hooks) for leaf in leaves] == hooked
 
 
 @pytest.mark.parametrize("name", ["mochi", "ltx-2"])
