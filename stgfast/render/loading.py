@@ -123,7 +123,7 @@ class Loading:
             exact = dict.fromkeys(adapter.exact, torch.float32) if adapter else {}
             return DiffusionPipeline.from_pretrained(
                 folder,
-                torch_dtype={**exact, "default": dtype},
+                dtype={**exact, "default": dtype},
                 use_safetensors=True,
                 trust_remote_code=trusted,
             )

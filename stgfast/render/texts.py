@@ -191,10 +191,11 @@ def encoders_of(pipe: Any) -> dict[str, nn.Module]:
 
 def _of_one(given: dict[str, Any], place: int, count: int) -> dict[str, Any]:
     """The arguments for one prompt: what is a list of as many is cut."""
-    return {
+    one = {
         name: value[place : place + 1] if isinstance(value, list) and len(value) == count else value
         for name, value in given.items()
     }
+    return one | ({"batch_size": 1} if "batch_size" in given else {})  # some are told how many there are
 
 
 def _with(given: dict[str, Any], prompt: str, negative: str | None) -> dict[str, Any]:
