@@ -7,6 +7,10 @@ class SettingsError(ValueError):
     """A setting, or a combination of settings and model, that cannot work."""
 
 
+class LoadError(SettingsError):
+    """A model that cannot be loaded where it was tried: its files are wrong, or a library that they need is missing."""
+
+
 class UnsupportedPipelineError(ValueError):
     """A pipeline, or a variant of one, that no adapter describes."""
 

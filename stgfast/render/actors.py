@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stgfast.errors import DeviceError, SettingsError, UnsupportedPipelineError, wrong
+from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError, wrong
 from stgfast.render.batches import Batch, Task
 from stgfast.render.crew import Setup
 from stgfast.render.files import discard
@@ -100,6 +100,8 @@ class Actor:
             own.mkdir()
             self.worker = setup.worker(own)
             return Ready(self.worker.device_name, node, os.getpid())
+        except (LoadError, DeviceError) as error:
+            return Refused(f"{node}: {error}", ours=False)
         except (SettingsError, UnsupportedPipelineError) as error:
             return Refused(str(error), ours=True)
         except Exception as error:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stgfast.errors import DeviceError, SettingsError, wrong
+from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError, wrong
 from stgfast.install import INSTALLED, accelerate
 from stgfast.integrations import ADAPTERS
 from stgfast.render.batches import is_out_of_memory
@@ -58,17 +58,21 @@ class Loading:
 
     def load(self, source: str | Callable[[], Any], trusted: bool) -> Any:
         """The pipeline, guided: of a folder or a name on the hub, or of what builds it."""
-        if isinstance(source, str):
-            pipe = self._pretrained(source, trusted)
-        else:
-            pipe = source() if self.dtype is None else source().to(DTYPES[self.dtype])
+        device = self._target
         try:
-            self._place(pipe)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            more = "offload text, model or group takes less"
-            raise DeviceError(f"{self._target} has less memory than the model takes: {more}") from error
+            if isinstance(source, str):
+                pipe = self._pretrained(source, trusted, device)
+            else:
+                pipe = source() if self.dtype is None else source().to(DTYPES[self.dtype])
+            self._place(pipe, device)
+        except (SettingsError, UnsupportedPipelineError):
+            raise
+        except Exception as error:  # whatever it is that is wrong with a model's files, or not installed for it
+            if is_out_of_memory(error):
+                more = "offload text, model or group takes less"
+                raise DeviceError(f"{device} has less memory than the model takes: {more}") from error
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+            raise LoadError(f"model: got one that cannot be loaded: {said}") from error
         return self.prepared(pipe)
 
     def prepared(self, pipe: Any) -> Any:
@@ -96,8 +100,7 @@ class Loading:
             raise wrong("device", self.device, right)
         return device
 
-    def _place(self, pipe: Any) -> None:
-        device = self._target
+    def _place(self, pipe: Any, device: torch.device) -> None:
         if self.offload == MODEL:
             pipe.enable_model_cpu_offload(device=device)
         elif self.offload == GROUP:
@@ -108,30 +111,21 @@ class Loading:
                 if isinstance(part, nn.Module) and name not in stay:
                     part.to(device)
 
-    def _pretrained(self, name: str, trusted: bool) -> Any:
+    def _pretrained(self, name: str, trusted: bool, device: torch.device) -> Any:
         from diffusers import DiffusionPipeline
 
-        dtype = DTYPES[self.dtype or ("float32" if self._target.type == "cpu" else "bfloat16")]
-        try:
-            folder = name
-            if not Path(folder).is_dir():
-                folder = DiffusionPipeline.download(folder, use_safetensors=True, trust_remote_code=trusted)
-            if not trusted:
-                check_folder(Path(folder))
-            kind = read_json(Path(folder) / "model_index.json")["_class_name"]
-            adapter = ADAPTERS.get(kind[-1] if isinstance(kind, list) else kind)
-            exact = dict.fromkeys(adapter.exact, torch.float32) if adapter else {}
-            return DiffusionPipeline.from_pretrained(
-                folder,
-                dtype={**exact, "default": dtype},
-                use_safetensors=True,
-                trust_remote_code=trusted,
-            )
-        except SettingsError:
-            raise
-        except Exception as error:  # whatever it is that is wrong with a model's files, or not installed for it
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-            raise SettingsError(f"model: got {name}, which cannot be loaded: {said}") from error
+        folder = name
+        if not Path(folder).is_dir():
+            folder = DiffusionPipeline.download(folder, use_safetensors=True, trust_remote_code=trusted)
+        if not trusted:
+            check_folder(Path(folder))
+        kind = read_json(Path(folder) / "model_index.json")["_class_name"]
+        adapter = ADAPTERS.get(kind[-1] if isinstance(kind, list) else kind)
+        exact = dict.fromkeys(adapter.exact, torch.float32) if adapter else {}
+        usual = DTYPES[self.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+        return DiffusionPipeline.from_pretrained(
+            folder, dtype={**exact, "default": usual}, use_safetensors=True, trust_remote_code=trusted
+        )
 
 
 USUAL = Loading()

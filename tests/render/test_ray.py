@@ -291,14 +291,20 @@ def test_what_an_actor_says_where_it_cannot_render(tmp_path, model, monkeypatch)
     assert said.ours
     assert said.why.endswith(f"got '{__version__}', expected the version of the run, 0.0")
 
-    def short_of_memory():
-        raise MemoryError("no room")
+    faults = {
+        MemoryError("no room"): "has less memory than the model takes: offload text, model or group takes less",
+        OSError("no such file"): "model: got one that cannot be loaded: OSError: no such file",
+    }
+    for fault, why in faults.items():
 
-    short = described(str(model))
-    object.__setattr__(short, "build", short_of_memory)
-    said = Actor(Setup(short, form, own_fps=True), True, folder, "token", __version__).load()
-    assert not said.ours  # another device may do
-    assert said.why.endswith(": MemoryError: no room")
+        def fails(fault=fault):
+            raise fault
+
+        other = described(str(model))
+        object.__setattr__(other, "build", fails)
+        said = Actor(Setup(other, form, own_fps=True), True, folder, "token", __version__).load()
+        assert not said.ours  # another device may do
+        assert said.why.endswith(why)
 
 
 @pytest.mark.parametrize(
