@@ -6,6 +6,7 @@ VERSION = Path("stgfast/version.py").read_text(encoding="utf-8").split('__versio
 
 RAY = ["ray>=2.50"]
 TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6.100", "peft>=0.17", "selenium>=4.20"]
+TEXT = ["ftfy>=6", "sentencepiece>=0.2", "protobuf>=4"]  # what pipelines ask for to read prompts, and do not bring
 LINT = ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-tqdm"]
 
 setup(
@@ -32,6 +33,7 @@ setup(
         "pyyaml>=6",
         "pillow>=10",
         "tqdm>=4.60",
+        *TEXT,
     ],
     extras_require={
         "flash-attn": ["flash-attn>=2.7"],

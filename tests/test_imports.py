@@ -53,7 +53,7 @@ FOREIGN = {  # third-party packages, and the only parts that may import them
     "diffusers": {"integrations", "render", "toy", "bench"},
     "triton": {"kernels"},
     "ray": {"render"},
-    "transformers": {"toy"},
+    "transformers": {"toy", "render"},
     "torch": {
         "announced",
         "reuse",

@@ -132,12 +132,11 @@ USUAL = Loading()
 
 
 def moves(pipe: Any) -> bool:
-    """Whether models, or layers, come to the device and leave it around their calls."""
-    modules = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    registries = (getattr(module, "_diffusers_hook", None) for part in modules for module in part.modules())
-    return bool(getattr(pipe, "_all_hooks", None)) or any(
-        "group_offloading" in registry.hooks for registry in registries if registry is not None
-    )
+    """Whether models, or layers, come to the device and leave it around their calls, by accelerate or by diffusers."""
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    registries = (getattr(module, "_diffusers_hook", None) for part in parts for module in part.modules())
+    grouped = any("group_offloading" in registry.hooks for registry in registries if registry is not None)
+    return grouped or any(hasattr(part, "_hf_hook") for part in parts)
 
 
 def check_folder(folder: Path) -> None:
@@ -148,7 +147,7 @@ def check_folder(folder: Path) -> None:
     if not isinstance(index.get("_class_name"), str) or not hasattr(diffusers, index["_class_name"]):
         raise wrong("class in model_index.json", index.get("_class_name"), f"a pipeline of diffusers; {BY_NAME}")
     # Parts that one pipeline alone has are named by the folder of diffusers that it is in.
-    pipelines = {path.name for path in (Path(diffusers.__file__).parent / "pipelines").iterdir() if path.is_dir()}
+    pipelines = {path.parent.name for path in (Path(diffusers.__file__).parent / "pipelines").glob("*/__init__.py")}
     for name, part in index.items():
         if isinstance(part, list) and part and part[0] not in (None, *LIBRARIES, *pipelines):
             raise wrong(f"library of {name} in model_index.json", part[0], f"{' or '.join(LIBRARIES)}; {BY_NAME}")

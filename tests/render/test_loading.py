@@ -2,6 +2,7 @@
 
 import shutil
 
+import accelerate
 import diffusers
 import pytest
 import torch
@@ -45,6 +46,22 @@ def test_parts_with_facts_are_parts_of_the_pipeline(kind):
     """Of this one, or of one that shares its facts."""
     parts = {"vae", "image_encoder"}
     assert set(ADAPTERS[kind].exact) <= parts
+
+
+@pytest.mark.parametrize(
+    "offload",
+    [
+        lambda pipe: pipe.enable_model_cpu_offload(device="cpu"),
+        lambda pipe: accelerate.cpu_offload(pipe.transformer, "cpu"),  # as `enable_sequential_cpu_offload` for each
+        lambda pipe: pipe.transformer.enable_group_offload(torch.device("cpu"), offload_type="leaf_level"),
+    ],
+    ids=["model", "sequential", "group"],
+)
+def test_offloading_that_was_set_up_before_is_seen(offload):
+    pipe = pipes.pipeline("wan")
+    assert not moves(pipe)
+    offload(pipe)
+    assert moves(pipe)
 
 
 @pytest.mark.parametrize("offload", loading.OFFLOADS)
