@@ -90,7 +90,7 @@ def checked(
     name: str, *, size: str = "tiny", device: str = "cpu", steps: int = 6, rounds: int = 3, variants: Sequence[str]
 ) -> dict[str, Any]:
     """One row on whether the paper's scheme takes as long, over stgfast, as the blocks predict; raises where variants
-    disagree. While it does not there are more rounds."""
+    disagree. While it does not there are more rounds: what has been undisturbed once only comes nearer to the truth."""
     # What is not compiled has the same result, and takes no time to compile.
     bench = Bench(MODELS[name], size, device, steps, backend="eager")
     far, _ = agreed(bench.at(steps=FEWEST), name, variants)

@@ -106,10 +106,9 @@ class Loading:
         elif self.offload == GROUP:
             pipe.enable_group_offload(device, offload_type="leaf_level", use_stream=device.type == "cuda")
         else:
-            stay = encoders_of(pipe) if self.offload == TEXT else {}
-            for name, part in pipe.components.items():
-                if isinstance(part, nn.Module) and name not in stay:
-                    part.to(device)
+            moved = copy.copy(pipe)
+            vars(moved).update(dict.fromkeys(encoders_of(pipe) if self.offload == TEXT else ()))
+            moved.to(device)  # with all but these
 
     def _pretrained(self, name: str, trusted: bool, device: torch.device) -> Any:
         from diffusers import DiffusionPipeline

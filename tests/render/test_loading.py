@@ -1,5 +1,6 @@
 """Loading as it is asked for: what is exact, where parts are meanwhile, and one sentence where it cannot be."""
 
+import inspect
 import shutil
 
 import accelerate
@@ -41,11 +42,21 @@ def test_some_parts_are_exact_in_any_type(saved):
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_parts_with_facts_are_parts_of_the_pipeline(kind):
-    """Of this one, or of one that shares its facts."""
-    parts = {"vae", "image_encoder"}
-    assert set(ADAPTERS[kind].exact) <= parts
+def test_where_parts_are(saved):
+    """On a device that has no numbers, as there may be no other."""
+    for offload, where in ((None, "meta"), ("text", "cpu")):
+        pipe = described(saved).load(Loading(device="meta", offload=offload))
+        assert pipe.transformer.device.type == pipe.vae.device.type == "meta"
+        assert pipe.text_encoder.device.type == where
+        assert pipe.transformer.dtype == torch.bfloat16
+
+
+def test_exact_parts_are_parts_of_pipelines():
+    kinds = [getattr(diffusers, name) for name in ADAPTERS if hasattr(diffusers, name)]
+    parts = {name for kind in kinds for name in inspect.signature(kind.__init__).parameters}
+    exact = {name for adapter in ADAPTERS.values() for name in adapter.exact}
+    assert exact == {"vae", "image_encoder"}
+    assert exact < parts
 
 
 @pytest.mark.parametrize(
