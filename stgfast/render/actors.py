@@ -197,6 +197,10 @@ class Actors:
             self._greet(actor)
 
     @property
+    def alike(self) -> bool:
+        return len({actor.device_name for actor in self.hired}) == 1  # one that is not ready has no name yet
+
+    @property
     def busy(self) -> bool:
         return bool(self.found) or any(actor.in_hand or actor.kept for actor in self.hired)
 

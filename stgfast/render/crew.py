@@ -36,6 +36,10 @@ class Crew(Protocol):
     aborting: bool
 
     @property
+    def alike(self) -> bool:
+        """Whether what one of its devices has no memory for, none has."""
+
+    @property
     def busy(self) -> bool:
         """Whether there is an outcome to come."""
 

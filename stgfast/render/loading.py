@@ -49,6 +49,12 @@ class Loading:
             if value is not None and value not in choices:
                 raise wrong(name, value, f"{', '.join(choices)}, or None")
 
+    @property
+    def footprint(self) -> str:
+        """What of it decides how many clips fit into memory, in short."""
+        said = {"dtype": self.dtype, "offload": self.offload, "tiles": self.vae_tiling}
+        return "".join(f", {name} {value}" for name, value in said.items() if value)
+
     def check_handed_over(self) -> None:
         """That nothing is asked of a pipeline that is there but what is done to a copy of it."""
         for each in dataclasses.fields(self):

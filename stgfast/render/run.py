@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from stgfast.errors import DeviceError, SettingsError, wrong
+from stgfast.render.batches import shape_of
 from stgfast.render.crew import Crew, Setup
 from stgfast.render.files import Form
 from stgfast.render.gallery import NAME, write_gallery
@@ -120,7 +121,7 @@ def render(
     loading = Loading(dtype, device, offload, vae_tiling, compile)
     if known.pipe is not None:
         loading.check_handed_over()
-    run = Run(known, Path(out), form, listener or (lambda event: None))
+    run = Run(known, Path(out), form, loading, listener or (lambda event: None))
     started = time.monotonic()
     try:
         with Store(run.out) as store:
@@ -165,9 +166,10 @@ class Run:
 
     store: Store
 
-    def __init__(self, model: Model, out: Path, form: Form, listener: Listener):
-        self.model, self.out, self.form, self.listener = model, out, form, listener
+    def __init__(self, model: Model, out: Path, form: Form, loading: Loading, listener: Listener):
+        self.model, self.out, self.form, self.loading, self.listener = model, out, form, loading, listener
         self.where: dict[int, Event] = {}  # jobs in hand
+        self.fits: set[str] = set()  # shapes that clips were rendered of
         self.bad = self.rendered = self.interrupts = 0
         self.fault: BaseException | None = None
         self.paged = time.monotonic()
@@ -241,7 +243,7 @@ class Run:
 
     def _hand_out(self, crew: Crew, max_batch: int, ahead: int) -> None:
         while not crew.stopping and (seat := crew.free()) is not None:
-            batch = self.store.claim(max_batch, seat.device_name)
+            batch = self.store.claim(max_batch, seat.device_name + self.loading.footprint)
             if batch is None:
                 return
             self.where.update({task.id: seat.where for task in batch.tasks})
@@ -261,6 +263,7 @@ class Run:
             task = outcome.task
             if store.finish(task, outcome.path, outcome.seconds):
                 self.rendered += 1
+                self.fits.add(shape_of(task.job))
                 self.tell("done", file=task.file, seconds=outcome.seconds, **where, **self._progress())
             else:
                 self.tell("failed", file=task.file, error="its name was taken meanwhile", **self._progress())
@@ -268,6 +271,7 @@ class Run:
             store.fail(outcome.task, outcome.error, outcome.seconds)
             more = {"error": outcome.error, "trace": outcome.trace, **where}
             self.tell("failed", file=outcome.task.file, **more, **self._progress())
+            self._fail_alike(outcome, crew)
         elif isinstance(outcome, Again):
             if outcome.rows:
                 store.bound(outcome.shape, outcome.rows)
@@ -285,6 +289,17 @@ class Run:
                 self.fault = outcome.error
                 crew.stop()
                 self.tell("stopping", why=f"{type(outcome.error).__name__}: {outcome.error}")
+
+    def _fail_alike(self, failed: Failed, crew: Crew) -> None:
+        """Where there is no memory for a job, no night is spent on others of its shape, of which none was rendered."""
+        shape = shape_of(failed.task.job)
+        if not failed.memory or not crew.alike or shape in self.fits:
+            return
+        error = f"not tried: as large as {failed.task.file}, which there is no memory for"
+        files = self.store.fail_waiting(shape, error)
+        progress = self._progress()
+        for file in files:
+            self.tell("failed", file=file, error=error, **progress)
 
     def _progress(self) -> Event:
         counts = self.store.counts()

@@ -301,6 +301,18 @@ class Store:
         change = "UPDATE jobs SET status = 'failed', error = ?, seconds = ?, finished = ?, runner = NULL WHERE id = ?"
         self.connection.execute(change, (error, json.dumps(seconds), time.time(), task.id))
 
+    def fail_waiting(self, shape: str, error: str) -> list[str]:
+        """Jobs of this run that wait and have this shape have failed, untried: their files."""
+        with self._transaction():
+            rows = self.connection.execute(
+                "SELECT jobs.id, file FROM jobs JOIN stacks ON stacks.id = stack "
+                "WHERE status = 'pending' AND jobs.id IN mine AND shape = ? ORDER BY jobs.id",
+                (shape,),
+            ).fetchall()
+            change = "UPDATE jobs SET status = 'failed', error = ?, finished = ? WHERE id = ?"
+            self.connection.executemany(change, [(error, time.time(), row["id"]) for row in rows])
+        return [row["file"] for row in rows]
+
     def give_back(self, tasks: Iterable[Task], *, apart: bool = False, error: str | None = None) -> None:
         """Jobs in hand wait again; `apart`, each on its own."""
         change = "UPDATE jobs SET status = 'pending', runner = NULL, apart = MAX(apart, ?), error = ? WHERE id = ?"

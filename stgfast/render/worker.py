@@ -55,12 +55,13 @@ class Written:
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """A job that cannot be rendered."""
+    """A job that cannot be rendered; `memory`: it takes more than the device has, with nothing else on it."""
 
     task: Task
     error: str
     seconds: dict[str, float]
     trace: str = ""
+    memory: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +138,7 @@ class Worker:
         self.ahead: Sequence[Prompt] = ()
         self.texts = Texts(scratch / "texts", self.device, parts=encoders, ahead=lambda: list(self.ahead))
         self.stopping = self.aborting = False
+        self.alike = True
         self.in_hand: dict[threading.Thread, Passage] = {}
         self.streams: list[Any] = []
         names = installed_on(pipe).adapter.denoisers
@@ -305,7 +307,8 @@ class Passage:
                 if len(tasks) > 1:
                     yield Again(tasks, again, self.batch.shape, rows=len(tasks) // 2)
                 else:
-                    yield Failed(tasks[0], f"out of memory, with nothing else running{LESS}: {again}", self._share())
+                    said = f"out of memory, with nothing else running{LESS}: {again}"
+                    yield Failed(tasks[0], said, self._share(), memory=True)
                 return
             self.pipe = self._copy()
         yield from self._written(clips)

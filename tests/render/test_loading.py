@@ -17,6 +17,7 @@ from stgfast.render.files import metadata_of, read_frames
 from stgfast.render.loading import Loading, moves
 from stgfast.render.models import Model, described
 from stgfast.render.run import render
+from stgfast.render.store import Store
 from tests.render import pipes
 
 JOB = {**pipes.CALL, "prompt": "a red kite", "pipeline": {"max_sequence_length": 16}, "name": "k"}
@@ -136,6 +137,20 @@ def test_a_pipeline_that_is_loaded_is_used_as_it_is(tmp_path, setting, value):
 def test_settings_that_are_wrong(saved, tmp_path, setting, value, message):
     with pytest.raises(SettingsError, match=message):
         render(saved, [JOB], tmp_path / "out", **{setting: value})
+
+
+def test_what_fits_is_remembered_for_how_the_model_was_loaded(tmp_path):
+    settings = {"format": "png", "max_batch": 2}
+    render(pipes.pipeline("wan"), [JOB], tmp_path, **settings)
+    with Store(tmp_path) as store:
+        store.bound(f"cpu {store.connection.execute('SELECT shape FROM stacks').fetchone()[0]}", 1)
+    for tiling, rows in ((False, [1, 1]), (True, [2])):
+        jobs = [{**JOB, "seed": seed, "name": f"{tiling} {seed}"} for seed in range(2)]
+        events = []
+        render(pipes.pipeline("wan"), jobs, tmp_path, vae_tiling=tiling, listener=events.append, **settings)
+        assert [len(event["files"]) for event in events if event["event"] == "claimed"] == rows
+    assert Loading().footprint == Loading(device="cuda", compile=True).footprint == ""
+    assert Loading("float16", offload="model").footprint == ", dtype float16, offload model"
 
 
 def test_files_that_are_wrong(saved, tmp_path):

@@ -257,6 +257,37 @@ def test_out_of_memory_alone_is_tried_with_nothing_else_running(tmp_path, pipe):
     assert all("out of memory" in event["error"] or "MemoryError" in event["error"] for event in told(events, "failed"))
 
 
+@pytest.mark.parametrize("fits", [0, 1])
+def test_where_there_is_no_memory_for_one_others_like_it_are_not_tried(tmp_path, pipe, fits):
+    """Unless one of them was rendered: then it may be that something else took the memory for a while."""
+    decoded = []
+
+    def before(latents):
+        wide = latents.shape[-1] > 4
+        decoded.append(wide)
+        if not wide and decoded.count(False) > fits:
+            raise MemoryError
+
+    Decoder(pipe, before)
+    events = []
+    report = go(pipe, some(40, height=32), tmp_path, events, max_batch=1)
+    assert (report.done, report.failed, report.waiting) == (20 + fits, 20 - fits, 0)
+    said = [event["error"] for event in told(events, "failed")]
+    untried = [
+        error for error in said if re.fullmatch(r"not tried: as large as k\d+, which there is no memory for", error)
+    ]
+    assert said[0].startswith(
+        "out of memory, with nothing else running (offload, vae_tiling or a smaller clip take less)"
+    )
+    if fits:
+        assert untried == []
+    else:
+        assert len(untried) >= 15  # some were in hand
+    assert (
+        go(pipe, some(40, height=32), tmp_path).failed == 20 - fits
+    )  # which stay so, until they are to be tried again
+
+
 def test_a_decoder_that_fails_fails_one_clip(tmp_path, pipe):
     calls = []
 
