@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -305,6 +306,13 @@ def test_what_an_actor_says_where_it_cannot_render(tmp_path, model, monkeypatch)
         said = Actor(Setup(other, form, own_fps=True), True, folder, "token", __version__).load()
         assert not said.ours  # another device may do
         assert said.why.endswith(why)
+
+
+def test_devices_that_are_alike():
+    """What one has no memory for, none has; of one that is not ready, nothing is known."""
+    for names, alike in ((["H100", "H100"], True), (["H100", "L4"], False), (["H100", ""], False)):
+        crew = SimpleNamespace(hired=[SimpleNamespace(device_name=name) for name in names])
+        assert actors.Actors.alike.fget(crew) is alike
 
 
 @pytest.mark.parametrize(
