@@ -87,7 +87,7 @@ def measured(
 
 
 def checked(
-    name: str, *, size: str = "tiny", device: str = "cpu", steps: int = 6, rounds: int = 3, variants: Sequence[str]
+    name: str, *, size: str, device: str, steps: int | None, rounds: int, variants: Sequence[str]
 ) -> dict[str, Any]:
     """One row on whether the paper's scheme takes as long, over stgfast, as the blocks predict; raises where variants
     disagree. While it does not there are more rounds: what has been undisturbed once only comes nearer to the truth."""

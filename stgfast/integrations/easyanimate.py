@@ -57,6 +57,7 @@ EASYANIMATE = Adapter(
     grid=Grid(patches, last=True),
     # About 70% of the way through its 48 blocks.
     defaults=Guidance(Perturbation([33], scale=1.0)),
+    negative=True,
 )
 
 EASYANIMATE_INPAINT = replace(

@@ -176,6 +176,7 @@ class Adapter:
                  `one`, the same for all; nothing, where clips are not what they are alone
     exact        the components that are loaded in float32 whatever the others are
     tiled        its VAE decodes in tiles or not at all
+    negative     a call fails without a negative prompt
     """
 
     pipeline: str
@@ -218,6 +219,7 @@ class Adapter:
     images: str = ""
     exact: tuple[str, ...] = ()
     tiled: bool = False
+    negative: bool = False
 
     def calls(self, cfg: bool) -> tuple[tuple[str, ...], ...]:
         """The calls of the denoiser that make a step, each with the rows it is called on."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError, wrong
-from stgfast.install import INSTALLED, accelerate
-from stgfast.integrations import ADAPTERS
+from stgfast.install import INSTALLED, accelerate, installed_on
 from stgfast.render.batches import is_out_of_memory
 from stgfast.render.texts import encoders_of
 
@@ -62,12 +61,13 @@ class Loading:
             if value != each.default and (each.name, value) not in (("offload", TEXT), ("vae_tiling", True)):
                 raise wrong(each.name, value, "none for a pipeline that is loaded: it is used as it is")
 
-    def load(self, source: str | Callable[[], Any], trusted: bool) -> Any:
-        """The pipeline, guided: of a folder or a name on the hub, or of what builds it."""
+    def load(self, source: str | Callable[[], Any], *, trusted: bool, exact: Sequence[str]) -> Any:
+        """The pipeline, guided: of a folder or a name on the hub, or of what builds it; parts that are `exact` have
+        float32 in any case."""
         device = self._target
         try:
             if isinstance(source, str):
-                pipe = self._pretrained(source, trusted, device)
+                pipe = self._pretrained(source, device, trusted, exact)
             else:
                 pipe = source() if self.dtype is None else source().to(DTYPES[self.dtype])
             self._place(pipe, device)
@@ -86,7 +86,7 @@ class Loading:
         installed = getattr(pipe, INSTALLED, None)
         if installed is None or self.compile:
             accelerate(pipe, installed.given if installed else None, compile=self.compile)
-        if self.vae_tiling or getattr(pipe, INSTALLED).adapter.tiled:
+        if self.vae_tiling or installed_on(pipe).adapter.tiled:
             vae: Any = getattr(pipe, "vae", None)
             if not hasattr(vae, "use_tiling"):
                 raise wrong("vae_tiling", True, f"False: {type(vae).__name__} decodes a clip as a whole")
@@ -116,7 +116,7 @@ class Loading:
             vars(moved).update(dict.fromkeys(encoders_of(pipe) if self.offload == TEXT else ()))
             moved.to(device)  # with all but these
 
-    def _pretrained(self, name: str, trusted: bool, device: torch.device) -> Any:
+    def _pretrained(self, name: str, device: torch.device, trusted: bool, exact: Sequence[str]) -> Any:
         from diffusers import DiffusionPipeline
 
         folder = name
@@ -124,13 +124,9 @@ class Loading:
             folder = DiffusionPipeline.download(folder, use_safetensors=True, trust_remote_code=trusted)
         if not trusted:
             check_folder(Path(folder))
-        kind = read_json(Path(folder) / "model_index.json")["_class_name"]
-        adapter = ADAPTERS.get(kind[-1] if isinstance(kind, list) else kind)
-        exact = dict.fromkeys(adapter.exact, torch.float32) if adapter else {}
         usual = DTYPES[self.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
-        return DiffusionPipeline.from_pretrained(
-            folder, dtype={**exact, "default": usual}, use_safetensors=True, trust_remote_code=trusted
-        )
+        dtypes = {**dict.fromkeys(exact, torch.float32), "default": usual}
+        return DiffusionPipeline.from_pretrained(folder, dtype=dtypes, use_safetensors=True, trust_remote_code=trusted)
 
 
 USUAL = Loading()

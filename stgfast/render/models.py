@@ -16,6 +16,7 @@ from stgfast import toy
 from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
 from stgfast.install import INSTALLED, accelerate
 from stgfast.integrations import ADAPTERS
+from stgfast.integrations.spec import Adapter
 from stgfast.render.jobs import Job
 from stgfast.render.loading import BY_NAME, USUAL, Loading, check_folder, read_json
 
@@ -59,9 +60,13 @@ class Model:
         return DEFAULTS.get(self.name, {})
 
     @property
+    def adapter(self) -> Adapter:
+        return ADAPTERS[self.kind.__name__]
+
+    @property
     def images(self) -> str:
         """How its calls take several images."""
-        return ADAPTERS[self.kind.__name__].images
+        return self.adapter.images
 
     @property
     def needs_image(self) -> bool:
@@ -77,7 +82,7 @@ class Model:
                 raise wrong(name, value[:60] if isinstance(value, str) else value, f"none: {kind} takes none")
         if job.image is None and self.needs_image:
             raise wrong("image", None, f"one: {kind} begins with an image")
-        if job.negative_prompt is None and kind.startswith("EasyAnimate"):
+        if job.negative_prompt is None and self.adapter.negative:
             raise wrong("negative_prompt", None, f"one, if an empty one: {kind} fails without")
         for name in job.pipeline:
             if name not in known:
@@ -120,7 +125,7 @@ class Model:
         """The pipeline, guided: a copy where it was handed over, which itself is left as it is."""
         if self.pipe is not None:
             return loading.prepared(copy.copy(self.pipe))
-        return loading.load(self.build or self.name, self.trusted)
+        return loading.load(self.build or self.name, trusted=self.trusted, exact=self.adapter.exact)
 
 
 def described(model: Any, *, trust: str | None = None) -> Model:

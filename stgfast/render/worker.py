@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import importlib.metadata
 import inspect
 import queue
 import threading
@@ -127,6 +126,8 @@ class Worker:
         fps: Callable[[Job], float] | None = None,
         offload_text: bool = False,
     ):
+        import diffusers
+
         self.pipe, self.scratch, self.form, self.fps = copy.copy(pipe), scratch, form, fps
         self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self.doors = {door: threading.Lock() for door in DOORS}
@@ -141,13 +142,13 @@ class Worker:
         self.alike = True
         self.in_hand: dict[threading.Thread, Passage] = {}
         self.streams: list[Any] = []
-        names = installed_on(pipe).adapter.denoisers
-        denoiser = next(part for name in names if (part := getattr(pipe, name, None)) is not None)
+        layout, *_ = installed_on(pipe).adapter.layouts(pipe).values()
         self.made_with = {
-            "dtype": str(denoiser.dtype).removeprefix("torch."),
+            "dtype": str(layout.denoiser.dtype).removeprefix("torch."),
             "vae_tiling": bool(getattr(getattr(pipe, "vae", None), "use_tiling", False)),
             "device": self.device_name,
-            **{package: importlib.metadata.version(package) for package in ("torch", "diffusers")},
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
         }
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # weights are there before other streams read them

@@ -283,9 +283,8 @@ def test_where_there_is_no_memory_for_one_others_like_it_are_not_tried(tmp_path,
         assert untried == []
     else:
         assert len(untried) >= 15  # some were in hand
-    assert (
-        go(pipe, some(40, height=32), tmp_path).failed == 20 - fits
-    )  # which stay so, until they are to be tried again
+    # Which stay so, until they are to be tried again.
+    assert go(pipe, some(40, height=32), tmp_path).failed == 20 - fits
 
 
 def test_a_decoder_that_fails_fails_one_clip(tmp_path, pipe):
