@@ -18,8 +18,8 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["stgfast", "stgfast.*"]),
     package_data={
-        "stgfast": ["py.typed", "*/*.html", "pages/common.*"],
-        "stgfast.toy": ["README.md", "*.safetensors", "pipeline/*", "pipeline/*/*"],
+        "stgfast": ["py.typed", "*/README.md", "*/*.html", "pages/common.*"],
+        "stgfast.toy": ["*.safetensors", "pipeline/*", "pipeline/*/*"],
     },
     python_requires=">=3.10,<3.14",
     install_requires=[

@@ -1,7 +1,7 @@
-"""What was measured on a CPU, as the README has it: made of the rows in bench/results/.
+"""What was measured on a CPU, as the README beside this has it: made of the rows in bench/results/.
 
 python bench/measured.py           the table
-python bench/measured.py --check   is it what the README has?
+python bench/measured.py --check   is it what that README has?
 python bench/measured.py --write   put it there
 """
 
@@ -15,6 +15,7 @@ import readme
 from stgfast.bench.report import rows_in, table
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent / "README.md"
 SIZE = "small"
 NAMES = {
     "mochi": "Mochi",
@@ -31,7 +32,7 @@ NAMES = {
 
 
 def main() -> int:
-    return readme.main("measured.py", __doc__, {readme.README: table(rows_in(RESULTS), SIZE, NAMES)})
+    return readme.main("measured.py", __doc__, {PAGE: table(rows_in(RESULTS), SIZE, NAMES)})
 
 
 if __name__ == "__main__":

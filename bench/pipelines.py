@@ -1,8 +1,8 @@
 """What every supported pipeline saves by sharing: blocks counted by the planner, for models as they were released.
 
-    python bench/pipelines.py           the table
-    python bench/pipelines.py --check   is it what the README has?
-    python bench/pipelines.py --write   put it there
+    python bench/pipelines.py           the tables
+    python bench/pipelines.py --check   are they what the READMEs have?
+    python bench/pipelines.py --write   put them there
 
 Models are built from their configuration on the meta device, where they have no weights.
 """
@@ -13,9 +13,9 @@ import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import diffusers
 import readme
@@ -31,12 +31,14 @@ from stgfast.integrations.open_sora import MODELS as OPEN_SORA
 from stgfast.integrations.spec import Adapter
 from stgfast.schedules import Moment
 
+PAGE = readme.README.parent / "stgfast" / "integrations" / "README.md"
 HEAD = ("model", "pipelines", "called", "layers", "settings", "from", "block-rows: plain, stgfast, CFG alone", "saved")
+SHORT = ("", "weakened, where nothing else is said", "plainly", "stgfast")
 FIRST = Moment(0, 1)
 SOME_CFG = 4.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Model:
     """A released model, and the pipelines that take it."""
 
@@ -210,7 +212,20 @@ def arguments_of(name: str) -> dict[str, Any]:
     return {parameter.name: parameter.default for parameter in parameters.values()}
 
 
-def row(model: Model) -> list[str]:
+class Counted(NamedTuple):
+    """Block-rows of a guided step."""
+
+    plain: int
+    shared: int
+    cfg: int  # alone
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self))
+
+
+@functools.cache
+def counted(model: Model) -> tuple[Counted, Adapter, int]:
+    """The same for all its pipelines; what is known of the first, and how many layers there are."""
     denoiser = model.build()
     adapters = {name: (ADAPTERS | OPEN_SORA)[name] for name in model.pipelines}
     counts = set()
@@ -218,22 +233,31 @@ def row(model: Model) -> list[str]:
         plans = plans_of(name, adapter, denoiser)
         weak = sum(branch.name != branch.source for plan in plans for branch in plan.branches)
         branches, depth = sum(len(plan.branches) for plan in plans), len(plans[0].steps)
-        own = branches if adapter.protocol == "announced" else branches - weak
-        counts.add((branches * depth, sum(sum(plan.computed) for plan in plans), own * depth))
-    first_name, first = next(iter(adapters.items()))
-    (plain, shared, own), *differing = counts
+        counts.add(Counted(branches * depth, sum(sum(plan.computed) for plan in plans), (branches - weak) * depth))
+    (count, *differing), first = counts, next(iter(adapters.values()))
     assert not differing, f"pipelines of {model.name} that are not alike: {counts}"
-    layers = first.layout(first.denoisers[0], denoiser).layers
+    return count, first, first.layout(first.denoisers[0], denoiser).layers
+
+
+def row(model: Model) -> list[str]:
+    count, first, layers = counted(model)
+    called = dict.fromkeys((ADAPTERS | OPEN_SORA)[name].protocol for name in model.pipelines)
     return [
         model.name,
         ", ".join(f"`{name}`" for name in model.pipelines),
-        ", ".join(dict.fromkeys(adapter.protocol for adapter in adapters.values())),
+        ", ".join(called),
         str(layers),
-        own_settings(first_name) if first.protocol == "announced" else str(first.defaults),
+        own_settings(model.pipelines[0]) if first.protocol == "announced" else str(first.defaults),
         first.source,
-        f"{plain}, {shared}, {own}",
-        f"{1 - shared / plain:.1%}",
+        str(count),
+        f"{1 - count.shared / count.plain:.1%}",
     ]
+
+
+def short(model: Model) -> list[str]:
+    count, first, _ = counted(model)
+    settings = "as its pipeline has it" if first.protocol == "announced" else str(first.defaults).partition(";")[0]
+    return [model.name, settings, *(f"{each / count.cfg - 1:+.0%}" for each in (count.plain, count.shared))]
 
 
 def own_settings(name: str) -> str:
@@ -242,14 +266,13 @@ def own_settings(name: str) -> str:
     return ", ".join(f"`{name}` {call[name]}" for name in names)
 
 
-@functools.cache
-def table() -> str:
-    rows = [HEAD, ["---"] * len(HEAD), *map(row, MODELS)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
 
 
 def main() -> int:
-    return readme.main("pipelines.py", __doc__, {readme.README: table()})
+    made = {readme.README: table(SHORT, map(short, MODELS)), PAGE: table(HEAD, map(row, MODELS))}
+    return readme.main("pipelines.py", __doc__, made)
 
 
 if __name__ == "__main__":

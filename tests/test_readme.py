@@ -1,5 +1,6 @@
-"""The README is true: its table is what the planner says, its settings exist, its examples run."""
+"""The READMEs are true: tables are made of what is planned or was measured, settings exist, examples run."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 import stgfast
-from stgfast import Guidance, Perturbation
+from stgfast import Guidance, Perturbation, cli
 from stgfast.batching.plan import branches_for, make_plan
 from stgfast.call import SETTINGS
 from stgfast.integrations import ADAPTERS
+from stgfast.render.jobs import checked
 from tests import models
 from tests.integrations.family import Family, distance
 from tests.oracle import Facts
@@ -23,7 +25,9 @@ import pipelines
 import readme
 import studied
 
+ROOT = readme.README.parent
 README = readme.README.read_text()
+PAGES = [readme.README, *sorted((ROOT / "stgfast").glob("*/README.md")), ROOT / "bench" / "README.md"]
 
 
 def test_every_pipeline_is_in_the_table():
@@ -31,34 +35,63 @@ def test_every_pipeline_is_in_the_table():
 
 
 MADE = {
-    "pipelines.py": (pipelines, "144, 109, 96", "144, 108, 96"),
-    "measured.py": (measured, "| SVD |", "| other |"),
-    "studied.py": (studied, "| CFG 4 |", "| CFG 5 |"),
+    "pipelines.py": (pipelines, {"README.md": ("+14%", "+13%"), "page.md": ("144, 109, 96", "144, 108, 96")}),
+    "measured.py": (measured, {"page.md": ("| SVD |", "| other |")}),
+    "studied.py": (studied, {"README.md": ("| CFG 4 |", "| CFG 5 |"), "page.md": ("| CFG 4 |", "| CFG 5 |")}),
 }
 
 
-@pytest.mark.parametrize("script", MADE)
-def test_the_tables_are_what_they_are_made_of(script, monkeypatch, capsys, tmp_path):
-    made, right, wrong = MADE[script]
+@pytest.mark.parametrize(("script", "file"), [(script, file) for script, (_, files) in MADE.items() for file in files])
+def test_the_tables_are_what_they_are_made_of(script, file, monkeypatch, capsys, tmp_path):
+    made, wrong = MADE[script]
+    texts = {"README.md": README, "page.md": made.PAGE.read_text()}
     monkeypatch.setattr(sys, "argv", [script, "--check"])
     assert made.main() == 0
-    other, page = tmp_path / "README.md", tmp_path / "page.md"
-    other.write_text(README.replace(right, wrong))
-    monkeypatch.setattr(readme, "README", other)
-    page.write_text(studied.PAGE.read_text())
-    monkeypatch.setattr(studied, "PAGE", page)
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text.replace(*wrong[file]) if name == file else text)
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    monkeypatch.setattr(made, "PAGE", tmp_path / "page.md")
     assert made.main() == 1
     assert f"{script} --write" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [script, "--write"])
     assert made.main() == 0
-    assert other.read_text() == README
+    assert {name: (tmp_path / name).read_text() for name in texts} == texts
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_is_linked_is_there(page):
+    linked = re.findall(r"\]\(([^)]+)\)", page.read_text())
+    assert [link for link in linked if "://" not in link and not (page.parent / link.partition("#")[0]).exists()] == []
+
+
+def test_every_page_is_linked():
+    linked = {ROOT / link for link in re.findall(r"\]\(([^)]+README\.md)\)", README)}
+    assert linked == set(PAGES[1:])
+
+
+def test_the_job_that_is_shown(tmp_path):
+    (line,) = re.findall(r"```json\n(.*?)\n```", (ROOT / "stgfast" / "render" / "README.md").read_text())
+    (job,) = checked(1, json.loads(line), base=tmp_path).jobs
+    assert job.guidance == Guidance(Perturbation([30]))
+
+
+@pytest.mark.parametrize(("page", "commands"), [("stgfast/render", ("render", "sweep")), ("bench", ("bench",))])
+def test_the_options_that_are_named(page, commands, capsys):
+    for command in commands:
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+    options = re.compile(r"(?<![-\w])--[a-z][a-z-]*")
+    assert set(options.findall((ROOT / page / "README.md").read_text())) <= set(
+        options.findall(capsys.readouterr().out)
+    )
 
 
 def test_wan_at_a_late_layer():
     late = Guidance(Perturbation([30], of="uncond", base="guided"))
     plans = [make_plan(branches_for(late, (source,), {"uncond", "perturbed0"}), 40) for source in ("cond", "uncond")]
-    assert "Wan 14B at layer 30\ntakes 89 block-rows in place of 120" in README
     assert sum(sum(plan.computed) for plan in plans) == 89
+    assert "Wan 14B at layer 30\ntakes 89 block-rows in place of 120" in pipelines.PAGE.read_text()
+    assert f"Wan 14B at layer 30 costs {89 / 80 - 1:.0%} more than CFG alone" in README
 
 
 def test_the_explanation_is_what_is_printed():
@@ -99,7 +132,7 @@ def sana_arguments(prompts, cfg=True):
 
 
 def test_the_adapter_for_a_pipeline_that_is_not_in_the_table():
-    (code,) = re.findall(r"```python\n(from stgfast import Adapter.*?)```", README, re.DOTALL)
+    (code,) = re.findall(r"```python\n(from stgfast import Adapter.*?)```", pipelines.PAGE.read_text(), re.DOTALL)
     family = Family("Sana-Video", sana, sana_arguments, Facts(stacked=True), cfg=4.0)
     expected = family.plain(Guidance(Perturbation([14])), 2)
     assert family.build().__class__.__name__ not in ADAPTERS
