@@ -1,4 +1,4 @@
-# `make demo` and `make test` need Python 3.10 to 3.13 and nothing else: each makes the virtual environment it runs in.
+# `make demo` and `make test` need Python 3.11 or newer and nothing else: each makes the virtual environment it runs in.
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready

@@ -5,8 +5,8 @@ from setuptools import find_packages, setup
 VERSION = Path("stgfast/version.py").read_text(encoding="utf-8").split('__version__ = "')[1].split('"')[0]
 
 RAY = ["ray>=2.50"]
-TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6.100", "peft>=0.17", "selenium>=4.20"]
-TEXT = ["ftfy>=6", "sentencepiece>=0.2", "protobuf>=4"]  # what pipelines ask for to read prompts, and do not bring
+TEST = ["pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3", "hypothesis>=6.100", "peft>=0.18", "selenium>=4.20"]
+TEXT = ["ftfy>=6.1", "sentencepiece>=0.2", "protobuf>=4"]  # what pipelines ask for to read prompts, and do not bring
 LINT = ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-tqdm"]
 
 setup(
@@ -21,12 +21,12 @@ setup(
         "stgfast": ["py.typed", "*/README.md", "*/*.html", "pages/common.*"],
         "stgfast.toy": ["*.safetensors", "pipeline/*", "pipeline/*/*"],
     },
-    python_requires=">=3.10,<3.14",
+    python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",
         "diffusers>=0.40",
-        "transformers>=4.48",
+        "transformers>=5.12",
         "accelerate>=1.0",
         "numpy>=1.26",
         "av>=14",
