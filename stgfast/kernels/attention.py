@@ -301,15 +301,6 @@ def masked_attention(
 
 
 @masked_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    identity: Sequence[bool],
-    source: Sequence[int],
-    tokens: Sequence[int],
-    kv_len: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-) -> Tensor:
+def result_of(q: Tensor, k: Tensor, v: Tensor, identity: Sequence[bool], source: Sequence[int], *_: object) -> Tensor:
+    """What a graph is told of the result."""
     return empty_like_query(q, len(source))

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stgfast.kernels.attention import LOG2_E, Config, _on_device, capability, padded
+from stgfast.kernels.attention import LOG2_E, Config, _on_device, capability, padded, result_of
 from stgfast.kernels.layout import empty_like_query
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -213,19 +213,7 @@ def masked_attention(
     return out
 
 
-@masked_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    identity: Sequence[bool],
-    source: Sequence[int],
-    tokens: Sequence[int],
-    kv_len: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-) -> Tensor:
-    return empty_like_query(q, len(source))
+masked_attention.register_fake(result_of)
 
 
 def _descriptors(size: int, alignment: int, stream: int | None) -> Tensor:
