@@ -29,7 +29,7 @@ setup(
         "transformers>=5.12",
         "accelerate>=1.0",
         "numpy>=1.26",
-        "av>=14",
+        "av>=17",
         "pyyaml>=6",
         "pillow>=10",
         "tqdm>=4.60",
