@@ -171,6 +171,7 @@ class Run:
         self.where: dict[int, Event] = {}  # jobs in hand
         self.fits: set[str] = set()  # shapes that clips were rendered of
         self.bad = self.rendered = self.interrupts = 0
+        self.signal = ""  # that came, and was not told of yet
         self.fault: BaseException | None = None
         self.paged = time.monotonic()
 
@@ -218,6 +219,7 @@ class Run:
         try:
             with self._interruptible(crew):
                 while not crew.aborting:
+                    self._tell_of_signal()
                     self._hand_out(crew, max_batch, ahead)
                     if crew.busy or (not crew.stopping and self.store.counts()[PENDING]):
                         self._settle(crew.outcome(0.1), crew)  # in time for a look at whether the run is to stop
@@ -228,6 +230,7 @@ class Run:
                         self.recover()
                     if time.monotonic() - self.paged > PAGE:
                         self.page()
+                self._tell_of_signal()
         except BaseException:
             crew.abort()
             raise
@@ -312,8 +315,8 @@ class Run:
         def handle(number: int, frame: FrameType | None) -> None:
             self.interrupts += 1
             if self.interrupts == 1:
+                self.signal = signal.Signals(number).name
                 crew.stop()
-                self.tell("stopping", why=signal.Signals(number).name)
             else:
                 crew.abort()
 
@@ -326,6 +329,12 @@ class Run:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    def _tell_of_signal(self) -> None:
+        """Not within the signal: what that interrupts may be the listener, which would be called within itself."""
+        name, self.signal = self.signal, ""
+        if name:
+            self.tell("stopping", why=name)
 
     def page(self) -> None:
         """The page about the folder, as it stands. Clips that are done are done without it."""

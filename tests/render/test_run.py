@@ -579,6 +579,25 @@ def test_an_interruption_finishes_what_is_in_hand(tmp_path, pipe):
     assert go(pipe, some(12), tmp_path, max_batch=2).done == 12
 
 
+def test_the_listener_is_not_called_within_itself(tmp_path, pipe):
+    """A stream that is written to within a write, by a signal, raises."""
+    events, within = [], []
+
+    def listener(event):
+        assert not within
+        within.append(event)
+        events.append(event)
+        if event["event"] == "done" and len(told(events, "done")) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+        within.clear()
+
+    report = render(pipe, some(12), tmp_path, max_batch=2, format="png", listener=listener)
+    assert (report.interrupted, report.code) == (True, 130)
+    assert [event["why"] for event in told(events, "stopping")] == ["SIGINT"]
+    assert [event["event"] for event in events][-1] == "ended"
+
+
 def test_a_second_interruption_stops_at_once(tmp_path, pipe):
     interrupting(pipe, 2)
     report = go(pipe, some(12, steps=50), tmp_path, max_batch=2)
