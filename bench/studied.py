@@ -66,15 +66,12 @@ def main() -> int:
     return readme.main("studied.py", __doc__, made)
 
 
+EARLY, LATER = "residual, layer 4, scale 1", "residual, layer 8, scale 1"
 FEW = (
-    "no CFG",
-    f"no CFG, {toy.GUIDANCE}",
-    "CFG 2",
-    f"CFG 2, {toy.GUIDANCE}",
-    "CFG 4",
-    "CFG 2, residual, layer 8, scale 1",
-    "CFG 2, residual, layer 10, scale 1",
     "as drawn, through the VAE",
+    *(f"{cfg}{settings}" for cfg in ("no CFG", "CFG 2") for settings in ("", f", {toy.GUIDANCE}", f", {EARLY}")),
+    f"CFG 2, {LATER}",
+    "CFG 4",
 )
 
 

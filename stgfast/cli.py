@@ -39,12 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_demo(out: Path, prompts: Sequence[str] | None, seed: int) -> int:
     from stgfast import toy
-    from stgfast.demo import run
+    from stgfast.demo import ROUNDS, run
 
     demo = run(out, prompts or toy.PROMPTS, seed)
     print("A small text-to-video model: 12 blocks, trained on drawn clips of shapes that move and turn.\n")
     print(demo.plan)
-    print(f"\n{len(demo.sides[0].clips)} clips      block-rows   seconds")
+    print(f"\n{len(demo.sides[0].clips)} clips      block-rows   seconds, fastest of {ROUNDS}")
     for side in demo.sides:
         print(f"{side.name:10} {side.block_rows:12} {side.seconds:9.2f}")
     print("\nCFG left, CFG + STG right; all of them in the last:")

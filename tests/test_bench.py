@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from stgfast import toy
-
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import combine
 import reuse
@@ -27,8 +25,8 @@ def test_combine_counts_bytes(capsys, monkeypatch):
 def test_reuse_counts_what_is_left_out(monkeypatch):
     monkeypatch.setattr(reuse, "STEPS", 4)
     monkeypatch.setattr(reuse, "SETTINGS", ({"reuse": 1}, {"reuse": 2}))
-    exact, half = reuse.rows(2, toy.GUIDANCE)
-    blocks, (layer,) = 12, toy.GUIDANCE.perturbations[0].layers
+    exact, half = reuse.rows(2, reuse.EARLY)
+    blocks, (layer,) = 12, reuse.EARLY.perturbations[0].layers
     weak = blocks - layer - 1
     assert exact["block-rows"] == 4 * (2 * blocks + weak)
     assert half["block-rows"] == 4 * 2 * blocks + 2 * weak

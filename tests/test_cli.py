@@ -22,7 +22,7 @@ def test_demo(capsys, tmp_path):
     (layer,) = toy.GUIDANCE.perturbations[0].layers
     blocks, steps = 12, toy.CALL["num_inference_steps"]
     assert rows == {"CFG": 2 * steps * 2 * blocks, "CFG + STG": 2 * steps * (2 * blocks + blocks - layer - 1)}
-    assert f"blocks {layer + 1} to {blocks - 1}: 3 rows" in printed
+    assert f"blocks 0 to {layer}: 2 rows" in printed
     shown = re.findall(r"^  (\S+/clips/\S+)$", printed, re.MULTILINE)
     stem = "a-red-square-moves-left-over-a-black-backg"
     assert [Path(path).name for path in shown] == [f"1-{stem}.mp4", f"2-{stem}.mp4", "demo.png"]

@@ -84,8 +84,8 @@ def tuning() -> Study:
 
 
 def reported() -> Study:
-    """What the README says, of what was chosen by the study before; and what that showed to hurt."""
-    usual = toy.CALL["guidance_scale"]
+    """What the README says, of what was chosen by the study before; and what that showed to be weaker, or to hurt."""
+    usual, early = toy.CALL["guidance_scale"], perturbed(RESIDUAL, 4, 1.0)
     return Study(
         seed=202,
         prompts=256,
@@ -95,11 +95,12 @@ def reported() -> Study:
             (4.0, Guidance()),
             (usual, toy.GUIDANCE),
             (usual, replace(toy.GUIDANCE, rescale=0.7)),
-            (usual, replace(toy.GUIDANCE, reuse=2)),
+            (1.0, toy.GUIDANCE),
+            (usual, early),
+            (usual, replace(early, reuse=2)),
+            (1.0, early),
             (usual, perturbed(RESIDUAL, 8, 1.0)),
             (usual, perturbed(ATTENTION, 6, 1.0)),
-            (1.0, toy.GUIDANCE),
-            (usual, perturbed(RESIDUAL, 10, 1.0)),
         ],
     )
 

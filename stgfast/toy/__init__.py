@@ -13,7 +13,7 @@ from stgfast.guidance import Guidance, Perturbation
 
 FOLDER = Path(__file__).parent / "pipeline"
 CALL: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 12, "guidance_scale": 2.0}
-GUIDANCE = Guidance(Perturbation([4]))
+GUIDANCE = Guidance(Perturbation([10]))
 JOB: dict[str, Any] = {  # the same, as a job for `stgfast render` says it
     **{name: CALL[name] for name in ("height", "width", "num_frames")},
     "steps": CALL["num_inference_steps"],
