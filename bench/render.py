@@ -21,8 +21,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -30,6 +32,7 @@ import torch
 import stgfast
 from stgfast import toy
 from stgfast.bench.measure import result, saved
+from stgfast.render import worker
 from stgfast.render.files import Form, read_frames, write
 from stgfast.render.run import render
 
@@ -97,20 +100,21 @@ def guided() -> Any:
     return stgfast.accelerate(toy.pipeline(), toy.GUIDANCE)
 
 
-def in_turn() -> Any:
-    pipe = guided()
-    pipe._all_hooks = ["as if models were moved to and fro"]
-    return pipe
-
-
 def variants(max_batch: int) -> dict[str, tuple[Callable[[], Any], Callable[[Any, list[dict[str, Any]], Path], Any]]]:
-    def rendered(batch: int) -> Callable[[Any, list[dict[str, Any]], Path], Any]:
-        return lambda pipe, jobs, out: render(pipe, jobs, out, format="png", max_batch=batch)
+    def rendered(batch: int, *, in_turn: bool = False) -> Callable[[Any, list[dict[str, Any]], Path], Any]:
+        def work(pipe: Any, jobs: list[dict[str, Any]], out: Path) -> None:
+            # Where models move to and fro, one stage waits for another.
+            with mock.patch.object(worker, "moves", return_value=True) if in_turn else nullcontext():
+                report = render(pipe, jobs, out, format="png", max_batch=batch)
+            if report.done < len(jobs):
+                raise RuntimeError(f"{report.done} clips of {len(jobs)} were rendered: no number")
+
+        return work
 
     return {
         "loop": (lambda: as_the_paper(toy.pipeline()), loop),
         "sharing": (guided, loop),
-        "text": (in_turn, rendered(1)),
+        "text": (guided, rendered(1, in_turn=True)),
         "overlap": (guided, rendered(1)),
         "batching": (guided, rendered(max_batch)),
     }

@@ -1,5 +1,7 @@
 """The scripts in bench/ count right, and print no number when their sides disagree. No time is asserted here."""
 
+import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -7,7 +9,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import combine
+import render
 import reuse
+
+from stgfast import toy
 
 
 def test_combine_counts_bytes(capsys, monkeypatch):
@@ -33,3 +38,14 @@ def test_reuse_counts_what_is_left_out(monkeypatch):
     assert half["block-rows saved"] == pytest.approx(2 * weak / exact["block-rows"], rel=1e-3)
     assert exact["distance"] == 0
     assert 0 < half["distance / what guidance does"] < 1
+
+
+def test_a_night_of_work_is_timed_where_its_clips_are_those_of_the_loop(capsys, monkeypatch, tmp_path):
+    monkeypatch.setitem(toy.CALL, "num_inference_steps", 2)
+    monkeypatch.setattr(sys, "argv", ["render.py", "--jobs=3", "--rounds=1", "--save", str(tmp_path / "rows.jsonl")])
+    assert render.main() == 0
+    assert list(json.loads((tmp_path / "rows.jsonl").read_text())["seconds"]) == list(render.variants(1))
+    monkeypatch.setattr(render, "WEAK", dataclasses.replace(render.WEAK, scale=2.0))
+    capsys.readouterr()
+    assert render.main() == 1
+    assert "no number" in capsys.readouterr().out
