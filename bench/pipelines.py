@@ -219,9 +219,6 @@ class Counted(NamedTuple):
     shared: int
     cfg: int  # alone
 
-    def __str__(self) -> str:
-        return ", ".join(map(str, self))
-
 
 @functools.cache
 def counted(model: Model) -> tuple[Counted, Adapter, int]:
@@ -249,7 +246,7 @@ def row(model: Model) -> list[str]:
         str(layers),
         own_settings(model.pipelines[0]) if first.protocol == "announced" else str(first.defaults),
         first.source,
-        str(count),
+        ", ".join(map(str, count)),
         f"{1 - count.shared / count.plain:.1%}",
     ]
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 import stgfast
-from stgfast import Guidance, Perturbation, toy
+from stgfast import Guidance, toy
 from stgfast.bench.measure import result, saved, significant
 from stgfast.demo import counted
+from stgfast.evaluate.study import EARLY
 from stgfast.toy import videos
 
-EARLY = Guidance(Perturbation([4]))
 SEED = 303  # of prompts and of noise
 STEPS = 24
 TOGETHER = 16

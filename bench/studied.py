@@ -19,6 +19,7 @@ import readme
 
 from stgfast import toy
 from stgfast.evaluate.statistics import Estimate
+from stgfast.evaluate.study import EARLY, LATER
 
 RESULTS = Path(__file__).parent / "results" / "toy.json"
 PAGE = toy.FOLDER.parent / "README.md"
@@ -66,7 +67,6 @@ def main() -> int:
     return readme.main("studied.py", __doc__, made)
 
 
-EARLY, LATER = "residual, layer 4, scale 1", "residual, layer 8, scale 1"
 FEW = (
     "as drawn, through the VAE",
     *(f"{cfg}{settings}" for cfg in ("no CFG", "CFG 2") for settings in ("", f", {toy.GUIDANCE}", f", {EARLY}")),

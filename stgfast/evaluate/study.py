@@ -68,6 +68,9 @@ def perturbed(kind: str, layer: int, scale: float, **settings: Any) -> Guidance:
     return Guidance(Perturbation([layer], kind=kind, scale=scale), **settings)
 
 
+EARLY, LATER = perturbed(RESIDUAL, 4, 1.0), perturbed(RESIDUAL, 8, 1.0)
+
+
 def tuning() -> Study:
     """Every second layer, of both kinds, beside a good CFG scale, and some of them without CFG."""
     grid = [
@@ -85,7 +88,7 @@ def tuning() -> Study:
 
 def reported() -> Study:
     """What the README says, of what was chosen by the study before; and what that showed to be weaker, or to hurt."""
-    usual, early = toy.CALL["guidance_scale"], perturbed(RESIDUAL, 4, 1.0)
+    usual = toy.CALL["guidance_scale"]
     return Study(
         seed=202,
         prompts=256,
@@ -96,10 +99,10 @@ def reported() -> Study:
             (usual, toy.GUIDANCE),
             (usual, replace(toy.GUIDANCE, rescale=0.7)),
             (1.0, toy.GUIDANCE),
-            (usual, early),
-            (usual, replace(early, reuse=2)),
-            (1.0, early),
-            (usual, perturbed(RESIDUAL, 8, 1.0)),
+            (usual, EARLY),
+            (usual, replace(EARLY, reuse=2)),
+            (1.0, EARLY),
+            (usual, LATER),
             (usual, perturbed(ATTENTION, 6, 1.0)),
         ],
     )
