@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 from hypothesis import HealthCheck, settings
+
+from tests import precision
 
 torch.set_num_threads(1)  # the models are tiny, and tests run side by side
 settings.register_profile("stgfast", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -30,3 +33,38 @@ def _seeded_and_left_as_it_was():
     torch.manual_seed(0)
     yield
     assert switches() == before
+
+
+@pytest.fixture
+def float64(request):
+    """The test computes in float64, where exactness is shown; one marked `float32` does not: torch.compile, for
+    one, does not trace what keeps a model in float64."""
+    with nullcontext() if request.node.get_closest_marker("float32") else precision.computing_in(torch.float64):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _compared(request):
+    """What a test compares, with its budget, is passed on with its report."""
+    precision.compared.clear()
+    yield
+    request.node.user_properties.append(("compared", list(precision.compared)))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--tightest", action="store_true", help="print the ten comparisons that came closest to failing")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("--tightest"):
+        return
+    shares = [
+        (far / budget, far, budget, report.nodeid)
+        for report in terminalreporter.getreports("")  # those of teardowns know what a test compared
+        for name, made in report.user_properties
+        if name == "compared" and report.when == "teardown"
+        for far, budget in made
+    ]
+    terminalreporter.section(f"the tightest of {len(shares)} comparisons")
+    for share, far, budget, test in sorted(shares, reverse=True)[:10]:
+        terminalreporter.line(f"{share:.2f} of its budget: {far:.2g} of {budget:.2g}, {test}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
-from safetensors.torch import load_file
+from safetensors.numpy import load_file
 
 diffusers.utils.logging.set_verbosity_error()  # it warns of every cast of a random model
 
@@ -27,9 +27,14 @@ def config(family: str) -> dict[str, Any]:
     return {name: value for name, value in loaded.items() if not name.startswith("_")}
 
 
+def stored(family: str, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of a golden file."""
+    return {name: torch.from_numpy(array) for name, array in load_file(GOLDEN / family / name).items()}
+
+
 @cache
 def weights(family: str) -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN / family / "transformer.safetensors")
+    return stored(family, "transformer.safetensors")
 
 
 def transformer(family: str, seed: int | None = None, **changes: Any) -> torch.nn.Module:

@@ -10,6 +10,9 @@ import stgfast
 from stgfast import Guidance, Perturbation, SettingsError, UnsupportedPipelineError
 from stgfast.integrations import ADAPTERS
 from tests import models
+from tests.precision import same
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 GUIDANCE = Guidance(Perturbation([2], scale=1.0))
 
@@ -24,7 +27,7 @@ def guided(family="mochi", guidance=GUIDANCE, **options):
 
 
 @pytest.mark.parametrize(
-    ("settings", "same"),
+    ("settings", "alike"),
     [
         ({"stg_scale": 2.0}, Guidance(Perturbation([2], scale=2.0))),
         ({"stg_layers": [1, 4]}, Guidance(Perturbation([1, 4]))),
@@ -40,9 +43,9 @@ def guided(family="mochi", guidance=GUIDANCE, **options):
     ],
     ids=lambda given: ",".join(given) if isinstance(given, dict) else "",
 )
-def test_settings_of_one_call(settings, same):
+def test_settings_of_one_call(settings, alike):
     pipe = guided()
-    assert torch.equal(clip(pipe, **settings), clip(guided(guidance=same)))
+    assert torch.equal(clip(pipe, **settings), clip(guided(guidance=alike)))
     assert torch.equal(clip(pipe), clip(guided())), "a call's settings are for that call alone"
 
 
@@ -61,19 +64,17 @@ def test_the_papers_arguments_give_the_papers_result_for_wan():
 def test_the_pipelines_own_rescale_is_about_guided_predictions():
     pipe = guided("ltx")
     expected = clip(guided("ltx", Guidance(Perturbation([2]), rescale=0.3)), "ltx")
-    torch.testing.assert_close(clip(pipe, "ltx", guidance_rescale=0.3), expected, rtol=1e-5, atol=1e-5)
+    same(clip(pipe, "ltx", guidance_rescale=0.3), expected)
     inside = clip(pipe, "ltx", guidance_rescale=0.3, stg=Guidance(Perturbation([2]), rescale=0.9))
-    torch.testing.assert_close(inside, expected, rtol=1e-5, atol=1e-5)
+    same(inside, expected)
     both = clip(pipe, "ltx", guidance_rescale=0.3, stg_rescale=0.6)
     expected = clip(guided("ltx", Guidance(Perturbation([2]), rescale=0.6)), "ltx")
-    torch.testing.assert_close(both, expected, rtol=1e-5, atol=1e-5)
+    same(both, expected)
 
 
 def test_a_cfg_schedule_takes_the_place_of_the_pipelines_scale():
     scheduled = guided(guidance=Guidance(Perturbation([2]), cfg=[4.0] * 4))
-    torch.testing.assert_close(
-        clip(scheduled, guidance_scale=9.0), clip(guided(), guidance_scale=4.0), rtol=1e-5, atol=1e-5
-    )
+    same(clip(scheduled, guidance_scale=9.0), clip(guided(), guidance_scale=4.0))
 
 
 @pytest.mark.parametrize("family", ["mochi", "wan"])
@@ -86,7 +87,7 @@ def test_a_cfg_scale_of_1_does_not_compute_the_unconditional_branch(family):
     )
     without = clip(pipe, family)
     assert rows == [2] * 4  # two prompts, one branch
-    torch.testing.assert_close(without, clip(guided(family), family, guidance_scale=1.0), rtol=1e-5, atol=1e-5)
+    same(without, clip(guided(family), family, guidance_scale=1.0))
 
 
 def test_a_callback_may_change_the_cfg_scale():
@@ -96,7 +97,7 @@ def test_a_callback_may_change_the_cfg_scale():
 
     pipe = guided()
     expected = clip(guided(guidance=Guidance(Perturbation([2]), cfg=[4.5, 2, 2, 2])))
-    torch.testing.assert_close(clip(pipe, callback_on_step_end=change), expected, rtol=1e-5, atol=1e-5)
+    same(clip(pipe, callback_on_step_end=change), expected)
 
 
 def test_dynamic_cfg_of_cogvideox():
@@ -119,7 +120,7 @@ def test_dynamic_cfg_of_cogvideox():
     assert announced == scales
     assert len(set(scales)) > 1
     expected = clip(guided("cogvideox", Guidance(Perturbation([2]), cfg=scales)), "cogvideox")
-    torch.testing.assert_close(dynamic, expected, rtol=1e-5, atol=1e-5)
+    same(dynamic, expected)
 
 
 @pytest.mark.parametrize("family", ["mochi", "wan"])

@@ -6,14 +6,17 @@ import torch
 import stgfast
 from stgfast import EngineError, Guidance, Perturbation, SettingsError, UnsupportedPipelineError
 from tests import open_sora
+from tests.precision import same
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 GUIDANCE = Guidance(Perturbation([1]))
 
 
-def call(model, rows=2, same=True):
+def call(model, rows=2, alike=True):
     """One call of Open-Sora 2.0's model."""
     generator = torch.Generator().manual_seed(0)
-    img = torch.randn(1 if same else rows, 5, 8, generator=generator).expand(rows, -1, -1)
+    img = torch.randn(1 if alike else rows, 5, 8, generator=generator).expand(rows, -1, -1)
     ids = torch.zeros(rows, 9, 3)
     text, pooled = torch.randn(rows, 4, 8, generator=generator), torch.randn(rows, 6, generator=generator)
     with torch.no_grad():
@@ -39,17 +42,17 @@ def test_the_block_is_all_that_is_guided(model):
     assert not torch.allclose(inside, before)
     assert torch.equal(call(model, 3), before)
     added = inside - before
-    torch.testing.assert_close(added, added[:1].expand_as(added), atol=1e-4, rtol=1e-4)
+    same(added, added[:1].expand_as(added))
 
 
 def test_a_model_without_cfg(model):
     """One row for every prompt; then a rescale needs to know of no scale."""
     guidance = Guidance(Perturbation([1], scale=2.0), rescale=1.0)
-    before = call(model, 2, same=False)
+    before = call(model, 2, alike=False)
     with stgfast.guided(model, guidance, steps=1, cfg=False):
-        made = call(model, 2, same=False)
+        made = call(model, 2, alike=False)
     assert not torch.allclose(made, before)
-    torch.testing.assert_close(made.flatten(1).std(dim=1), before.flatten(1).std(dim=1))
+    same(made.flatten(1).std(dim=1), before.flatten(1).std(dim=1))
 
 
 @pytest.mark.parametrize(
@@ -107,12 +110,12 @@ def test_a_model_compiled_as_a_whole_is_refused(model):
 
 
 def test_rows_that_are_not_those_of_cfg_are_refused(model):
-    for rows, same in ((2, True), (3, False)):
+    for rows, alike in ((2, True), (3, False)):
         with (
             pytest.raises(EngineError, match=r"guided\(\.\.\., cfg=False\)"),
             stgfast.guided(model, GUIDANCE, steps=1),
         ):
-            call(model, rows, same)
+            call(model, rows, alike)
 
 
 @pytest.mark.parametrize("made", [0, 1, 3])

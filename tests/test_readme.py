@@ -16,14 +16,17 @@ from stgfast.call import SETTINGS
 from stgfast.integrations import ADAPTERS
 from stgfast.render.jobs import checked
 from tests import models
-from tests.integrations.family import Family, distance
+from tests.integrations.family import Family
 from tests.oracle import Facts
+from tests.precision import distance, same
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import measured
 import pipelines
 import readme
 import studied
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 ROOT = readme.README.parent
 README = readme.README.read_text()
@@ -138,5 +141,5 @@ def test_the_adapter_for_a_pipeline_that_is_not_in_the_table():
     assert family.build().__class__.__name__ not in ADAPTERS
     pipe = family.build()
     exec(code, {"stgfast": stgfast, "pipe": pipe})
-    assert distance(family.run(pipe, 2), expected) < 1e-5
+    same(family.run(pipe, 2), expected)
     assert distance(family.run(sana(), 2), expected) > 1e-3

@@ -17,8 +17,10 @@ from tests import models
 from tests.integrations import test_ltx2 as ltx2
 from tests.integrations.families import cogvideox, ltx, mochi, modular, skyreels_v2, wan
 from tests.integrations.families import stable_video_diffusion as svd
-from tests.integrations.family import distance
 from tests.integrations.test_families import FAMILIES
+from tests.precision import distance, same, within
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 SCHEDULERS = {
@@ -108,7 +110,7 @@ def test_the_way_back_has_the_marginal_of_t_max(name):
     x = a_m * x0 + s_m * torch.randn(x0.shape, generator=torch.Generator().manual_seed(0), dtype=x0.dtype)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1), dtype=x0.dtype)
     made = go_back(scheduler, stock, m, x)
-    assert distance(made, ratio * x + std * noise) < 1e-5  # closed form; timesteps and sigmas are float32
+    within(distance(made, ratio * x + std * noise), 1e-5)  # closed form; timesteps and sigmas are float32
     assert abs(ratio * a_m - a_k) < 1e-9
     assert abs(ratio**2 * s_m**2 + std**2 - s_k**2) < 1e-6 * s_k**2
     # moments: five standard errors of a mean, and of a variance, of so many values
@@ -128,7 +130,7 @@ def test_flow_matching_and_edm_are_the_formulas_of_the_papers():
         scheduler, stock, k, m = restarted(name, generator=torch.Generator().manual_seed(1))
         x = torch.randn(1, 64)
         eps = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
-        assert distance(go_back(scheduler, stock, m, x), formula(x, eps, stock.sigmas[m], stock.sigmas[k])) < 1e-6
+        within(distance(go_back(scheduler, stock, m, x), formula(x, eps, stock.sigmas[m], stock.sigmas[k])), 1e-5)
 
 
 def test_mochi_counts_the_other_way_round():
@@ -140,7 +142,7 @@ def test_mochi_counts_the_other_way_round():
     assert scheduler.timesteps.tolist() == [0.0, 250.0, 500.0, 250.0, 500.0, 750.0]
     x, eps = torch.randn(1, 64), torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
     made = go_back(scheduler, stock, 3, x)
-    assert distance(made, 0.25 / 0.75 * x + (0.75**2 - (0.25 * 0.25 / 0.75) ** 2) ** 0.5 * eps) < 1e-6
+    within(distance(made, 0.25 / 0.75 * x + (0.75**2 - (0.25 * 0.25 / 0.75) ** 2) ** 0.5 * eps), 1e-5)
 
 
 def test_shares_of_noise_mean_the_nearest_step():
@@ -501,7 +503,7 @@ def test_equals_the_loop_written_out(run):
     assert seen == list(range(4 + TIMES * (m - k)))
     assert pipe.num_timesteps == len(seen)
     assert made.shape == expected.shape
-    assert distance(made, expected) < 1e-5
+    same(made, expected)
     plain = family.result(build()(**four_steps(family)))
     assert distance(made, plain) > 1e-2
 
@@ -517,7 +519,7 @@ def test_guided_and_explained_over_the_longer_run(run):
     )
     expected = family.plain(guidance)
     pipe = stgfast.accelerate(family.build(), guidance)
-    assert distance(family.run(pipe), expected) < 1e-5
+    same(family.run(pipe), expected)
     explained = stgfast.explain(pipe, **family.arguments(1))
     assert sum(phase.steps for phase in explained.phases) == steps
     with pytest.raises(SettingsError, match=f"got 4 numbers, expected {steps}, one for every step"):
@@ -555,7 +557,7 @@ def test_a_scale_that_changes_with_the_steps_of_the_call():
     family = longer(family, family.build, (0.1, 0.7), 8)
     guidance = Guidance(Perturbation([1]))
     assert family.arguments(1)["use_dynamic_cfg"]
-    assert distance(family.run(stgfast.accelerate(family.build(), guidance)), family.plain(guidance)) < 1e-5
+    same(family.run(stgfast.accelerate(family.build(), guidance)), family.plain(guidance))
 
 
 @pytest.mark.parametrize("family", modular.FAMILIES, ids=lambda family: family.name)
@@ -575,7 +577,7 @@ def test_a_call_repeats_whatever_the_batch():
     again = family.result(pipe(**four_steps(family)))
     alone = family.result(pipe(**four_steps(family, 1)))
     assert torch.equal(both, again)
-    assert distance(both[:1], alone) < 1e-5
+    same(both[:1], alone)
 
 
 @pytest.mark.parametrize("other", [False, True], ids=["CogVideoX DDIM", "CogVideoX DPM"])
@@ -643,7 +645,7 @@ def test_ltx2_restarts_video_and_audio():
 
     plain, guided, stock = made(False), made(True), ltx2.call(ltx2.build(), **own)
     for one, other, without in zip(plain, guided, stock, strict=True):
-        assert distance(other, one) < 1e-5
+        same(other, one)
         assert distance(one, without) > 1e-2
 
 

@@ -107,7 +107,8 @@ def render(
     listener      is told of everything that happens
     plan_only     check and take up the jobs, and render nothing
 
-    In float32 a clip is the same, to 1e-5, whatever it is rendered with, in whatever order, after whatever restart.
+    In float32 a clip is the same, but for roundings, whatever it is rendered with, in whatever order, after whatever
+    restart.
     In bfloat16 another batch size rounds differently: there, `max_batch=1` gives the same clip every time.
     """
     if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:

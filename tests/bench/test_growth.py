@@ -1,10 +1,12 @@
 """How the cost grows: what is computed follows the plan; no time is asserted."""
 
 import pytest
+import torch
 
 from stgfast.bench import growth
 from stgfast.bench.measure import Disagreement
 from stgfast.bench.models import MODELS
+from stgfast.bench.steps import ALLOWED
 from stgfast.bench.variants import Bench
 from tests.bench.test_steps import run, shallow
 
@@ -19,7 +21,7 @@ def test_arithmetic_follows_the_plan(model):
     rows = {row["axis"]: row for row in growth.grown(model, rounds=1)}
     assert list(rows) == [*growth.AXES, "block-rows"]
     for row in rows.values():
-        assert max(point["distance"] for point in row["points"]) <= 1e-5
+        assert max(point["distance"] for point in row["points"]) <= ALLOWED[torch.float32]
         assert row["fit"].keys() == {"seconds", "arithmetic"}
     assert min(rows[axis]["fit"]["arithmetic"]["r2"] for axis in ("tokens", "prompts")) > 0.999
     assert [point["tokens"] for point in rows["tokens"]["points"]] == list(growth.TIMES)

@@ -13,6 +13,7 @@ from stgfast.bench.measure import arithmetic
 from stgfast.bench.models import MODELS
 from stgfast.bench.variants import OTHER_RESULT, VARIANTS, Bench
 from stgfast.cli import main
+from tests.precision import NEAR, near
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 16}
 SHALLOW = {  # one for each way in which pipelines call, of the size that is called tiny
@@ -63,8 +64,8 @@ def test_all_variants(model, tmp_path):
     absent = {"reference", "graphs"} | (set() if model == "wan-14b" else {"guiders"})
     there = [each for each in VARIANTS if each not in absent]
     assert list(row["seconds"]) == there
-    assert max(far for each, far in row["distance"].items() if each not in OTHER_RESULT) <= 1e-5
-    assert min(row["distance"][variant] for variant in OTHER_RESULT) > 1e-5
+    assert max(far for each, far in row["distance"].items() if each not in OTHER_RESULT) <= NEAR
+    assert min(row["distance"][variant] for variant in OTHER_RESULT) > NEAR
     # The weak branch is computed in one block of four, and in one step of two where it is reused.
     stock, unshared = (4, 8) if model == "hunyuan-video" else (8, 12)
     rows = {
@@ -122,7 +123,7 @@ def test_attention_is_chosen_for_one_variant_alone():
     vars(bench)["attention"] = "_native_math"
     before, other = bench.stgfast(), bench.fastest()
     assert not torch.equal(other, before)
-    assert torch.allclose(other, before, atol=1e-5)
+    near(other, before)
     assert torch.equal(bench.stgfast(), before)
 
 
@@ -219,7 +220,7 @@ def test_the_blocks_predict_the_arithmetic(name):
     variants = ("stock", "paper", "stgfast")
     made = {}
     counts = {each: arithmetic(lambda each=each: made.update({each: bench.make(each)})).total for each in variants}
-    assert steps.agreeing(name, made, "stgfast", 1e-5, OTHER_RESULT)["stock"] > 1e-4
+    assert steps.agreeing(name, made, "stgfast", NEAR, OTHER_RESULT)["stock"] > NEAR
     rows = {each: bench.block_rows(each) for each in variants}
     costs, tokens = bench.costs()
     assert tokens == TOKENS[name.split("-")[0]]
@@ -235,7 +236,7 @@ def test_prompts_and_branches_agree_too():
     for name in SHALLOW:
         bench = Bench(shallow(name), "tiny", prompts=2, guidance=guidance)
         made = {each: bench.make(each) for each in ("stock", "stgfast", "paper", "passes")}
-        assert steps.agreeing(name, made, "stgfast", 1e-5, OTHER_RESULT)["stock"] > 1e-4
+        assert steps.agreeing(name, made, "stgfast", NEAR, OTHER_RESULT)["stock"] > NEAR
 
 
 def test_full_sizes_are_those_of_the_released_models():

@@ -14,6 +14,7 @@ import torch
 
 from stgfast import Guidance, Perturbation
 from tests.oracle import Facts, Part, Plainly, Weak, plain_method
+from tests.precision import computing_in, no_worse, same
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,17 @@ class Family:
         with plain_method(pipe, plainly, self.facts):
             return self.run(pipe, prompts, cfg, **settings)
 
+    def check(
+        self, made: torch.Tensor, guidance: Guidance, prompts: int = 1, cfg: bool = True, **settings: Any
+    ) -> None:
+        """A clip against the plain method's: the same in float64, and in other numbers no worse."""
+        plain = self.plain(guidance, prompts, cfg, **settings)
+        if made.dtype is torch.float64:
+            same(made, plain)
+        else:
+            with computing_in(torch.float64):
+                no_worse(made, plain, exact=self.plain(guidance, prompts, cfg, **settings))
+
     def denoisers(self, pipe: Any) -> list[Any]:
         return [getattr(pipe, name) for name in self.facts.denoisers if getattr(pipe, name, None) is not None]
 
@@ -123,7 +135,3 @@ def _done(weak: Perturbation, part: Part) -> str:
         return ""
     whole = weak.axis == "" or set(part.attentions) == {weak.axis}
     return weak.kind if whole else f"{weak.kind} {weak.axis}"
-
-
-def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one.double() - other.double()).norm() / other.double().norm())

@@ -9,7 +9,9 @@ import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.integrations import ADAPTERS
 from tests.integrations.families import latte, stable_video_diffusion
-from tests.integrations.family import distance
+from tests.precision import distance, same
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 FAMILIES = {family.name: family for module in (latte, stable_video_diffusion) for family in module.FAMILIES}
 every = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
@@ -32,7 +34,7 @@ def test_an_axis_equals_the_plain_method(family, axes, prompts):
     guidance = along(axes, family.layers)
     expected = family.plain(guidance, prompts)
     made = family.run(stgfast.accelerate(family.build(), guidance), prompts)
-    assert distance(made, expected) < 1e-5
+    same(made, expected)
     others = [other for other in AXES.values() if other != axes]
     for other in others:
         assert (
@@ -59,7 +61,7 @@ def test_no_history_along_an_axis_runs_twice(family, axes):
 def test_max_rows_along_axes(family):
     guidance = along(AXES["both"], family.layers)
     expected = family.run(stgfast.accelerate(family.build(), guidance), 2)
-    assert distance(family.run(stgfast.accelerate(family.build(), guidance, max_rows=1), 2), expected) < 1e-5
+    same(family.run(stgfast.accelerate(family.build(), guidance, max_rows=1), 2), expected)
 
 
 @every

@@ -14,9 +14,11 @@ from stgfast.errors import EngineError
 from stgfast.integrations import ADAPTERS
 from tests.integrations import test_ltx2
 from tests.integrations.families import kandinsky5
-from tests.integrations.family import distance
 from tests.integrations.test_families import FAMILIES
 from tests.oracle import blurred
+from tests.precision import distance, same
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 MOCHI = FAMILIES["Mochi"]
 # Plain, blurred, differently blurred, masked and passed by, all at one layer.
@@ -39,15 +41,15 @@ def made(family, guidance, prompts=1, **settings):
 def test_all_kinds_at_one_layer(name):
     family = FAMILIES[name]
     expected = family.plain(MIXED, 2, **family.facts.oblong)
-    assert distance(made(family, MIXED, 2), expected) < 1e-5
-    assert distance(made(family, MIXED, 2, max_rows=1), expected) < 1e-5
+    same(made(family, MIXED, 2), expected)
+    same(made(family, MIXED, 2, max_rows=1), expected)
 
 
 def test_one_call_for_all_rows_is_left_where_some_are_blurred():
     """It has one projection for all rows of an input."""
     adapter = dataclasses.replace(ADAPTERS["MochiPipeline"], attend_on=("cpu", "cuda"))
     expected = MOCHI.plain(MIXED, 2, **MOCHI.facts.oblong)
-    assert distance(made(MOCHI, MIXED, 2, adapter=adapter), expected) < 1e-5
+    same(made(MOCHI, MIXED, 2, adapter=adapter), expected)
 
 
 def test_along_space_is_all_that_there_is():
@@ -58,13 +60,14 @@ def test_along_space_is_all_that_there_is():
     assert torch.equal(made(family, both), made(family, spatial))
 
 
+@pytest.mark.float32
 def test_compiled_blocks():
     guidance = Guidance(Perturbation([1], kind="blur", sigma=0.6))
     pipe = MOCHI.build()
     for block in pipe.transformer.transformer_blocks[:2]:
         block.compile(backend="eager")
-    compiled = MOCHI.run(stgfast.accelerate(pipe, guidance), **MOCHI.facts.oblong)
-    assert distance(compiled, made(MOCHI, guidance)) < 1e-5
+    oblong = MOCHI.facts.oblong
+    MOCHI.check(MOCHI.run(stgfast.accelerate(pipe, guidance), **oblong), guidance, **oblong)
 
 
 @pytest.mark.parametrize("sigma", [0.8, float("inf")])

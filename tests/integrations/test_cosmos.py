@@ -12,7 +12,9 @@ import stgfast
 from stgfast import Guidance, Perturbation
 from tests.integrations.by_calls import ByCalls
 from tests.integrations.families import cosmos
-from tests.integrations.family import distance
+from tests.precision import same
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 FAMILIES = {family.name: family for family in cosmos.FAMILIES}
 GUIDANCE = Guidance(Perturbation([1], scale=1.5), rescale=0.7)
@@ -31,10 +33,10 @@ def test_a_scale_of_its_own_counts_as_one_more(name):
     pipe = stgfast.accelerate(family.build(), GUIDANCE)
     assert stgfast.explain(pipe, **family.arguments(1)).cfg == 4.0  # of guidance_scale=3.0
     pipe = stgfast.accelerate(family.build(), Guidance(cfg=4.0))
-    assert distance(family.run(pipe), family.run(family.build())) < 1e-5
+    same(family.run(pipe), family.run(family.build()))
     pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1], scale=1.5), rescale=0.7, cfg=3.5))
     expected = dataclasses.replace(family, cfg=3.5).plain(GUIDANCE)
-    assert distance(family.run(pipe), expected) < 1e-5
+    same(family.run(pipe), expected)
 
 
 @every
@@ -48,7 +50,7 @@ def test_a_callback_may_change_the_scale(name):
     pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1]), cfg=[4.0, 3.0]))
     expected = family.run(pipe)
     pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1])))
-    assert distance(clip(family, pipe, callback_on_step_end=change), expected) < 1e-5
+    same(clip(family, pipe, callback_on_step_end=change), expected)
 
 
 @pytest.mark.parametrize("prompts", [1, 2])
@@ -64,4 +66,4 @@ def test_the_padding_mask_is_one_for_all_samples(monkeypatch, prompts):
     images = FAMILIES["Cosmos 2 for images"]
     family = ByCalls("padded", build, images.arguments, images.facts, cfg=4.0, result=images.result)
     made = family.run(stgfast.accelerate(family.build(), GUIDANCE), prompts)
-    assert distance(made, family.plain(GUIDANCE, prompts)) < 1e-5
+    same(made, family.plain(GUIDANCE, prompts))

@@ -8,7 +8,9 @@ import torch
 import stgfast
 from stgfast import Guidance, Perturbation
 from tests.integrations.families import easyanimate
-from tests.integrations.family import distance
+from tests.precision import same
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 TEXT, FRAME = easyanimate.FAMILIES
 
@@ -22,7 +24,7 @@ def test_schedules_are_for_the_steps_that_strength_leaves():
     expected = family.plain(guidance)
     pipe = stgfast.accelerate(family.build(), guidance)
     # The pipeline draws what it starts from without a generator: from the state that building it left.
-    assert distance(family.run(pipe), expected) < 1e-5
+    same(family.run(pipe), expected)
     assert sum(phase.steps for phase in stgfast.explain(pipe, **arguments(1)).phases) == 2
     with pytest.raises(stgfast.SettingsError, match="got 3 numbers, expected 2"):
         family.run(pipe, stg=Guidance(Perturbation([4], scale=[1.0] * 3)))
@@ -44,4 +46,4 @@ def test_a_callback_that_changes_the_scale_changes_nothing():
 def test_both_kinds_of_blocks(layer):
     guidance = Guidance(Perturbation([layer], kind="attention"))
     made = TEXT.run(stgfast.accelerate(TEXT.build(), guidance), 2)
-    assert distance(made, TEXT.plain(guidance, 2)) < 1e-5
+    same(made, TEXT.plain(guidance, 2))

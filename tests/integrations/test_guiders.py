@@ -14,8 +14,10 @@ import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.errors import SettingsError
 from tests.integrations.families.hunyuan_video15 import FACTS, FAMILIES, arguments, build
-from tests.integrations.family import distance
 from tests.oracle import blurred, weakened
+from tests.precision import distance, same
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 HUNYUAN = FAMILIES[0]
 OBLONG = FACTS.oblong
@@ -91,7 +93,7 @@ CASES = {
 def test_shared_passes_are_the_guiders_own(case):
     made_by, settings, kind = case
     expected = passes_written_out(made_by(**settings), kind)
-    assert distance(clip(made_by(**settings), accelerate=True), expected) < 1e-5
+    same(clip(made_by(**settings), accelerate=True), expected)
     assert distance(expected, clip(ClassifierFreeGuidance(guidance_scale=4.0))) > 1e-3
 
 
@@ -113,7 +115,7 @@ SMOOTHED = {
 def test_smoothed_passes_are_blurred_in_frames(case):
     settings, sigma = case
     expected = passes_written_out(smoothing(**settings), "blur", sigma)
-    assert distance(clip(smoothing(**settings), accelerate=True), expected) < 1e-5
+    same(clip(smoothing(**settings), accelerate=True), expected)
     assert distance(expected, passes_written_out(smoothing(**settings), "blur", 0.1)) > 1e-3
 
 
@@ -166,7 +168,7 @@ def test_a_guidance_beside_a_guider_of_cfg():
     expected = HUNYUAN.run(plain, stg_rescale=0.6)
     for settings in ({"guidance_scale": 4.0}, {"guidance_scale": 3.0, "use_original_formulation": True}):
         guider = ClassifierFreeGuidance(guidance_rescale=0.6, **settings)
-        assert distance(HUNYUAN.run(stgfast.accelerate(build(guider=guider), guidance)), expected) < 1e-5
+        same(HUNYUAN.run(stgfast.accelerate(build(guider=guider), guidance)), expected)
 
 
 WRONG = {

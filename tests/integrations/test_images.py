@@ -11,8 +11,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from stgfast.integrations import ADAPTERS
 from stgfast.integrations.spec import EACH
-from tests.integrations.family import distance
 from tests.integrations.test_families import FAMILIES
+from tests.precision import distance, same
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 APART = {"Kandinsky5I2VPipeline", "LTXConditionPipeline", "LTX2ImageToVideoPipeline"}
 SHOWN = {name: family for name, family in FAMILIES.items() if "image" in family.arguments(1)}
@@ -60,7 +62,7 @@ def test_several_in_one_call(family):
     assert len(together) == 2
     for place in range(2):
         alone = {name: of_one(value, place) for name, value in family.arguments(2).items()}
-        assert distance(together[place : place + 1], run({**alone, "image": shown[place]})) < 1e-5
+        same(together[place : place + 1], run({**alone, "image": shown[place]}))
     other = replace(family, arguments=lambda prompts, cfg=True: {**family.arguments(prompts), "image": shown[1]})
     if how == EACH:
         alone = {name: of_one(value, 0) for name, value in other.arguments(2).items()}

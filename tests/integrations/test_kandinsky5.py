@@ -4,13 +4,16 @@ import dataclasses
 import warnings
 
 import diffusers
+import pytest
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 
 import stgfast
 from stgfast import Guidance, Perturbation
 from tests.integrations.families import kandinsky5
-from tests.integrations.family import distance
+from tests.precision import distance, same
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 FAMILIES = {family.name: family for family in kandinsky5.FAMILIES}
 SPARSE = {"attention_type": "nabla", "attention_P": 0.9, "attention_wT": 1, "attention_wW": 3, "attention_wH": 3}
@@ -33,7 +36,7 @@ def test_sparse_attention():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that flex attention is slow where it is not compiled
         made = sparse.run(stgfast.accelerate(build(), guidance), 2)
-        assert distance(made, sparse.plain(guidance, 2)) < 1e-5
+        same(made, sparse.plain(guidance, 2))
 
 
 def test_cfg_may_end_on_the_way():
@@ -48,7 +51,7 @@ def test_cfg_may_end_on_the_way():
             return family.result(pipe(**family.arguments(1), callback_on_step_end=end))
 
     expected = clip(family.build())
-    made = clip(stgfast.accelerate(family.build(), Guidance(Perturbation([1], scale=[0.0, 1e-6]))))
-    assert distance(made, expected) < 1e-5
+    made = clip(stgfast.accelerate(family.build(), Guidance(Perturbation([1], scale=[0.0, 1e-14]))))
+    same(made, expected)
     made = clip(stgfast.accelerate(family.build(), Guidance(Perturbation([1], scale=[0.0, 1.0]))))
     assert distance(made, expected) > 1e-3

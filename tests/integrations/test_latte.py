@@ -9,7 +9,9 @@ import stgfast
 from stgfast import Guidance, Perturbation, SettingsError
 from stgfast.integrations.latte import LATTE, units
 from tests.integrations.families.latte import FAMILIES, build, transformer
-from tests.integrations.family import distance
+from tests.precision import distance, same
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 (FAMILY,) = FAMILIES
 
@@ -25,7 +27,7 @@ def test_a_layer_is_a_pair_of_blocks():
 def test_one_of_the_pair_may_be_skipped(axis):
     guidance = Guidance(Perturbation([1, 3], axis=axis, scale=1.5), rescale=0.5)
     made = FAMILY.run(stgfast.accelerate(build(), guidance), 2)
-    assert distance(made, FAMILY.plain(guidance, 2)) < 1e-5
+    same(made, FAMILY.plain(guidance, 2))
     assert distance(made, FAMILY.run(stgfast.accelerate(build(), guidance), 2, stg_mode="attention")) > 1e-3
 
 
@@ -41,7 +43,7 @@ def test_several_videos_of_a_prompt():
     guidance = Guidance(Perturbation([2], kind="attention", axis="temporal"))
     made = family.run(stgfast.accelerate(build(), guidance), 2)
     assert len(made) == 4
-    assert distance(made, family.plain(guidance, 2)) < 1e-5
+    same(made, family.plain(guidance, 2))
 
 
 def test_a_callback_cannot_change_the_scale():

@@ -7,7 +7,9 @@ import pytest
 import stgfast
 from stgfast import Guidance, Perturbation
 from tests.integrations.families import ltx
-from tests.integrations.family import distance
+from tests.precision import same
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 (CONDITIONS,) = [family for family in ltx.FAMILIES if family.name == "LTX from conditions"]
 
@@ -16,7 +18,7 @@ def test_no_condition_at_all():
     family = dataclasses.replace(CONDITIONS, arguments=ltx.arguments)
     guidance = Guidance(Perturbation([2]), rescale=0.7)
     made = family.run(stgfast.accelerate(family.build(), guidance), 2)
-    assert distance(made, family.plain(guidance, 2)) < 1e-5
+    same(made, family.plain(guidance, 2))
 
 
 def test_schedules_are_for_the_steps_that_denoise_strength_leaves():
@@ -26,7 +28,7 @@ def test_schedules_are_for_the_steps_that_denoise_strength_leaves():
     family = dataclasses.replace(CONDITIONS, arguments=arguments)
     guidance = Guidance(Perturbation([2], scale=[2.0, 1.0]))
     pipe = stgfast.accelerate(family.build(), guidance)
-    assert distance(family.run(pipe), family.plain(guidance)) < 1e-5
+    same(family.run(pipe), family.plain(guidance))
     assert sum(phase.steps for phase in stgfast.explain(pipe, **arguments(1)).phases) == 2
     with pytest.raises(stgfast.SettingsError, match="got 4 numbers, expected 2"):
         family.run(pipe, stg=Guidance(Perturbation([2], scale=[1.0] * 4)))

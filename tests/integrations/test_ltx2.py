@@ -10,8 +10,10 @@ from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.errors import SettingsError
-from tests.integrations.family import distance
 from tests.models import generators, spread
+from tests.precision import distance, same
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 DEPTH = 5
 TRANSFORMER = {
@@ -132,7 +134,7 @@ def test_equals_its_own_four_passes(version, own):
     expected = call(build(version=version), **own)
     made = call(stgfast.accelerate(build(version=version)), **own)
     for one, other in zip(made, expected, strict=True):
-        assert distance(one, other) < 1e-5
+        same(one, other)
 
 
 @pytest.mark.parametrize("cls", ["LTX2ImageToVideoPipeline", "LTX2ConditionPipeline"])
@@ -146,7 +148,7 @@ def test_with_an_image_too(cls):
     expected = call(build(cls), **given)
     made = call(stgfast.accelerate(build(cls)), **given)
     for one, other in zip(made, expected, strict=True):
-        assert distance(one, other) < 1e-5
+        same(one, other)
 
 
 def test_no_history_runs_twice():
@@ -165,12 +167,12 @@ def test_audio_alone_can_be_switched_off():
     """The stock pipeline takes an audio scale of 0 for one that was left out."""
     off = {"stg_scale": 1.5, "audio_stg_scale": 0.0}
     _, taken = call(build(), **off)
-    _, same = call(build(), stg_scale=1.5, audio_stg_scale=1.5)
-    assert torch.equal(taken, same)
+    _, alike = call(build(), stg_scale=1.5, audio_stg_scale=1.5)
+    assert torch.equal(taken, alike)
     tiny = call(build(), stg_scale=1.5, audio_stg_scale=1e-30)  # what off is, up to rounding
     made = call(stgfast.accelerate(build()), **off)
     for one, other in zip(made, tiny, strict=True):
-        assert distance(one, other) < 1e-5
+        same(one, other)
     assert distance(made[1], taken) > 1e-3
 
 
@@ -187,10 +189,10 @@ def test_0_switches_all_of_it_off():
 def test_stg_where_the_model_would_ignore_it():
     """Without `perturbed_attn` the stock pipeline pays for an STG pass that is the conditional one again."""
     pipe = build(perturbed_attn=False)
-    assert distance(call(pipe)[0], call(pipe, stg_scale=0.0, audio_stg_scale=0.0)[0]) < 1e-5
+    same(call(pipe)[0], call(pipe, stg_scale=0.0, audio_stg_scale=0.0)[0])
     expected = call(build(perturbed_attn=True))
     for one, other in zip(call(stgfast.accelerate(pipe)), expected, strict=True):
-        assert distance(one, other) < 1e-5
+        same(one, other)
 
 
 def test_a_guidance_in_place_of_its_arguments():
@@ -199,7 +201,7 @@ def test_a_guidance_in_place_of_its_arguments():
     )
     expected = call(build(), stg_scale=0.5, audio_stg_scale=0.5, modality_scale=2.5, audio_modality_scale=2.5)
     for one, other in zip(call(stgfast.accelerate(build(), guidance)), expected, strict=True):
-        assert distance(one, other) < 1e-5
+        same(one, other)
 
 
 @pytest.mark.parametrize("scales", [[1.0, 0.0], [0.0, 2.0]])

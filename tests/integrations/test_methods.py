@@ -10,7 +10,9 @@ import stgfast
 from stgfast import BySigma, Guidance, Perturbation, SettingsError
 from stgfast.schedules import Moment
 from tests.integrations.families import hunyuan_video, latte, ltx, mochi, stable_video_diffusion, wan
-from tests.integrations.family import distance
+from tests.precision import distance, same
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 FAMILIES = {
     family.name: family
@@ -70,7 +72,7 @@ def test_two_terms(family, orthogonal, phi):
     guidance = along_axes(family, project="orthogonal" if orthogonal else "", rescale=phi)
     expected = family.plain(guidance, 2, formula=formula)
     made = made_by(family, guidance)
-    assert distance(made, expected) < 1e-5
+    same(made, expected)
     if orthogonal:
         assert distance(made, made_by(family, along_axes(family, rescale=phi))) > 1e-4
 
@@ -111,7 +113,7 @@ def test_relatives(family, name):
     guidance = RELATIVES[name]
     expected = family.plain(guidance, 2, formula=functools.partial(relative, guidance, family.cfg))
     made = made_by(family, guidance)
-    assert distance(made, expected) < 1e-5
+    same(made, expected)
     without = Guidance(guidance.perturbations, rescale=guidance.rescale)
     assert distance(made, made_by(family, without)) > 1e-3
 
@@ -219,11 +221,11 @@ def test_reuse(family, name):
     guidance, steps = REUSED[name], {"num_inference_steps": 6}
     if family is FACTORISED[0] and any(part.base == "guided" for part in guidance.perturbations):
         guidance = dataclasses.replace(guidance, reuse_cfg=1)
-    same = dataclasses.replace(guidance, reuse=1, reuse_cfg=1)
+    without = dataclasses.replace(guidance, reuse=1, reuse_cfg=1)
     expected = family.plain(guidance, 2, formula=kept(guidance, scale_of(family)), **steps)
     made = made_by(family, guidance, **steps)
-    assert distance(made, expected) < 1e-5
-    assert distance(made, made_by(family, same, **steps)) > 1e-4
+    same(made, expected)
+    assert distance(made, made_by(family, without, **steps)) > 1e-4
 
 
 @every_protocol

@@ -10,8 +10,10 @@ import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.integrations import open_sora as adapters
 from tests import open_sora
-from tests.integrations.family import distance
 from tests.oracle import Facts, Part, weakened
+from tests.precision import distance, same
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 STEPS, SCALE, IMAGE_SCALE = 3, 4.0, 2.5
 
@@ -193,7 +195,7 @@ def test_equals_the_plain_method(version, parts, prompts):
     for limit in (None, 1):
         with stgfast.guided(model, guidance, steps=STEPS, max_rows=limit):
             made = version.sample(model, prompts)
-        assert distance(made, expected) < 1e-5
+        same(made, expected)
     assert distance(version.sample(model, prompts), expected) > 1e-3
 
 
@@ -233,7 +235,7 @@ def test_steps_without_guidance_are_the_samplers_own(version):
     expected = version.sample(_at_steps(version, model, guidance, [1.5, 0.0, 2.0]), 1)
     with stgfast.guided(model, guidance, steps=STEPS), counted(version, model) as counts:
         made = version.sample(model, 1)
-    assert distance(made, expected) < 1e-5
+    same(made, expected)
     assert counts[-1] == len(version.sources) * STEPS + 2
 
 
@@ -257,7 +259,7 @@ def test_a_weak_copy_of_the_unconditional_branch(version):
     guidance = Guidance(Perturbation([2], of="uncond"))
     expected = version.sample(plain(version, model, guidance, [1.0]), 2)
     with stgfast.guided(model, guidance, steps=STEPS):
-        assert distance(version.sample(model, 2), expected) < 1e-5
+        same(version.sample(model, 2), expected)
 
 
 def test_a_scale_in_place_of_the_samplers():
@@ -266,7 +268,7 @@ def test_a_scale_in_place_of_the_samplers():
     guidance = Guidance(Perturbation([2], kind="attention", axis="temporal"), rescale=0.7, cfg=SCALE)
     expected = Version12.sample(plain(Version12, model, guidance, [1.0], rescale=0.7), 2)
     with stgfast.guided(model, guidance, steps=STEPS):
-        assert distance(Version12.sample(model, 2), expected) < 1e-5
+        same(Version12.sample(model, 2), expected)
 
 
 def test_the_temporal_term_orthogonal_to_the_spatial_one():
@@ -276,7 +278,7 @@ def test_the_temporal_term_orthogonal_to_the_spatial_one():
     expected = Version12.sample(plain(Version12, model, guidance, [1.5, 0.5], rescale=0.7, orthogonal=True), 2)
     with stgfast.guided(model, guidance, steps=STEPS):
         made = Version12.sample(model, 2)
-    assert distance(made, expected) < 1e-5
+    same(made, expected)
     with stgfast.guided(model, guidance_of(parts, rescale=0.7, cfg=SCALE), steps=STEPS):
         assert distance(Version12.sample(model, 2), expected) > 1e-4
 
@@ -302,7 +304,7 @@ def test_frames_that_are_given(prompts):
     expected = Version12.sample(plain(Version12, model, guidance, [1.5, 0.5]), prompts, given_frames=True)
     with stgfast.guided(model, guidance, steps=STEPS):
         made = Version12.sample(model, prompts, given_frames=True)
-    assert distance(made, expected) < 1e-5
+    same(made, expected)
     assert distance(Version12.sample(model, prompts), expected) > 1e-3
 
 

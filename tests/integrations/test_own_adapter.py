@@ -6,7 +6,9 @@ from torch import nn
 
 import stgfast
 from stgfast import Adapter, Guidance, Perturbation
-from tests.integrations.family import distance
+from tests.precision import same
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 DEPTH, WIDTH = 6, 16
 
@@ -102,7 +104,7 @@ def test_an_adapter_is_all_it_takes(kind):
         expected = written_out(HomemadePipeline(), prompt, 4, kind, 1.5)
         pipe = stgfast.accelerate(HomemadePipeline(), adapter=ADAPTER)
         made = pipe(prompt, stg_scale=1.5, stg_mode=kind)
-        assert distance(made, expected) < 1e-5
+        same(made, expected)
         assert torch.equal(stgfast.restore(pipe)(prompt), HomemadePipeline()(prompt))
 
 

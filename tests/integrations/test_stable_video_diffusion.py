@@ -10,7 +10,9 @@ import stgfast
 from stgfast import Guidance, Perturbation, SettingsError
 from stgfast.integrations.stable_video_diffusion import STABLE_VIDEO_DIFFUSION
 from tests.integrations.families.stable_video_diffusion import FAMILIES, FRAMES, build
-from tests.integrations.family import distance
+from tests.precision import distance, same
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 (FAMILY,) = FAMILIES
 BOTH = Guidance([Perturbation([3], kind="attention", scale=2.0, axis=axis) for axis in ("spatial", "temporal")])
@@ -47,18 +49,18 @@ def test_several_videos_of_an_image():
     expected = family.plain(BOTH, 2)
     made = family.run(stgfast.accelerate(build(), BOTH), 2)
     assert len(made) == 4
-    assert distance(made, expected) < 1e-5
+    same(made, expected)
 
 
 def test_a_perturbed_branch_may_be_held_against_the_cfg_result():
     guidance = Guidance(Perturbation([3], of="uncond", base="guided", scale=2.0))
-    assert distance(FAMILY.run(stgfast.accelerate(build(), guidance)), FAMILY.plain(guidance)) < 1e-5
+    same(FAMILY.run(stgfast.accelerate(build(), guidance)), FAMILY.plain(guidance))
 
 
 def test_a_cfg_schedule_replaces_the_scale_of_every_frame():
     plain = dataclasses.replace(FAMILY, cfg=2.5).plain(BOTH)
     made = FAMILY.run(stgfast.accelerate(build(), dataclasses.replace(BOTH, cfg=2.5)))
-    assert distance(made, plain) < 1e-5
+    same(made, plain)
 
 
 def test_a_callback_may_change_the_scale():
@@ -73,7 +75,7 @@ def test_a_callback_may_change_the_scale():
         now, arguments=lambda *given, **named: {**FAMILY.arguments(*given, **named), "callback_on_step_end": lower}
     ).plain(BOTH)
     made = FAMILY.run(stgfast.accelerate(build(), BOTH), callback_on_step_end=lower)
-    assert distance(made, expected) < 1e-5
+    same(made, expected)
     assert distance(FAMILY.run(stgfast.accelerate(build(), BOTH)), expected) > 1e-3
 
 

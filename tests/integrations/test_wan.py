@@ -9,7 +9,10 @@ import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.errors import SettingsError, UnsupportedPipelineError
 from tests.integrations.families import wan
-from tests.integrations.family import Family, distance
+from tests.integrations.family import Family
+from tests.precision import distance, same
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 FAMILIES = {family.name: family for family in wan.FAMILIES}
 GUIDANCE = Guidance(Perturbation([1], scale=1.5, of="uncond", base="guided"))
@@ -28,7 +31,7 @@ def test_every_transformer_makes_its_step_with_its_own_scale(name):
         made = family.run(pipe)
     assert all(rows)
     assert len(rows) == 2 * len(family.facts.parts(pipe.transformer))
-    assert distance(made, family.plain(GUIDANCE)) < 1e-5
+    same(made, family.plain(GUIDANCE))
     assert distance(clip(family, pipe, guidance_scale_2=3.5), made) > 1e-3
 
 
@@ -55,14 +58,14 @@ def test_a_first_and_a_last_image_are_two_rows_of_one_sample():
     family = Family("Wan from two images", build, arguments, wan.SEQUENTIAL, cfg=4.0)
     for prompts in (1, 2):
         made = family.run(stgfast.accelerate(family.build(), GUIDANCE), prompts)
-        assert distance(made, family.plain(GUIDANCE, prompts)) < 1e-5
+        same(made, family.plain(GUIDANCE, prompts))
 
 
 def test_a_schedule_has_a_number_for_every_step_that_is_left_of_a_video():
     family = FAMILIES["Wan from a video"]  # 4 steps, of which strength leaves 2
     schedule = Guidance(Perturbation([1], scale=[1.5, 0.0]))
     pipe = stgfast.accelerate(family.build(), schedule)
-    assert distance(family.run(pipe), family.plain(schedule)) < 1e-5
+    same(family.run(pipe), family.plain(schedule))
     explained = stgfast.explain(pipe, **family.arguments(1))
     assert [phase.steps for phase in explained.phases] == [1, 1]
     with pytest.raises(SettingsError, match="got 4 numbers, expected 2, one for every step"):

@@ -33,6 +33,7 @@ from stgfast.render.files import metadata_of, read_frames
 from stgfast.render.gallery import NAME
 from stgfast.render.run import render
 from stgfast.render.store import FOLDER, Store
+from tests.precision import NEAR
 from tests.render import pipes
 
 BAD = (
@@ -202,7 +203,7 @@ def run(
         frames = read_frames(out / row.file)
         assert frames.shape == (row.job.num_frames, row.job.height, row.job.width, 3)
     equal, worst = compare(pipe, jobs, out, folder / "alone", max_batch)
-    assert worst <= 1e-5, worst
+    assert worst <= NEAR, worst
     assert equal == good or max_batch > 1, equal
     return {
         "model": model,

@@ -5,6 +5,7 @@ import torch
 from PIL import Image
 
 from stgfast.render.texts import NotStackable, Texts, encoders_of
+from tests.precision import near
 from tests.render import pipes
 
 CPU = torch.device("cpu")
@@ -136,4 +137,4 @@ def test_the_same_as_the_pipeline_itself(tmp_path):
             found = Texts(tmp_path, CPU).encoding(pipe, 2)(**given)
         assert len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+            near(one, other)

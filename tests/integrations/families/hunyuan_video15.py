@@ -1,5 +1,6 @@
 """HunyuanVideo 1.5: a guider calls for cond and uncond."""
 
+import copy
 import functools
 from dataclasses import replace
 
@@ -30,9 +31,13 @@ VAE = {
 
 
 @functools.cache
-def vae():
-    """Of its own small part here, that sizes are taken from it, and slow to build."""
+def _vae(dtype):
     return diffusers.AutoencoderKLHunyuanVideo15(**VAE).eval()
+
+
+def vae():
+    """Sizes are taken from it, and it is slow to build."""
+    return copy.deepcopy(_vae(torch.get_default_dtype()))
 
 
 def without_cfg(other=False):
