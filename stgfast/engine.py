@@ -23,7 +23,7 @@ from stgfast.batching.arguments import Arguments
 from stgfast.batching.layout import Layout
 from stgfast.batching.plan import Plan, branches_for, make_plan
 from stgfast.batching.rows import spans, take
-from stgfast.batching.seam import Call, compiled_in_place, handling, held
+from stgfast.batching.seam import Call, compiled, compiled_calls, handling, held
 from stgfast.batching.stack import Stack
 from stgfast.errors import EngineError, SettingsError
 from stgfast.guidance import APG, ATTENTION, BLUR, CFG_ZERO, COND, GUIDED, ORTHOGONAL, UNCOND, Guidance
@@ -55,11 +55,11 @@ class GuidedRun:
             make, units = getattr(getattr(pipe, name), "dynamo_ctx", None), layout.units
             if make is None and compilation is not None:
                 make = functools.partial(torch.compile, **compilation)
-                units = [unit for unit in units if unit.layer is not None and not compiled_in_place(unit.module)]
+                units = [unit for unit in units if unit.layer is not None and not compiled(unit.module)]
             if make is not None:
-                self.compiled |= {unit.module: make(unit.module._call_impl) for unit in units}
+                self.compiled |= compiled_calls([unit.module for unit in units], make)
         every = [unit.module for layout in self.layouts.values() for unit in layout.units]
-        self.compiles = bool(self.compiled) or any(map(compiled_in_place, every))
+        self.compiles = bool(self.compiled) or any(map(compiled, every))
         self.plans: dict[tuple[str, tuple[str, ...], frozenset[str]], Plan] = {}
         self.step = 0  # steps done
         self.turn = 0  # calls of the denoiser done in this step
@@ -86,6 +86,7 @@ class GuidedRun:
             yield unit.module
             if every or unit.layer in masked:
                 yield from (module for _, module in unit.attentions)
+                yield from unit.compiled_around
 
     def _masked(self, layout: Layout) -> set[int | None]:
         """The layers with attention to be stood in for."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stgfast.batching.arguments import Arguments
+from stgfast.batching.arguments import Arguments, unwrapped
 from stgfast.batching.plan import Plan
-from stgfast.batching.seam import Call, unwrapped
+from stgfast.batching.seam import Call
 from stgfast.call import check, check_layers, check_max_rows
 from stgfast.engine import GuidedRun
 from stgfast.errors import EngineError, SettingsError, wrong

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from itertools import zip_longest
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -19,11 +19,11 @@ class Arguments:
         self.module, self.args, self.kwargs = module, args, kwargs
 
     def __getitem__(self, name: str) -> Any:
-        return self.kwargs[name] if name in self.kwargs else self.args[_parameters(type(self.module)).index(name)]
+        return self.kwargs[name] if name in self.kwargs else self.args[_parameters(self.module).index(name)]
 
     def changed(self, change: Callable[[str, Any], Any]) -> Arguments:
         """The same arguments, each changed by name; the name of one that only `*args` takes is empty."""
-        names = _parameters(type(self.module))[: len(self.args)]
+        names = _parameters(self.module)[: len(self.args)]
         args = tuple(change(name, value) for name, value in zip_longest(names, self.args, fillvalue=""))
         kwargs = {name: change(name, value) for name, value in self.kwargs.items()}
         return Arguments(self.module, args, kwargs)
@@ -33,7 +33,7 @@ class Arguments:
         if not changes:
             return self
         changed = self.changed(changes.get)
-        given = {*changed.kwargs, *_parameters(type(self.module))[: len(self.args)]}
+        given = {*changed.kwargs, *_parameters(self.module)[: len(self.args)]}
         changed.kwargs |= {name: value for name, value in changes.items() if name not in given}
         return changed
 
@@ -41,8 +41,15 @@ class Arguments:
         return call(*self.args, **self.kwargs)
 
 
-def _parameters(cls: type[nn.Module]) -> list[str]:
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside of what `torch.compile(module)` returns."""
+    wrapper = any(cls.__name__ == "OptimizedModule" for cls in type(module).__mro__)
+    return cast(nn.Module, module._orig_mod) if wrapper else module
+
+
+def _parameters(module: nn.Module) -> list[str]:
     """The names of a forward's positional parameters."""
+    cls = type(unwrapped(module))
     if cls not in _names:
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         parameters = inspect.signature(cls.forward).parameters.items()

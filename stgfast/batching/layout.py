@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from stgfast.batching.arguments import Arguments
+from stgfast.batching.arguments import Arguments, unwrapped
+from stgfast.batching.seam import compiled
 from stgfast.errors import SettingsError, wrong
 from stgfast.guidance import ATTENTION, BLUR, RESIDUAL, TEMPORAL, Perturbation
 
@@ -34,6 +35,13 @@ class Unit(NamedTuple):
     @property
     def axes(self) -> set[str]:
         return {axis for axis, _ in self.attentions}
+
+    @property
+    def compiled_around(self) -> list[nn.Module]:
+        """The compiled modules inside of this one that have its self-attentions inside, where no call is seen."""
+        attentions = {attention for _, attention in self.attentions}
+        inside = [module for module in unwrapped(self.module).modules() if module not in {self.module, *attentions}]
+        return [module for module in inside if compiled(module) and not attentions.isdisjoint(module.modules())]
 
 
 class Grid(NamedTuple):

@@ -11,15 +11,18 @@ goes last takes it away.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
-from stgfast.batching.arguments import Arguments
+from stgfast.batching.arguments import Arguments, unwrapped
 from stgfast.errors import EngineError
 
 ATTRIBUTE = "_compiled_call_impl"
@@ -29,6 +32,7 @@ Handler = Callable[[Call, Arguments], Any]
 _handlers: ContextVar[Mapping[nn.Module, Handler] | None] = ContextVar("stgfast_handlers", default=None)
 _lock = threading.Lock()
 _held: dict[nn.Module, int] = {}
+_lines = itertools.count(1)  # code objects are equal where their first lines are
 
 
 @contextmanager
@@ -63,17 +67,64 @@ def held(modules: Iterable[nn.Module]) -> Iterator[None]:
                     _take(module)
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of what `torch.compile(module)` returns."""
-    inner = getattr(module, "_orig_mod", module)
-    assert isinstance(inner, nn.Module)
-    return inner
-
-
 def compiled_in_place(module: nn.Module) -> bool:
-    """Whether a module's whole call was compiled by `module.compile()`."""
+    """Whether a module's whole call was compiled by `module.compile()`, or its forward by `torch.compile`."""
     call = module.__dict__.get(ATTRIBUTE)
-    return getattr(call, "replaced", call) is not None
+    return getattr(call, "replaced", call) is not None or _compiled_forward(module) is not None
+
+
+def compiled(module: nn.Module) -> bool:
+    """Whether a module runs as compiled code, in whichever way it was compiled."""
+    return unwrapped(module) is not module or compiled_in_place(module)
+
+
+def as_written(module: nn.Module) -> Call:
+    """The call of a module, hooks included, without the compiled code in its place."""
+    inner = unwrapped(module)
+    forward = _compiled_forward(inner)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _lock:
+            inner.__dict__["forward"] = forward._torchdynamo_orig_callable
+        try:
+            return inner._call_impl(*args, **kwargs)
+        finally:
+            with _lock:
+                inner.__dict__["forward"] = forward
+
+    return inner._call_impl if forward is None else call
+
+
+def compiled_calls(modules: Iterable[nn.Module], make: Callable[[Call], Call]) -> dict[nn.Module, Call]:
+    """The calls of modules, compiled by `make`, with a code object of its own for every kind of module.
+
+    torch.compile keeps what it made with the code object, up to a limit, and modules of one class share theirs: a UNet
+    with blocks of several widths would come to the limit.
+    """
+    made: dict[CodeType, Call] = {}
+    calls: dict[nn.Module, Call] = {}
+    for module in modules:
+        code = _code_for(type(module), tuple((name, tuple(part.shape)) for name, part in module.named_parameters()))
+        if code not in made:
+            made[code] = make(FunctionType(code, _call.__globals__, _call.__name__))
+        calls[module] = functools.partial(made[code], module)
+    return calls
+
+
+@functools.cache
+def _code_for(cls: Any, shapes: tuple[Any, ...]) -> CodeType:
+    """The same one in every run: what was compiled stays compiled."""
+    return _call.__code__.replace(co_firstlineno=next(_lines))
+
+
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module._call_impl(*args, **kwargs)
+
+
+def _compiled_forward(module: nn.Module) -> Any:
+    """What `module.forward = torch.compile(module.forward)` has put there."""
+    forward = vars(module).get("forward")
+    return forward if hasattr(forward, "_torchdynamo_orig_callable") else None
 
 
 def caching_hooks(denoiser: nn.Module) -> list[str]:

@@ -15,7 +15,7 @@ from stgfast.batching.arguments import Arguments
 from stgfast.batching.layout import Layout
 from stgfast.batching.plan import Plan, Step
 from stgfast.batching.rows import alone, chunks, join, spans, take, take_packed
-from stgfast.batching.seam import Call, Handler, compiled_in_place, handling, held
+from stgfast.batching.seam import Call, Handler, as_written, compiled, handling, held
 from stgfast.errors import EngineError
 from stgfast.guidance import ATTENTION, BLUR, TEMPORAL
 
@@ -44,6 +44,7 @@ class Stack:
         # Of every row of the block that runs now: what is done to it, and what input is it of?
         self._marks: list[str] = []
         self._inputs: list[int] = []
+        self._attended: set[nn.Module] = set()  # the attentions that it has called
         self._tokens = (0, 0, 0)  # its (frames, height, width), where queries are blurred
         self._taken: dict[tuple[str, tuple[int, ...], int], tuple[Any, Any]] = {}
 
@@ -55,6 +56,7 @@ class Stack:
             if any(map(self._inside, step.marks)) or layout.attend is not None:
                 for axis, attention in unit.attentions:
                     handlers[attention] = functools.partial(self._attention, axis)
+                handlers |= dict.fromkeys(unit.compiled_around, self._around)
         return handlers
 
     def finish(self) -> None:
@@ -76,7 +78,7 @@ class Stack:
         if any(_sigma(mark) for mark in step.marks) and self.grid is not None:
             self._tokens = self.grid(arguments)
         if step.run:
-            computed: Sequence[Any] = self._compute(step, plain, self._chosen(step, arguments, state))
+            computed: Sequence[Any] = self._compute(number, plain, self._chosen(step, arguments, state))
         else:
             computed = [None] * len(before)
         self._done = number + 1
@@ -100,21 +102,24 @@ class Stack:
 
         return arguments.changed(choose)
 
-    def _compute(self, step: Step, plain: Call, arguments: Arguments) -> Sequence[Any]:
+    def _compute(self, number: int, plain: Call, arguments: Arguments) -> Sequence[Any]:
+        step = self.plan.steps[number]
         marks = [mark for mark in step.marks for _ in range(self.prompts)]
         inputs = [group * self.prompts + prompt for group in step.run for prompt in range(self.prompts)]
         # Nothing can stand in for a call inside compiled code, so a block with masked rows runs as it is written.
         module = arguments.module
-        call: Call = module._call_impl if any(map(self._inside, marks)) else self.compiled.get(module, plain)
-        compiled = module in self.compiled or compiled_in_place(module)
+        call: Call = as_written(module) if any(map(self._inside, marks)) else self.compiled.get(module, plain)
+        runs_compiled = module in self.compiled or compiled(module)
         outputs = []
         for part in self._parts(marks):
             self._marks, self._inputs = marks[part], inputs[part]
             changes = self.layout.changes.get(marks[part.start], {})
             given = self._only(arguments, [part], len(marks)).replaced(changes)
-            if compiled:
+            if runs_compiled:
                 given = given.changed(lambda name, value: alone(value))
+            self._attended = set()
             outputs.append(_as_tuple(given.given_to(call)))
+            self._check_attended(number)
         return [join(parts) if parts[0] is not None else None for parts in zip(*outputs, strict=True)]
 
     def _parts(self, marks: Sequence[str]) -> list[slice]:
@@ -126,8 +131,23 @@ class Stack:
             start += count
         return parts
 
+    def _check_attended(self, number: int) -> None:
+        """A block that goes around its attention would give a plain prediction for a weak one."""
+        for axis, attention in self.layout.units[number].attentions:
+            changed = [mark for mark in self._marks if self._inside(mark) and _concerns(mark, axis)]
+            if changed and attention not in self._attended:
+                raise EngineError(
+                    f"attention of block {number}: got a block that ran without a call of {type(attention).__name__}, "
+                    f"expected one, to change what it does ({changed[0]}); is the block compiled, or replaced?"
+                )
+
+    def _around(self, plain: Call, arguments: Arguments) -> Any:
+        """Stands in for a compiled module with an attention inside."""
+        return arguments.given_to(as_written(arguments.module) if any(map(self._inside, self._marks)) else plain)
+
     def _attention(self, axis: str, plain: Call, arguments: Arguments) -> Any:
         """Stands in for a self-attention: rows that are masked run none of it."""
+        self._attended.add(arguments.module)
         rows = len(self._marks)
         masked = [mark in (ATTENTION, f"{ATTENTION} {axis}") for mark in self._marks]
         sigmas = [None if axis == TEMPORAL else _sigma(mark) for mark in self._marks]
@@ -162,7 +182,7 @@ class Stack:
             return self._blur(seen[-1], sigmas)
 
         with held([query]), handling({query: blurred}):
-            output = attention._call_impl(*args, **kwargs)
+            output = as_written(attention)(*args, **kwargs)
         if len(seen) != 1:
             raise EngineError(f"queries made by {self.layout.grid.query!r}: got {len(seen)} calls, expected one")
         return output
@@ -210,6 +230,11 @@ def _as_tuple(output: Any) -> tuple[Any, ...]:
 def _as_given(outputs: Sequence[Any], *, wrapped: bool = False) -> Any:
     """Outputs in the form in which modules return them: one alone, several as a tuple."""
     return tuple(outputs) if wrapped or len(outputs) > 1 else outputs[0]
+
+
+def _concerns(mark: str, axis: str) -> bool:
+    """Whether a mark is about attention along an axis."""
+    return axis != TEMPORAL if _sigma(mark) is not None else mark in (ATTENTION, f"{ATTENTION} {axis}")
 
 
 def _sigma(mark: str) -> float | None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stgfast.batching.layout import Unit
 from stgfast.guidance import ATTENTION, COND, ISOLATE, RESIDUAL, UNCOND, Guidance, Perturbation
 from stgfast.integrations.attention import project
-from stgfast.integrations.spec import Adapter, CallArguments, Passes, even_sigmas, latent_tokens, shifted
+from stgfast.integrations.spec import Adapter, CallArguments, Passes, always, even_sigmas, latent_tokens, shifted
 from stgfast.schedules import Moment, value
 
 WEAK, ISOLATED = "perturbed", "isolated"
@@ -121,7 +121,7 @@ LTX2 = Adapter(
     rows=frozenset(ROWS),
     identity=identity,
     changes={ISOLATE: {"use_a2v_cross_attention": False, "use_v2a_cross_attention": False}},
-    announces=lambda pipe: True,
+    announces=always,
     passes=passes,
     preview=preview,
     unfit=unfit,

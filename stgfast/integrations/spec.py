@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -10,16 +11,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import nn
 
-from stgfast.batching.arguments import Arguments
+from stgfast.batching.arguments import Arguments, unwrapped
 from stgfast.batching.layout import Grid, Layout, Unit
-from stgfast.batching.seam import caching_hooks, compiled_in_place, unwrapped
-from stgfast.errors import SettingsError
+from stgfast.batching.seam import caching_hooks, compiled, compiled_in_place
+from stgfast.errors import SettingsError, wrong
 from stgfast.guidance import COND, UNCOND, Guidance, Perturbation, Scale
 from stgfast.integrations.attention import identity_attention
 from stgfast.kernels import blur
 from stgfast.schedules import Moment
 
 EACH, ONE = "each", "one"  # of Adapter.images
+PROTOCOLS = ("stacked", "sequential", "embedded", "announced")
 CallArguments = Mapping[str, Any]  # the arguments of one pipeline call by name, defaults filled in
 
 
@@ -45,7 +47,26 @@ def live_true_cfg_scale(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
     return true_cfg_scale(call)
 
 
+# What an adapter does not say. Functions with names: an accelerated pipeline is pickled with its adapter.
+
+
 def nothing_missing(pipe: Any) -> str | None:
+    return None
+
+
+def never(pipe: Any) -> bool:
+    return False
+
+
+def always(pipe: Any) -> bool:
+    return True
+
+
+def nothing_within(pipe: Any) -> AbstractContextManager[None]:
+    return nullcontext()
+
+
+def all_fits(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
     return None
 
 
@@ -209,17 +230,27 @@ class Adapter:
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     grid: Grid | None = None
     own_rescale: Callable[[CallArguments], float | None] = rescale_of_call
-    announces: Callable[[Any], bool] = lambda pipe: False
+    announces: Callable[[Any], bool] = never
     passes: Callable[[Any, CallArguments, Guidance, Moment, str], Passes] | None = None
     preview: Callable[[Any, CallArguments, Moment], None] | None = None
-    within: Callable[[Any], AbstractContextManager[None]] = lambda pipe: nullcontext()
-    unfit: Callable[[Any, Guidance, CallArguments], str | None] = lambda pipe, guidance, call: None
+    within: Callable[[Any], AbstractContextManager[None]] = nothing_within
+    unfit: Callable[[Any, Guidance, CallArguments], str | None] = all_fits
     denoisers: tuple[str, ...] = ("transformer",)
     sample: str = "hidden_states"
     images: str = ""
     exact: tuple[str, ...] = ()
     tiled: bool = False
     negative: bool = False
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise wrong("protocol of an adapter", self.protocol, f"one of {', '.join(PROTOCOLS)}")
+        for name in ("blocks", "state", "order", "denoisers", "exact"):
+            if isinstance(getattr(self, name), str) or not isinstance(getattr(self, name), Sequence):
+                raise wrong(f"{name} of an adapter", getattr(self, name), "a tuple of names")
+        for name in ("rows", "packed"):
+            if isinstance(getattr(self, name), str):
+                raise wrong(f"{name} of an adapter", getattr(self, name), "names, and not one")
 
     def calls(self, cfg: bool) -> tuple[tuple[str, ...], ...]:
         """The calls of the denoiser that make a step, each with the rows it is called on."""
@@ -252,10 +283,17 @@ class Adapter:
                 f"pipe.{name} was compiled in place, as a whole, so its blocks cannot be reached; use "
                 f"pipe.{name} = torch.compile(pipe.{name}), or compile its blocks one by one"
             )
-        units = self._blocks(denoiser) if self.units is None else self.units(denoiser)
+        try:
+            units = self._blocks(denoiser) if self.units is None else self.units(denoiser)
+        except AttributeError as error:  # a wrapper such as DataParallel, or another model
+            got, named = type(denoiser).__name__, ", ".join(self.blocks) or "the blocks"
+            raise SettingsError(f"pipe.{name}: got {got}, expected a model with {named} ({error})") from error
+        parameters = inspect.signature(type(denoiser).forward).parameters
+        if self.sample not in parameters:
+            raise wrong("sample of an adapter", self.sample, f"an argument of {type(denoiser).__name__}.forward")
         modules = [module for unit in units for _, module in unit.attentions]
         stock = all(type(getattr(module, "processor", None)).__name__ == self.processor for module in modules)
-        attend = self.attend if stock and not any(compiled_in_place(unit.module) for unit in units) else None
+        attend = self.attend if stock and not any(compiled(unit.module) for unit in units) else None
         return Layout(
             denoiser=denoiser,
             units=units,

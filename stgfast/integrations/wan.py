@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from stgfast.batching.arguments import unwrapped
 from stgfast.batching.layout import Grid, Unit
-from stgfast.batching.seam import unwrapped
 from stgfast.guidance import Guidance
 from stgfast.integrations.guiders import guided_by, steps_of_modular_call
 from stgfast.integrations.spec import ONE, Adapter, CallArguments, patches, steps_of_call

@@ -56,7 +56,11 @@ def test_equals_the_plain_method(family, case):
     assert distance(made, plain) > 1e-4, "a guidance that changes nothing shows nothing"
 
 
-NEEDS_A_GPU = ("Kandinsky 5", "Cosmos from an image")  # a layer of these has no bfloat16 on a CPU
+NEEDS_A_GPU = (
+    "Kandinsky 5",
+    "Cosmos from an image",
+    "modular HunyuanVideo15",
+)  # a layer of these has no bfloat16 on a CPU
 
 
 def lowered(family, dtype):
