@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
-from stgfast.errors import SettingsError, wrong
+from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
 from stgfast.guidance import APG, CFG_ZERO, Guidance
 from stgfast.integrations.spec import Adapter, CallArguments
 
@@ -65,6 +65,18 @@ def settle(guidance: Guidance, own_rescale: float | None, given: Mapping[str, An
     if rescale is None:
         rescale = own_rescale
     return guidance if rescale is None else dataclasses.replace(guidance, rescale=rescale)
+
+
+def check_call(pipeline: type[Any], adapter: Adapter) -> None:
+    """A call is read by the names of its arguments; a subclass with another signature may hide them."""
+    own = inspect.signature(pipeline.__call__).parameters
+    described = next((cls for cls in pipeline.__mro__ if cls.__name__ == adapter.pipeline), pipeline)
+    hidden = [name for name in inspect.signature(described.__call__).parameters if name not in own]
+    if hidden:
+        raise UnsupportedPipelineError(
+            f"arguments of {pipeline.__name__}.__call__: got {', '.join(own)}, expected those of "
+            f"{described.__name__}.__call__ by name, {', '.join(hidden)} too"
+        )
 
 
 def check_max_rows(max_rows: object) -> None:

@@ -67,7 +67,20 @@ class GuidedRun:
 
     def whole(self, call: Callable[[], Any]) -> Any:
         with self.in_place():
-            return call()
+            result = call()
+        self.finish()
+        return result
+
+    def finish(self) -> None:
+        """A run that ended without interruption has made all its steps: one of another model, or around the model's
+        call, was not guided."""
+        steps = self.adapter.steps(self.pipe)
+        if (self.step, self.turn) != (steps, 0) and not getattr(self.pipe, "interrupt", False):
+            made = f"{self.step} steps" + (f" and {self.turn} calls of another" if self.turn else "")
+            raise EngineError(
+                f"guided steps: got {made}, expected {steps}; was pipe.{next(iter(self.layouts))} exchanged during the "
+                f"call, or is the adapter's protocol, {self.adapter.protocol!r}, or are its denoisers wrong?"
+            )
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

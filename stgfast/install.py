@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from stgfast.announced import AnnouncedRun
 from stgfast.batching.seam import Call, handling
-from stgfast.call import check, check_layers, check_max_rows, settings_of, settle
+from stgfast.call import check, check_call, check_layers, check_max_rows, settings_of, settle
 from stgfast.engine import GuidedRun
 from stgfast.errors import SettingsError, wrong
 from stgfast.guidance import Guidance
@@ -19,6 +19,7 @@ from stgfast.integrations.spec import Adapter, CallArguments
 
 Pipe = TypeVar("Pipe")
 INSTALLED = "_stgfast"  # the one attribute that an accelerated pipeline has more than others
+ORIGINAL = "_stgfast_original"  # of the class of an accelerated pipeline: the class that it had before
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Installed:
     given: Guidance | None
     max_rows: int | None
     compilation: Mapping[str, Any] | None  # the arguments of torch.compile, where blocks are to be compiled
-    original: type[Any]
+    original: Any  # the class of the pipeline before it was accelerated
 
     def guidance(self, pipe: Any) -> Guidance:
         """What was given, or the default: nothing where the pipeline asks for weak branches itself."""
@@ -51,22 +52,28 @@ def accelerate(
     it is True; steps and schedules do not compile anew. `adapter` has the facts of a pipeline that stgfast does not
     know. Accelerating again replaces all of it. The pipeline itself is returned, changed in place; `restore` undoes it.
     """
-    before: Installed | None = getattr(pipe, INSTALLED, None)
-    adapter = adapter_for(pipe) if adapter is None else adapter
-    if adapter.pipeline != type(pipe).__name__:
-        raise wrong("adapter", adapter.pipeline, f"one for {type(pipe).__name__}")
+    original = original_class(type(pipe))
+    if adapter is None:
+        adapter = adapter_for(pipe, original)
+    elif adapter.pipeline not in (cls.__name__ for cls in original.__mro__):
+        raise wrong("adapter", adapter.pipeline, f"one for {original.__name__}")
+    check_call(original, adapter)
     if guidance is not None and not isinstance(guidance, Guidance):
         raise wrong("guidance", guidance, "a stgfast.Guidance, or None for the paper's settings")
     check_max_rows(max_rows)
     if not isinstance(compile, bool | Mapping):
         raise wrong("compile", compile, "True, False, or arguments of torch.compile such as {'dynamic': True}")
     compilation = None if compile is False else {} if compile is True else dict(compile)
-    original: Any = before.original if before else type(pipe)
     installed = Installed(adapter, guidance, max_rows, compilation, original)
     check_layers(pipe, adapter, installed.guidance(pipe), default=guidance is None)
     pipe.__dict__[INSTALLED] = installed
     pipe.__class__ = _guided_class(original)
     return pipe
+
+
+def original_class(cls: type[Any]) -> Any:
+    """The class of a pipeline before it was accelerated."""
+    return vars(cls).get(ORIGINAL, cls)
 
 
 def restore(pipe: Pipe) -> Pipe:
@@ -84,23 +91,40 @@ def installed_on(pipe: Any) -> Installed:
     return installed
 
 
-@functools.cache
 def _guided_class(original: Any) -> Any:
-    """A class that differs from the pipeline's own in its call alone."""
+    """A class for one pipeline, which differs from the pipeline's own in its call, and makes pipelines of that class.
 
+    One for every pipeline: whoever puts something in place of its call reaches this pipeline alone.
+    """
     settings = settings_of(original)
 
-    @functools.wraps(original.__call__)
+    def __new__(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(*args, **kwargs)  # `type(pipe)(...)`, `from_pretrained` and `from_pipe` give what is not guided
+
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = {name: kwargs.pop(name) for name in settings if name in kwargs}
         return guided_call(self, original.__call__, args, kwargs, given)
 
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        _, _, *state = original.__reduce_ex__(self, protocol)
+        return (_remade, (original,), *state)
+
+    functools.update_wrapper(__call__, original.__call__)
+    del __call__.__wrapped__  # type: ignore[attr-defined]  # which is not what this pipeline does
     signature = inspect.signature(original.__call__)
     extra = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in settings]
     parameters = sorted([*signature.parameters.values(), *extra], key=lambda parameter: parameter.kind)
     __call__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    body = {"__call__": __call__, "__module__": original.__module__, "__qualname__": original.__qualname__}
-    return type(original.__name__, (original,), {**body, "__doc__": original.__doc__})
+    body = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
+    body |= {"__new__": __new__, "__call__": __call__, "__reduce_ex__": __reduce_ex__, ORIGINAL: original}
+    return type(original.__name__, (original,), body)
+
+
+def _remade(original: Any) -> Any:
+    """An accelerated pipeline without its state, for `pickle` and `copy`."""
+    pipe = original.__new__(original)
+    pipe.__class__ = _guided_class(original)
+    return pipe
 
 
 def settled(pipe: Any, installed: Installed, call: CallArguments, given: Mapping[str, Any]) -> tuple[bool, Guidance]:

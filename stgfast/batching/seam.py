@@ -12,7 +12,6 @@ goes last takes it away.
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ Handler = Callable[[Call, Arguments], Any]
 _handlers: ContextVar[Mapping[nn.Module, Handler] | None] = ContextVar("stgfast_handlers", default=None)
 _lock = threading.Lock()
 _held: dict[nn.Module, int] = {}
-_lines = itertools.count(1)  # code objects are equal where their first lines are
+_codes: dict[Any, CodeType] = {}
 
 
 @contextmanager
@@ -104,17 +103,13 @@ def compiled_calls(modules: Iterable[nn.Module], make: Callable[[Call], Call]) -
     made: dict[CodeType, Call] = {}
     calls: dict[nn.Module, Call] = {}
     for module in modules:
-        code = _code_for(type(module), tuple((name, tuple(part.shape)) for name, part in module.named_parameters()))
+        kind = type(module), tuple((name, tuple(part.shape)) for name, part in module.named_parameters())
+        # The same one in every run, so that what was compiled stays compiled; equal to no other, by its first line.
+        code = _codes.setdefault(kind, _call.__code__.replace(co_firstlineno=1 + len(_codes)))
         if code not in made:
             made[code] = make(FunctionType(code, _call.__globals__, _call.__name__))
         calls[module] = functools.partial(made[code], module)
     return calls
-
-
-@functools.cache
-def _code_for(cls: Any, shapes: tuple[Any, ...]) -> CodeType:
-    """The same one in every run: what was compiled stays compiled."""
-    return _call.__code__.replace(co_firstlineno=next(_lines))
 
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

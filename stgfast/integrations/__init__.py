@@ -81,19 +81,29 @@ ADAPTERS = {
 }
 
 
-def adapter_for(pipe: Any) -> Adapter:
-    """The adapter of a pipeline instance, or what is supported instead and what it would take."""
-    name = type(pipe).__name__
-    adapter = ADAPTERS.get(name)
-    if adapter is None:
-        near = difflib.get_close_matches(name, ADAPTERS, n=3, cutoff=0.0)
+def adapter_for(pipe: Any, cls: type[Any]) -> Adapter:
+    """The adapter of a pipeline of this class, or what is supported instead and what it would take.
+
+    A subclass that leaves `__call__` alone is what it inherits from.
+    """
+    known = next((parent for parent in cls.__mro__ if parent.__name__ in ADAPTERS), None)
+    if known is None:
+        near = difflib.get_close_matches(cls.__name__, ADAPTERS, n=3, cutoff=0.0)
         needed = [field.name for field in dataclasses.fields(Adapter) if field.default is field.default_factory]
         raise UnsupportedPipelineError(
-            f"pipeline: got {name}, expected one of the {len(ADAPTERS)} that are supported (the closest are "
+            f"pipeline: got {cls.__name__}, expected one of the {len(ADAPTERS)} that are supported (the closest are "
             f"{', '.join(near)}), or its facts in accelerate(pipe, adapter=stgfast.Adapter(...)): "
             f"{', '.join([*needed, 'blocks', 'state', 'attention'])} at least"
         )
+    own = next(parent for parent in cls.__mro__ if "__call__" in vars(parent))
+    if own is not known and issubclass(own, known):
+        raise UnsupportedPipelineError(
+            f"pipeline: got {cls.__name__}, a {known.__name__} with a __call__ of its own; where it calls its model as "
+            f"{known.__name__} does, say so: from stgfast.integrations import ADAPTERS, "
+            f"accelerate(pipe, adapter=ADAPTERS[{known.__name__!r}])"
+        )
+    adapter = ADAPTERS[known.__name__]
     missing = adapter.unsupported(pipe)
     if missing:
-        raise UnsupportedPipelineError(f"{name}: {missing} is not supported")
+        raise UnsupportedPipelineError(f"{cls.__name__}: {missing} is not supported")
     return adapter

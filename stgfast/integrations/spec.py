@@ -289,7 +289,8 @@ class Adapter:
             got, named = type(denoiser).__name__, ", ".join(self.blocks) or "the blocks"
             raise SettingsError(f"pipe.{name}: got {got}, expected a model with {named} ({error})") from error
         parameters = inspect.signature(type(denoiser).forward).parameters
-        if self.sample not in parameters:
+        by_name = all(one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL) for one in parameters.values())
+        if by_name and self.sample not in parameters:
             raise wrong("sample of an adapter", self.sample, f"an argument of {type(denoiser).__name__}.forward")
         modules = [module for unit in units for _, module in unit.attentions]
         stock = all(type(getattr(module, "processor", None)).__name__ == self.processor for module in modules)
