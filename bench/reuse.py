@@ -33,7 +33,6 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     *({"reuse": every} for every in (2, 3, 4, 6, 12)),
     *({"reuse_cfg": every} for every in (2, 3, 4)),
     {"reuse": 2, "reuse_cfg": 2},
-    *({"reuse": 6, "reuse_tolerance": tolerance} for tolerance in (0.1, 0.3, 0.6)),
 )
 
 
@@ -60,7 +59,6 @@ def rows(count: int, guidance: Guidance) -> Iterator[dict[str, Any]]:
     alone = far(latents(pipe, count, stg_scale=0.0), exact)
     for settings in SETTINGS:
         approximate = replace(guidance, **settings)
-        # With a tolerance nobody knows the rows beforehand.
         with counted(list(pipe.transformer.transformer_blocks)) as computed:
             clips = latents(pipe, count, stg=approximate)
         block_rows = sum(computed)

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
+from stgfast.batching.arguments import unwrapped
+from stgfast.batching.seam import foreign_forward
 from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
-from stgfast.guidance import APG, CFG_ZERO, Guidance
+from stgfast.guidance import ALONG_COND, ALONG_UNCOND, BLUR, Guidance
 from stgfast.integrations.spec import Adapter, CallArguments
 
 # What a call takes beside the pipeline's own arguments.
@@ -92,20 +94,52 @@ def check(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, 
         raise SettingsError(f"{adapter.pipeline}: {unfit}")
     inert = guidance.inert and not adapter.announces(pipe)
     if not inert or max_rows is not None:
+        check_forwards(pipe, adapter)
         check_caches(pipe, adapter)
     if inert:
         return
     changed = {"a cfg schedule": guidance.cfg is not None, "reuse_cfg": guidance.reuse_cfg > 1}
-    changed |= {f"project={kind!r}": guidance.project == kind for kind in (CFG_ZERO, APG)}
+    changed |= {f"project={kind!r}": guidance.project == kind for kind in (ALONG_UNCOND, ALONG_COND)}
     needs = next((what for what, there in changed.items() if there), "")
     needs = next((f"a perturbation of {p.of} against {p.base}" for p in guidance.perturbations if p.needs_cfg), needs)
     if needs and adapter.requested(call) is None:
-        raise SettingsError(f"{needs}: got a call without CFG, expected {adapter.cfg_on}")
+        without = [part for part in guidance.perturbations if part.needs_cfg]
+        advice = "; without CFG, Guidance(Perturbation([...])) weakens cond" if without else ""
+        raise SettingsError(f"{needs}: got a call without CFG, expected {adapter.cfg_on}{advice}")
+    if any(part.kind == BLUR for part in guidance.perturbations):
+        check_tokens(pipe, adapter)
     scheduler = getattr(pipe, "scheduler", None)
     if guidance.by_sigma and getattr(scheduler, "sigmas", None) is None:
         got = "no scheduler" if scheduler is None else type(scheduler).__name__
         raise wrong("a schedule over sigma", got, "a scheduler that has sigmas, or a schedule over steps or progress")
-    guidance.check_steps(adapter.steps_of_run(pipe, call))
+    steps = adapter.steps_of_run(pipe, call)
+    guidance.check_steps(steps)
+    if not any(guidance.start <= step / steps < guidance.stop for step in range(steps)):
+        share = f"a part of the run with at least one of its {steps} steps, or stg_scale=0 for none"
+        raise wrong("start and stop", (guidance.start, guidance.stop), share)
+
+
+def check_forwards(pipe: Any, adapter: Adapter) -> None:
+    """Who replaces a model's forward, or a block's, may leave out blocks, or keep what they gave."""
+    for name, layout in adapter.layouts(pipe).items():
+        for module in (layout.denoiser, *(unit.module for unit in layout.units)):
+            home = foreign_forward(unwrapped(module))
+            if home:
+                raise SettingsError(
+                    f"forward of {type(module).__name__} in pipe.{name}: got one from {home}, expected its own; "
+                    f"caches and parallelism that replace it cannot be combined with guidance: switch it off, with "
+                    f"cache_dit.disable_cache(pipe) for one, or load the model anew"
+                )
+
+
+def check_tokens(pipe: Any, adapter: Adapter) -> None:
+    """A blur needs all tokens of a frame."""
+    for name, layout in adapter.layouts(pipe).items():
+        if getattr(layout.denoiser, "_parallel_config", None) is not None:
+            raise SettingsError(
+                f"blur of the queries: got pipe.{name} with its tokens spread over processes, expected all of them in "
+                f"one; use kind='attention' or 'residual'"
+            )
 
 
 def check_caches(pipe: Any, adapter: Adapter) -> None:

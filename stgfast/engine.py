@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -26,7 +27,7 @@ from stgfast.batching.rows import spans, take
 from stgfast.batching.seam import Call, compiled, compiled_calls, handling, held
 from stgfast.batching.stack import Stack
 from stgfast.errors import EngineError, SettingsError
-from stgfast.guidance import APG, ATTENTION, BLUR, CFG_ZERO, COND, GUIDED, ORTHOGONAL, UNCOND, Guidance
+from stgfast.guidance import ALONG_COND, ALONG_UNCOND, ATTENTION, BLUR, COND, GUIDED, ORTHOGONAL, UNCOND, Guidance
 from stgfast.integrations.spec import Adapter, CallArguments
 from stgfast.kernels import combine
 from stgfast.reuse import Kept
@@ -146,7 +147,7 @@ class GuidedRun:
         self.calls = self.adapter.calls(cfg is not None)
         self.acts = self.guidance.acts(moment)
         self.predictions: dict[str, Tensor] = {}  # of every branch, as the step's calls give them
-        self.handed: list[Tensor] = []  # what the pipeline holds since an earlier call of this step
+        self.handed: list[weakref.ref[Tensor]] = []  # what earlier calls of this step gave
         if self.acts:
             self.weights = self.guidance.weights(moment, cfg)
             self.scale = self.guidance.cfg_at(moment, cfg)
@@ -164,7 +165,7 @@ class GuidedRun:
         if not self.guidance.by_sigma:
             return Moment(self.step, steps)
         if self.step == 0:
-            self.sigmas = self.adapter.sigmas(self.pipe)[-steps:]
+            self.sigmas = self.adapter.sigmas(self.pipe, steps)
         return Moment(self.step, steps, self.sigmas[self.step])
 
     def _weighed(self) -> Collection[str]:
@@ -207,8 +208,9 @@ class GuidedRun:
 
     def _hand_out(self) -> Any:
         """The pipeline calls again before it combines: it is given a tensor that the last call fills with g."""
-        self.handed.append(self.predictions[COND])
-        return self.form(self.predictions[COND])
+        given = self.predictions[COND].clone()
+        self.handed.append(weakref.ref(given))
+        return self.form(given)
 
     def _combine(self) -> Any:
         """g in place of every prediction that the pipeline holds: whatever its CFG scale, u + s (c - u) is then g."""
@@ -218,13 +220,14 @@ class GuidedRun:
             self.predictions[GUIDED] = uncond + scale * (cond - uncond)
         weights = {COND: self.weights.get(COND, 0.0), **self.weights}
         guided = self._guided(weights, None if self.adapter.float32 else cond.dtype)
-        if self.handed and self.adapter.early:
-            # The pipeline has used c already: with this for u, its own u + s (c - u) is g.
+        held = [tensor() for tensor in self.handed]
+        if self.handed and (self.adapter.early or None in held):
+            # The pipeline has used c already, or holds a copy: with this for u, its own u + s (c - u) is g.
             scale = cast(Tensor, self.cfg)
             guided = (guided - scale * cond.to(guided.dtype)) / (1 - scale)
         else:
-            for tensor in self.handed:
-                tensor.copy_(guided)
+            for tensor in held:
+                cast(Tensor, tensor).copy_(guided)
         copies = len(self.calls[self.turn])
         return self.form(torch.cat([guided] * copies) if copies > 1 else guided)
 
@@ -243,9 +246,9 @@ class GuidedRun:
         project = self.guidance.project
         if project == ORTHOGONAL and set(self.guidance.names) <= set(names):
             return {"orthogonal": tuple(map(names.index, self.guidance.names))}
-        if project == CFG_ZERO and UNCOND in names:
+        if project == ALONG_UNCOND and UNCOND in names:
             return {"cfg_zero": names.index(UNCOND)}
-        if project == APG and UNCOND in names:
+        if project == ALONG_COND and UNCOND in names:
             return {"apg": (names.index(UNCOND), self.guidance.eta)}
         return {}
 

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from stgfast.announced import plan_of
@@ -16,7 +16,7 @@ from stgfast.batching.layout import Layout
 from stgfast.batching.plan import Plan
 from stgfast.call import settings_of
 from stgfast.engine import branches_of, plan_for
-from stgfast.guidance import APG, CFG_ZERO, ORTHOGONAL, Guidance, Perturbation
+from stgfast.guidance import ALONG_COND, ALONG_UNCOND, ORTHOGONAL, Guidance, Perturbation
 from stgfast.install import installed_on, settled
 from stgfast.integrations.spec import Adapter, CallArguments
 from stgfast.reuse import Kept
@@ -24,10 +24,9 @@ from stgfast.schedules import Moment, said
 
 PROJECTED = {
     ORTHOGONAL: "of the second perturbation, what the first one says already is left out",
-    CFG_ZERO: "of cond - uncond, the part along uncond is left out (CFG-Zero*)",
-    APG: "of cond - uncond, the part along cond is left out (APG)",
+    ALONG_UNCOND: "of cond - uncond, the part along uncond is left out (CFG-Zero*'s scale)",
+    ALONG_COND: "of cond - uncond, the part along cond is left out (APG's projection)",
 }
-AS_IF_NOT_REUSED: dict[str, Any] = {"reuse": 1, "reuse_cfg": 1, "reuse_tolerance": None}
 
 
 @dataclass(frozen=True)
@@ -151,8 +150,7 @@ def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArgument
     every = frozenset(source for sources in calls for source in sources)
     steps = adapter.steps_of_run(pipe, call)
     sigmas = _sigmas(pipe, adapter, call, steps) if guidance.by_sigma else [None] * steps
-    # How much changes from step to step is not known beforehand: this is the most that is computed.
-    kept = Kept(guidance if guidance.reuse_tolerance is None else replace(guidance, **AS_IF_NOT_REUSED))
+    kept = Kept(guidance)
 
     def phase(step: int) -> tuple[dict[str, float], float, frozenset[str]]:
         moment = Moment(step, steps, sigmas[step])
@@ -213,7 +211,7 @@ def _sigmas(pipe: Any, adapter: Adapter, call: CallArguments, steps: int) -> lis
     ahead = copy.copy(pipe)
     vars(ahead)["scheduler"] = copy.deepcopy(pipe.scheduler)
     ahead.scheduler.set_timesteps(**adapter.schedule(pipe, call))
-    return adapter.sigmas(ahead)[-steps:]
+    return adapter.sigmas(ahead, steps)
 
 
 def _rows(plans: Sequence[Plan]) -> tuple[int, ...]:
@@ -221,12 +219,9 @@ def _rows(plans: Sequence[Plan]) -> tuple[int, ...]:
 
 
 def _reused(guidance: Guidance) -> list[str]:
-    within = "" if guidance.reuse_tolerance is None else f" where they change by {guidance.reuse_tolerance:g} at most"
     said = {"base - perturbed": guidance.reuse, "cond - uncond": guidance.reuse_cfg}
     return [
-        f"approximately: {what} computed in every {_ordinal(every)} step{within}"
-        for what, every in said.items()
-        if every > 1
+        f"approximately: {what} computed in every {_ordinal(every)} step" for what, every in said.items() if every > 1
     ]
 
 

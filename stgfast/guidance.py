@@ -23,9 +23,10 @@ from stgfast.presets import PRESETS
 from stgfast.schedules import BySigma, Moment, Schedule, checked, finite, plain, said, set_frozen, value
 
 RESIDUAL, ATTENTION, BLUR, ISOLATE = KINDS = ("residual", "attention", "blur", "isolate")
+MOST = 5  # perturbations: with cond, uncond and the CFG result, the eight predictions that a kernel combines
 COND, UNCOND, GUIDED = "cond", "uncond", "guided"
 AXES = SPATIAL, TEMPORAL = ("spatial", "temporal")
-ORTHOGONAL, CFG_ZERO, APG = PROJECTIONS = ("orthogonal", "cfg-zero", "apg")
+ORTHOGONAL, ALONG_UNCOND, ALONG_COND = PROJECTIONS = ("orthogonal", "along-uncond", "along-cond")
 # A pipeline's CFG scale: none, a number, or a number for every frame in whatever form the pipeline has it.
 Scale = None | float | Any
 
@@ -89,13 +90,13 @@ class Guidance:
     start, stop    guidance acts on the steps with `start <= progress < stop`; the others are the pipeline's own
     project        one of two differences loses its part along another direction:
                    `orthogonal`: of the second perturbation's, what the first one's says already (the paper's Eq. 21);
-                   `cfg-zero`: of `c - u`, what lies along `u` (CFG-Zero*); `apg`: what lies along `c`
-    eta            how much of that part `apg` leaves
+                   `along-uncond`: of `c - u`, what lies along `u` (the optimised scale of CFG-Zero*, whose zeroed first
+                   steps are `start`); `along-cond`: what lies along `c` (the projection of APG, without its momentum
+                   and its bound on the norm)
+    eta            how much of that part `along-cond` leaves
     reuse          an approximation, off at 1: the differences `base_i - p_i` are computed in every `reuse`-th step, and
                    taken from the last such step in the others
     reuse_cfg      the same for `c - u`
-    reuse_tolerance  with these, reuse a difference only where it changed by no more than this, in parts of its norm,
-                   between the last two times it was computed
     """
 
     perturbations: tuple[Perturbation, ...] = ()
@@ -107,7 +108,6 @@ class Guidance:
     eta: float = 0.0
     reuse: int = 1
     reuse_cfg: int = 1
-    reuse_tolerance: float | None = None
 
     if TYPE_CHECKING:  # what the constructor takes is wider than what the fields hold afterwards
 
@@ -122,11 +122,12 @@ class Guidance:
             eta: float = 0.0,
             reuse: int = 1,
             reuse_cfg: int = 1,
-            reuse_tolerance: float | None = None,
         ) -> None: ...
 
     def __post_init__(self) -> None:
         set_frozen(self, "perturbations", _perturbations(self.perturbations))
+        if len(self.perturbations) > MOST:
+            raise wrong("perturbations", f"{len(self.perturbations)} of them", f"at most {MOST}")
         set_frozen(self, "rescale", checked("rescale", self.rescale))
         if self.cfg is not None:
             set_frozen(self, "cfg", checked("cfg", self.cfg))
@@ -144,20 +145,14 @@ class Guidance:
         if self.project == ORTHOGONAL and held != [f"{COND} against {COND}"] * 2:
             raise wrong("perturbations, one orthogonal to the other", held, "two of cond against cond")
         set_frozen(self, "eta", finite("eta", self.eta))
-        if self.eta and self.project != APG:
-            raise wrong("eta", self.eta, f"0: it is that of project={APG!r}")
+        if self.eta and self.project != ALONG_COND:
+            raise wrong("eta", self.eta, f"0: it is that of project={ALONG_COND!r}")
 
     def _check_reuse(self) -> None:
         for name in ("reuse", "reuse_cfg"):
             every = getattr(self, name)
             if isinstance(every, bool) or not isinstance(every, int) or every < 1:
                 raise wrong(name, every, "a number of steps, 1 (off) or more")
-        if self.reuse_tolerance is not None:
-            set_frozen(self, "reuse_tolerance", finite("reuse_tolerance", self.reuse_tolerance))
-            if self.reuse_tolerance <= 0 or self.reuse == self.reuse_cfg == 1:
-                raise wrong(
-                    "reuse_tolerance", self.reuse_tolerance, "a number above 0, with reuse or reuse_cfg above 1"
-                )
 
     def weights(self, moment: Moment, cfg: Scale) -> dict[str, float]:
         """The weight of every branch at this moment; the weights add up to 1, and a branch of weight 0 is left out.
@@ -196,7 +191,7 @@ class Guidance:
     @property
     def changes_cfg(self) -> bool:
         """Whether CFG alone is not the pipeline's own."""
-        return self.cfg is not None or self.project in (CFG_ZERO, APG) or self.reuse_cfg > 1
+        return self.cfg is not None or self.project in (ALONG_UNCOND, ALONG_COND) or self.reuse_cfg > 1
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -266,8 +261,6 @@ class Guidance:
         for name in ("reuse", "reuse_cfg"):
             if getattr(self, name) > 1:
                 words.append(f"{name} {getattr(self, name)}")
-        if self.reuse_tolerance is not None:
-            words.append(f"reuse_tolerance {self.reuse_tolerance:g}")
         return "; ".join(words) or "CFG alone"
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from stgfast.announced import AnnouncedRun
 from stgfast.batching.seam import Call, handling
-from stgfast.call import check, check_call, check_layers, check_max_rows, settings_of, settle
+from stgfast.call import check, check_call, check_forwards, check_layers, check_max_rows, settings_of, settle
 from stgfast.engine import GuidedRun
 from stgfast.errors import SettingsError, wrong
 from stgfast.guidance import Guidance
@@ -66,6 +66,7 @@ def accelerate(
     compilation = None if compile is False else {} if compile is True else dict(compile)
     installed = Installed(adapter, guidance, max_rows, compilation, original)
     check_layers(pipe, adapter, installed.guidance(pipe), default=guidance is None)
+    check_forwards(pipe, adapter)
     pipe.__dict__[INSTALLED] = installed
     pipe.__class__ = _guided_class(original)
     return pipe

@@ -42,7 +42,7 @@ LTX_13B = {
     ],
     "cfg": _by_sigma((0.996, 1.0), (0.9933, 6.0), (0.985, 8.0), (0.9767, 6.0), (0.9008, 1.0)),
     "rescale": _by_sigma((0.996, 0.0), (0.985, 0.5), (0.9767, 0.0)),
-    "project": "cfg-zero",
+    "project": "along-uncond",
 }
 
 PRESETS = {

@@ -18,7 +18,6 @@ class Kept:
     """The differences that one run keeps."""
 
     def __init__(self, guidance: Guidance):
-        self.tolerance = guidance.reuse_tolerance
         every = {UNCOND: guidance.reuse_cfg, **dict.fromkeys(guidance.names, guidance.reuse)}
         self.every = {name: steps for name, steps in every.items() if steps > 1}
         # In the order in which they can be put together: a perturbed branch may be held against the CFG result.
@@ -26,17 +25,12 @@ class Kept:
         self.model = ""
         self.step: dict[str, int] = {}  # in which a branch was computed last
         self.far: dict[str, Tensor] = {}
-        self.moving: set[str] = set()  # what changed by more than the tolerance, or was computed only once
 
     def old(self, branches: Collection[str], step: int, model: str) -> frozenset[str]:
         """Those of a step's branches that need not be computed, with a model that is called by this name."""
         if model != self.model:
             self.model, self.step, self.far = model, {}, {}
-        old = frozenset(
-            name
-            for name in branches
-            if name in self.step and step - self.step[name] < self.every[name] and name not in self.moving
-        )
+        old = frozenset(name for name in branches if name in self.step and step - self.step[name] < self.every[name])
         self.step |= {name: step for name in branches if name in self.every and name not in old}
         return old
 
@@ -46,9 +40,7 @@ class Kept:
             if name in old:
                 predictions[name] = self._of(base, predictions, scale) - self.far[name]
             elif name in self.every and name in predictions:
-                far = self._of(base, predictions, scale) - predictions[name]
-                self._watch(name, far)
-                self.far[name] = far
+                self.far[name] = self._of(base, predictions, scale) - predictions[name]
 
     def _of(self, base: str, predictions: Mapping[str, Tensor], scale: Scale) -> Tensor:
         if base != GUIDED:
@@ -57,10 +49,3 @@ class Kept:
             return predictions[COND]
         uncond = predictions[UNCOND]
         return uncond + cast(Tensor, scale) * (predictions[COND] - uncond)
-
-    def _watch(self, name: str, far: Tensor) -> None:
-        if self.tolerance is None:
-            return
-        before = self.far.get(name)
-        still = before is not None and bool((far - before).norm() <= self.tolerance * far.norm())
-        self.moving = self.moving - {name} if still else self.moving | {name}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -81,7 +81,10 @@ def set_frozen(frozen: object, name: str, new: object) -> None:
 def finite(name: str, number: object) -> float:
     if isinstance(number, bool) or not hasattr(number, "__float__"):
         raise wrong(name, number, "a finite number")
-    plain = float(cast(Real, number))
+    try:
+        plain = float(cast(Real, number))
+    except (TypeError, ValueError, RuntimeError) as error:  # an array of several numbers
+        raise wrong(name, number, "a finite number") from error
     if not math.isfinite(plain):
         raise wrong(name, plain, "a finite number")
     return plain
@@ -96,7 +99,11 @@ def checked(name: str, given: object) -> Schedule:
         return given
     if callable(given):
         return cast(Schedule, given)
-    if isinstance(given, Sequence) and not isinstance(given, str):
+    if hasattr(given, "tolist") and getattr(given, "ndim", 0) == 1:  # an array or a tensor
+        given = given.tolist()
+    elif isinstance(given, Iterable) and not isinstance(given, str | bytes | Mapping) and not hasattr(given, "ndim"):
+        given = list(given)  # a range, a deque, a generator
+    if isinstance(given, Sequence) and not isinstance(given, str | bytes):
         if not given:
             raise wrong(name, given, "one finite number for every step")
         return tuple(finite(f"{name} at step {i}", number) for i, number in enumerate(given))

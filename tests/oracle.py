@@ -203,7 +203,9 @@ def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNa
 
     def recorder(name: str) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
-            calls.append((name, args, kwargs))
+            # Dictionaries are copied: a pipeline may change one for its next call.
+            kept = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
+            calls.append((name, args, kept))
             return forwards[name](*args, **kwargs)
 
         return functools.wraps(forwards[name])(record)

@@ -116,6 +116,13 @@ class Layout:
                 continue
             if part.kind == ATTENTION and not unit.attentions and ATTENTION not in self.changes:
                 raise wrong(f"kind of perturbation at layer {unit.layer}", part.kind, f"{RESIDUAL!r} for this model")
+            adapters = [module for _, module in unit.attentions if "IPAdapter" in _processor(module)]
+            if part.kind == ATTENTION and adapters:
+                raise wrong(
+                    f"kind of perturbation at layer {unit.layer}, whose attention has an IP-Adapter",
+                    part.kind,
+                    f"{RESIDUAL!r}, or a layer without",
+                )
             if part.kind == BLUR:
                 marks |= self._blurred(number, unit, part)
                 continue
@@ -134,6 +141,10 @@ class Layout:
                 f"call unfuse_qkv_projections()"
             )
         return {number: f"{BLUR} {part.sigma}"} if attentions else {}
+
+
+def _processor(attention: nn.Module) -> str:
+    return type(getattr(attention, "processor", None)).__name__
 
 
 def _either(axes: set[str]) -> str:

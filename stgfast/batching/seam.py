@@ -25,6 +25,7 @@ from stgfast.batching.arguments import Arguments, unwrapped
 from stgfast.errors import EngineError
 
 ATTRIBUTE = "_compiled_call_impl"
+CALL_ON = ("torch", "diffusers", "accelerate", "transformers", "peft")  # hooks of theirs call what they replace
 Call = Callable[..., Any]
 Handler = Callable[[Call, Arguments], Any]
 
@@ -114,6 +115,16 @@ def compiled_calls(modules: Iterable[nn.Module], make: Callable[[Call], Call]) -
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module._call_impl(*args, **kwargs)
+
+
+def foreign_forward(module: nn.Module) -> str:
+    """Where a module's forward was defined, if neither with its class nor by a library that only calls it on."""
+    cls = type(module)
+    forward = vars(module).get("forward", cls.forward)
+    while isinstance(forward, functools.partial):
+        forward = forward.func
+    home = str(getattr(forward, "__globals__", {}).get("__name__", cls.__module__))
+    return "" if home.split(".", maxsplit=1)[0] in {cls.__module__.split(".")[0], *CALL_ON} else home
 
 
 def _compiled_forward(module: nn.Module) -> Any:

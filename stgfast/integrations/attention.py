@@ -19,13 +19,20 @@ def identity_attention(
     **named: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The call of an attention module, joint over text or not; what only queries and keys need is not looked at."""
-    video = project(getattr(attn, "to_out", None), attn.to_v(hidden_states))
+    video = project(getattr(attn, "to_out", None), values(attn, hidden_states))
     if encoder_hidden_states is None:
         return video
-    added = getattr(attn, "add_v_proj", None)
-    if added is None:  # text goes through the projections of the video
-        return video, project(getattr(attn, "to_out", None), attn.to_v(encoder_hidden_states))
-    return video, project(getattr(attn, "to_add_out", None), added(encoder_hidden_states))
+    if getattr(attn, "add_v_proj", None) is None:  # text goes through the projections of the video
+        return video, project(getattr(attn, "to_out", None), values(attn, encoder_hidden_states))
+    added = values(attn, encoder_hidden_states, "to_added_qkv", "add_v_proj")
+    return video, project(getattr(attn, "to_add_out", None), added)
+
+
+def values(attn: Any, tokens: Tensor, fused: str = "to_qkv", alone: str = "to_v") -> Tensor:
+    """V, by the projection that the module uses: after `fuse_qkv_projections()` a LoRA may be on one of the two."""
+    together = getattr(attn, fused, None) if getattr(attn, "fused_projections", False) else None
+    made: Tensor = getattr(attn, alone)(tokens) if together is None else together(tokens).chunk(3, dim=-1)[2]
+    return made
 
 
 def project(out: Any, value: Tensor) -> Tensor:

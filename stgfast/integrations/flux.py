@@ -30,7 +30,18 @@ FLUX = Adapter(
     protocol="embedded",
     blocks=("transformer_blocks", "single_transformer_blocks"),
     state=("encoder_hidden_states", "hidden_states"),
-    rows=frozenset({"hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance", "temb"}),
+    rows=frozenset(
+        {
+            "hidden_states",
+            "encoder_hidden_states",
+            "pooled_projections",
+            "timestep",
+            "guidance",
+            "temb",
+            "joint_attention_kwargs",
+            "ip_hidden_states",
+        }
+    ),
     attention="attn",
     requested=true_cfg_scale,
     cfg_on="true_cfg_scale above 1 and a negative_prompt, or both of its embeds",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from stgfast.batching.layout import Unit
 from stgfast.guidance import ATTENTION, COND, ISOLATE, RESIDUAL, UNCOND, Guidance, Perturbation
 from stgfast.integrations.attention import project
+from stgfast.integrations.attention import values as values_of
 from stgfast.integrations.spec import Adapter, CallArguments, Passes, always, even_sigmas, latent_tokens, shifted
 from stgfast.schedules import Moment, value
 
@@ -26,7 +27,7 @@ def units(denoiser: nn.Module) -> Sequence[Unit]:
 
 def identity(attn: Any, hidden_states: Tensor, *others: Any, **named: Any) -> Tensor:
     """Values, times a gate for every head where the model has gates."""
-    values = attn.to_v(hidden_states)
+    values = values_of(attn, hidden_states)
     if attn.to_gate_logits is not None:
         gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
         values = (values.unflatten(2, (attn.heads, -1)) * gates[..., None]).flatten(2)

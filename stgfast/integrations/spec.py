@@ -110,9 +110,16 @@ def latent_tokens(pipe: Any, call: CallArguments) -> int:
     return int(frames * (call["height"] // side) * (call["width"] // side))
 
 
-def sigmas_of_pipe(pipe: Any) -> list[float]:
-    """Of a scheduler's list of sigmas, those of its steps; it has one more, at which it ends."""
-    return [float(sigma) for sigma in pipe.scheduler.sigmas[: len(pipe.scheduler.timesteps)]]
+def sigmas_of_scheduler(pipe: Any) -> list[float]:
+    """Of a scheduler's list of sigmas, those of its steps; it has one more, at which it ends. They are shares of noise,
+    also where the scheduler counts shares of data."""
+    sigmas = [float(sigma) for sigma in pipe.scheduler.sigmas[: len(pipe.scheduler.timesteps)]]
+    return [1.0 - sigma for sigma in sigmas] if pipe.scheduler.config.get("invert_sigmas") else sigmas
+
+
+def last_sigmas(pipe: Any, steps: int) -> list[float]:
+    """Where a call makes fewer steps than its scheduler has, it leaves out the first of them."""
+    return sigmas_of_scheduler(pipe)[-steps:]
 
 
 def rescale_of_call(call: CallArguments) -> float | None:
@@ -173,8 +180,7 @@ class Adapter:
     live         the CFG scale that the pipeline will combine this step with, as seen by one of its denoisers
     steps        how many steps the pipeline is about to make, once it runs
     steps_asked  how many steps a call asks for, before it runs
-    sigmas       the noise levels of the steps to come, once the pipeline runs; there may be levels of steps left out
-                 before them
+    sigmas       the noise levels of the so many steps to come, once the scheduler has its timesteps
     schedule     what the pipeline gives its scheduler's `set_timesteps`, device aside: by it the steps are counted that
                  a scheduler from `stgfast.restart` adds
     unsupported  what a pipeline instance has that is not supported, if anything
@@ -221,7 +227,7 @@ class Adapter:
     steps: Callable[[Any], int] = steps_of_pipe
     steps_asked: Callable[[CallArguments], int] = steps_of_call
     schedule: Callable[[Any, CallArguments], Mapping[str, Any]] = schedule_of_call
-    sigmas: Callable[[Any], list[float]] = sigmas_of_pipe
+    sigmas: Callable[[Any, int], list[float]] = last_sigmas
     unsupported: Callable[[Any], str | None] = nothing_missing
     identity: Callable[..., Any] = identity_attention
     attend: Callable[..., Any] | None = None

@@ -47,7 +47,17 @@ STABLE_DIFFUSION_3 = Adapter(
     protocol="stacked",
     units=units,
     state=("encoder_hidden_states", "hidden_states"),
-    rows=frozenset({"hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "temb"}),
+    rows=frozenset(
+        {
+            "hidden_states",
+            "encoder_hidden_states",
+            "pooled_projections",
+            "timestep",
+            "temb",
+            "joint_attention_kwargs",
+            "ip_hidden_states",
+        }
+    ),
     unfit=unfit,
     schedule=schedule,
     grid=Grid(functools.partial(patches, dims=(2, 3))),

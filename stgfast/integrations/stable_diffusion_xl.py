@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+from typing import Any
 
 from stgfast.guidance import Guidance
-from stgfast.integrations.spec import Adapter, CallArguments, requested_scale
+from stgfast.integrations.spec import (
+    Adapter,
+    CallArguments,
+    requested_scale,
+    schedule_of_call,
+    sigmas_of_scheduler,
+    steps_of_call,
+)
 from stgfast.integrations.unet import GRID, units
 from stgfast.presets import PRESETS
 
@@ -13,6 +22,23 @@ from stgfast.presets import PRESETS
 def requested(call: CallArguments) -> float | None:
     """A distilled model has the scale as an input, and no CFG."""
     return requested_scale(call) if call["self"].unet.config.time_cond_proj_dim is None else None
+
+
+def steps_asked(call: CallArguments) -> int:
+    """With `denoising_end`, the steps whose timesteps lie before it."""
+    steps, end = steps_of_call(call), call["denoising_end"]
+    if not isinstance(end, float) or not 0 < end < 1:
+        return steps
+    pipe = call["self"]
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(**schedule_of_call(pipe, call))
+    train = scheduler.config.num_train_timesteps
+    return int((scheduler.timesteps >= round(train - end * train)).sum())
+
+
+def first_sigmas(pipe: Any, steps: int) -> list[float]:
+    """`denoising_end` leaves out the last steps."""
+    return sigmas_of_scheduler(pipe)[:steps]
 
 
 STABLE_DIFFUSION_XL = Adapter(
@@ -34,6 +60,8 @@ STABLE_DIFFUSION_XL = Adapter(
     ),
     full=True,  # every block's output is kept for the way up
     requested=requested,
+    steps_asked=steps_asked,
+    sigmas=first_sigmas,
     cfg_on="guidance_scale above 1 and a unet that is not distilled, with time_cond_proj_dim=None",
     grid=GRID,
     denoisers=("unet",),

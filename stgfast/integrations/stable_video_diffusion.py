@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from stgfast.guidance import APG, CFG_ZERO, Guidance, Scale
+from stgfast.guidance import ALONG_COND, ALONG_UNCOND, Guidance, Scale
 from stgfast.integrations.spec import EACH, Adapter, CallArguments
 from stgfast.integrations.unet import GRID, units
 from stgfast.presets import PRESETS
@@ -30,7 +30,7 @@ def steps_asked(call: CallArguments) -> int:
 
 
 def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
-    if guidance.project in (CFG_ZERO, APG) and guidance.cfg is None:
+    if guidance.project in (ALONG_UNCOND, ALONG_COND) and guidance.cfg is None:
         return f"project={guidance.project!r}: got a scale for every frame, expected one: Guidance(..., cfg=3.0)"
     return None
 
