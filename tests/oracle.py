@@ -180,6 +180,11 @@ def _value(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
     return value
 
 
+def _kept(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A pipeline may change a dictionary for its next call."""
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
+
+
 def _noise(facts: Facts, prediction: torch.Tensor) -> torch.Tensor:
     return prediction.chunk(2, dim=1)[0] if facts.half else prediction
 
@@ -203,9 +208,7 @@ def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNa
 
     def recorder(name: str) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
-            # Dictionaries are copied: a pipeline may change one for its next call.
-            kept = {key: dict(value) if isinstance(value, dict) else value for key, value in kwargs.items()}
-            calls.append((name, args, kept))
+            calls.append((name, args, _kept(kwargs)))
             return forwards[name](*args, **kwargs)
 
         return functools.wraps(forwards[name])(record)

@@ -127,18 +127,6 @@ def cases(draw):
     )
 
 
-@given(cases())
-@settings(max_examples=150)
-@example(Case("mochi", Guidance(Perturbation([0]))))
-@example(Case("mochi", Guidance(Perturbation([5]))))
-@example(Case("ltx", Guidance([Perturbation([2]), Perturbation([2, 4])], rescale=0.7), prompts=3))
-@example(Case("hunyuan", Guidance([Perturbation([5, 6], kind="attention"), Perturbation([11])]), cfg=None))
-@example(Case("wan", Guidance(Perturbation(range(6), of="uncond", base="guided")), prompts=2, videos=2, max_rows=1))
-@example(Case("cogvideox", Guidance([Perturbation([0, 5], kind="attention"), Perturbation([0, 5])]), prompts=2))
-def test_equals_branch_by_branch(case):
-    same(run_fast(case), run_plain(case))
-
-
 @contextmanager
 def counted_attention(pipe, family):
     """The rows whose self-attention is computed, block by block: seen at torch's attention itself."""
@@ -183,9 +171,15 @@ def identities(case, layer, step):
 
 
 @given(cases())
-@settings(max_examples=100)
+@settings(max_examples=60)
+@example(Case("mochi", Guidance(Perturbation([0]))))
+@example(Case("mochi", Guidance(Perturbation([5]))))
+@example(Case("ltx", Guidance([Perturbation([2]), Perturbation([2, 4])], rescale=0.7), prompts=3))
+@example(Case("hunyuan", Guidance([Perturbation([5, 6], kind="attention"), Perturbation([11])]), cfg=None))
+@example(Case("wan", Guidance(Perturbation(range(6), of="uncond", base="guided")), prompts=2, videos=2, max_rows=1))
+@example(Case("cogvideox", Guidance([Perturbation([0, 5], kind="attention"), Perturbation([0, 5])]), prompts=2))
 @example(Case("mochi", Guidance([Perturbation([1, 3]), Perturbation([1, 4]), Perturbation([1, 3])]), prompts=2))
-def test_computes_every_history_once(case):
+def test_equals_branch_by_branch_and_computes_every_history_once(case):
     pipe = stgfast.accelerate(case.pipe(), case.guidance, max_rows=case.max_rows)
     rows = [0] * DEPTHS[case.family]
     for number, block in enumerate(blocks_of(pipe.transformer)):
@@ -197,7 +191,8 @@ def test_computes_every_history_once(case):
 
         block.register_forward_pre_hook(count, with_kwargs=True)
     with counted_attention(pipe, case.family) as attended:
-        pipe(**case.arguments)
+        made = pipe(**case.arguments).frames
+    same(made, run_plain(case))
     count = case.prompts * case.videos
     expected = [sum(len(histories(case, k, step)) for step in range(case.steps)) * count for k in range(len(rows))]
     assert rows == expected
