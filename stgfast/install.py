@@ -100,15 +100,18 @@ def _guided_class(original: Any) -> Any:
     settings = settings_of(original)
 
     def __new__(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return original(*args, **kwargs)  # `type(pipe)(...)`, `from_pretrained` and `from_pipe` give what is not guided
+        # `type(pipe)(...)`, `from_pretrained` and `from_pipe` give what is not guided.
+        return original(*args, **kwargs) if cls is guided else object.__new__(cls)
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if INSTALLED not in vars(self):
+            return original.__call__(self, *args, **kwargs)
         given = {name: kwargs.pop(name) for name in settings if name in kwargs}
         return guided_call(self, original.__call__, args, kwargs, given)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
-        _, _, *state = original.__reduce_ex__(self, protocol)
-        return (_remade, (original,), *state)
+        reduced = original.__reduce_ex__(self, protocol)
+        return (_remade, (original,), *reduced[2:]) if type(self) is guided else reduced
 
     functools.update_wrapper(__call__, original.__call__)
     del __call__.__wrapped__  # type: ignore[attr-defined]  # which is not what this pipeline does
@@ -118,7 +121,8 @@ def _guided_class(original: Any) -> Any:
     __call__.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     body = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
     body |= {"__new__": __new__, "__call__": __call__, "__reduce_ex__": __reduce_ex__, ORIGINAL: original}
-    return type(original.__name__, (original,), body)
+    guided = type(original.__name__, (original,), body)
+    return guided
 
 
 def _remade(original: Any) -> Any:

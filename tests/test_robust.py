@@ -1,5 +1,6 @@
 """What users and other libraries do to a pipeline: guided all the same, or refused in a sentence, and never neither."""
 
+import copy
 import functools
 import inspect
 import io
@@ -220,6 +221,14 @@ def test_a_pipeline_pickles_and_comes_back_accelerated():
     assert type(stgfast.restore(back)) is diffusers.LTXPipeline
     for adapter in ADAPTERS.values():
         assert pickle.loads(pickle.dumps(adapter)).pipeline == adapter.pipeline
+
+
+def test_a_subclass_of_the_class_of_an_accelerated_pipeline_stays_one():
+    pipe = stgfast.accelerate(LTX.build(), RESIDUAL)
+    pipe.__class__ = type("Reading", (type(pipe),), {})
+    expected, copied = LTX.run(pipe), copy.copy(pipe)
+    assert type(copied) is type(pipe)
+    assert torch.equal(LTX.run(copied), expected)
 
 
 class Mine(diffusers.LTXPipeline):

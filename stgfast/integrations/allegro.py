@@ -17,6 +17,7 @@ def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
 ALLEGRO = Adapter(
     pipeline="AllegroPipeline",
     protocol="stacked",
+    fps=15.0,
     blocks=("transformer_blocks",),
     rows=frozenset(
         {

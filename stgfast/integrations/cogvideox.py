@@ -30,6 +30,7 @@ def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
 COGVIDEOX = Adapter(
     pipeline="CogVideoXPipeline",
     protocol="stacked",
+    fps=8.0,
     blocks=("transformer_blocks",),
     state=("hidden_states", "encoder_hidden_states"),
     rows=frozenset({"hidden_states", "encoder_hidden_states", "timestep", "timestep_cond", "ofs", "temb"}),

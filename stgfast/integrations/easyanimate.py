@@ -37,6 +37,7 @@ def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
 EASYANIMATE = Adapter(
     pipeline="EasyAnimatePipeline",
     protocol="stacked",
+    fps=8.0,
     blocks=("transformer_blocks",),
     state=("hidden_states", "encoder_hidden_states"),
     rows=frozenset(

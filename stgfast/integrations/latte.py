@@ -39,6 +39,7 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
 LATTE = Adapter(
     pipeline="LattePipeline",
     protocol="stacked",
+    fps=8.0,
     units=units,
     rows=frozenset({"hidden_states", "timestep", "encoder_hidden_states"}),
     learned_sigma=True,

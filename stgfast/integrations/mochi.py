@@ -75,6 +75,7 @@ def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
 MOCHI = Adapter(
     pipeline="MochiPipeline",
     protocol="stacked",
+    fps=30.0,
     blocks=("transformer_blocks",),
     state=("hidden_states", "encoder_hidden_states"),
     rows=frozenset(

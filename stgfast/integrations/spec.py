@@ -204,6 +204,8 @@ class Adapter:
     exact        the components that are loaded in float32 whatever the others are
     tiled        its VAE decodes in tiles or not at all
     negative     a call fails without a negative prompt
+    fps          frames in a second that the model was trained on, or by the pipeline's configuration; those of a call
+                 that says so come first
     """
 
     pipeline: str
@@ -247,6 +249,7 @@ class Adapter:
     exact: tuple[str, ...] = ()
     tiled: bool = False
     negative: bool = False
+    fps: float | Callable[[Mapping[str, Any]], float] = 24.0
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,11 @@ def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
         return None
     second = call.get("guidance_scale_2") if denoiser == "transformer_2" else None
     return float(call["guidance_scale"] if second is None else second)
+
+
+def fps(config: Mapping[str, Any]) -> float:
+    """The 5B model of 2.2 is the one with a timestep for every token."""
+    return 24.0 if config.get("expand_timesteps") else 16.0
 
 
 def unsupported(pipe: Any) -> str | None:
@@ -54,6 +59,7 @@ WAN = Adapter(
     defaults=Guidance.preset("wan"),
     source=PRESETS["wan"].source,
     exact=("vae", "image_encoder"),
+    fps=fps,
 )
 WAN_IMAGE = replace(WAN, pipeline="WanImageToVideoPipeline", images=ONE)
 WAN_VIDEO = replace(

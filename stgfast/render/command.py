@@ -7,6 +7,7 @@ model are wrong, and nothing was rendered; 3 the output folder or the disk gave 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -220,10 +221,12 @@ class Screen:
             self._line(self.stderr, said.format_map(event))
 
     def error(self, text: str) -> None:
-        if self.as_json:
-            self._line(self.stdout, json.dumps({"time": round(time.time(), 3), "event": "error", "error": text}))
-        else:
-            self._line(self.stderr, f"stgfast render: {text}")
+        line = json.dumps({"time": round(time.time(), 3), "event": "error", "error": text})
+        with contextlib.suppress(BrokenPipeError):
+            if self.as_json:
+                self._line(self.stdout, line)
+            else:
+                self._line(self.stderr, f"stgfast render: {text}")
 
     def listing(self, out: Path) -> None:
         """Every job, one line each."""
@@ -256,8 +259,13 @@ class Screen:
         text = "".join(c if c.isprintable() else "\ufffd" for c in text)
         if self.bar is not None and not self.as_json:
             self.bar.clear()
-        stream.write(text + "\n")
-        stream.flush()
+        try:
+            stream.write(text + "\n")
+            stream.flush()
+        except BrokenPipeError:
+            # Nobody reads it any more. What is written after this, or at the end of the process, goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            raise
 
 
 TOLD = {

@@ -71,4 +71,5 @@ class Setup:
     def worker(self, scratch: Path) -> Worker:
         pipe = self.model.load(self.loading)
         fps = self.model.fps if self.own_fps else None
-        return Worker(pipe, scratch, self.form, fps=fps, offload_text=self.loading.offload == TEXT)
+        text = self.loading.offload == TEXT
+        return Worker(pipe, scratch, self.form, fps=fps, offload_text=text, revision=self.model.revision)

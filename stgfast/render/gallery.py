@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from html import escape
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,9 +21,14 @@ NAME = "index.html"
 SHOWN = ("width", "height", "num_frames", "steps", "image")
 
 
-def write_gallery(out: Path, rows: Iterable[Row], aside: Path) -> Path:
-    """The page about these jobs, put in its place whole; rows are written as they come, however many there are."""
+def write_gallery(out: Path, rows: Iterable[Row], aside: Path, *, note: str = "") -> Path:
+    """The page about these jobs, put in its place whole; rows are written as they come, however many there are.
+
+    `note` is about the run, for whoever looks.
+    """
     before, after = halves("stgfast.render", "gallery.html")
+    if note:
+        before = before.replace("</header>", f'<p class="small">{escape(note)}</p></header>', 1)
     with aside.open("w", encoding="utf-8") as page:
         page.write(before)
         for number, row in enumerate(rows):

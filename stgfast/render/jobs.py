@@ -20,6 +20,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO, NamedTuple
 
 from stgfast.errors import SettingsError, wrong
@@ -52,6 +53,7 @@ CLOSED = ("output_type", "return_dict", "callback_on_step_end", "callback_on_ste
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 # Names that Windows keeps for devices, with any ending.
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 RESERVED = {"index", "index.html"}  # the page about the clips
 
 
@@ -115,16 +117,17 @@ class Job:
         _check_fields(data, FIELDS - {"repeat"})
         return cls(**data)
 
-    def recipe(self, model: str) -> str:
-        """Everything that decides what the clip looks like, in one line: equal recipes, equal clips."""
+    def recipe(self, model: str, made: Mapping[str, Any] = NOTHING) -> str:
+        """Everything that decides what the clip looks like, in one line: equal recipes, equal clips. `made` is what is
+        to be known of the model beside its name."""
         mine = {name: value for name, value in self.to_dict().items() if name not in ("name", "image")}
-        return json.dumps({**mine, "model": model}, sort_keys=True)
+        return json.dumps({**mine, "model": model, **made}, sort_keys=True)
 
-    def named(self, model: str) -> Job:
+    def named(self, model: str, made: Mapping[str, Any] = NOTHING) -> Job:
         """The same job with a name: its own, or one that stays as long as what it asks for."""
         if self.name:
             return self
-        digest = hashlib.sha256(self.recipe(model).encode()).hexdigest()[:10]
+        digest = hashlib.sha256(self.recipe(model, made).encode()).hexdigest()[:10]
         return dataclasses.replace(self, name=f"{_slug(self.prompt)}-{digest}")
 
 

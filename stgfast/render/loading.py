@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from stgfast.render.texts import encoders_of
 
 LIBRARIES = ("diffusers", "transformers")
 BY_NAME = "a model that brings code of its own is used only where it is trusted by name"
+WHOLE, SAMPLES = 1 << 20, 64  # bytes of a file that are looked at, and in how many places of a larger one
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OFFLOADS = TEXT, MODEL, GROUP = ("text", "model", "group")
 
@@ -54,6 +56,10 @@ class Loading:
         said = {"dtype": self.dtype, "offload": self.offload, "tiles": self.vae_tiling}
         return "".join(f", {name} {value}" for name, value in said.items() if value)
 
+    def number_type(self, name: str | None) -> str:
+        """The type of the denoiser's numbers; `name` is that of a model which has one of its own."""
+        return self.dtype or name or ("float32" if self._target.type == "cpu" else "bfloat16")
+
     def check_handed_over(self) -> None:
         """That nothing is asked of a pipeline that is there but what is done to a copy of it."""
         for each in dataclasses.fields(self):
@@ -61,13 +67,13 @@ class Loading:
             if value != each.default and (each.name, value) not in (("offload", TEXT), ("vae_tiling", True)):
                 raise wrong(each.name, value, "none for a pipeline that is loaded: it is used as it is")
 
-    def load(self, source: str | Callable[[], Any], *, trusted: bool, exact: Sequence[str]) -> Any:
+    def load(self, source: str | Callable[[], Any], *, trusted: bool, exact: Sequence[str], revision: str = "") -> Any:
         """The pipeline, guided: of a folder or a name on the hub, or of what builds it; parts that are `exact` have
         float32 in any case."""
         device = self._target
         try:
             if isinstance(source, str):
-                pipe = self._pretrained(source, device, trusted, exact)
+                pipe = self._pretrained(source, device, trusted, exact, revision)
             else:
                 pipe = source() if self.dtype is None else source().to(DTYPES[self.dtype])
             self._place(pipe, device)
@@ -116,15 +122,16 @@ class Loading:
             vars(moved).update(dict.fromkeys(encoders_of(pipe) if self.offload == TEXT else ()))
             moved.to(device)  # with all but these
 
-    def _pretrained(self, name: str, device: torch.device, trusted: bool, exact: Sequence[str]) -> Any:
+    def _pretrained(self, name: str, device: torch.device, trusted: bool, exact: Sequence[str], revision: str) -> Any:
         from diffusers import DiffusionPipeline
 
         folder = name
         if not Path(folder).is_dir():
-            folder = DiffusionPipeline.download(folder, use_safetensors=True, trust_remote_code=trusted)
+            how = {"revision": revision or None, "use_safetensors": True, "trust_remote_code": trusted}
+            folder = DiffusionPipeline.download(folder, **how)
         if not trusted:
             check_folder(Path(folder))
-        usual = DTYPES[self.dtype or ("float32" if device.type == "cpu" else "bfloat16")]
+        usual = DTYPES[self.number_type(None)]
         dtypes = {**dict.fromkeys(exact, torch.float32), "default": usual}
         return DiffusionPipeline.from_pretrained(folder, dtype=dtypes, use_safetensors=True, trust_remote_code=trusted)
 
@@ -138,6 +145,23 @@ def moves(pipe: Any) -> bool:
     registries = (getattr(module, "_diffusers_hook", None) for part in parts for module in part.modules())
     grouped = any("group_offloading" in registry.hooks for registry in registries if registry is not None)
     return grouped or any(hasattr(part, "_hf_hook") for part in parts)
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells the files of a model from those of another, or of another version: settings whole, weights by their
+    size and samples of them, since to read them all may take minutes."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix not in (".json", ".safetensors") or not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}".encode())
+        with path.open("rb") as file:
+            starts = [0] if size <= WHOLE else [size * part // SAMPLES for part in range(SAMPLES)]
+            for start in starts:
+                file.seek(start)
+                digest.update(file.read(WHOLE if len(starts) == 1 else WHOLE // SAMPLES))
+    return digest.hexdigest()[:16]
 
 
 def check_folder(folder: Path) -> None:

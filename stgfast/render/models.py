@@ -14,11 +14,12 @@ from typing import Any
 
 from stgfast import toy
 from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
+from stgfast.guidance import Guidance
 from stgfast.install import INSTALLED, accelerate
 from stgfast.integrations import ADAPTERS
-from stgfast.integrations.spec import Adapter
+from stgfast.integrations.spec import Adapter, never
 from stgfast.render.jobs import Job
-from stgfast.render.loading import BY_NAME, USUAL, Loading, check_folder, read_json
+from stgfast.render.loading import BY_NAME, USUAL, Loading, check_folder, fingerprint, read_json
 
 
 def _toy() -> Any:
@@ -28,8 +29,6 @@ def _toy() -> Any:
 # Models that come by a name of their own: what builds the pipeline, and what their jobs have that do not say otherwise.
 NAMED: dict[str, Callable[[], Any]] = {"toy": _toy}
 DEFAULTS: dict[str, Mapping[str, Any]] = {"toy": toy.JOB}
-# Frames in a second that models were trained on, where their call does not say.
-FPS = {"Mochi": 30, "Wan": 16, "SkyReels": 24, "CogVideoX": 8, "Hunyuan": 24, "Allegro": 15, "Latte": 8, "Cosmos": 24}
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,10 @@ class Model:
     pipe: Any = None
     trusted: bool = False
     parameters: dict[str, inspect.Parameter] = field(default_factory=dict)
+    given: Guidance | None = None  # what the pipeline that was handed over, or is built, is accelerated with
     build: Callable[[], Any] | None = None  # of a model that comes by a name of its own
+    revision: str = ""  # of its files: the hub's, or what tells them from others
+    config: Mapping[str, Any] = field(default_factory=dict)  # of the pipeline
 
     def __post_init__(self) -> None:
         self.parameters.update(inspect.signature(self.kind.__call__).parameters)
@@ -50,10 +52,24 @@ class Model:
             raise UnsupportedPipelineError(f"pipeline: got {self.kind.__name__}, expected one that makes video")
 
     def settled(self, job: Job) -> Job:
-        """The job with the guidance that a pipeline was handed over with, so that the clip can say it."""
-        installed = getattr(self.pipe, INSTALLED, None)
-        given = installed.given if installed else None
-        return job if given is None or job.guidance is not None else dataclasses.replace(job, guidance=given)
+        """The job with the guidance that it is rendered with, where it does not say: that of the pipeline, or the
+        default of the model, which may be another one in another version. Pipelines that ask for their weak branches
+        themselves have settings of their own in its place."""
+        if job.guidance is not None:
+            return job
+        given = self.given
+        if given is None and self.adapter.announces is never:
+            given = self.adapter.defaults
+        return job if given is None else dataclasses.replace(job, guidance=given)
+
+    def made(self, loading: Loading) -> dict[str, Any]:
+        """What else decides a clip: the type of numbers, and the version of the model's files."""
+        own = None if self.build is None else "float32"
+        if self.pipe is not None:
+            layout, *_ = self.adapter.layouts(self.pipe).values()
+            own = str(layout.denoiser.dtype).removeprefix("torch.")
+        made = {"dtype": loading.number_type(own), "revision": self.revision}
+        return {name: value for name, value in made.items() if value}
 
     @property
     def defaults(self) -> Mapping[str, Any]:
@@ -119,13 +135,16 @@ class Model:
                 given = job.pipeline.get(name, self.parameters[name].default)
                 if isinstance(given, (int, float)) and 0.1 <= given <= 240:
                     return float(given)
-        return float(next((fps for family, fps in FPS.items() if self.kind.__name__.startswith(family)), 24))
+        fps = self.adapter.fps
+        return fps(self.config) if callable(fps) else fps
 
     def load(self, loading: Loading = USUAL) -> Any:
         """The pipeline, guided: a copy where it was handed over, which itself is left as it is."""
         if self.pipe is not None:
             return loading.prepared(copy.copy(self.pipe))
-        return loading.load(self.build or self.name, trusted=self.trusted, exact=self.adapter.exact)
+        revision = "" if Path(self.name).is_dir() else self.revision  # of the hub
+        source = self.build or self.name
+        return loading.load(source, trusted=self.trusted, exact=self.adapter.exact, revision=revision)
 
 
 def described(model: Any, *, trust: str | None = None) -> Model:
@@ -139,13 +158,15 @@ def described(model: Any, *, trust: str | None = None) -> Model:
         kind = type(model)
         _check_supported(kind.__name__)
         _check_graphs(model)
+        accelerate(copy.copy(model), _given(model))  # what is wrong is said now
         name = getattr(model, "name_or_path", None) or kind.__name__
-        return Model(str(name), kind, model)
+        return Model(str(name), kind, model, config=dict(model.config), given=_given(model))
     name = str(model)
     if trust is not None and trust != name:
         raise wrong("trust", trust, f"the name of the model, {name!r}, or none")
     if name in NAMED:
-        return Model(name, type(NAMED[name]()), build=NAMED[name])
+        built = NAMED[name]()
+        return Model(name, type(built), build=NAMED[name], given=_given(built))
     path = Path(name)
     if path.is_dir():
         name, index = str(path.resolve()), path / "model_index.json"
@@ -155,13 +176,20 @@ def described(model: Any, *, trust: str | None = None) -> Model:
             check_folder(path)
     else:
         index = _index_of(name)
-    declared = read_json(index).get("_class_name")
+    config = read_json(index)
+    declared = config.get("_class_name")
     if isinstance(declared, list) and trust is not None:
         declared = declared[-1]
     if not isinstance(declared, str):
         raise wrong("class in model_index.json", declared, f"a pipeline of diffusers; {BY_NAME}")
     _check_supported(declared)
-    return Model(name, getattr(diffusers, declared), trusted=trust is not None)
+    revision = fingerprint(path) if path.is_dir() else index.parent.name  # the hub's cache has a folder for each
+    return Model(name, getattr(diffusers, declared), trusted=trust is not None, revision=revision, config=config)
+
+
+def _given(pipe: Any) -> Guidance | None:
+    installed = getattr(pipe, INSTALLED, None)
+    return installed.given if installed else None
 
 
 def _index_of(name: str) -> Path:

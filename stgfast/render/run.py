@@ -162,6 +162,10 @@ def lines_of(
             yield Bad(number, str(wrong("job", type(job).__name__, "a Job, or a mapping with its fields")))
 
 
+def _nobody(event: Event) -> None:
+    pass
+
+
 class Run:
     """One process in charge of one folder, and of who renders for it."""
 
@@ -169,15 +173,20 @@ class Run:
 
     def __init__(self, model: Model, out: Path, form: Form, loading: Loading, listener: Listener):
         self.model, self.out, self.form, self.loading, self.listener = model, out, form, loading, listener
+        self.made = model.made(loading)
         self.where: dict[int, Event] = {}  # jobs in hand
         self.fits: set[str] = set()  # shapes that clips were rendered of
+        self.note = ""  # for the page
         self.bad = self.rendered = self.interrupts = 0
         self.signal = ""  # that came, and was not told of yet
         self.fault: BaseException | None = None
         self.paged = time.monotonic()
 
     def tell(self, event: str, **more: Any) -> None:
-        self.listener({"event": event, **more})
+        try:
+            self.listener({"event": event, **more})
+        except BrokenPipeError:  # whoever read what is printed went away, as `| head` does: the night goes on
+            self.listener, self.note = _nobody, "Nobody reads the output of the run any more; it went on."
 
     def recover(self) -> None:
         recovered = self.store.recover()
@@ -189,7 +198,7 @@ class Run:
     def plan(self, lines: Iterable[Line | Bad], skip_bad: bool) -> None:
         """Check every line; then take all of them up, or none."""
         kept: list[Bad] = []
-        with self.store.taking_up(self.model.name, self._staged(lines)) as wrong_lines:
+        with self.store.taking_up(self.model.name, self._staged(lines), self.made) as wrong_lines:
             for line in wrong_lines:
                 self.bad += 1
                 if len(kept) < SHOWN:
@@ -207,7 +216,7 @@ class Run:
             for job in line.jobs:
                 try:
                     self.model.check(job)
-                    named = self.model.settled(job).named(self.model.name)
+                    named = self.model.settled(job).named(self.model.name, self.made)
                 except SettingsError as error:
                     yield Bad(line.number, str(error))
                     break
@@ -340,7 +349,7 @@ class Run:
     def page(self) -> None:
         """The page about the folder, as it stands. Clips that are done are done without it."""
         try:
-            write_gallery(self.out, self.store.rows(every=True), self.store.scratch / NAME)
+            write_gallery(self.out, self.store.rows(every=True), self.store.scratch / NAME, note=self.note)
         except OSError as error:
             self.tell("page", error=str(error))
         self.paged = time.monotonic()

@@ -22,12 +22,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from stgfast.errors import SettingsError
 from stgfast.guidance import Guidance
 from stgfast.render.batches import Batch, Task, shape_of, stack_of
 from stgfast.render.files import discard, publish
-from stgfast.render.jobs import Bad, Job
+from stgfast.render.jobs import NOTHING, Bad, Job
 
 FOLDER = ".stgfast"
 PENDING, CLAIMED, PUBLISHING, DONE, FAILED = STATUSES = ("pending", "claimed", "publishing", "done", "failed")
@@ -181,31 +182,31 @@ class Store:
         self.connection.execute(insert, (file, json.dumps(job.to_dict()), line, stack_of(job, images), apart))
 
     @contextmanager
-    def taking_up(self, model: str, bad: Iterable[Bad]) -> Iterator[Iterator[Bad]]:
+    def taking_up(self, model: str, bad: Iterable[Bad], made: Mapping[str, Any] = NOTHING) -> Iterator[Iterator[Bad]]:
         """Everything that was staged becomes work of this folder, or is found again with what was done for it.
 
         `bad` stages jobs as it goes, before the folder is locked. It is given, and after it what cannot be taken up.
         Where the block raises, nothing was.
         """
         try:
-            yield itertools.chain(bad, self._take_up(model))
+            yield itertools.chain(bad, self._take_up(model, made))
         except BaseException:
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK")
             raise
         self.connection.execute("COMMIT")
 
-    def _take_up(self, model: str) -> Iterator[Bad]:
+    def _take_up(self, model: str, made: Mapping[str, Any]) -> Iterator[Bad]:
         self.connection.execute("BEGIN IMMEDIATE")
         for row in self.connection.execute("SELECT * FROM staged ORDER BY id"):
             try:
-                self._add(trusted(row["job"]), row, model)
+                self._add(trusted(row["job"]), row, model, made)
             except SettingsError as error:
                 yield Bad(row["line"], str(error))
 
-    def _add(self, job: Job, staged: sqlite3.Row, model: str) -> None:
+    def _add(self, job: Job, staged: sqlite3.Row, model: str, made: Mapping[str, Any]) -> None:
         file, line = staged["file"], staged["line"]
-        recipe, folded = job.recipe(model), file.casefold()
+        recipe, folded = job.recipe(model, made), file.casefold()
         there = self.connection.execute("SELECT * FROM jobs WHERE folded = ?", (folded,)).fetchone()
         final, data = self.out / file, json.dumps(job.to_dict())
         if there is None:

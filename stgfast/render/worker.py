@@ -125,6 +125,7 @@ class Worker:
         *,
         fps: Callable[[Job], float] | None = None,
         offload_text: bool = False,
+        revision: str = "",
     ):
         import diffusers
 
@@ -144,6 +145,7 @@ class Worker:
         self.streams: list[Any] = []
         layout, *_ = installed_on(pipe).adapter.layouts(pipe).values()
         self.made_with = {
+            **({"revision": revision} if revision else {}),
             "dtype": str(layout.denoiser.dtype).removeprefix("torch."),
             "vae_tiling": bool(getattr(getattr(pipe, "vae", None), "use_tiling", False)),
             "device": self.device_name,

@@ -4,6 +4,8 @@ import argparse
 import io
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from stgfast import Guidance, Perturbation, accelerate
 from stgfast.errors import SettingsError
 from stgfast.render import command, models, worker
 from stgfast.render.files import read_frames
+from stgfast.render.gallery import NAME
 from stgfast.render.store import FOLDER, Store
 from tests.render import pipes
 
@@ -200,3 +203,40 @@ def test_a_wrong_sweep_says_so_and_renders_nothing(tmp_path, changes, message):
     assert code == 2
     assert message in err
     assert not list((tmp_path / "out").glob("*.mp4"))
+
+
+def test_a_reader_of_the_output_that_goes_away_ends_nothing(tmp_path):
+    """`stgfast render ... --json | head -1`"""
+    jobs = tmp_path / "jobs.txt"
+    jobs.write_text("".join(f"a red kite {number}\n" for number in range(3)))
+    code = """
+import sys
+from stgfast import Guidance, Perturbation, accelerate, cli
+from stgfast.render import models
+from tests.render import pipes
+models.NAMED["tiny"] = lambda: accelerate(pipes.pipeline("wan"), Guidance(Perturbation([1])))
+sys.exit(cli.main())
+"""
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "render",
+        jobs,
+        "--model",
+        "tiny",
+        "--out",
+        tmp_path / "out",
+        "--json",
+        *SETS,
+    ]
+    with subprocess.Popen(
+        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+        assert process.wait() == 0, said
+    assert "Traceback" not in said
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 3
+    assert "Nobody reads the output of the run any more" in (tmp_path / "out" / NAME).read_text()

@@ -177,3 +177,28 @@ def test_frames_in_a_second():
     for kind, rate in rates.items():
         assert Model("m", getattr(diffusers, kind)).fps(Job(prompt="a")) == rate
     assert Model("m", diffusers.LTXPipeline).fps(Job(prompt="a", pipeline={"frame_rate": 30})) == 30
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "fps"),
+    [
+        ("EasyAnimatePipeline", {}, 8),
+        ("WanPipeline", {}, 16),
+        ("WanPipeline", {"expand_timesteps": True}, 24),
+        ("WanImageToVideoPipeline", {"expand_timesteps": True}, 24),
+        ("MochiPipeline", {}, 30),
+        ("CogVideoXPipeline", {}, 8),
+        ("AllegroPipeline", {}, 15),
+        ("LattePipeline", {}, 8),
+        ("HunyuanVideoPipeline", {}, 24),
+        ("SkyReelsV2Pipeline", {}, 24),
+        ("Kandinsky5T2VPipeline", {}, 24),
+        ("LTXPipeline", {}, 25),
+        ("StableVideoDiffusionPipeline", {}, 7),
+        ("Cosmos2VideoToWorldPipeline", {}, 16),
+    ],
+)
+def test_frames_in_a_second_of_a_family(kind, config, fps):
+    """As published: the adapter's, or the pipeline's own argument for it."""
+    model = Model("m", getattr(diffusers, kind), config=config)
+    assert model.fps(Job(prompt="a red kite")) == fps

@@ -26,6 +26,7 @@ from stgfast.render.batches import stack_of
 from stgfast.render.files import metadata_of, read_frames
 from stgfast.render.gallery import NAME
 from stgfast.render.jobs import Job
+from stgfast.render.loading import fingerprint
 from stgfast.render.run import BadJobs, render
 from stgfast.render.store import FOLDER, Store, StoreError
 from tests import models
@@ -714,3 +715,40 @@ def test_wrong_arguments(tmp_path, pipe):
     with contextlib.suppress(BadJobs):
         go(pipe, [Job(prompt="a", width=24)], tmp_path)
     assert run.Report(1, 0, 0, 0, 1, 1.0).code == 0
+
+
+def test_what_decides_a_clip_is_part_of_its_name_and_said_by_it(tmp_path):
+    """The default guidance, the type of numbers, and the version of the model's files."""
+    pipes.pipeline("wan").save_pretrained(tmp_path / "model")
+    # The default of Wan's adapter, which needs CFG.
+    jobs = [{**pipes.CALL, **TEXT, "prompt": "a red kite", "pipeline": {**TEXT["pipeline"], "guidance_scale": 4.0}}]
+
+    def clip(out):
+        assert render(tmp_path / "model", jobs, tmp_path / out, format="npz").done == 1
+        (made,) = (tmp_path / out).glob("*.npz")
+        return made.name, metadata_of(made)
+
+    name, said = clip("one")
+    assert said["job"]["guidance"] == Guidance.preset("wan").to_dict()
+    assert (said["dtype"], said["revision"]) == ("float32", fingerprint(tmp_path / "model"))
+    assert clip("same")[0] == name
+    # Repeated from what it says of itself, it is the same clip.
+    again = {**said["job"], "name": "again"}
+    assert render(tmp_path / "model", [again], tmp_path / "again", format="npz").done == 1
+    assert np.array_equal(
+        *(np.load(path)["frames"] for path in (tmp_path / "one" / name, tmp_path / "again/again.npz"))
+    )
+    # Another version of the weights is another clip, in the same folder.
+    pipes.pipeline("wan", seed=1).save_pretrained(tmp_path / "model")
+    assert render(tmp_path / "model", jobs, tmp_path / "one", format="npz").rendered == 1
+    assert len(list((tmp_path / "one").glob("*.npz"))) == 2
+    # And so is another type of numbers.
+    assert (
+        render(tmp_path / "model", jobs, tmp_path / "one", format="npz", plan_only=True, dtype="bfloat16").waiting == 1
+    )
+
+
+def test_what_is_wrong_with_a_pipeline_is_said_before_anything_is_taken_up(tmp_path):
+    with pytest.raises(SettingsError, match="the default layers of this model, LTXPipeline"):
+        render(pipes.pipeline("ltx"), some(2), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
