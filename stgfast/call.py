@@ -13,6 +13,7 @@ from stgfast.batching.seam import foreign_forward
 from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
 from stgfast.guidance import ALONG_COND, ALONG_UNCOND, BLUR, Guidance
 from stgfast.integrations.spec import Adapter, CallArguments
+from stgfast.memory import ALL, Rows
 
 # What a call takes beside the pipeline's own arguments.
 SETTINGS = (
@@ -82,11 +83,12 @@ def check_call(pipeline: type[Any], adapter: Adapter) -> None:
 
 
 def check_max_rows(max_rows: object) -> None:
-    if max_rows is not None and (isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1):
-        raise wrong("max_rows", max_rows, "a number of rows, 1 or more, or None for no bound")
+    number = isinstance(max_rows, int) and not isinstance(max_rows, bool) and max_rows >= 1
+    if not number and max_rows not in (None, ALL):
+        raise wrong("max_rows", max_rows, f"a number of rows, 1 or more, {ALL!r}, or None for what memory allows")
 
 
-def check(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, *, max_rows: int | None = None) -> None:
+def check(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, *, max_rows: Rows = None) -> None:
     """Everything about a call that can be known to be wrong before it starts."""
     check_layers(pipe, adapter, guidance)
     unfit = adapter.unfit(pipe, guidance, call)

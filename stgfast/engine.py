@@ -30,6 +30,7 @@ from stgfast.errors import EngineError, SettingsError
 from stgfast.guidance import ALONG_COND, ALONG_UNCOND, ATTENTION, BLUR, COND, GUIDED, ORTHOGONAL, UNCOND, Guidance
 from stgfast.integrations.spec import Adapter, CallArguments
 from stgfast.kernels import combine
+from stgfast.memory import Room, Rows
 from stgfast.reuse import Kept
 from stgfast.schedules import Moment
 
@@ -44,10 +45,11 @@ class GuidedRun:
         guidance: Guidance,
         *,
         call: CallArguments,
-        max_rows: int | None = None,
+        max_rows: Rows = None,
         compilation: Mapping[str, Any] | None = None,
     ):
         self.pipe, self.adapter, self.guidance, self.call, self.max_rows = pipe, adapter, guidance, call, max_rows
+        self.room = Room(max_rows)
         self.layouts = adapter.layouts(pipe)
         # The calls of blocks that are compiled for a guided run alone. A denoiser compiled as a whole would not let its
         # blocks be reached: they are compiled one by one instead.
@@ -65,6 +67,8 @@ class GuidedRun:
         self.step = 0  # steps done
         self.turn = 0  # calls of the denoiser done in this step
         self.kept = Kept(guidance)
+        self.predictions: dict[str, Tensor] = {}  # of every branch, as the step's calls give them
+        self.form: Callable[[Tensor], Any] | None = None  # of what the denoiser returns
 
     def whole(self, call: Callable[[], Any]) -> Any:
         with self.in_place():
@@ -136,6 +140,9 @@ class GuidedRun:
             output = arguments.given_to(plain)
         else:  # the pipeline's own step, within the bound on rows, or block by block
             output = self._compute(plain, arguments, sources, self._plan(Guidance(), sources, frozenset(sources)))
+        if last:  # nothing of a step is held while the scheduler works
+            self.predictions.clear()
+            self.form = None
         self.turn = 0 if last else self.turn + 1
         self.step += last
         return output
@@ -146,7 +153,6 @@ class GuidedRun:
         self.cfg = cfg = self.adapter.live(self.pipe, self.call, name)
         self.calls = self.adapter.calls(cfg is not None)
         self.acts = self.guidance.acts(moment)
-        self.predictions: dict[str, Tensor] = {}  # of every branch, as the step's calls give them
         self.handed: list[weakref.ref[Tensor]] = []  # what earlier calls of this step gave
         if self.acts:
             self.weights = self.guidance.weights(moment, cfg)
@@ -198,8 +204,10 @@ class GuidedRun:
         grid = self.layout.grid and functools.partial(self.layout.grid.size, self.call, arguments)
         if self.compiles:  # blocks that are CUDA graphs keep what they made until the next call of the denoiser
             torch.compiler.cudagraph_mark_step_begin()
-        stack = Stack(self.layout, plan, prompts, max_rows=self.max_rows, compiled=self.compiled, grid=grid)
-        with handling(stack.handlers()):
+        stacked, device = len(plan.branches) * prompts, arguments[self.adapter.sample].device
+        limit = self.room.rows(rows, stacked, device)
+        stack = Stack(self.layout, plan, prompts, max_rows=limit, compiled=self.compiled, grid=grid)
+        with handling(stack.handlers()), self.room.watched(device):
             output = arguments.changed(
                 lambda name, value: take(value, where, rows, name) if name in self.adapter.rows else value
             ).given_to(plain)
@@ -210,7 +218,7 @@ class GuidedRun:
         """The pipeline calls again before it combines: it is given a tensor that the last call fills with g."""
         given = self.predictions[COND].clone()
         self.handed.append(weakref.ref(given))
-        return self.form(given)
+        return self._formed(given)
 
     def _combine(self) -> Any:
         """g in place of every prediction that the pipeline holds: whatever its CFG scale, u + s (c - u) is then g."""
@@ -229,7 +237,11 @@ class GuidedRun:
             for tensor in held:
                 cast(Tensor, tensor).copy_(guided)
         copies = len(self.calls[self.turn])
-        return self.form(torch.cat([guided] * copies) if copies > 1 else guided)
+        return self._formed(torch.cat([guided] * copies) if copies > 1 else guided)
+
+    def _formed(self, prediction: Tensor) -> Any:
+        assert self.form is not None
+        return self.form(prediction)
 
     def _guided(self, weights: Mapping[str, float], dtype: torch.dtype | None) -> Tensor:
         """The formula. A learned sigma beside the noise is weighed alike, but no deviation or direction is its own."""

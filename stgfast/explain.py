@@ -19,6 +19,7 @@ from stgfast.engine import branches_of, plan_for
 from stgfast.guidance import ALONG_COND, ALONG_UNCOND, ORTHOGONAL, Guidance, Perturbation
 from stgfast.install import installed_on, settled
 from stgfast.integrations.spec import Adapter, CallArguments
+from stgfast.memory import ALL, Rows
 from stgfast.reuse import Kept
 from stgfast.schedules import Moment, said
 
@@ -70,7 +71,7 @@ class Explanation:
     depth: int
     cfg: float | None
     guidance: Guidance
-    max_rows: int | None
+    max_rows: Rows
     phases: tuple[Phase, ...]
 
     @property
@@ -121,8 +122,7 @@ class Explanation:
             eta = f", of which {self.guidance.eta:g} is left" if self.guidance.eta else ""
             lines.append(f"projection: {PROJECTED[self.guidance.project]}{eta}")
         lines += _reused(self.guidance)
-        if self.max_rows is not None:
-            lines.append(f"at most {self.max_rows} rows in a block at once")
+        lines += [] if self.max_rows in (None, ALL) else [f"at most {self.max_rows} rows in a block at once"]
         return lines
 
 

@@ -19,11 +19,12 @@ from stgfast.errors import EngineError, SettingsError, wrong
 from stgfast.guidance import COND, Guidance
 from stgfast.integrations.open_sora import adapter_for_model
 from stgfast.kernels import combine
+from stgfast.memory import Rows
 
 
 @contextmanager
 def guided(
-    model: nn.Module, guidance: Guidance | None = None, *, steps: int, cfg: bool = True, max_rows: int | None = None
+    model: nn.Module, guidance: Guidance | None = None, *, steps: int, cfg: bool = True, max_rows: Rows = None
 ) -> Iterator[None]:
     """Within the block, calls of this Open-Sora model are guided, by `guidance` or by default settings:
 
@@ -94,7 +95,7 @@ class SamplerRun(GuidedRun):
         (sources,) = self.calls
         if self.guidance.cfg is not None or len(sources) == 1:
             return super()._combine()
-        return self.form(torch.cat([self._beside(source) for source in sources]))
+        return self._formed(torch.cat([self._beside(source) for source in sources]))
 
     def _beside(self, source: str) -> Tensor:
         weights = {source: 0.0, COND: 0.0} | self.weights

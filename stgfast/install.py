@@ -16,6 +16,7 @@ from stgfast.errors import SettingsError, wrong
 from stgfast.guidance import Guidance
 from stgfast.integrations import adapter_for
 from stgfast.integrations.spec import Adapter, CallArguments
+from stgfast.memory import Rows
 
 Pipe = TypeVar("Pipe")
 INSTALLED = "_stgfast"  # the one attribute that an accelerated pipeline has more than others
@@ -28,7 +29,7 @@ class Installed:
 
     adapter: Adapter
     given: Guidance | None
-    max_rows: int | None
+    max_rows: Rows
     compilation: Mapping[str, Any] | None  # the arguments of torch.compile, where blocks are to be compiled
     original: Any  # the class of the pipeline before it was accelerated
 
@@ -41,13 +42,15 @@ def accelerate(
     pipe: Pipe,
     guidance: Guidance | None = None,
     *,
-    max_rows: int | None = None,
+    max_rows: Rows = None,
     compile: bool | Mapping[str, Any] = False,
     adapter: Adapter | None = None,
 ) -> Pipe:
     """Guide every call of this diffusers pipeline by `guidance`, or by the default settings for its model.
 
-    `max_rows` bounds the samples that a block computes at once, for memory; the result is the same. `compile` compiles
+    `max_rows` bounds the samples that a block computes at once, for memory; the result is the same. Left out, it is as
+    many as the pipeline's own calls have, and all of them where a GPU was found to have the memory; "all" is no bound.
+    `compile` compiles
     the model's blocks, those that are not compiled yet, with these arguments of `torch.compile`, or its defaults where
     it is True; steps and schedules do not compile anew. `adapter` has the facts of a pipeline that stgfast does not
     know. Accelerating again replaces all of it. The pipeline itself is returned, changed in place; `restore` undoes it.

@@ -219,7 +219,9 @@ class Stack:
             if source is None:
                 return None  # of an output that a block may leave out
             where = spans([step.keep[group - runs] if kept else group for group in groups], self.prompts)
-            pieces.append(take(source, where, (step.before if kept else runs) * self.prompts, "output of a block"))
+            piece = take(source, where, (step.before if kept else runs) * self.prompts, "output of a block")
+            # A model may be spread over devices: what a block leaves is where the block is.
+            pieces.append(piece if computed is None else piece.to(computed.device))
         return join(pieces)
 
 

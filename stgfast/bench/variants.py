@@ -40,6 +40,7 @@ from stgfast.explain import Explanation, explain
 from stgfast.guidance import RESIDUAL, Guidance, Perturbation
 from stgfast.install import accelerate, restore
 from stgfast.integrations import ADAPTERS
+from stgfast.memory import Rows
 
 VARIANTS = (
     *("stock", "paper", "passes", "guiders", "reference"),
@@ -342,7 +343,7 @@ class Bench:
         return Guidance(self._guidance.perturbations, reuse=2)
 
     def _accelerated(
-        self, guidance: Guidance | None, compile: Mapping[str, Any] | bool = False, max_rows: int | None = None
+        self, guidance: Guidance | None, compile: Mapping[str, Any] | bool = False, max_rows: Rows = None
     ) -> Tensor:
         accelerate(self.pipe, guidance, compile=compile, max_rows=max_rows)
         try:

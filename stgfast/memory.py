@@ -1,0 +1,49 @@
+"""How many rows a block computes at once: what fits without guidance fits with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+ALL = "all"
+Rows = int | str | None  # a bound, ALL, or what is found to fit
+SPARE = 1.25  # more memory than was counted has to be free: an allocator cannot use all of what it has
+
+
+class Room:
+    """The bound of one run. Where none was asked for, blocks compute no more rows at once than in the pipeline's own
+    calls, until a call on a GPU has shown how much memory its rows take, and that there is enough for all."""
+
+    def __init__(self, asked: Rows):
+        self.asked = asked
+        self._per_row: float | None = None  # bytes, as far as that is known
+        self._limit: int | None = None
+
+    def rows(self, own: int, stacked: int, device: torch.device) -> int | None:
+        """The most rows for a call that has `own` and is made of `stacked`; None for no bound."""
+        if self.asked == ALL or isinstance(self.asked, int):
+            return None if self.asked == ALL else int(self.asked)
+        self._limit = own
+        if self._per_row is None or stacked <= own:
+            return own
+        return None if SPARE * self._per_row * (stacked - own) <= _free(device) else own
+
+    @contextmanager
+    def watched(self, device: torch.device) -> Iterator[None]:
+        """Within the block, a call is made on rows within the bound; the first one on a GPU shows what they take."""
+        if self.asked is not None or self._per_row is not None or device.type != "cuda":
+            yield
+            return
+        before = torch.cuda.memory_allocated(device)
+        yield
+        # The most since the process began, which is no less than the most since then.
+        taken = torch.cuda.max_memory_allocated(device) - before
+        self._per_row = taken / max(self._limit or 1, 1)
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that are free on a GPU, and those that torch holds and does not use."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
