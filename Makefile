@@ -10,7 +10,7 @@ demo: $(READY)
 	@$(VENV)/bin/python -m stgfast.cli demo
 
 test: $(READY)
-	$(RUN) -m pytest -n auto --dist loadgroup
+	$(RUN) -m pytest -n auto --dist loadgroup --durations=20 -rs
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -37,7 +37,7 @@ def test_a_branch_of_weight_0_is_left_out():
 
 
 @given(
-    st.lists(st.tuples(st.floats(-4, 4), st.sampled_from(["cond", "uncond"]), st.sampled_from(["cond", "guided"]))),
+    st.lists(st.tuples(st.floats(-4, 4), st.sampled_from(["cond", "uncond"]), st.sampled_from(["cond", "guided"])), max_size=5),
     st.one_of(st.none(), st.floats(1, 12)),
 )
 def test_weights_add_up_to_1(parts, cfg):
@@ -99,7 +99,8 @@ projections = st.sampled_from([{}, {"project": "along-uncond"}, ALONG, {**ALONG,
             scale=numbers,
             of=st.sampled_from(["cond", "uncond"]),
             base=st.sampled_from(["", "cond", "uncond", "guided"]),
-        )
+        ),
+        max_size=5,
     ),
     st.floats(0, 1),
     st.one_of(st.none(), numbers),
@@ -210,7 +211,7 @@ WRONG = {
     "no perturbation": (lambda: Guidance([8]), "perturbations: got [8], expected a Perturbation or a list of them"),
     "an unknown projection": (
         lambda: Guidance(project="cfgzero"),
-        "project: got 'cfgzero', expected 'orthogonal', 'cfg-",
+        "project: got 'cfgzero', expected 'orthogonal', 'along-",
     ),
     "one perturbation orthogonal": (
         lambda: Guidance(Perturbation([1]), project="orthogonal"),
