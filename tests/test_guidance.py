@@ -37,7 +37,10 @@ def test_a_branch_of_weight_0_is_left_out():
 
 
 @given(
-    st.lists(st.tuples(st.floats(-4, 4), st.sampled_from(["cond", "uncond"]), st.sampled_from(["cond", "guided"])), max_size=5),
+    st.lists(
+        st.tuples(st.floats(-4, 4), st.sampled_from(["cond", "uncond"]), st.sampled_from(["cond", "guided"])),
+        max_size=5,
+    ),
     st.one_of(st.none(), st.floats(1, 12)),
 )
 def test_weights_add_up_to_1(parts, cfg):

@@ -1,0 +1,499 @@
+"""Do the tests notice? Faults are put into a copy of the package, one at a time, and the tests for each are run.
+
+    python -m tests.faults              all of them, two at a time: a quarter of an hour
+    python -m tests.faults rows lock    those with one of these words
+
+A fault is a text that stands once in a file, what is put in its place, and where it should be seen. The exit code is
+the number of faults that nothing saw.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+FAMILIES = "tests/integrations/test_families.py -k 'Mochi or LTX or Wan-'"
+SECONDS = 300
+
+
+class Fault(NamedTuple):
+    what: str
+    file: str
+    text: str
+    instead: str
+    tests: str
+
+
+FAULTS = [
+    # Plans and rows
+    Fault(
+        "the order of kept groups",
+        "batching/plan.py",
+        "[same for *_, same in run] + [same for _, same in keep]",
+        "[same for _, same in keep] + [same for *_, same in run]",
+        "tests/batching",
+    ),
+    Fault(
+        "a stack that is not full",
+        "batching/plan.py",
+        "if full or layer == depth - 1:",
+        "if layer == depth - 1:",
+        "tests/batching tests/integrations/test_latte.py",
+    ),
+    Fault(
+        "a skipped block that runs", "batching/plan.py", "if mark == RESIDUAL:", "if mark == 'none':", "tests/batching"
+    ),
+    Fault(
+        "neighbouring rows merged too far",
+        "batching/rows.py",
+        "merged[-1].stop == start",
+        "merged[-1].stop <= start",
+        "tests/batching",
+    ),
+    Fault(
+        "rows of a sample that has several",
+        "batching/rows.py",
+        "value[part.start * each : part.stop * each]",
+        "value[part.start : part.stop]",
+        "tests/integrations/test_latte.py tests/integrations/test_stable_video_diffusion.py",
+    ),
+    Fault(
+        "a bound on rows that is exceeded",
+        "batching/rows.py",
+        "-(-rows // limit)",
+        "max(1, rows // limit)",
+        "tests/test_engine.py tests/test_memory.py",
+    ),
+    Fault(
+        "packed tokens of another sample",
+        "batching/rows.py",
+        "for sample in samples[part]], dim=1)",
+        "for sample in samples[: part.stop - part.start]], dim=1)",
+        "tests/integrations/test_open_sora.py",
+    ),
+    Fault(
+        "arguments taken for other groups",
+        "batching/stack.py",
+        "key = (name, step.rows_of, id(value))",
+        "key = (name, (), id(value))",
+        "tests/test_engine.py",
+    ),
+    # Running a stack
+    Fault(
+        "a mark along an axis that is dropped",
+        "batching/stack.py",
+        'mark in (ATTENTION, f"{ATTENTION} {axis}") for mark in self._marks',
+        "mark == ATTENTION for mark in self._marks",
+        "tests/integrations/test_axes.py",
+    ),
+    Fault(
+        "blocks that are left out",
+        "batching/stack.py",
+        "if self._done != self.layout.depth:",
+        "if self._done > self.layout.depth:",
+        "tests/test_install.py",
+    ),
+    Fault(
+        "blocks out of order",
+        "batching/stack.py",
+        "if number != self._done:",
+        "if number < 0:",
+        "tests/test_robust.py tests/test_install.py tests/batching",
+    ),
+    Fault(
+        "tokens of a video that come last",
+        "batching/stack.py",
+        "if self.layout.grid.last else 0",
+        "if False else 0",
+        "tests/integrations/test_blur.py tests/integrations/test_families.py -k 'blur and (CogVideoX or Flux)'",
+    ),
+    Fault(
+        "attention that a block goes around",
+        "batching/stack.py",
+        "if changed and attention not in self._attended:",
+        "if False:",
+        "tests/test_robust.py -k goes_around",
+    ),
+    Fault(
+        "a compiled module around an attention",
+        "batching/stack.py",
+        "as_written(arguments.module) if any(map(self._inside, self._marks)) else plain)",
+        "plain)",
+        "tests/test_robust.py -k inside_of_a_layer",
+    ),
+    Fault(
+        "identity rows in another order",
+        "batching/stack.py",
+        "back = spans([order.index(row) for row in range(rows)], 1)",
+        "back = spans(range(rows), 1)",
+        FAMILIES,
+    ),
+    Fault(
+        "a device that a block's output is not on",
+        "batching/stack.py",
+        "piece if computed is None else piece.to(computed.device)",
+        "piece",
+        "tests/batching",
+    ),
+    # Standing in
+    Fault(
+        "stand-ins that stay",
+        "batching/seam.py",
+        "if not _held[module]:",
+        "if _held[module] < 0:",
+        "tests/test_install.py",
+    ),
+    Fault(
+        "handlers that stay",
+        "batching/seam.py",
+        "_handlers.reset(token)",
+        "pass",
+        "tests/test_install.py tests/test_engine.py",
+    ),
+    Fault(
+        "a forward of another library",
+        "batching/seam.py",
+        'return "" if home',
+        'return "" if True or home',
+        "tests/test_robust.py -k another_library",
+    ),
+    Fault(
+        "a compiled forward that stays compiled",
+        "batching/seam.py",
+        "return inner._call_impl if forward is None else call",
+        "return inner._call_impl",
+        "tests/test_robust.py -k compiled_in_other_ways",
+    ),
+    # One step
+    Fault(
+        "a copy that is not noticed",
+        "engine.py",
+        "self.adapter.early or None in held",
+        "self.adapter.early",
+        "tests/test_robust.py -k copies",
+    ),
+    Fault(
+        "the sign of what is returned for u",
+        "engine.py",
+        "(guided - scale * cond.to(guided.dtype)) / (1 - scale)",
+        "(guided + scale * cond.to(guided.dtype)) / (1 - scale)",
+        "tests/integrations/test_families.py -k 'Cosmos'",
+    ),
+    Fault(
+        "one copy of g where two are read", "engine.py", "copies = len(self.calls[self.turn])", "copies = 1", FAMILIES
+    ),
+    Fault(
+        "a run that lost its guidance",
+        "engine.py",
+        "if (self.step, self.turn) != (steps, 0) and",
+        "if False and",
+        "tests/test_robust.py -k 'exchanged or module_raises or facts'",
+    ),
+    Fault(
+        "learned sigma of one branch",
+        "engine.py",
+        "combine(sigma, numbers, dtype=dtype)",
+        "combine(sigma[:1], [1.0], dtype=dtype)",
+        "tests/integrations/test_latte.py",
+    ),
+    Fault(
+        "the CFG result from the wrong side",
+        "engine.py",
+        "self.predictions[GUIDED] = uncond + scale * (cond - uncond)",
+        "self.predictions[GUIDED] = cond + scale * (cond - uncond)",
+        "tests/integrations/test_stable_video_diffusion.py",
+    ),
+    # Guidance and schedules
+    Fault(
+        "weights of CFG exchanged",
+        "guidance.py",
+        "guided = {UNCOND: 1.0 - cfg, COND: cfg}",
+        "guided = {COND: 1.0 - cfg, UNCOND: cfg}",
+        FAMILIES,
+    ),
+    Fault(
+        "the sign of a perturbation",
+        "guidance.py",
+        "total[name] = -scale",
+        "total[name] = scale",
+        "tests/test_guidance.py",
+    ),
+    Fault(
+        "the first step of a range",
+        "guidance.py",
+        "if not self.start <= moment.progress < self.stop:",
+        "if not self.start < moment.progress < self.stop:",
+        "tests/test_guidance.py tests/test_engine.py",
+    ),
+    Fault(
+        "a schedule one step late",
+        "schedules.py",
+        "schedule[moment.step * len(schedule) // moment.steps]",
+        "schedule[moment.step - 1]",
+        "tests/test_guidance.py tests/test_engine.py",
+    ),
+    Fault(
+        "a level of sigma that is left out",
+        "schedules.py",
+        "if sigma >= level",
+        "if sigma > level",
+        "tests/test_guidance.py tests/integrations/test_methods.py -k sigma",
+    ),
+    Fault(
+        "sigmas from the wrong end",
+        "integrations/spec.py",
+        "sigmas_of_scheduler(pipe)[-steps:]",
+        "sigmas_of_scheduler(pipe)[:steps]",
+        "tests/integrations/test_methods.py tests/integrations/test_cogvideox.py tests/integrations/test_wan.py tests/integrations/test_ltx.py",
+    ),
+    Fault(
+        "sigmas that count data",
+        "integrations/spec.py",
+        "[1.0 - sigma for sigma in sigmas] if",
+        "[0.0 + sigma for sigma in sigmas] if",
+        "tests/test_robust.py -k shares",
+    ),
+    Fault(
+        "differences kept one step too long",
+        "reuse.py",
+        "step - self.step[name] < self.every[name]",
+        "step - self.step[name] <= self.every[name]",
+        "tests/integrations/test_methods.py -k reuse",
+    ),
+    Fault(
+        "differences of another model",
+        "reuse.py",
+        "if model != self.model:",
+        "if not self.model:",
+        "tests/integrations/test_methods.py -k two_models",
+    ),
+    # Kernels
+    Fault(
+        "a rescale without its other part",
+        "kernels/reference.py",
+        "guided.std(1, keepdim=True) + (1.0 - phi)",
+        "guided.std(1, keepdim=True) + phi",
+        "tests/kernels/test_reference.py",
+    ),
+    Fault(
+        "a direction of length 0",
+        "kernels/reference.py",
+        "square.where(square != 0, 1.0)",
+        "square",
+        "tests/kernels/test_reference.py",
+    ),
+    Fault(
+        "one key too many",
+        "kernels/reference.py",
+        "beyond = torch.arange(k.shape[2], device=device) >= kv_len",
+        "beyond = torch.arange(k.shape[2], device=device) > kv_len",
+        "tests/kernels/test_attention.py -k triton",
+    ),
+    Fault(
+        "a blur that is too narrow",
+        "kernels/blur.py",
+        "math.ceil(6 * sigma) // 2",
+        "math.ceil(3 * sigma) // 2",
+        "tests/kernels/test_blur.py tests/integrations/test_blur.py",
+    ),
+    Fault(
+        "the source of another row",
+        "kernels/attention.py",
+        "src = tl.load(source_ptr + row)",
+        "src = tl.load(source_ptr + 0 * row)",
+        "tests/kernels/test_attention.py -k triton",
+    ),
+    Fault(
+        "a weight of the first branch twice",
+        "kernels/combination.py",
+        "*map(float, weights[1:]),",
+        "*map(float, weights[:-1]),",
+        "tests/kernels/test_combination.py -k every_count",
+    ),
+    # Pipelines
+    Fault(
+        "a fused projection",
+        "integrations/attention.py",
+        'if getattr(attn, "fused_projections", False) else None',
+        "if False else None",
+        "tests/test_robust.py -k fused",
+    ),
+    Fault(
+        "rows of an IP-Adapter",
+        "integrations/flux.py",
+        '"joint_attention_kwargs",',
+        "",
+        "tests/test_robust.py -k 'ip_adapter_of_flux'",
+    ),
+    Fault(
+        "a scale of CFG that changes",
+        "integrations/cogvideox.py",
+        "math.cos(math.pi * progress**5.0)",
+        "math.cos(math.pi * progress**4.0)",
+        "tests/test_call.py -k dynamic",
+    ),
+    Fault(
+        "what is made of an accelerated pipeline",
+        "install.py",
+        "return original(*args, **kwargs) if cls is guided",
+        "return original(*args, **kwargs) if False",
+        "tests/test_robust.py -k original",
+    ),
+    Fault(
+        "a pipeline that is not restored",
+        "install.py",
+        "pipe.__class__ = installed.original",
+        "pass",
+        "tests/test_install.py",
+    ),
+    Fault("the paper's rescale", "call.py", "PAPER_RESCALE = 0.7", "PAPER_RESCALE = 0.5", "tests/test_call.py"),
+    Fault(
+        "memory without anything to spare",
+        "memory.py",
+        "SPARE * self._per_row",
+        "self._per_row",
+        "tests/test_memory.py",
+    ),
+    Fault(
+        "noise of the way back",
+        "restart.py",
+        "x = (run.ratio * x.to(noise.dtype) + run.std * noise)",
+        "x = (run.ratio * x.to(noise.dtype) + noise)",
+        "tests/test_restart.py -k marginal",
+    ),
+    # A night's work
+    Fault(
+        "a job that two runners have",
+        "render/store.py",
+        'WHERE id = ? AND runner = ?"\n        if not',
+        "WHERE id = ? AND ? != ''\"\n        if not",
+        "tests/render/test_store.py",
+    ),
+    Fault(
+        "a lock that is not taken",
+        "render/store.py",
+        "fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))",
+        "pass",
+        "tests/render/test_store.py",
+    ),
+    Fault(
+        "somebody else's file that is written over",
+        "render/files.py",
+        "if os.path.lexists(final):",
+        "if False:",
+        "tests/render/test_files.py tests/render/test_store.py",
+    ),
+    Fault(
+        "a name that runs as code",
+        "pages/__init__.py",
+        'text.replace("<", "\\\\u003c")',
+        'text.replace("\\0", "")',
+        "tests/render/test_gallery.py",
+    ),
+    Fault(
+        "a name that leaves the folder",
+        "render/jobs.py",
+        'if strange or not name or name[0] in ".- " or',
+        'if not name or name[0] in "- " or',
+        "tests/render/test_jobs.py",
+    ),
+    Fault(
+        "commands to the terminal",
+        "render/command.py",
+        "c if c.isprintable() else",
+        "c if True else",
+        "tests/render/test_command.py",
+    ),
+    Fault(
+        "a reader who went away",
+        "render/run.py",
+        "except BrokenPipeError:",
+        "except KeyError:",
+        "tests/render/test_command.py -k goes_away",
+    ),
+    Fault(
+        "a seed that is another job's",
+        "render/worker.py",
+        "torch.Generator().manual_seed(job.seed) for job in jobs",
+        "torch.Generator().manual_seed(jobs[0].seed) for job in jobs",
+        "tests/render/test_run.py -k 'pipeline_itself or company or nothing or together or alone or depend'",
+    ),
+    Fault(
+        "clips of other models under one name",
+        "render/jobs.py",
+        '{**mine, "model": model, **made}',
+        '{**mine, "model": model}',
+        "tests/render/test_run.py -k decides",
+    ),
+    Fault(
+        "code in a model's folder",
+        "render/loading.py",
+        "            if asks:\n",
+        "            if False:\n",
+        "tests/render/test_models.py tests/render/test_loading.py",
+    ),
+    Fault(
+        "different images in one call",
+        "render/batches.py",
+        '"each its own" if images == EACH else job.image_sha256',
+        '"each its own"',
+        "tests/render",
+    ),
+]
+
+
+def seen(fault: Fault) -> tuple[bool, str]:
+    """Whether a test fails with the fault in place, and what the tests said."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder)
+        for name in ("stgfast", "tests", "bench", "README.md", "pyproject.toml", "setup.py"):
+            part = ROOT / name
+            (shutil.copytree if part.is_dir() else shutil.copy2)(part, copy / name)
+        file = copy / "stgfast" / fault.file
+        text = file.read_text(encoding="utf-8")
+        if text.count(fault.text) != 1:
+            raise ValueError(f"{fault.what}: {fault.file} has its text {text.count(fault.text)} times, expected once")
+        file.write_text(text.replace(fault.text, fault.instead), encoding="utf-8")
+        command = f"{sys.executable} -m pytest -x -q -p no:cacheprovider {fault.tests}"
+        environment = {**os.environ, "PYTHONPATH": folder, "OMP_NUM_THREADS": "1"}
+        try:
+            ran = subprocess.run(
+                command,
+                shell=True,
+                cwd=copy,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return True, "no end"
+        return ran.returncode == 1, ran.stdout[-300:]
+
+
+def main(words: list[str]) -> int:
+    chosen = [fault for fault in FAULTS if not words or any(word in fault.what for word in words)]
+    started, unseen = time.monotonic(), []
+    with ThreadPoolExecutor(2) as pool:
+        for fault, (found, said) in zip(chosen, pool.map(seen, chosen), strict=True):
+            sys.stdout.write(f"{'seen' if found else 'NOT SEEN'}: {fault.what}\n")
+            sys.stdout.flush()
+            if not found:
+                unseen.append(fault.what)
+                sys.stdout.write(f"    {said.strip()[-200:]}\n")
+    took = time.monotonic() - started
+    sys.stdout.write(f"{len(chosen)} faults, {len(unseen)} that nothing saw, {took:.0f} s\n")
+    return len(unseen)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
