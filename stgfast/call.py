@@ -9,11 +9,11 @@ from numbers import Real
 from typing import Any
 
 from stgfast.batching.arguments import unwrapped
+from stgfast.batching.room import ALL, Rows
 from stgfast.batching.seam import foreign_forward
 from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
 from stgfast.guidance import ALONG_COND, ALONG_UNCOND, BLUR, Guidance
 from stgfast.integrations.spec import Adapter, CallArguments
-from stgfast.memory import ALL, Rows
 
 # What a call takes beside the pipeline's own arguments.
 SETTINGS = (

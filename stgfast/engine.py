@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.layout import Layout
 from stgfast.batching.plan import Plan, branches_for, make_plan
+from stgfast.batching.room import Room, Rows
 from stgfast.batching.rows import spans, take
 from stgfast.batching.seam import Call, compiled, compiled_calls, handling, held
 from stgfast.batching.stack import Stack
@@ -30,7 +31,6 @@ from stgfast.errors import EngineError, SettingsError
 from stgfast.guidance import ALONG_COND, ALONG_UNCOND, ATTENTION, BLUR, COND, GUIDED, ORTHOGONAL, UNCOND, Guidance
 from stgfast.integrations.spec import Adapter, CallArguments
 from stgfast.kernels import combine
-from stgfast.memory import Room, Rows
 from stgfast.reuse import Kept
 from stgfast.schedules import Moment
 

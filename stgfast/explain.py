@@ -14,12 +14,12 @@ from typing import Any
 from stgfast.announced import plan_of
 from stgfast.batching.layout import Layout
 from stgfast.batching.plan import Plan
+from stgfast.batching.room import ALL, Rows
 from stgfast.call import settings_of
 from stgfast.engine import branches_of, plan_for
 from stgfast.guidance import ALONG_COND, ALONG_UNCOND, ORTHOGONAL, Guidance, Perturbation
 from stgfast.install import installed_on, settled
 from stgfast.integrations.spec import Adapter, CallArguments
-from stgfast.memory import ALL, Rows
 from stgfast.reuse import Kept
 from stgfast.schedules import Moment, said
 

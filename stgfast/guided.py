@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stgfast.batching.arguments import Arguments, unwrapped
 from stgfast.batching.plan import Plan
+from stgfast.batching.room import Rows
 from stgfast.batching.seam import Call
 from stgfast.call import check, check_layers, check_max_rows
 from stgfast.engine import GuidedRun
@@ -19,7 +20,6 @@ from stgfast.errors import EngineError, SettingsError, wrong
 from stgfast.guidance import COND, Guidance
 from stgfast.integrations.open_sora import adapter_for_model
 from stgfast.kernels import combine
-from stgfast.memory import Rows
 
 
 @contextmanager

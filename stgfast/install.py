@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from stgfast.announced import AnnouncedRun
+from stgfast.batching.room import Rows
 from stgfast.batching.seam import Call, handling
 from stgfast.call import check, check_call, check_forwards, check_layers, check_max_rows, settings_of, settle
 from stgfast.engine import GuidedRun
@@ -16,7 +17,6 @@ from stgfast.errors import SettingsError, wrong
 from stgfast.guidance import Guidance
 from stgfast.integrations import adapter_for
 from stgfast.integrations.spec import Adapter, CallArguments
-from stgfast.memory import Rows
 
 Pipe = TypeVar("Pipe")
 INSTALLED = "_stgfast"  # the one attribute that an accelerated pipeline has more than others

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, settings
 
 from tests import precision
 
-torch.set_num_threads(1)  # the models are tiny, and tests run side by side
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the models are tiny, and tests run side by side
 settings.register_profile("stgfast", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("stgfast")
 

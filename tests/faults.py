@@ -70,7 +70,7 @@ FAULTS = [
         "batching/rows.py",
         "-(-rows // limit)",
         "max(1, rows // limit)",
-        "tests/test_engine.py tests/test_memory.py",
+        "tests/test_engine.py tests/batching/test_room.py",
     ),
     Fault(
         "packed tokens of another sample",
@@ -252,7 +252,7 @@ FAULTS = [
         "integrations/spec.py",
         "sigmas_of_scheduler(pipe)[-steps:]",
         "sigmas_of_scheduler(pipe)[:steps]",
-        "tests/integrations/test_methods.py tests/integrations/test_cogvideox.py tests/integrations/test_wan.py tests/integrations/test_ltx.py",
+        "tests/integrations/test_methods.py tests/integrations/test_cogvideox.py tests/integrations/test_ltx.py",
     ),
     Fault(
         "sigmas that count data",
@@ -357,10 +357,10 @@ FAULTS = [
     Fault("the paper's rescale", "call.py", "PAPER_RESCALE = 0.7", "PAPER_RESCALE = 0.5", "tests/test_call.py"),
     Fault(
         "memory without anything to spare",
-        "memory.py",
+        "batching/room.py",
         "SPARE * self._per_row",
         "self._per_row",
-        "tests/test_memory.py",
+        "tests/batching/test_room.py",
     ),
     Fault(
         "noise of the way back",

@@ -33,8 +33,10 @@ NEAR = 1e-4
 compared: list[tuple[float, float]] = []  # (error, budget) of the test that runs
 
 
-DRAWN = (torch.randn, torch.rand)
-DRAWN_INTO = (torch.Tensor.normal_, torch.Tensor.uniform_)
+F32, F64 = torch.float32, torch.float64
+DRAWN = {torch.randn, torch.rand}
+DRAWN_INTO = {torch.Tensor.normal_, torch.Tensor.uniform_}
+DRAWN_INTO |= {each for name, each in vars(torch.nn.init).items() if name.endswith("_") and callable(each)}
 
 
 class _Numbers(TorchFunctionMode):
@@ -45,24 +47,26 @@ class _Numbers(TorchFunctionMode):
         self.wide = wide
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in DRAWN_INTO or getattr(func, "__module__", "") == "torch.nn.init":
+        kwargs = kwargs or {}
+        if func in DRAWN_INTO:
             into, *others = kwargs.pop("tensor", None), *args
             into = others.pop(0) if into is None else into
             with torch.no_grad():
-                return into.copy_(func(torch.empty_like(into, dtype=torch.float32), *others, **kwargs))
+                return into.copy_(func(torch.empty_like(into, dtype=F32), *others, **kwargs))
         if func in DRAWN:
-            dtype = self._for(kwargs.get("dtype") or torch.get_default_dtype())
-            return func(*args, **{**kwargs, "dtype": torch.float32}).to(dtype)
-        if func is torch.Tensor.float and self.wide:
-            func = torch.Tensor.double
-        args = tuple(self._for(arg) for arg in args)
-        if "dtype" in kwargs:
-            kwargs["dtype"] = self._for(kwargs["dtype"])
+            dtype = kwargs.get("dtype") or torch.get_default_dtype()
+            drawn = func(*args, **{**kwargs, "dtype": F32})
+            return drawn.to(F64 if self.wide and dtype is F32 else dtype)
+        if self.wide:
+            if func is torch.Tensor.float:
+                func = torch.Tensor.double
+            for arg in args:
+                if arg is F32:
+                    args = tuple(F64 if each is F32 else each for each in args)
+                    break
+            if kwargs.get("dtype") is F32:
+                kwargs = {**kwargs, "dtype": F64}
         return func(*args, **kwargs)
-
-    def _for(self, dtype: Any) -> Any:
-        return torch.float64 if self.wide and dtype is torch.float32 else dtype
 
 
 def _from_numpy(array: Any, from_numpy: Any = torch.from_numpy) -> Tensor:

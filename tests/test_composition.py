@@ -183,7 +183,7 @@ def test_blocks_compiled_by_diffusers_are_compiled_once_more(name, prompts):
     stock = family.run(pipe, prompts)
     assert len(graphs) == 1
     guidance = Guidance(Perturbation([2]))
-    made = family.run(stgfast.accelerate(pipe, guidance), prompts)
+    made = family.run(stgfast.accelerate(pipe, guidance, max_rows="all"), prompts)
     assert len(graphs) == 2
     family.check(made, guidance, prompts)
     for settings in (
@@ -211,7 +211,7 @@ def test_a_user_may_choose_dynamic_shapes_or_static_ones(family):
         backend, graphs, _ = counting()
         pipe = family.build()
         pipe.transformer.compile_repeated_blocks(backend=backend, fullgraph=True, dynamic=dynamic)
-        stgfast.accelerate(pipe, Guidance(Perturbation([2])))
+        stgfast.accelerate(pipe, Guidance(Perturbation([2])), max_rows="all")
         for settings in ({}, {"stg_scale": [1.0, 0.0]}, {"stg_layers": [1]}):
             family.run(pipe, 2, **settings)
         assert len(graphs) == most
@@ -227,7 +227,7 @@ def test_two_kinds_of_blocks_are_compiled_once_more_each():
     pipe.transformer.compile_repeated_blocks(backend=backend)
     family.run(pipe)
     own = len(graphs)
-    stgfast.accelerate(pipe, Guidance(Perturbation([2])))
+    stgfast.accelerate(pipe, Guidance(Perturbation([2])), max_rows="all")
     family.run(pipe)
     assert own < len(graphs) <= 2 * own
     twice = len(graphs)
@@ -247,7 +247,7 @@ def test_compiled_blocks_stay_compiled(whole):
         pipe.transformer = torch.compile(pipe.transformer, backend=backend)
     else:
         pipe.transformer.compile_repeated_blocks(backend=backend)
-    stgfast.accelerate(pipe, Guidance(Perturbation([2])))
+    stgfast.accelerate(pipe, Guidance(Perturbation([2])), max_rows="all")
     for _ in range(2):
         runs.clear()
         family.run(pipe)
@@ -263,7 +263,7 @@ def test_accelerate_compiles(family):
     torch.compiler.reset()
     backend, graphs, runs = counting()
     guidance = Guidance(Perturbation([2]))
-    pipe = stgfast.accelerate(family.build(), guidance, compile={"backend": backend, "fullgraph": True})
+    pipe = stgfast.accelerate(family.build(), guidance, compile={"backend": backend, "fullgraph": True}, max_rows="all")
     family.check(family.run(pipe, 2), guidance, 2)
     made, ran = len(graphs), len(runs)
     layers = pipe._stgfast.adapter.layouts(pipe)[family.facts.denoisers[0]].layers
@@ -287,7 +287,7 @@ def test_cuda_graphs_are_told_of_every_call_of_the_denoiser(owner, monkeypatch):
     if owner in OWNERS:
         OWNERS[owner](pipe)
     compilation = {"backend": "eager"} if owner == "accelerate" else False
-    family.run(stgfast.accelerate(pipe, Guidance(Perturbation([2])), compile=compilation))
+    family.run(stgfast.accelerate(pipe, Guidance(Perturbation([2])), compile=compilation, max_rows="all"))
     assert len(told) == (0 if owner == "nobody" else family.steps[0])
 
 
@@ -298,7 +298,7 @@ def test_blocks_that_are_compiled_already_stay_so():
     (mine, graphs, _), (other, others, _) = counting(), counting()
     pipe = family.build()
     pipe.transformer.compile_repeated_blocks(backend=mine)
-    family.run(stgfast.accelerate(pipe, Guidance(Perturbation([2])), compile={"backend": other}))
+    family.run(stgfast.accelerate(pipe, Guidance(Perturbation([2])), compile={"backend": other}, max_rows="all"))
     assert graphs
     assert not others
 

@@ -23,7 +23,7 @@ MAY = {
     "reuse": COMMON,
     "engine": COMMON | {"integrations", "batching", "kernels", "reuse"},
     "announced": COMMON | {"engine", "integrations", "batching"},
-    "call": COMMON | {"integrations"},
+    "call": COMMON | {"batching", "integrations"},
     "guided": COMMON | {"call", "engine", "integrations", "batching", "kernels"},
     "install": COMMON | {"announced", "call", "engine", "integrations", "batching"},
     "explain": COMMON | {"announced", "integrations", "call", "engine", "install", "batching", "reuse"},

@@ -30,7 +30,12 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 ROOT = readme.README.parent
 README = readme.README.read_text()
-PAGES = [readme.README, *sorted((ROOT / "stgfast").glob("*/README.md")), ROOT / "bench" / "README.md"]
+PAGES = [
+    readme.README,
+    *sorted((ROOT / "stgfast").glob("*/README.md")),
+    ROOT / "bench/README.md",
+    ROOT / "tests/README.md",
+]
 
 
 def test_every_pipeline_is_in_the_table():

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from stgfast.batching.layout import Unit
 from stgfast.batching.plan import Plan
+from stgfast.batching.room import ALL, Rows
 from stgfast.bench.measure import Arithmetic, Stopwatch, arithmetic, by_module, in_turns, medians
 from stgfast.bench.models import Clip, Model
 from stgfast.errors import wrong
@@ -40,7 +41,6 @@ from stgfast.explain import Explanation, explain
 from stgfast.guidance import RESIDUAL, Guidance, Perturbation
 from stgfast.install import accelerate, restore
 from stgfast.integrations import ADAPTERS
-from stgfast.memory import Rows
 
 VARIANTS = (
     *("stock", "paper", "passes", "guiders", "reference"),
@@ -343,7 +343,7 @@ class Bench:
         return Guidance(self._guidance.perturbations, reuse=2)
 
     def _accelerated(
-        self, guidance: Guidance | None, compile: Mapping[str, Any] | bool = False, max_rows: Rows = None
+        self, guidance: Guidance | None, compile: Mapping[str, Any] | bool = False, max_rows: Rows = ALL
     ) -> Tensor:
         accelerate(self.pipe, guidance, compile=compile, max_rows=max_rows)
         try:

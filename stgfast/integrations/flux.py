@@ -39,7 +39,6 @@ FLUX = Adapter(
             "guidance",
             "temb",
             "joint_attention_kwargs",
-            "ip_hidden_states",
         }
     ),
     attention="attn",

@@ -55,7 +55,6 @@ STABLE_DIFFUSION_3 = Adapter(
             "timestep",
             "temb",
             "joint_attention_kwargs",
-            "ip_hidden_states",
         }
     ),
     unfit=unfit,

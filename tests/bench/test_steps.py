@@ -131,7 +131,7 @@ def test_no_number_where_variants_disagree(model, monkeypatch):
     made = Bench.passes
 
     def wrong(self):
-        return made(self) * 1.0001
+        return made(self) * 1.001
 
     monkeypatch.setattr(Bench, "passes", wrong)
     code, rows, said = run("--models", model, "--size", "tiny", "--rounds", "1", "--variants", "passes")

@@ -74,7 +74,7 @@ def test_compiled_blocks():
 def test_kandinsky_5_seen_from_inside(sigma):
     """Queries are rounded to bfloat16 afterwards, and too small there for predictions to tell."""
     family = kandinsky5.FAMILIES[0]
-    pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1], kind="blur", sigma=sigma)))
+    pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1], kind="blur", sigma=sigma)), max_rows="all")
     seen = []
     norm = pipe.transformer.visual_transformer_blocks[1].self_attention.query_norm
     norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(2)))

@@ -126,7 +126,7 @@ def killer(seconds=0.0):
 
 
 def test_two_actors_render_what_one_process_does(tmp_path, model, cluster, together):
-    jobs, events, nice = some(16, steps=4), [], []
+    jobs, events, nice = some(8, steps=4), [], []
 
     def also(event):
         if event["event"] == "joined":
@@ -134,7 +134,7 @@ def test_two_actors_render_what_one_process_does(tmp_path, model, cluster, toget
 
     report = go(str(model), jobs, tmp_path / "ray", events, also, ray="auto", actors=2)
     assert nice == [psutil.Process().nice()] * 2
-    assert (report.done, report.rendered, report.code) == (16, 16, 0)
+    assert (report.done, report.rendered, report.code) == (8, 8, 0)
     done = told(events, "done")
     assert sorted(event["file"] for event in done) == sorted(job["name"] for job in jobs)
     assert {event["actor"] for event in done} == {0, 1}

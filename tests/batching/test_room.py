@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import stgfast
-from stgfast import Guidance, Perturbation, SettingsError, memory
+from stgfast import Guidance, Perturbation, SettingsError
+from stgfast.batching.room import SPARE, Room
 from stgfast.bench.memory import peak_of
-from stgfast.memory import Room
 from tests import models
 from tests.integrations.families import hunyuan_video, ltx, mochi, wan
 
@@ -90,4 +90,4 @@ def test_a_gpu_with_room_takes_all_rows(monkeypatch, free, limit):
     with room.watched(GPU):
         pass
     assert room.rows(2, 6, GPU) == limit
-    assert memory.SPARE == 1.25
+    assert SPARE == 1.25
