@@ -140,7 +140,7 @@ def test_those_for_a_gpu(impl):
     for bias in (None, "mask", "added") if BACKENDS[impl].takes_bias else (None,):
         reason = unavailable(impl, DEVICE, bias is not None)
         if reason:
-            pytest.skip(reason)
+            pytest.skip(f"needs a GPU: it {reason}")
         for keys in (130, 64):
             q, k, v, options = made({**PLAIN, "shape": (2, 2, 130, keys, 64), "identity": None, "bias": bias})
             check(impl, q, k, v, **options)
