@@ -9,12 +9,16 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from tests import precision
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the models are tiny, and tests run side by side
-settings.register_profile("stgfast", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+# `NO_SHRINK`: that a test fails is enough.
+PHASES = [phase for phase in Phase if phase is not Phase.shrink or "NO_SHRINK" not in os.environ]
+settings.register_profile(
+    "stgfast", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), phases=PHASES
+)
 settings.load_profile("stgfast")
 
 

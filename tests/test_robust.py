@@ -338,7 +338,7 @@ def test_an_ip_adapter_of_flux(layer, kind):
     if kind == "blur":
         given |= FLUX.facts.oblong
     family = replace(FLUX, build=lambda other=False: with_flux_adapter())
-    made = [family.run(stgfast.accelerate(family.build(), guidance, max_rows=n), 2, **given) for n in (1, None)]
+    made = [family.run(stgfast.accelerate(family.build(), guidance, max_rows=n), 2, **given) for n in (1, None, "all")]
     expected = family.plain(guidance, 2, **given)
     for clip in made:
         same(clip, expected)
@@ -365,7 +365,7 @@ def test_an_ip_adapter_of_stable_diffusion_3(cfg):
 
     family = replace(SD3, build=build)
     given = {"ip_adapter_image_embeds": embeds(3, 2 if cfg else 1, 5, 12)}
-    made = [family.run(stgfast.accelerate(build(), RESIDUAL, max_rows=n), 2, cfg, **given) for n in (1, None)]
+    made = [family.run(stgfast.accelerate(build(), RESIDUAL, max_rows=n), 2, cfg, **given) for n in (1, None, "all")]
     expected = family.plain(RESIDUAL, 2, cfg, **given)
     for clip in made:
         same(clip, expected)
@@ -421,6 +421,17 @@ def test_denoising_ends_early():
     levels = [(sigma, scale) for sigma, scale in zip(sigmas, (1.0, 2.0, 3.0), strict=False)]
     by_sigma = Guidance(Perturbation([3], kind="attention", scale=BySigma(levels)))
     assert torch.equal(SDXL.run(stgfast.accelerate(SDXL.build(), by_sigma), **schedule), made)
+
+
+def test_sigmas_of_a_part_of_a_run():
+    """`strength` leaves out the first steps, and their sigmas."""
+    family = next(family for family in wan.FAMILIES if family.name == "Wan from a video")
+    listed = Guidance(Perturbation([2], scale=[1.0, 2.0]))
+    pipe = stgfast.accelerate(family.build(), listed)
+    expected = family.run(pipe)
+    sigmas = [float(sigma) for sigma in pipe.scheduler.sigmas[2:4]]  # of four steps, the last two
+    by_sigma = Guidance(Perturbation([2], scale=BySigma(list(zip(sigmas, (1.0, 2.0), strict=True)))))
+    assert torch.equal(family.run(stgfast.accelerate(family.build(), by_sigma)), expected)
 
 
 def test_a_window_without_a_step_is_said():

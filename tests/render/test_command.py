@@ -240,3 +240,12 @@ sys.exit(cli.main())
     assert "Traceback" not in said
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 3
     assert "Nobody reads the output of the run any more" in (tmp_path / "out" / NAME).read_text()
+
+
+def test_nothing_that_is_printed_is_a_command_to_the_terminal():
+    out, err = io.StringIO(), io.StringIO()
+    screen = command.Screen(out, err, quiet=False, as_json=False)
+    screen.show({"event": "failed", "file": "k0", "error": "\x1b[2Jgone\x07", "total": 1, "finished": 1})
+    screen.close()
+    assert "\x1b[2J" not in err.getvalue()
+    assert "[2Jgone" in err.getvalue()
