@@ -244,14 +244,14 @@ class GuidedRun:
         return self.form(prediction)
 
     def _guided(self, weights: Mapping[str, float], dtype: torch.dtype | None) -> Tensor:
-        """The formula. A learned sigma beside the noise is the conditional one: pipelines take it away."""
+        """The formula. A learned sigma beside the noise is weighed alike, but no deviation or direction is its own."""
         numbers, directed = list(weights.values()), self._directed(list(weights))
         predictions = [self.predictions[name] for name in weights]
         if not self.adapter.learned_sigma:
             return combine(predictions, numbers, rescale=self.rescale, dtype=dtype, **directed)
         noise, sigma = zip(*(prediction.chunk(2, dim=1) for prediction in predictions), strict=True)
         guided = combine(noise, numbers, rescale=self.rescale, dtype=dtype, **directed)
-        return torch.cat([guided, sigma[0].to(guided.dtype)], dim=1)
+        return torch.cat([guided, combine(sigma, numbers, dtype=dtype)], dim=1)
 
     def _directed(self, names: list[str]) -> dict[str, Any]:
         """Which difference loses its part along which direction; none where a branch of the two has no weight."""

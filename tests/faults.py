@@ -198,11 +198,11 @@ FAULTS = [
         "tests/test_robust.py -k 'exchanged or module_raises or facts'",
     ),
     Fault(
-        "a learned sigma that is left out",
+        "a learned sigma of one branch",
         "engine.py",
-        "torch.cat([guided, sigma[0].to(guided.dtype)], dim=1)",
-        "torch.cat([guided, guided], dim=1)[:, : guided.shape[1]]",
-        "tests/integrations/test_latte.py",
+        "combine(sigma, numbers, dtype=dtype)",
+        "combine(sigma[:1], [1.0], dtype=dtype)",
+        "tests/integrations/test_families.py -k 'Latte'",
     ),
     Fault(
         "the CFG result from the wrong side",
