@@ -6,9 +6,9 @@ by more than 1e-3. `EXACT` lies between.
 
 In float32 and bfloat16 two right results differ by roundings, so both are held against the same run in float64: the
 error of the engine may be `FACTOR` times that of the plain method in the same numbers. Both errors are of the same
-size, but each is a matter of chance: over all families, instruction sets and thread counts that were tried, their
-ratio was at most 1.6, and `FACTOR` is more than twice that. The floor, one rounding of the result, is for runs in
-which the plain method happens to be right to the last bit.
+size, but each is a matter of chance: over all families, three instruction sets, and one and two threads, their ratio
+was at most 2.3 (with floor), and `FACTOR` is more than twice that. The floor, one rounding of the result, is for runs
+in which the plain method happens to be right to the last bit.
 
 Every comparison is recorded; `pytest --tightest` prints those that come closest to their budget.
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 EXACT = 1e-10
-FACTOR = 4.0
+FACTOR = 6.0
 # Where float64 is not to be had (threads of their own, other processes, encoders): float32 through a few steps, off by
 # at most 4e-6 wherever it was tried, while a wrong row or a wrong seed moves a result by 1e-2 and more.
 NEAR = 1e-4
