@@ -104,6 +104,7 @@ class GuidedRun:
             yield unit.module
             if every or unit.layer in masked:
                 yield from (module for _, module in unit.attentions)
+            if unit.layer in masked:
                 yield from unit.compiled_around
 
     def _masked(self, layout: Layout) -> set[int | None]:

@@ -19,7 +19,7 @@ from stgfast.call import settings_of
 from stgfast.engine import branches_of, plan_for
 from stgfast.guidance import ALONG_COND, ALONG_UNCOND, ORTHOGONAL, Guidance, Perturbation
 from stgfast.install import installed_on, settled
-from stgfast.integrations.spec import Adapter, CallArguments
+from stgfast.integrations.spec import Adapter, CallArguments, scheduled
 from stgfast.reuse import Kept
 from stgfast.schedules import Moment, said
 
@@ -209,8 +209,7 @@ def _formula(phase: Phase) -> str:
 def _sigmas(pipe: Any, adapter: Adapter, call: CallArguments, steps: int) -> list[float]:
     """The sigmas that the scheduler will have."""
     ahead = copy.copy(pipe)
-    vars(ahead)["scheduler"] = copy.deepcopy(pipe.scheduler)
-    ahead.scheduler.set_timesteps(**adapter.schedule(pipe, call))
+    vars(ahead)["scheduler"] = scheduled(pipe, adapter.schedule(pipe, call))
     return adapter.sigmas(ahead, steps)
 
 

@@ -116,7 +116,7 @@ class Layout:
                 continue
             if part.kind == ATTENTION and not unit.attentions and ATTENTION not in self.changes:
                 raise wrong(f"kind of perturbation at layer {unit.layer}", part.kind, f"{RESIDUAL!r} for this model")
-            adapters = [module for _, module in unit.attentions if "IPAdapter" in _processor(module)]
+            adapters = [module for _, module in unit.attentions if "IPAdapter" in processor_of(module)]
             if part.kind == ATTENTION and adapters:
                 raise wrong(
                     f"kind of perturbation at layer {unit.layer}, whose attention has an IP-Adapter",
@@ -143,7 +143,8 @@ class Layout:
         return {number: f"{BLUR} {part.sigma}"} if attentions else {}
 
 
-def _processor(attention: nn.Module) -> str:
+def processor_of(attention: nn.Module) -> str:
+    """The class of an attention's processor, by name."""
     return type(getattr(attention, "processor", None)).__name__
 
 

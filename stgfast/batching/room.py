@@ -23,7 +23,7 @@ class Room:
 
     def rows(self, own: int, stacked: int, device: torch.device) -> int | None:
         """The most rows for a call that has `own` and is made of `stacked`; None for no bound."""
-        if self.asked == ALL or isinstance(self.asked, int):
+        if self.asked is not None:
             return None if self.asked == ALL else int(self.asked)
         self._limit = own
         if self._per_row is None or stacked <= own:

@@ -25,14 +25,8 @@ from stgfast.batching.arguments import Arguments, unwrapped
 from stgfast.errors import EngineError
 
 ATTRIBUTE = "_compiled_call_impl"
-CALL_ON = (
-    "torch",
-    "diffusers",
-    "accelerate",
-    "transformers",
-    "peft",
-    "stgfast",
-)  # hooks of theirs call what they replace
+# Hooks of these call what they replace.
+CALL_ON = ("torch", "diffusers", "accelerate", "transformers", "peft", "stgfast")
 Call = Callable[..., Any]
 Handler = Callable[[Call, Arguments], Any]
 

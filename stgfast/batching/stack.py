@@ -53,10 +53,12 @@ class Stack:
         layout, handlers = self.layout, dict[nn.Module, Handler]()
         for number, (unit, step) in enumerate(zip(layout.units, self.plan.steps, strict=True)):
             handlers[unit.module] = functools.partial(self._block, number)
-            if any(map(self._inside, step.marks)) or layout.attend is not None:
+            inside = any(map(self._inside, step.marks))
+            if inside:
+                handlers |= dict.fromkeys(unit.compiled_around, self._around)
+            if inside or layout.attend is not None:
                 for axis, attention in unit.attentions:
                     handlers[attention] = functools.partial(self._attention, axis)
-                handlers |= dict.fromkeys(unit.compiled_around, self._around)
         return handlers
 
     def finish(self) -> None:
@@ -107,8 +109,8 @@ class Stack:
         marks = [mark for mark in step.marks for _ in range(self.prompts)]
         inputs = [group * self.prompts + prompt for group in step.run for prompt in range(self.prompts)]
         # Nothing can stand in for a call inside compiled code, so a block with masked rows runs as it is written.
-        module = arguments.module
-        call: Call = as_written(module) if any(map(self._inside, marks)) else self.compiled.get(module, plain)
+        module, inside = arguments.module, any(map(self._inside, marks))
+        call: Call = as_written(module) if inside else self.compiled.get(module, plain)
         runs_compiled = module in self.compiled or compiled(module)
         outputs = []
         for part in self._parts(marks):
@@ -119,7 +121,8 @@ class Stack:
                 given = given.changed(lambda name, value: alone(value))
             self._attended = set()
             outputs.append(_as_tuple(given.given_to(call)))
-            self._check_attended(number)
+            if inside:
+                self._check_attended(number)
         return [join(parts) if parts[0] is not None else None for parts in zip(*outputs, strict=True)]
 
     def _parts(self, marks: Sequence[str]) -> list[slice]:

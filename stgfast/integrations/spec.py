@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from stgfast.batching.arguments import Arguments, unwrapped
-from stgfast.batching.layout import Grid, Layout, Unit
+from stgfast.batching.layout import Grid, Layout, Unit, processor_of
 from stgfast.batching.seam import caching_hooks, compiled, compiled_in_place
 from stgfast.errors import SettingsError, wrong
 from stgfast.guidance import COND, UNCOND, Guidance, Perturbation, Scale
@@ -85,6 +86,13 @@ def schedule_of_call(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
     """The call's own times or sigmas, or how many steps it asks for."""
     names = ("timesteps", "sigmas", "num_inference_steps")
     return next({name: call[name]} for name in names if call.get(name) is not None)
+
+
+def scheduled(pipe: Any, schedule: Mapping[str, Any]) -> Any:
+    """A copy of the pipeline's scheduler with the timesteps that it is going to have."""
+    scheduler = copy.deepcopy(pipe.scheduler)
+    scheduler.set_timesteps(**schedule)
+    return scheduler
 
 
 def even_sigmas(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
@@ -302,7 +310,7 @@ class Adapter:
         if by_name and self.sample not in parameters:
             raise wrong("sample of an adapter", self.sample, f"an argument of {type(denoiser).__name__}.forward")
         modules = [module for unit in units for _, module in unit.attentions]
-        stock = all(type(getattr(module, "processor", None)).__name__ == self.processor for module in modules)
+        stock = all(processor_of(module) == self.processor for module in modules)
         attend = self.attend if stock and not any(compiled(unit.module) for unit in units) else None
         return Layout(
             denoiser=denoiser,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from typing import Any
 
@@ -12,6 +11,7 @@ from stgfast.integrations.spec import (
     CallArguments,
     requested_scale,
     schedule_of_call,
+    scheduled,
     sigmas_of_scheduler,
     steps_of_call,
 )
@@ -30,8 +30,7 @@ def steps_asked(call: CallArguments) -> int:
     if not isinstance(end, float) or not 0 < end < 1:
         return steps
     pipe = call["self"]
-    scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(**schedule_of_call(pipe, call))
+    scheduler = scheduled(pipe, schedule_of_call(pipe, call))
     train = scheduler.config.num_train_timesteps
     return int((scheduler.timesteps >= round(train - end * train)).sum())
 

@@ -221,10 +221,9 @@ class Screen:
             self._line(self.stderr, said.format_map(event))
 
     def error(self, text: str) -> None:
-        line = json.dumps({"time": round(time.time(), 3), "event": "error", "error": text})
         with contextlib.suppress(BrokenPipeError):
             if self.as_json:
-                self._line(self.stdout, line)
+                self._line(self.stdout, json.dumps({"time": round(time.time(), 3), "event": "error", "error": text}))
             else:
                 self._line(self.stderr, f"stgfast render: {text}")
 
@@ -232,7 +231,7 @@ class Screen:
         """Every job, one line each."""
         from stgfast.render.store import Store
 
-        with Store(out) as store:
+        with contextlib.suppress(BrokenPipeError), Store(out) as store:
             for row in store.rows(every=True):
                 if self.as_json:
                     line = json.dumps({"file": row.file, "status": row.status, "job": row.job.to_dict()})

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError, wrong
+from stgfast.guidance import Guidance
 from stgfast.install import INSTALLED, accelerate, installed_on
 from stgfast.render.batches import is_out_of_memory
 from stgfast.render.texts import encoders_of
@@ -89,9 +90,8 @@ class Loading:
 
     def prepared(self, pipe: Any) -> Any:
         """The pipeline, guided, and its VAE as it is asked for."""
-        installed = getattr(pipe, INSTALLED, None)
-        if installed is None or self.compile:
-            accelerate(pipe, installed.given if installed else None, compile=self.compile)
+        if not hasattr(pipe, INSTALLED) or self.compile:
+            accelerate(pipe, given_to(pipe), compile=self.compile)
         if self.vae_tiling or installed_on(pipe).adapter.tiled:
             vae: Any = getattr(pipe, "vae", None)
             if not hasattr(vae, "use_tiling"):
@@ -137,6 +137,12 @@ class Loading:
 
 
 USUAL = Loading()
+
+
+def given_to(pipe: Any) -> Guidance | None:
+    """The guidance that a pipeline was accelerated with; None for its default, or where it was not."""
+    installed = getattr(pipe, INSTALLED, None)
+    return installed.given if installed else None
 
 
 def moves(pipe: Any) -> bool:

@@ -19,7 +19,7 @@ from stgfast.install import INSTALLED, accelerate
 from stgfast.integrations import ADAPTERS
 from stgfast.integrations.spec import Adapter, never
 from stgfast.render.jobs import Job
-from stgfast.render.loading import BY_NAME, USUAL, Loading, check_folder, fingerprint, read_json
+from stgfast.render.loading import BY_NAME, USUAL, Loading, check_folder, fingerprint, given_to, read_json
 
 
 def _toy() -> Any:
@@ -158,15 +158,15 @@ def described(model: Any, *, trust: str | None = None) -> Model:
         kind = type(model)
         _check_supported(kind.__name__)
         _check_graphs(model)
-        accelerate(copy.copy(model), _given(model))  # what is wrong is said now
+        accelerate(copy.copy(model), given_to(model))  # what is wrong is said now
         name = getattr(model, "name_or_path", None) or kind.__name__
-        return Model(str(name), kind, model, config=dict(model.config), given=_given(model))
+        return Model(str(name), kind, model, config=dict(model.config), given=given_to(model))
     name = str(model)
     if trust is not None and trust != name:
         raise wrong("trust", trust, f"the name of the model, {name!r}, or none")
     if name in NAMED:
         built = NAMED[name]()
-        return Model(name, type(built), build=NAMED[name], given=_given(built))
+        return Model(name, type(built), build=NAMED[name], given=given_to(built))
     path = Path(name)
     if path.is_dir():
         name, index = str(path.resolve()), path / "model_index.json"
@@ -185,11 +185,6 @@ def described(model: Any, *, trust: str | None = None) -> Model:
     _check_supported(declared)
     revision = fingerprint(path) if path.is_dir() else index.parent.name  # the hub's cache has a folder for each
     return Model(name, getattr(diffusers, declared), trusted=trust is not None, revision=revision, config=config)
-
-
-def _given(pipe: Any) -> Guidance | None:
-    installed = getattr(pipe, INSTALLED, None)
-    return installed.given if installed else None
 
 
 def _index_of(name: str) -> Path:

@@ -52,11 +52,8 @@ def test_equals_the_plain_method(family, case):
     assert distance(made, plain) > 1e-4, "a guidance that changes nothing shows nothing"
 
 
-NEEDS_A_GPU = (
-    "Kandinsky 5",
-    "Cosmos from an image",
-    "modular HunyuanVideo15",
-)  # a layer of these has no bfloat16 on a CPU
+# A layer of these has no bfloat16 on a CPU.
+NEEDS_A_GPU = ("Kandinsky 5", "Cosmos from an image", "modular HunyuanVideo15")
 
 
 def lowered(family, dtype):

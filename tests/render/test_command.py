@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -249,3 +250,14 @@ def test_nothing_that_is_printed_is_a_command_to_the_terminal():
     screen.close()
     assert "\x1b[2J" not in err.getvalue()
     assert "[2Jgone" in err.getvalue()
+
+
+def test_a_reader_of_the_list_that_goes_away(tmp_path):
+    """`stgfast render --plan ... | head -1`"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    parser = argparse.ArgumentParser()
+    command.add_render(parser)
+    given = [prompts(tmp_path), "--out", tmp_path / "out", "--plan", "--model", "tiny", *SETS]
+    with os.fdopen(writing, "w") as stdout:
+        assert command.run(parser.parse_args([str(part) for part in given]), stdout, io.StringIO()) == 0
