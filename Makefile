@@ -2,15 +2,20 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
+# One more than there are processors: some tests wait for processes that they started.
+WORKERS = $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
 RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all lint bench clean
 
 demo: $(READY)
 	@$(VENV)/bin/python -m stgfast.cli demo
 
 test: $(READY)
-	$(RUN) -m pytest -n auto --dist loadgroup --durations=20 -rs
+	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup --durations=20 -rs -m "not again"
+
+test-all: $(READY)  # those too that say again, of another family or size, what others say
+	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup --durations=20 -rs
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
@@ -20,7 +25,7 @@ lint: $(READY)
 bench: $(READY)
 	$(RUN) -m stgfast.cli bench
 
-$(READY): setup.py constraints.txt
+$(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@

@@ -24,7 +24,7 @@ from torch import nn
 
 from stgfast.announced import plan_of
 from stgfast.batching.plan import Plan
-from stgfast.engine import branches_of, plan_for
+from stgfast.combining import branches_of, plan_for
 from stgfast.guidance import Guidance
 from stgfast.integrations import ADAPTERS
 from stgfast.integrations.open_sora import MODELS as OPEN_SORA
@@ -191,13 +191,13 @@ MODELS = [
 
 def plans_of(name: str, adapter: Adapter, denoiser: nn.Module) -> list[Plan]:
     """What a guided step of this pipeline computes, call by call, with its default settings."""
-    layout = adapter.layout(adapter.denoisers[0], denoiser)
-    if adapter.protocol == "announced":
+    layout = adapter.blocks.of(denoiser)
+    if adapter.announced is not None and adapter.protocol == "announced":
         cls = getattr(diffusers, name)
         pipe, call = cls.__new__(cls), arguments_of(name)
         vars(pipe).update(transformer=denoiser)
-        adapter.preview(pipe, call, FIRST)
-        asked = adapter.passes(pipe, call, Guidance(), FIRST, adapter.denoisers[0])
+        adapter.announced.preview(pipe, call, FIRST)
+        asked = adapter.announced.passes(pipe, call, Guidance(), FIRST, adapter.denoisers[0])
         return [plan_of(asked, turn, layout) for turn in asked.turns if not set(turn) <= asked.weak.keys()]
     cfg = None if adapter.protocol == "embedded" else SOME_CFG
     weighed = frozenset(dataclasses.replace(adapter.defaults, start=0.0, stop=1.0).weights(FIRST, cfg))
@@ -233,7 +233,7 @@ def counted(model: Model) -> tuple[Counted, Adapter, int]:
         counts.add(Counted(branches * depth, sum(sum(plan.computed) for plan in plans), (branches - weak) * depth))
     (count, *differing), first = counts, next(iter(adapters.values()))
     assert not differing, f"pipelines of {model.name} that are not alike: {counts}"
-    return count, first, first.layout(first.denoisers[0], denoiser).layers
+    return count, first, first.blocks.of(denoiser).layers
 
 
 def row(model: Model) -> list[str]:

@@ -33,12 +33,6 @@ SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a progr
 MATRIX = {80: r"mma\.sync", 90: r"wgmma\.mma_async", 100: r"tcgen05\.mma"}  # the chip's own matrix instructions
 HEADS = {"Mochi": 128, "LTX-Video": 64, "CogVideoX": 64, "Wan": 128, "HunyuanVideo": 128}  # size of a head
 ODD_HEADS = (40, 72, 80, 96, 256)
-DIRECTED = {
-    combination.NOTHING: "",
-    combination.ORTHOGONAL: ", orthogonal",
-    combination.CFG_ZERO: ", CFG-Zero",
-    combination.APG: ", APG",
-}
 
 
 @dataclass(frozen=True)
@@ -142,19 +136,20 @@ def hopper_usages(arch: int, sizes: Sequence[int], *, kv_len: bool = True) -> li
 
 
 def combine_usage(
-    arch: int, count: int, dtype: str = "bf16", *, rescale: bool = True, directed: int = combination.NOTHING
+    arch: int, count: int, dtype: str = "bf16", *, rescale: bool = True, project: bool = False
 ) -> list[Usage]:
     """Both launches, or the one that is enough."""
     types = {f"x{i}_ptr": f"*{dtype}" for i in range(combination.MOST_BRANCHES)}
-    types |= {f"w{i}": "fp32" for i in range(1, combination.MOST_BRANCHES)} | {"sample_ptr": f"*{dtype}"}
-    types |= dict.fromkeys(("sigma", "phi", "along"), "fp32") | {"sums_ptr": "*fp32", "out_ptr": "*fp32"}
-    types |= dict.fromkeys(("stride", "sample_stride", "sigma_stride", "numel", "chunk", "parts"), "i32")
-    constants = {"COUNT": count, "SIGMA": 0, "RESCALE": rescale, "DIRECTED": directed, "SUMS": combination.SUMS}
+    types |= {f"w{i}": "fp32" for i in range(1, combination.MOST_BRANCHES)}
+    types |= {f"a{i}": "fp32" for i in range(combination.MOST_BRANCHES)}
+    types |= dict.fromkeys(("phi", "taken"), "fp32") | {"sums_ptr": "*fp32", "out_ptr": "*fp32"}
+    types |= dict.fromkeys(("stride", "numel", "chunk", "parts"), "i32")
+    constants = {"COUNT": count, "RESCALE": rescale, "PROJECT": project, "SUMS": combination.SUMS}
     constants |= {"BLOCK": combination.BLOCK}
     kernels = {"combine": (combination.combine_kernel, {**constants, "PARTS": combination.PARTS})}
-    if rescale or directed:
+    if rescale or project:
         kernels["sums of"] = (combination.sums_kernel, constants)
-    what = f" {count} branches {dtype}{', rescale' if rescale else ''}{DIRECTED[directed]}"
+    what = f" {count} branches {dtype}{', rescale' if rescale else ''}{', projection' if project else ''}"
     return [
         compiled(name + what, kernel, arch, types, values, warps=combination.WARPS, stages=3)
         for name, (kernel, values) in kernels.items()
@@ -183,7 +178,7 @@ def others(arch: int) -> list[Usage]:
         for bias in (attention.MASK, attention.ADDED)
     ]
     rows += combine_usage(arch, 8) + combine_usage(arch, 8, dtype="fp32")
-    rows += [row for directed in DIRECTED if directed for row in combine_usage(arch, 4, directed=directed)]
+    rows += combine_usage(arch, 4, project=True)
     return rows + [attention_usage(arch, size, dtype="fp32") for size in sizes]
 
 

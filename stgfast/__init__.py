@@ -1,20 +1,51 @@
 """Spatiotemporal Skip Guidance for diffusers video pipelines, computing nothing twice."""
 
-from stgfast.errors import EngineError, SettingsError, UnsupportedPipelineError
-from stgfast.evaluate.run import evaluate
-from stgfast.explain import explain
-from stgfast.guidance import Guidance, Perturbation
-from stgfast.guided import guided
-from stgfast.install import accelerate, restore
-from stgfast.integrations.spec import Adapter
-from stgfast.render.run import render
-from stgfast.restart import restart
-from stgfast.schedules import BySigma
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 from stgfast.version import __version__
+
+if TYPE_CHECKING:
+    from stgfast.batching.layout import Blocks
+    from stgfast.errors import EngineError, SettingsError, UnsupportedPipelineError
+    from stgfast.evaluate.run import evaluate
+    from stgfast.explain import explain
+    from stgfast.guidance import Guidance
+    from stgfast.guided import guided
+    from stgfast.install import accelerate, restore
+    from stgfast.integrations.spec import Adapter, Announced, Clips
+    from stgfast.perturbation import Perturbation
+    from stgfast.render.run import render
+    from stgfast.restart import restart
+    from stgfast.schedules import BySigma
+
+# Where each name is. A name is imported when it is first asked for: reading settings needs no torch.
+_HOME = {
+    "batching.layout": ("Blocks",),
+    "errors": ("EngineError", "SettingsError", "UnsupportedPipelineError"),
+    "evaluate.run": ("evaluate",),
+    "explain": ("explain",),
+    "guidance": ("Guidance",),
+    "guided": ("guided",),
+    "install": ("accelerate", "restore"),
+    "integrations.spec": ("Adapter", "Announced", "Clips"),
+    "perturbation": ("Perturbation",),
+    "render.run": ("render",),
+    "restart": ("restart",),
+    "schedules": ("BySigma",),
+}
+_MODULES = {name: f"{__name__}.{module}" for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "Adapter",
+    "Announced",
+    "Blocks",
     "BySigma",
+    "Clips",
     "EngineError",
     "Guidance",
     "Perturbation",
@@ -29,3 +60,24 @@ __all__ = [
     "restart",
     "restore",
 ]
+
+
+class _Package(ModuleType):
+    """`stgfast.explain` is the function, and not the module that it is in, whichever is imported first."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in _MODULES:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        found = getattr(importlib.import_module(_MODULES[name]), name)
+        super().__setattr__(name, found)
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *__all__})
+
+
+sys.modules[__name__].__class__ = _Package

@@ -6,7 +6,7 @@ these are answered from what is held. How the results are combined stays the pip
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -16,36 +16,41 @@ from stgfast.batching.layout import Layout
 from stgfast.batching.plan import Branch, Plan, make_plan
 from stgfast.batching.rows import join
 from stgfast.batching.seam import Call
-from stgfast.engine import GuidedRun
-from stgfast.guidance import COND
-from stgfast.integrations.spec import Passes
+from stgfast.engine import Run
+from stgfast.formulas import COND
+from stgfast.guidance import Guidance
+from stgfast.integrations.spec import Announced, Passes
 
 
-class AnnouncedRun(GuidedRun):
-    """One call of such a pipeline while it runs."""
+class Answering:
+    """What becomes of the calls of one run of such a pipeline."""
 
-    def _denoise(self, name: str, plain: Call, arguments: Arguments) -> Any:
-        """Stands in for a denoiser."""
-        if self.turn == 0:
-            self._begin_step(name)
-        asked = self.passes.turns[self.turn]
-        if not set(asked) <= self.held.keys():
-            plan = plan_of(self.passes, asked, self.layout)
-            output = self._compute(plain, arguments, asked, plan)
-            branches = [branch.name for branch in plan.branches]
-            self.held |= {name: _part(output, number, len(branches)) for number, name in enumerate(branches)}
-        self.turn = (self.turn + 1) % len(self.passes.turns)
-        self.step += self.turn == 0
-        return _mapped(lambda *parts: join(parts), *(self.held.pop(branch) for branch in asked))
+    def __init__(self, announced: Announced, guidance: Guidance):
+        self.announced, self.guidance = announced, guidance
 
-    def _begin_step(self, name: str) -> None:
-        self.name, self.layout = name, self.layouts[name]
-        assert self.adapter.passes is not None
-        self.passes: Passes = self.adapter.passes(self.pipe, self.call, self.guidance, self._moment(), name)
+    def begin(self, run: Run, name: str) -> AnsweringStep:
+        passes = self.announced.passes(run.pipe, run.call, self.guidance, run.moment(), name)
+        return AnsweringStep(run, name, passes)
+
+    def weak_layers(self, layout: Layout) -> Collection[int | None]:
+        return {unit.layer for unit in layout.units}  # what will be asked for is known only later
+
+
+class AnsweringStep:
+    """One step while it lasts."""
+
+    def __init__(self, run: Run, name: str, passes: Passes):
+        self.run, self.name, self.passes, self.calls = run, name, passes, passes.turns
         self.held: dict[str, Any] = {}  # the output for every branch that was computed and not asked for yet
 
-    def _masked(self, layout: Layout) -> set[int | None]:
-        return {unit.layer for unit in layout.units}  # what will be asked for is known only later
+    def answer(self, turn: int, plain: Call, arguments: Arguments) -> Any:
+        asked = self.calls[turn]
+        if not set(asked) <= self.held.keys():
+            plan = plan_of(self.passes, asked, self.run.layouts[self.name])
+            output = self.run.compute(self.name, plain, arguments, asked, plan)
+            branches = [branch.name for branch in plan.branches]
+            self.held |= {name: _part(output, number, len(branches)) for number, name in enumerate(branches)}
+        return _mapped(lambda *parts: join(parts), *(self.held.pop(branch) for branch in asked))
 
 
 def plan_of(passes: Passes, asked: Sequence[str], layout: Layout) -> Plan:
@@ -53,7 +58,7 @@ def plan_of(passes: Passes, asked: Sequence[str], layout: Layout) -> Plan:
     branches = [Branch(name, name) for name in asked]
     if COND in asked:
         branches += [Branch(name, COND, layout.marks(part) if part else {}) for name, part in passes.weak.items()]
-    return make_plan(branches, layout.depth, full=layout.full)
+    return make_plan(branches, layout.depth, full=layout.blocks.full)
 
 
 def _part(output: Any, number: int, of: int) -> Any:

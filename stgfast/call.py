@@ -10,10 +10,11 @@ from typing import Any
 
 from stgfast.batching.arguments import unwrapped
 from stgfast.batching.room import ALL, Rows
-from stgfast.batching.seam import foreign_forward
+from stgfast.batching.seam import caching_hooks, foreign_forward
 from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
-from stgfast.guidance import ALONG_COND, ALONG_UNCOND, BLUR, Guidance
-from stgfast.integrations.spec import Adapter, CallArguments
+from stgfast.guidance import Guidance
+from stgfast.integrations.spec import Adapter, Fitted
+from stgfast.integrations.steps import CallArguments
 
 # What a call takes beside the pipeline's own arguments.
 SETTINGS = (
@@ -88,28 +89,26 @@ def check_max_rows(max_rows: object) -> None:
         raise wrong("max_rows", max_rows, f"a number of rows, 1 or more, {ALL!r}, or None for what memory allows")
 
 
-def check(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, *, max_rows: Rows = None) -> None:
+def check(fitted: Fitted, guidance: Guidance, call: CallArguments, *, max_rows: Rows = None) -> None:
     """Everything about a call that can be known to be wrong before it starts."""
-    check_layers(pipe, adapter, guidance)
+    pipe, adapter, _ = fitted
+    check_layers(fitted, guidance)
     unfit = adapter.unfit(pipe, guidance, call)
     if unfit:
         raise SettingsError(f"{adapter.pipeline}: {unfit}")
     inert = guidance.inert and not adapter.announces(pipe)
     if not inert or max_rows is not None:
-        check_forwards(pipe, adapter)
-        check_caches(pipe, adapter)
+        check_forwards(fitted)
+        check_caches(fitted)
     if inert:
         return
-    changed = {"a cfg schedule": guidance.cfg is not None, "reuse_cfg": guidance.reuse_cfg > 1}
-    changed |= {f"project={kind!r}": guidance.project == kind for kind in (ALONG_UNCOND, ALONG_COND)}
-    needs = next((what for what, there in changed.items() if there), "")
-    needs = next((f"a perturbation of {p.of} against {p.base}" for p in guidance.perturbations if p.needs_cfg), needs)
+    needs = cfg_needed_by(guidance)
     if needs and adapter.requested(call) is None:
-        without = [part for part in guidance.perturbations if part.needs_cfg]
-        advice = "; without CFG, Guidance(Perturbation([...])) weakens cond" if without else ""
+        weak = any(part.needs_cfg for part in guidance.perturbations)
+        advice = "; without CFG, Guidance(Perturbation([...])) weakens cond" if weak else ""
         raise SettingsError(f"{needs}: got a call without CFG, expected {adapter.cfg_on}{advice}")
-    if any(part.kind == BLUR for part in guidance.perturbations):
-        check_tokens(pipe, adapter)
+    if any(part.how.grid for part in guidance.perturbations):
+        check_tokens(fitted)
     scheduler = getattr(pipe, "scheduler", None)
     if guidance.by_sigma and getattr(scheduler, "sigmas", None) is None:
         got = "no scheduler" if scheduler is None else type(scheduler).__name__
@@ -121,9 +120,21 @@ def check(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, 
         raise wrong("start and stop", (guidance.start, guidance.stop), share)
 
 
-def check_forwards(pipe: Any, adapter: Adapter) -> None:
+def cfg_needed_by(guidance: Guidance) -> str:
+    """What of a guidance is nothing without CFG, if anything."""
+    weak = [part for part in guidance.perturbations if part.needs_cfg]
+    if weak:
+        return f"a perturbation of {weak[0].of} against {weak[0].base}"
+    if guidance.cfg is not None:
+        return "a cfg schedule"
+    if guidance.projects_cfg:
+        return f"project={guidance.project!r}"
+    return "reuse_cfg" if guidance.reuse_cfg > 1 else ""
+
+
+def check_forwards(fitted: Fitted) -> None:
     """Who replaces a model's forward, or a block's, may leave out blocks, or keep what they gave."""
-    for name, layout in adapter.layouts(pipe).items():
+    for name, layout in fitted.layouts.items():
         for module in (layout.denoiser, *(unit.module for unit in layout.units)):
             home = foreign_forward(unwrapped(module))
             if home:
@@ -134,9 +145,9 @@ def check_forwards(pipe: Any, adapter: Adapter) -> None:
                 )
 
 
-def check_tokens(pipe: Any, adapter: Adapter) -> None:
-    """A blur needs all tokens of a frame."""
-    for name, layout in adapter.layouts(pipe).items():
+def check_tokens(fitted: Fitted) -> None:
+    """A kind that goes by where tokens lie needs all tokens of a frame."""
+    for name, layout in fitted.layouts.items():
         if getattr(layout.denoiser, "_parallel_config", None) is not None:
             raise SettingsError(
                 f"blur of the queries: got pipe.{name} with its tokens spread over processes, expected all of them in "
@@ -144,14 +155,17 @@ def check_tokens(pipe: Any, adapter: Adapter) -> None:
             )
 
 
-def check_caches(pipe: Any, adapter: Adapter) -> None:
+def check_caches(fitted: Fitted) -> None:
     """A cache keeps what a module gave, for the same module's next call, which it takes to be about the same rows.
 
     Here it is not: rows come and go from block to block, and from step to step, and `max_rows` makes several calls of
     one. Where shapes happen to agree, what comes out is wrong without a word.
     """
-    for name, hooks in adapter.caches(pipe).items():
-        if getattr(getattr(pipe, name), "is_cache_enabled", False):
+    for name, layout in fitted.layouts.items():
+        hooks = caching_hooks(layout.denoiser)
+        if not hooks:
+            continue
+        if getattr(layout.denoiser, "is_cache_enabled", False):
             advice = f"pipe.{name}.disable_cache()"
         else:
             registry = f"diffusers.hooks.HookRegistry.check_if_exists_or_initialize(pipe.{name})"
@@ -162,12 +176,13 @@ def check_caches(pipe: Any, adapter: Adapter) -> None:
         )
 
 
-def check_layers(pipe: Any, adapter: Adapter, guidance: Guidance, *, default: bool = False) -> None:
-    for layout in adapter.layouts(pipe).values():
+def check_layers(fitted: Fitted, guidance: Guidance, *, default: bool = False) -> None:
+    for layout in fitted.layouts.values():
         for perturbation in guidance.perturbations:
             beyond = [layer for layer in perturbation.layers if layer >= layout.layers]
             if beyond:
                 whose = "the default layers of this model" if default else "layers"
                 advice = "; choose some with stgfast.Guidance(stgfast.Perturbation([...]))" if default else ""
-                raise wrong(f"{whose}, {adapter.pipeline}", beyond, f"numbers from 0 to {layout.layers - 1}{advice}")
+                right = f"numbers from 0 to {layout.layers - 1}{advice}"
+                raise wrong(f"{whose}, {fitted.adapter.pipeline}", beyond, right)
             layout.marks(perturbation)  # which says what the model does not have

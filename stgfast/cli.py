@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from stgfast import extras
 from stgfast.bench import command as bench
 from stgfast.evaluate import command as evaluate
 from stgfast.render import command as render
 from stgfast.version import __version__
+
+NEEDS = {"demo": "toy", "render": "render", "sweep": "render", "evaluate": "render"}  # extras, by command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +30,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     evaluate.add_evaluate(commands.add_parser("evaluate", help="measure the clips of a folder"))
     bench.add_bench(commands.add_parser("bench", help="what guidance costs, beside what would otherwise be run"))
     arguments = parser.parse_args(argv)
+    try:
+        if arguments.command in NEEDS:
+            extras.require(NEEDS[arguments.command])
+    except extras.MissingError as error:
+        print(f"stgfast {arguments.command}: {error}", file=sys.stderr)
+        return 2
     if arguments.command == "demo":
         return run_demo(arguments.out, arguments.prompt, arguments.seed)
     if arguments.command == "doctor":

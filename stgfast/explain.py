@@ -16,18 +16,14 @@ from stgfast.batching.layout import Layout
 from stgfast.batching.plan import Plan
 from stgfast.batching.room import ALL, Rows
 from stgfast.call import settings_of
-from stgfast.engine import branches_of, plan_for
-from stgfast.guidance import ALONG_COND, ALONG_UNCOND, ORTHOGONAL, Guidance, Perturbation
+from stgfast.combining import branches_of, plan_for
+from stgfast.guidance import Guidance
 from stgfast.install import installed_on, settled
-from stgfast.integrations.spec import Adapter, CallArguments, scheduled
-from stgfast.reuse import Kept
-from stgfast.schedules import Moment, said
-
-PROJECTED = {
-    ORTHOGONAL: "of the second perturbation, what the first one says already is left out",
-    ALONG_UNCOND: "of cond - uncond, the part along uncond is left out (CFG-Zero*'s scale)",
-    ALONG_COND: "of cond - uncond, the part along cond is left out (APG's projection)",
-}
+from stgfast.integrations.spec import Adapter, Announced, Fitted
+from stgfast.integrations.steps import CallArguments, scheduled
+from stgfast.perturbation import Perturbation
+from stgfast.reuse import KeptDifferences
+from stgfast.schedules import Moment, in_words
 
 
 @dataclass(frozen=True)
@@ -110,17 +106,17 @@ class Explanation:
 
     def _settings(self) -> list[str]:
         lines = [
-            f"{name}: {part.of} with {_kind(part)} at {_plural('layer', part.layers)}, scale {said(part.scale)}, "
+            f"{name}: {part.of} with {_kind(part)} at {_plural('layer', part.layers)}, scale {in_words(part.scale)}, "
             f"held against {part.base}"
             for name, part in zip(self.guidance.names, self.guidance.perturbations, strict=True)
         ]
         if self.guidance.rescale != 0.0:
-            lines.append(f"rescale: {said(self.guidance.rescale)}")
+            lines.append(f"rescale: {in_words(self.guidance.rescale)}")
         if self.guidance.cfg is not None:
-            lines.append(f"CFG scale in place of the pipeline's: {said(self.guidance.cfg)}")
-        if self.guidance.project:
+            lines.append(f"CFG scale in place of the pipeline's: {in_words(self.guidance.cfg)}")
+        if self.guidance.formula is not None:
             eta = f", of which {self.guidance.eta:g} is left" if self.guidance.eta else ""
-            lines.append(f"projection: {PROJECTED[self.guidance.project]}{eta}")
+            lines.append(f"projection: {self.guidance.formula.words}{eta}")
         lines += _reused(self.guidance)
         lines += [] if self.max_rows in (None, ALL) else [f"at most {self.max_rows} rows in a block at once"]
         return lines
@@ -134,10 +130,10 @@ def explain(pipe: Any, **arguments: Any) -> Explanation:
     bound = inspect.signature(installed.original.__call__).bind_partial(pipe, **arguments)
     bound.apply_defaults()
     call = bound.arguments
-    announced, guidance = settled(pipe, installed, call, given)
-    layout = next(iter(adapter.layouts(pipe).values()))
-    if announced:
-        cfg, phases = None, _announced(pipe, adapter, guidance, call, layout)
+    fitted, guidance = settled(pipe, installed, call, given)
+    name, layout = next(iter(fitted.layouts.items()))
+    if adapter.announces(pipe) and adapter.announced is not None:
+        cfg, phases = None, _announced(fitted, adapter.announced, guidance, call, name)
     else:
         cfg, phases = adapter.requested(call), _weighed(pipe, adapter, guidance, call, layout)
     return Explanation(adapter.pipeline, adapter.protocol, layout.depth, cfg, guidance, installed.max_rows, phases)
@@ -150,7 +146,7 @@ def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArgument
     every = frozenset(source for sources in calls for source in sources)
     steps = adapter.steps_of_run(pipe, call)
     sigmas = _sigmas(pipe, adapter, call, steps) if guidance.by_sigma else [None] * steps
-    kept = Kept(guidance)
+    memory = KeptDifferences(guidance)
 
     def phase(step: int) -> tuple[dict[str, float], float, frozenset[str]]:
         moment = Moment(step, steps, sigmas[step])
@@ -165,7 +161,7 @@ def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArgument
         weights, rescale, _ = phase(run[0])
         varies = any(phase(step) != phase(run[0]) for step in run)
         needed = branches_of(weighed)
-        computed = Counter(needed - kept.old(needed if weights else (), step, "") for step in run)
+        computed = Counter(needed - memory.recalled(needed if weights else (), step, "") for step in run)
         kinds = tuple(
             (count, tuple(plan_for(guidance, sources, branches, layout) for sources in calls))
             for branches, count in computed.items()
@@ -175,17 +171,15 @@ def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArgument
 
 
 def _announced(
-    pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, layout: Layout
+    fitted: Fitted, announced: Announced, guidance: Guidance, call: CallArguments, name: str
 ) -> tuple[Phase, ...]:
     """Where the pipeline asks for its weak branches, and combines, itself."""
-    assert adapter.passes is not None
-    assert adapter.preview is not None
-    steps, seen = adapter.steps_of_run(pipe, call), copy.copy(pipe)
+    steps, seen, layout = fitted.adapter.steps_of_run(fitted.pipe, call), copy.copy(fitted.pipe), fitted.layouts[name]
     passes = []
     for step in range(steps):
         moment = Moment(step, steps)
-        adapter.preview(seen, call, moment)
-        passes.append(adapter.passes(seen, call, guidance, moment, next(iter(adapter.layouts(pipe)))))
+        announced.preview(seen, call, moment)
+        passes.append(announced.passes(seen, call, guidance, moment, name))
     phases = []
     for _, same in itertools.groupby(range(steps), key=lambda step: passes[step]):
         run = list(same)
@@ -218,9 +212,9 @@ def _rows(plans: Sequence[Plan]) -> tuple[int, ...]:
 
 
 def _reused(guidance: Guidance) -> list[str]:
-    said = {"base - perturbed": guidance.reuse, "cond - uncond": guidance.reuse_cfg}
+    reused = {"base - perturbed": guidance.reuse, "cond - uncond": guidance.reuse_cfg}
     return [
-        f"approximately: {what} computed in every {_ordinal(every)} step" for what, every in said.items() if every > 1
+        f"approximately: {what} computed in every {_ordinal(every)} step" for what, every in reused.items() if every > 1
     ]
 
 

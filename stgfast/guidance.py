@@ -13,71 +13,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from numbers import Real
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
+from stgfast import formulas
 from stgfast.errors import SettingsError, wrong
+from stgfast.formulas import COND, GUIDED, UNCOND, Formula
+from stgfast.perturbation import Perturbation
 from stgfast.presets import PRESETS
-from stgfast.schedules import BySigma, Moment, Schedule, checked, finite, plain, said, set_frozen, value
+from stgfast.schedules import BySigma, Moment, Schedule, checked, finite, in_words, plain, set_frozen, value
 
-RESIDUAL, ATTENTION, BLUR, ISOLATE = KINDS = ("residual", "attention", "blur", "isolate")
 MOST = 5  # perturbations: with cond, uncond and the CFG result, the eight predictions that a kernel combines
-COND, UNCOND, GUIDED = "cond", "uncond", "guided"
-AXES = SPATIAL, TEMPORAL = ("spatial", "temporal")
-ORTHOGONAL, ALONG_UNCOND, ALONG_COND = PROJECTIONS = ("orthogonal", "along-uncond", "along-cond")
 # A pipeline's CFG scale: none, a number, or a number for every frame in whatever form the pipeline has it.
 Scale = None | float | Any
-
-
-@dataclass(frozen=True)
-class Perturbation:
-    """One weak branch: which layers are perturbed, how, and how far the result is pushed away from it.
-
-    layers  block numbers, from 0, in the order in which the model runs them
-    kind    `residual` (STG-R): the block passes its input through;
-            `attention` (STG-A): the block's self-attention is the identity, output = V;
-            `blur` (SEG, arXiv 2408.00760): its queries are blurred with a Gaussian over space, within every frame;
-            `isolate`: attention between video and audio is off, for models that have both
-    scale   w in the formula above; a step where it is 0 does not compute the branch
-    of      the branch that is made weak: `cond`, or `uncond`
-    base    what it is held against: `cond`, `uncond`, or `guided` (the CFG result). Left out: the same as `of`
-    axis    `spatial` or `temporal`, for models with blocks or attention along each; left out: both
-    sigma   of a blur, in tokens; infinity, which is the default as it is of SEG: the mean of the frame
-    """
-
-    layers: Sequence[int]
-    kind: str = "residual"
-    scale: Schedule = 1.0
-    of: str = COND
-    base: str = ""
-    axis: str = ""
-    sigma: float | None = None
-
-    def __post_init__(self) -> None:
-        set_frozen(self, "layers", _layers(self.layers))
-        if self.kind not in KINDS:
-            kinds = "'residual' (STG-R), 'attention' (STG-A), 'blur' (SEG) or 'isolate'"
-            raise wrong("kind of perturbation", self.kind, kinds)
-        set_frozen(self, "scale", checked("scale", self.scale))
-        if self.of not in (COND, UNCOND):
-            raise wrong("perturbed branch `of`", self.of, "'cond' or 'uncond'")
-        set_frozen(self, "base", self.base or self.of)
-        if self.base not in (COND, UNCOND, GUIDED):
-            raise wrong("`base` of a perturbation", self.base, "'cond', 'uncond' or 'guided'")
-        if self.axis not in ("", *AXES):
-            raise wrong("axis of a perturbation", self.axis, "'spatial', 'temporal', or '' for both")
-        if self.kind == BLUR:
-            if self.axis == TEMPORAL:
-                raise wrong("axis of a blur", self.axis, "'spatial' or '': queries are blurred within frames")
-            set_frozen(self, "sigma", math.inf if self.sigma is None else _sigma(self.sigma))
-        elif self.sigma is not None:
-            raise wrong(f"sigma of a perturbation of kind {self.kind!r}", self.sigma, f"none: it is that of {BLUR!r}")
-
-    @property
-    def needs_cfg(self) -> bool:
-        return UNCOND in (self.of, self.base)
 
 
 @dataclass(frozen=True)
@@ -139,14 +88,15 @@ class Guidance:
         self._check_reuse()
 
     def _check_projection(self) -> None:
-        if self.project not in ("", *PROJECTIONS):
-            raise wrong("project", self.project, f"{', '.join(map(repr, PROJECTIONS))}, or '' for none")
-        held = [f"{p.of} against {p.base}" for p in self.perturbations]
-        if self.project == ORTHOGONAL and held != [f"{COND} against {COND}"] * 2:
-            raise wrong("perturbations, one orthogonal to the other", held, "two of cond against cond")
+        known = formulas.FORMULAS
+        if not isinstance(self.project, str) or self.project not in ("", *known):
+            raise wrong("project", self.project, f"{', '.join(map(repr, known))}, or '' for none")
+        if self.formula is not None:
+            self.formula.check(self)
         set_frozen(self, "eta", finite("eta", self.eta))
-        if self.eta and self.project != ALONG_COND:
-            raise wrong("eta", self.eta, f"0: it is that of project={ALONG_COND!r}")
+        if self.eta and not (self.formula is not None and self.formula.shares):
+            sharing = " or ".join(repr(name) for name, formula in known.items() if formula.shares)
+            raise wrong("eta", self.eta, f"0: it is that of project={sharing}")
 
     def _check_reuse(self) -> None:
         for name in ("reuse", "reuse_cfg"):
@@ -174,6 +124,11 @@ class Guidance:
             total[name] = -scale
         return {branch: weight for branch, weight in total.items() if weight != 0.0}
 
+    def needs_uncond(self, weighed: Collection[str]) -> bool:
+        """Whether uncond has to be known where these branches have a weight."""
+        weak = [part.of for name, part in zip(self.names, self.perturbations, strict=True) if name in weighed]
+        return not {UNCOND, GUIDED}.isdisjoint(weighed) or UNCOND in weak
+
     def cfg_at(self, moment: Moment, own: Scale) -> Scale:
         """The CFG scale, which in a run without CFG is none."""
         return own if own is None or self.cfg is None else value(self.cfg, moment)
@@ -191,7 +146,16 @@ class Guidance:
     @property
     def changes_cfg(self) -> bool:
         """Whether CFG alone is not the pipeline's own."""
-        return self.cfg is not None or self.project in (ALONG_UNCOND, ALONG_COND) or self.reuse_cfg > 1
+        return self.cfg is not None or self.projects_cfg or self.reuse_cfg > 1
+
+    @property
+    def formula(self) -> Formula | None:
+        """What its projection is."""
+        return formulas.FORMULAS.get(self.project)
+
+    @property
+    def projects_cfg(self) -> bool:
+        return self.formula is not None and self.formula.of_cfg
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -220,9 +184,10 @@ class Guidance:
             if "layers" not in changes:
                 raise wrong("stg_layers", None, "layer numbers, as the pipeline's guidance has no perturbation")
             return replace(self, perturbations=(Perturbation(**changes),))
-        if changes.get("kind", BLUR) != BLUR:
-            changes["sigma"] = None  # that of the kind before goes with it
-        return replace(self, perturbations=tuple(replace(part, **changes) for part in self.perturbations))
+        kind = self.perturbations[0].kind
+        # A sigma goes with the kind that it was of.
+        settled = {**({"sigma": None} if changes.get("kind", kind) != kind else {}), **changes}
+        return replace(self, perturbations=tuple(replace(part, **settled) for part in self.perturbations))
 
     def check_steps(self, steps: int) -> None:
         """Evaluate every schedule for a run of `steps` steps, so that a wrong one stops before the first."""
@@ -249,11 +214,11 @@ class Guidance:
             where = f"layer{'s' if len(part.layers) > 1 else ''} {', '.join(map(str, part.layers))}"
             blur = "" if part.sigma in (None, math.inf) else f", sigma {part.sigma:g}"
             named = "".join(f", {axis}" for axis in along if axis)
-            words.append(f"{part.kind}{of}, {where}{named}{blur}, scale {said(part.scale)}")
+            words.append(f"{part.kind}{of}, {where}{named}{blur}, scale {in_words(part.scale)}")
         if self.cfg is not None:
-            words.append(f"CFG scale {said(self.cfg)}")
+            words.append(f"CFG scale {in_words(self.cfg)}")
         if self.rescale != 0.0:
-            words.append(f"rescale {said(self.rescale)}")
+            words.append(f"rescale {in_words(self.rescale)}")
         if (self.start, self.stop) != (0.0, 1.0):
             words.append(f"from {self.start:g} to {self.stop:g} of the run")
         if self.project:
@@ -293,27 +258,6 @@ class Guidance:
     @classmethod
     def from_json(cls, text: str) -> Guidance:
         return cls.from_dict(json.loads(text))
-
-
-def _sigma(given: object) -> float:
-    right = "a number of tokens above 0, or infinity"
-    number: object = math.inf if given == "inf" else given  # as `to_dict` has it: JSON has no number for it
-    if isinstance(number, bool) or not hasattr(number, "__float__"):
-        raise wrong("sigma", given, right)
-    plain = float(cast(Real, number))
-    if not plain > 0:
-        raise wrong("sigma", given, right)
-    return plain
-
-
-def _layers(given: object) -> tuple[int, ...]:
-    right = "layer numbers such as [8] or [7, 8, 9], counted from 0"
-    if isinstance(given, (str, bytes, Mapping)) or not hasattr(given, "__iter__"):
-        raise wrong("layers", given, right)
-    layers = list(given)
-    if not layers or any(isinstance(n, bool) or not hasattr(n, "__index__") or n < 0 for n in layers):
-        raise wrong("layers", layers, right)
-    return tuple(sorted({n.__index__() for n in layers}))
 
 
 def _perturbations(given: object) -> tuple[Perturbation, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from stgfast.batching.arguments import Arguments, unwrapped
-from stgfast.batching.plan import Plan
 from stgfast.batching.room import Rows
-from stgfast.batching.seam import Call
 from stgfast.call import check, check_layers, check_max_rows
-from stgfast.engine import GuidedRun
+from stgfast.combining import Combining, CombiningStep, branches_of
+from stgfast.engine import Run
 from stgfast.errors import EngineError, SettingsError, wrong
-from stgfast.guidance import COND, Guidance
+from stgfast.formulas import COND
+from stgfast.guidance import Guidance
 from stgfast.integrations.open_sora import adapter_for_model
 from stgfast.kernels import combine
 
@@ -43,64 +43,61 @@ def guided(
     if unwrapped(model) is not model:
         raise SettingsError("model: got one that is compiled as a whole, expected one with its blocks compiled, if any")
     sampler = SimpleNamespace(model=model, num_timesteps=steps)
-    adapter = adapter_for_model(sampler)
-    chosen = adapter.defaults if guidance is None else guidance
-    check_layers(sampler, adapter, chosen, default=guidance is None)
+    fitted = adapter_for_model(sampler).on(sampler)
+    chosen = fitted.adapter.defaults if guidance is None else guidance
+    check_layers(fitted, chosen, default=guidance is None)
     call = {"num_inference_steps": steps, "cfg": cfg}
-    check(sampler, adapter, chosen, call, max_rows=max_rows)
-    run = SamplerRun(sampler, adapter, chosen, call=call, max_rows=max_rows)
+    check(fitted, chosen, call, max_rows=max_rows)
+    run = Run(fitted, chosen, call, Beside(chosen), max_rows=max_rows)
     if chosen.inert and max_rows is None:
         yield
         return
     with run.in_place():
         yield
-    if run.step != steps:
-        raise EngineError(f"denoising steps: got {run.step} calls of the model, expected {steps}")
+    if run.steps_done != steps:
+        raise EngineError(f"denoising steps: got {run.steps_done} calls of the model, expected {steps}")
 
 
-class SamplerRun(GuidedRun):
-    """One run of a sampler, which combines predictions with scales that only it knows."""
+class Beside(Combining):
+    """A sampler combines predictions with scales that only it knows: what guidance adds to the conditional prediction
+    is added to all of them. The sampler's weights add up to 1, so whatever they are, it comes out once."""
 
-    def _weighed(self) -> Collection[str]:
-        """All rows that the sampler combines itself, too."""
-        return self.weights if self.guidance.cfg is not None else {*self.weights, *self.calls[0]}
+    def arranged(self, run: Run, arguments: Arguments, sources: Sequence[str]) -> Arguments:
+        """The model itself repeats what is given once for every prompt; here that is done before it.
 
-    def _denoise(self, name: str, plain: Call, arguments: Arguments) -> Any:
-        """Rows that are not those of CFG would be taken for them: the sampler is held to it once, at its first step."""
-        if self.step == 0:
-            sources = self.adapter.calls(bool(self.call["cfg"]))[0]
-            samples = arguments[self.adapter.sample]
-            prompts, left = divmod(len(samples), len(sources))
+        Rows that are not those of CFG would be taken for them: the sampler is held to it once, at its first step.
+        """
+        samples, expected = arguments[run.adapter.sample], run.adapter.calls(bool(run.call["cfg"]))[0]
+        if run.steps_done == 0:
+            prompts, left = divmod(len(samples), len(expected))
             if left or not all(torch.equal(samples[:prompts], part) for part in samples.split(prompts)):
                 raise EngineError(
-                    f"rows of the model: got {len(samples)}, expected the same samples for {', '.join(sources)}; for a "
-                    f"sampler without CFG say guided(..., cfg=False)"
+                    f"rows of the model: got {len(samples)}, expected the same samples for {', '.join(expected)}; for "
+                    f"a sampler without CFG say guided(..., cfg=False)"
                 )
-        return super()._denoise(name, plain, arguments)
-
-    def _compute(self, plain: Call, arguments: Arguments, sources: tuple[str, ...], plan: Plan) -> Any:
-        """The model itself repeats what is given once for every prompt; here that is done before it."""
-        rows = arguments[self.adapter.sample].shape[0]
 
         def repeated(name: str, value: Any) -> Any:
-            if name not in self.adapter.rows or not isinstance(value, Tensor) or not value.ndim:
+            if name not in run.adapter.blocks.rows or not isinstance(value, Tensor) or not value.ndim:
                 return value
-            return torch.cat([value] * len(sources)) if len(value) * len(sources) == rows else value
+            return torch.cat([value] * len(sources)) if len(value) * len(sources) == len(samples) else value
 
-        return super()._compute(plain, arguments.changed(repeated), sources, plan)
+        return arguments.changed(repeated)
 
-    def _combine(self) -> Any:
-        """What guidance adds to the conditional prediction is added to all of them: the sampler's weights add up to 1,
-        so whatever they are, it comes out once."""
-        (sources,) = self.calls
+    def needed(self, step: CombiningStep) -> frozenset[str]:
+        """All rows that the sampler combines itself, too."""
+        own = () if self.guidance.cfg is not None else step.calls[0]
+        return branches_of({*step.weights, *own})
+
+    def combined(self, step: CombiningStep) -> Any:
+        (sources,) = step.calls
         if self.guidance.cfg is not None or len(sources) == 1:
-            return super()._combine()
-        return self._formed(torch.cat([self._beside(source) for source in sources]))
+            return super().combined(step)
+        return step.formed(torch.cat([self._beside(step, source) for source in sources]))
 
-    def _beside(self, source: str) -> Tensor:
-        weights = {source: 0.0, COND: 0.0} | self.weights
+    def _beside(self, step: CombiningStep, source: str) -> Tensor:
+        weights = {source: 0.0, COND: 0.0} | step.weights
         weights[COND] -= 1.0
         weights[source] += 1.0
         weights = {name: weight for name, weight in weights.items() if weight != 0.0}
-        prediction = self.predictions[source]
-        return combine([self.predictions[name] for name in weights], list(weights.values()), dtype=prediction.dtype)
+        predictions = [step.predictions[name] for name in weights]
+        return combine(predictions, list(weights.values()), dtype=step.predictions[source].dtype)

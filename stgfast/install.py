@@ -8,15 +8,17 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from stgfast.announced import AnnouncedRun
+from stgfast.announced import Answering
 from stgfast.batching.room import Rows
 from stgfast.batching.seam import Call, handling
 from stgfast.call import check, check_call, check_forwards, check_layers, check_max_rows, settings_of, settle
-from stgfast.engine import GuidedRun
+from stgfast.combining import Combining
+from stgfast.engine import Run
 from stgfast.errors import SettingsError, wrong
 from stgfast.guidance import Guidance
 from stgfast.integrations import adapter_for
-from stgfast.integrations.spec import Adapter, CallArguments
+from stgfast.integrations.spec import Adapter, Fitted
+from stgfast.integrations.steps import CallArguments
 
 Pipe = TypeVar("Pipe")
 INSTALLED = "_stgfast"  # the one attribute that an accelerated pipeline has more than others
@@ -68,8 +70,9 @@ def accelerate(
         raise wrong("compile", compile, "True, False, or arguments of torch.compile such as {'dynamic': True}")
     compilation = None if compile is False else {} if compile is True else dict(compile)
     installed = Installed(adapter, guidance, max_rows, compilation, original)
-    check_layers(pipe, adapter, installed.guidance(pipe), default=guidance is None)
-    check_forwards(pipe, adapter)
+    fitted = adapter.on(pipe)
+    check_layers(fitted, installed.guidance(pipe), default=guidance is None)
+    check_forwards(fitted)
     pipe.__dict__[INSTALLED] = installed
     pipe.__class__ = _guided_class(original)
     return pipe
@@ -135,12 +138,13 @@ def _remade(original: Any) -> Any:
     return pipe
 
 
-def settled(pipe: Any, installed: Installed, call: CallArguments, given: Mapping[str, Any]) -> tuple[bool, Guidance]:
-    """Whether the pipeline asks for its weak branches itself, and the guidance of a call, found to be right."""
-    announced = installed.adapter.announces(pipe)
-    guidance = settle(installed.guidance(pipe), None if announced else installed.adapter.own_rescale(call), given)
-    check(pipe, installed.adapter, guidance, call, max_rows=installed.max_rows)
-    return announced, guidance
+def settled(pipe: Any, installed: Installed, call: CallArguments, given: Mapping[str, Any]) -> tuple[Fitted, Guidance]:
+    """The pipeline with its blocks as they are now, and the guidance of a call, found to be right."""
+    adapter = installed.adapter
+    own_rescale = None if adapter.announces(pipe) else adapter.own_rescale(call)
+    fitted, guidance = adapter.on(pipe), settle(installed.guidance(pipe), own_rescale, given)
+    check(fitted, guidance, call, max_rows=installed.max_rows)
+    return fitted, guidance
 
 
 def guided_call(pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
@@ -149,21 +153,16 @@ def guided_call(pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[s
     bound = inspect.signature(original).bind(pipe, *args, **kwargs)
     bound.apply_defaults()
     call = bound.arguments
-    announced, guidance = settled(pipe, installed, call, given)
-    as_it_is = installed.max_rows is None and installed.compilation is None and not announced
+    fitted, guidance = settled(pipe, installed, call, given)
+    announced = installed.adapter.announced if installed.adapter.announces(pipe) else None
+    as_it_is = installed.max_rows is None and installed.compilation is None and announced is None
     if guidance.inert and as_it_is:
         return original(pipe, *args, **kwargs)
     callback = call.get("callback_on_step_end")
     if callable(callback) and not hasattr(callback, "tensor_inputs"):
         call["callback_on_step_end"] = _outside(callback)
-    run = (AnnouncedRun if announced else GuidedRun)(
-        pipe,
-        installed.adapter,
-        guidance,
-        call=call,
-        max_rows=installed.max_rows,
-        compilation=installed.compilation,
-    )
+    strategy = Combining(guidance) if announced is None else Answering(announced, guidance)
+    run = Run(fitted, guidance, call, strategy, max_rows=installed.max_rows, compilation=installed.compilation)
     return run.whole(functools.partial(original, *bound.args, **bound.kwargs))
 
 

@@ -11,11 +11,12 @@ from typing import cast
 
 from torch import Tensor
 
-from stgfast.guidance import COND, GUIDED, UNCOND, Guidance, Scale
+from stgfast.formulas import COND, GUIDED, UNCOND
+from stgfast.guidance import Guidance, Scale
 
 
-class Kept:
-    """The differences that one run keeps."""
+class KeptDifferences:
+    """A memory of how far branches were from their bases."""
 
     def __init__(self, guidance: Guidance):
         every = {UNCOND: guidance.reuse_cfg, **dict.fromkeys(guidance.names, guidance.reuse)}
@@ -24,23 +25,22 @@ class Kept:
         self.base = {UNCOND: COND, **dict(zip(guidance.names, (p.base for p in guidance.perturbations), strict=True))}
         self.model = ""
         self.step: dict[str, int] = {}  # in which a branch was computed last
-        self.far: dict[str, Tensor] = {}
+        self.differences: dict[str, Tensor] = {}
 
-    def old(self, branches: Collection[str], step: int, model: str) -> frozenset[str]:
-        """Those of a step's branches that need not be computed, with a model that is called by this name."""
+    def recalled(self, branches: Collection[str], step: int, model: str) -> frozenset[str]:
         if model != self.model:
-            self.model, self.step, self.far = model, {}, {}
-        old = frozenset(name for name in branches if name in self.step and step - self.step[name] < self.every[name])
-        self.step |= {name: step for name in branches if name in self.every and name not in old}
-        return old
+            self.model, self.step, self.differences = model, {}, {}
+        known = [name for name in branches if name in self.step]
+        recalled = frozenset(name for name in known if step - self.step[name] < self.every[name])
+        self.step |= {name: step for name in branches if name in self.every and name not in recalled}
+        return recalled
 
-    def complete(self, predictions: dict[str, Tensor], old: Collection[str], scale: Scale) -> None:
-        """Put in the old branches, and keep how far the new ones are from their bases."""
+    def complete(self, predictions: dict[str, Tensor], recalled: Collection[str], scale: Scale) -> None:
         for name, base in self.base.items():
-            if name in old:
-                predictions[name] = self._of(base, predictions, scale) - self.far[name]
+            if name in recalled:
+                predictions[name] = self._of(base, predictions, scale) - self.differences[name]
             elif name in self.every and name in predictions:
-                self.far[name] = self._of(base, predictions, scale) - predictions[name]
+                self.differences[name] = self._of(base, predictions, scale) - predictions[name]
 
     def _of(self, base: str, predictions: Mapping[str, Tensor], scale: Scale) -> Tensor:
         if base != GUIDED:

@@ -120,7 +120,7 @@ def plain(schedule: Schedule) -> Any:
     return list(schedule) if isinstance(schedule, tuple) else schedule
 
 
-def said(schedule: Schedule) -> str:
+def in_words(schedule: Schedule) -> str:
     """A schedule in a few words."""
     if isinstance(schedule, BySigma):
         *before, (_, last) = schedule.levels

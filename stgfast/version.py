@@ -1,3 +1,3 @@
-"""The version of the package, in the one place that setup.py and the package both read."""
+"""The version of the package, in the one place that pyproject.toml and the package both read."""
 
 __version__ = "0.1.0"

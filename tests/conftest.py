@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 from hypothesis import HealthCheck, Phase, settings
 
-from tests import precision
+from tests import again, precision
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the models are tiny, and tests run side by side
 # `NO_SHRINK`: that a test fails is enough.
@@ -53,6 +53,10 @@ def _compared(request):
     precision.compared.clear()
     yield
     request.node.user_properties.append(("compared", list(precision.compared)))
+
+
+def pytest_collection_modifyitems(items):
+    again.mark(items)
 
 
 def pytest_addoption(parser):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from stgfast.kernels import blur, combine, masked_attention, reference
+from stgfast.kernels import Projection, blur, combine, masked_attention, reference
 
 WEIGHTS = (5.5, -3.5, -1.0)
 SHAPES = {"few": (1, 16, 3, 16, 16), "many": (1, 16, 9, 32, 32)}
@@ -16,7 +16,9 @@ def close(made, right):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"rescale": 0.7}, {"orthogonal": (1, 2)}], ids=["plain", "rescale", "project"]
+    "settings",
+    [{}, {"rescale": 0.7}, {"project": Projection(2, (1.0, -1.0, 0.0))}],
+    ids=["plain", "rescale", "project"],
 )
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_combine(benchmark, shape, settings):

@@ -164,8 +164,7 @@ ACCELERATE = {
     ),
     "what an adapter takes": (
         lambda: stgfast.accelerate(Unknown()),
-        "or its facts in accelerate(pipe, adapter=stgfast.Adapter(...)): pipeline, protocol, rows, defaults, blocks, "
-        "state, attention at least",
+        "or its facts in accelerate(pipe, adapter=stgfast.Adapter(...)): pipeline, protocol, blocks, defaults at least",
     ),
     "an adapter of another": (
         lambda: stgfast.accelerate(models.pipeline("mochi"), adapter=ADAPTERS["WanPipeline"]),
@@ -208,7 +207,7 @@ CALLS = {
     "a layer out of range": ({"stg_layers": [99]}, "layers, MochiPipeline: got [99], expected numbers from 0 to 5"),
     "empty layers": ({"stg_layers": []}, "layers: got [], expected layer numbers such as [8]"),
     "empty layers at scale 0": ({"stg_layers": [], "stg_scale": 0}, "layers: got []"),
-    "an unknown mode": ({"stg_mode": "STG"}, "kind of perturbation: got 'STG', expected 'residual' (STG-R), 'att"),
+    "an unknown mode": ({"stg_mode": "STG"}, "kind of perturbation: got 'STG', expected 'attention' (STG-A), "),
     "NaN": ({"stg_scale": math.nan}, "scale: got nan, expected a finite number"),
     "infinity": ({"stg_scale": math.inf}, "scale: got inf, expected a finite number"),
     "a short schedule": (

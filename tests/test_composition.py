@@ -31,7 +31,7 @@ def families(*names):
 
 def on(family, pipe):
     """The same calls of a pipeline that there is already."""
-    return replace(family, build=lambda other=False: pipe)
+    return replace(family, build=lambda other=False: pipe, shared=False)
 
 
 def calling(family, steps=3, **more):

@@ -1,6 +1,5 @@
 """The engine against the plain method: the same clip, and no block-row more than there are histories."""
 
-import dataclasses
 from contextlib import contextmanager
 from dataclasses import dataclass
 from unittest import mock
@@ -15,6 +14,7 @@ import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.integrations import ADAPTERS
 from tests import models
+from tests.integrations.family import with_blocks
 from tests.oracle import Facts, Plainly, Weak, blocks_of, first, first_two, plain_method
 from tests.precision import same
 
@@ -235,7 +235,7 @@ def test_other_schedulers(family, scheduler):
 @pytest.mark.parametrize("max_rows", [None, 2])
 def test_attention_of_all_rows_at_once(monkeypatch, max_rows):
     """Mochi's attention is replaced on a GPU alone; here it is on a CPU too."""
-    adapter = dataclasses.replace(ADAPTERS["MochiPipeline"], attend_on=("cpu", "cuda"))
+    adapter = with_blocks(ADAPTERS["MochiPipeline"], attend_on=("cpu", "cuda"))
     monkeypatch.setitem(ADAPTERS, "MochiPipeline", adapter)
     guidance = Guidance([Perturbation([1, 3], kind="attention"), Perturbation([2])], rescale=0.5)
     case = Case("mochi", guidance, prompts=2, videos=2, max_rows=max_rows)

@@ -12,11 +12,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stgfast import Guidance, Perturbation
-from stgfast.announced import AnnouncedRun
 from stgfast.bench.models import MODELS
 from stgfast.bench.steps import measured
 from stgfast.bench.variants import Bench
-from stgfast.engine import GuidedRun
+from stgfast.engine import Run
 from stgfast.integrations import ADAPTERS
 from stgfast.kernels import backends
 from tests.bench.test_steps import shallow
@@ -32,10 +31,10 @@ def test_no_host_sync_in_a_step(name, device, monkeypatch):
     """From the second step on, denoiser and combination ask the device for nothing. On a CPU: that it is looked at."""
     modes = []
     set_mode = torch.cuda.set_sync_debug_mode if device == "cuda" else modes.append
-    denoise = GuidedRun._denoise
+    denoise = Run._denoise
 
     def watched(self, *given):
-        if self.step == 0:
+        if self.steps_done == 0:
             return denoise(self, *given)
         set_mode("error")
         try:
@@ -45,7 +44,7 @@ def test_no_host_sync_in_a_step(name, device, monkeypatch):
 
     bench = Bench(shallow(name), "tiny", device, STEPS)
     bench.stgfast()  # kernels are compiled, and chosen
-    monkeypatch.setattr(GuidedRun, "_denoise", watched)
+    monkeypatch.setattr(Run, "_denoise", watched)
     bench.stgfast()
     calls = 2 if name == "wan-14b" else 1
     assert device == "cuda" or modes == ["error", "default"] * calls * (STEPS - 1)
@@ -83,18 +82,18 @@ def test_steps_of_the_released_sizes_stay_on_the_device(name, monkeypatch):
             scales.append(moved("meta", adapter.live(self.pipe, self.call, part)))
             with OneDevice():
                 output = denoise(self, part, plain, arguments)
-            steps.append(self.step)
+            steps.append(self.steps_done)
             return pytree.tree_map(lambda part: torch.zeros_like(part, device="cpu"), output)
 
         return elsewhere
 
     steps, scales, autocast, adapter = [], [], torch.autocast, ADAPTERS[MODELS[name].pipeline]
     bench = Bench(few_blocks(MODELS[name]), "full", "meta", 2)
-    for run in (GuidedRun, AnnouncedRun):
-        monkeypatch.setattr(run, "_denoise", apart(run._denoise))
+    monkeypatch.setattr(Run, "_denoise", apart(Run._denoise))
     for owner, prop in ((bench.denoiser, "device"), (bench.pipe, "_execution_device")):
         monkeypatch.setattr(type(owner), prop, torch.device("cpu"))
-    changed = {"attend_on": ("meta",), "live": lambda *_: scales[-1]}
+    blocks = dataclasses.replace(adapter.blocks, attend_on=("meta",))
+    changed = {"blocks": blocks, "live": lambda *_: scales[-1]}
     monkeypatch.setitem(ADAPTERS, adapter.pipeline, dataclasses.replace(adapter, **changed))
     monkeypatch.setattr(backends, "choose", lambda call: "triton")
     monkeypatch.setattr(backends, "triton_runs", lambda device: True)

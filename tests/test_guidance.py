@@ -183,7 +183,7 @@ WRONG = {
     "a fraction of a layer": (lambda: Perturbation([1.5]), "layers: got [1.5]"),
     "an unknown kind": (
         lambda: Perturbation([1], kind="STG-X"),
-        "got 'STG-X', expected 'residual' (STG-R), 'attention'",
+        "got 'STG-X', expected 'attention' (STG-A), 'blur' (SEG), 'isolate' or 'residual' (STG-R)",
     ),
     "NaN": (lambda: Perturbation([1], scale=math.nan), "scale: got nan, expected a finite number"),
     "infinity": (lambda: Perturbation([1], scale=-math.inf), "scale: got -inf, expected a finite number"),
@@ -214,7 +214,7 @@ WRONG = {
     "no perturbation": (lambda: Guidance([8]), "perturbations: got [8], expected a Perturbation or a list of them"),
     "an unknown projection": (
         lambda: Guidance(project="cfgzero"),
-        "project: got 'cfgzero', expected 'orthogonal', 'along-",
+        "project: got 'cfgzero', expected 'along-cond', 'along-uncond', 'orthogonal', or ''",
     ),
     "one perturbation orthogonal": (
         lambda: Guidance(Perturbation([1]), project="orthogonal"),

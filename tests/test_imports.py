@@ -9,33 +9,41 @@ import stgfast
 
 ROOT = Path(stgfast.__file__).parent
 # What every part may import of the package, beside itself. Settings and errors are everybody's.
-COMMON = {"errors", "guidance", "schedules"}
+COMMON = {"errors", "formulas", "guidance", "kinds", "perturbation", "schedules"}
 MAY = {
     "errors": set(),
     "version": set(),
     "schedules": {"errors"},
-    "guidance": {"errors", "presets", "schedules"},
+    "perturbation": {"errors", "formulas", "kinds", "schedules"},
+    "guidance": {"errors", "formulas", "kinds", "perturbation", "presets", "schedules"},
     "presets": set(),
     "pages": set(),
+    # What a file of these two is about it has in hand; of kernels, a kind may call one.
+    "kinds": {"errors", "kernels"},
+    "formulas": {"errors"},
     "kernels": set(),
     "batching": COMMON,
     "integrations": COMMON | {"batching", "kernels", "presets"},
+    "memory": COMMON,
     "reuse": COMMON,
-    "engine": COMMON | {"integrations", "batching", "kernels", "reuse"},
-    "announced": COMMON | {"engine", "integrations", "batching"},
+    "engine": COMMON | {"integrations", "batching"},
+    "combining": COMMON | {"batching", "engine", "integrations", "kernels", "memory", "reuse"},
+    "announced": COMMON | {"batching", "engine", "integrations"},
     "call": COMMON | {"batching", "integrations"},
-    "guided": COMMON | {"call", "engine", "integrations", "batching", "kernels"},
-    "install": COMMON | {"announced", "call", "engine", "integrations", "batching"},
-    "explain": COMMON | {"announced", "integrations", "call", "engine", "install", "batching", "reuse"},
-    "toy": {"guidance"},
+    "guided": COMMON | {"batching", "call", "combining", "engine", "integrations", "kernels"},
+    "install": COMMON | {"announced", "batching", "call", "combining", "engine", "integrations"},
+    "explain": COMMON | {"announced", "batching", "call", "combining", "install", "integrations", "reuse"},
+    "toy": {"guidance", "perturbation"},
+    "extras": {"errors"},
     "doctor": {"kernels", "version"},
     "restart": {"errors"},
-    "render": COMMON | {"install", "integrations", "pages", "toy", "version"},
-    "evaluate": COMMON | {"install", "pages", "render", "toy"},
+    "render": COMMON | {"extras", "install", "integrations", "pages", "toy", "version"},
+    "evaluate": COMMON | {"extras", "install", "pages", "render", "toy"},
     "demo": {"explain", "install", "render", "toy"},
     "bench": COMMON | {"batching", "explain", "install", "integrations", "kernels", "pages", "version"},
-    "cli": {"bench", "version", "demo", "doctor", "evaluate", "render", "toy"},
+    "cli": {"extras", "bench", "version", "demo", "doctor", "evaluate", "render", "toy"},
     "": {
+        "batching",
         "errors",
         "evaluate",
         "explain",
@@ -43,6 +51,7 @@ MAY = {
         "guided",
         "install",
         "integrations",
+        "perturbation",
         "render",
         "restart",
         "schedules",
@@ -55,6 +64,7 @@ FOREIGN = {  # third-party packages, and the only parts that may import them
     "ray": {"render"},
     "transformers": {"toy", "render"},
     "torch": {
+        "combining",
         "announced",
         "reuse",
         "kernels",
@@ -73,11 +83,19 @@ FOREIGN = {  # third-party packages, and the only parts that may import them
 }
 
 
+def run(tree):
+    """All that a module's code has, but for what type checkers alone read."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            yield node
+            yield from run(node)
+
+
 def imports():
     for path in sorted(ROOT.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         part = "" if parts == ("__init__",) else parts[0]
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in run(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 yield path, part, [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
@@ -103,22 +121,61 @@ def test_imports_point_one_way():
 
 
 def test_no_adapter_imports_another():
-    families = {path.stem for path in (ROOT / "integrations").glob("*.py")} - {
-        "__init__",
-        "spec",
-        "attention",
-        "guiders",
-        "unet",
-    }
+    families = {path.stem for path in (ROOT / "integrations" / "families").glob("*.py")} - {"__init__"}
     assert len(families) > 10
     for path, _, names in imports():
-        if path.stem in families:
+        if path.parent.name == "families":
             assert not {name.split(".")[-1] for name in names} & families, path
 
 
+CORE = (
+    *("announced", "batching", "call", "combining", "engine", "explain", "formulas", "guidance", "guided", "install"),
+    *("integrations", "kinds", "memory", "perturbation", "reuse", "schedules"),
+)
+
+
+def files(*parts):
+    """The files of these parts."""
+    both = [each for part in parts for each in (ROOT / f"{part}.py", *(ROOT / part).rglob("*.py"))]
+    return [path for path in both if path.exists()]
+
+
+def test_kinds_and_formulas_are_known_by_what_they_say_of_themselves():
+    """The core imports none of them by name, so that another file is all that another one takes."""
+    may = {
+        "stgfast.kinds": {"KINDS", "AXES", "Kind", "Mark", "kind_of"},
+        "stgfast.formulas": {"FORMULAS", "COND", "UNCOND", "GUIDED", "Formula"},
+    }
+    apart = files("kinds", "formulas", "integrations")  # adapters say what their own model can do
+    for path in set(files(*CORE)) - set(apart):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith(("stgfast.kinds", "stgfast.formulas")):
+                assert {alias.name for alias in node.names} <= may[node.module], path
+
+
+def test_no_file_of_the_core_is_long():
+    lengths = {path: len(path.read_text().splitlines()) for path in files(*CORE)}
+    assert len(lengths) > 40
+    assert not {path: length for path, length in lengths.items() if length > 300}
+
+
 def test_import_is_cold():
-    code = (
-        "import sys, stgfast, stgfast.cli; "
-        "print([name for name in ('triton', 'diffusers', 'transformers', 'ray') if name in sys.modules])"
-    )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    """Settings are read without torch, and the command line without the libraries that take seconds."""
+    code = """
+import sys, stgfast
+assert stgfast.Guidance(stgfast.Perturbation([2])).to_json() and set(stgfast.__all__) <= set(dir(stgfast))
+print([name for name in ("torch", "numpy", "sqlite3", "PIL", "diffusers") if name in sys.modules])
+import stgfast.cli
+print([name for name in ("triton", "diffusers", "transformers", "ray", "av") if name in sys.modules])
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out == "[]\n[]\n"
+
+
+def test_a_function_of_the_package_is_not_taken_for_the_module_that_it_is_in():
+    code = """
+import stgfast.explain, stgfast.render.command, stgfast.evaluate, stgfast.guided, stgfast.restart, stgfast
+print([getattr(stgfast, name).__qualname__ for name in ("explain", "render", "evaluate", "guided", "restart")])
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out == "['explain', 'render', 'evaluate', 'guided', 'restart']\n"

@@ -14,6 +14,7 @@ from stgfast import Guidance, Perturbation, cli
 from stgfast.batching.plan import branches_for, make_plan
 from stgfast.call import SETTINGS
 from stgfast.integrations import ADAPTERS
+from stgfast.kinds import Mark
 from stgfast.render.jobs import checked
 from tests import models
 from tests.integrations.family import Family
@@ -96,7 +97,14 @@ def test_the_options_that_are_named(page, commands, capsys):
 
 def test_wan_at_a_late_layer():
     late = Guidance(Perturbation([30], of="uncond", base="guided"))
-    plans = [make_plan(branches_for(late, (source,), {"uncond", "perturbed0"}), 40) for source in ("cond", "uncond")]
+
+    def every_block(part):
+        return {layer: Mark(part.kind) for layer in part.layers}
+
+    plans = [
+        make_plan(branches_for(late, (source,), {"uncond", "perturbed0"}, every_block), 40)
+        for source in ("cond", "uncond")
+    ]
     assert sum(sum(plan.computed) for plan in plans) == 89
     assert "Wan 14B at layer 30\ntakes 89 block-rows in place of 120" in pipelines.PAGE.read_text()
     assert f"Wan 14B at layer 30 costs {89 / 80 - 1:.0%} more than CFG alone" in README

@@ -27,6 +27,7 @@ from stgfast import BySigma, EngineError, Guidance, Perturbation, SettingsError,
 from stgfast.integrations import ADAPTERS
 from tests import models
 from tests.integrations.families import cogvideox, images, ltx, mochi, wan
+from tests.integrations.family import with_blocks
 from tests.precision import distance, same
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -167,7 +168,9 @@ def test_wrong_facts_of_an_adapter():
         two.run(stgfast.accelerate(two.build(), RESIDUAL, adapter=one))
     with pytest.raises(SettingsError, match="protocol of an adapter: got 'stackd', expected one of stacked"):
         replace(adapter, protocol="stackd")
-    with pytest.raises(SettingsError, match="blocks of an adapter: got 'transformer_blocks', expected a tuple"):
+    with pytest.raises(SettingsError, match="lists of a model's blocks: got 'transformer_blocks', expected a tuple"):
+        with_blocks(adapter, lists="transformer_blocks")
+    with pytest.raises(SettingsError, match="blocks of an adapter: got 'transformer_blocks', expected a Blocks"):
         replace(adapter, blocks="transformer_blocks")
     with pytest.raises(SettingsError, match=r"sample of an adapter: got 'sample', expected an argument of LTX"):
         stgfast.accelerate(LTX.build(), RESIDUAL, adapter=replace(adapter, sample="sample"))

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from stgfast.batching.arguments import Arguments, unwrapped
+from stgfast.batching.rows import take, take_packed
 from stgfast.batching.seam import compiled
-from stgfast.errors import SettingsError, wrong
-from stgfast.guidance import ATTENTION, BLUR, RESIDUAL, TEMPORAL, Perturbation
-
-NO_CHANGES: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+from stgfast.batching.values import identity_attention
+from stgfast.errors import wrong
+from stgfast.kinds import KINDS, Mark, kind_of
+from stgfast.perturbation import Perturbation
 
 
 class Unit(NamedTuple):
@@ -35,6 +35,11 @@ class Unit(NamedTuple):
     @property
     def axes(self) -> set[str]:
         return {axis for axis, _ in self.attentions}
+
+    @property
+    def processors(self) -> set[str]:
+        """The classes of its attentions' processors, by name."""
+        return {processor_of(attention) for _, attention in self.attentions}
 
     @property
     def compiled_around(self) -> list[nn.Module]:
@@ -58,37 +63,75 @@ class Grid(NamedTuple):
     query: str = "to_q"
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What a denoiser's stack of blocks is made of.
+@dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """The facts of a model's blocks.
 
-    units     in the order in which the model runs them
-    state     the arguments that a unit passes on, in the order in which it returns them
-    rows      the arguments, of units and of their attention, that have a row for every sample
-    packed    those that have the tokens of all samples one after another along dimension 1, each with the argument
-              that says how many tokens a sample has
-    full      the model itself handles rows between its units
-    identity  `identity(attention module, *args, **kwargs)`: the module's call with output = V
-    attend    `attend(attention module, masked, source, *args, **kwargs)`: the module's call for rows of which some are
-              the identity and some have the same input; None where the module's own is made, as it is on a device
-              that is none of `attend_on`
-    changes   for a kind of perturbation, the arguments with which a unit is called for it
-    grid      where tokens lie; None where that is not known, and queries cannot be blurred
-    blur      `blur(queries, (frames, height, width), sigma, first=...)`: with tokens from `first` on blurred in space
+    rows       the arguments, of denoiser, block or attention, that have a row for every sample
+    lists      where the blocks are, in the order in which they run
+    attention  the self-attention of a block
+    units      in place of `lists` and `attention`, where blocks are not alike: what runs, in order, of a denoiser
+    state      the arguments that a block passes on, in the order in which it returns them
+    packed     those of a block that have the tokens of all samples one after another along dimension 1, each with the
+               argument that says how many tokens a sample has
+    full       the model handles rows between its blocks: it adds to them, reshapes them or keeps them for later
+    identity   `identity(attention module, *args, **kwargs)`: the module's call with output = V
+    attend     `attend(attention module, masked, source, *args, **kwargs)`: the whole call of an attention module, where
+               the model's own is slow; output row b is of input row `source[b]`, and the identity where `masked[b]`
+    attend_on  the kinds of device where it is faster
+    processor  the class of attention processor that it does the work of; with another one it is not used
+    changes    for a kind of perturbation that the model itself knows, the arguments that ask a block for it
+    grid       where the tokens of a self-attention lie, for queries to be blurred; None where that is not known
+    """
+
+    rows: frozenset[str]
+    lists: tuple[str, ...] = ()
+    attention: str = "attn1"
+    units: Callable[[nn.Module], Sequence[Unit]] | None = None
+    state: tuple[str, ...] = ("hidden_states",)
+    packed: Mapping[str, str] = field(default_factory=dict)
+    full: bool = False
+    identity: Callable[..., Any] = identity_attention
+    attend: Callable[..., Any] | None = None
+    attend_on: tuple[str, ...] = ("cuda",)
+    processor: str = ""
+    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    grid: Grid | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("lists", "state", "attend_on"):
+            if isinstance(getattr(self, name), str) or not isinstance(getattr(self, name), Sequence):
+                raise wrong(f"{name} of a model's blocks", getattr(self, name), "a tuple of names")
+        for name in ("rows", "packed"):
+            if isinstance(getattr(self, name), str):
+                raise wrong(f"{name} of a model's blocks", getattr(self, name), "names, and not one")
+        if not self.lists and self.units is None:
+            raise wrong("lists of a model's blocks", self.lists, "the name of at least one, or units")
+
+    def of(self, denoiser: nn.Module) -> Layout:
+        """The blocks of one model; AttributeError where it does not have them."""
+        units = self._listed(denoiser) if self.units is None else self.units(denoiser)
+        attentions = [module for unit in units for _, module in unit.attentions]
+        stock = all(processor_of(module) == self.processor for module in attentions)
+        attend = self.attend if stock and not any(compiled(unit.module) for unit in units) else None
+        return Layout(denoiser, tuple(units), self, attend)
+
+    def _listed(self, denoiser: nn.Module) -> list[Unit]:
+        blocks = [block for path in self.lists for block in denoiser.get_submodule(path).children()]
+        return [Unit(block, i, (("", block.get_submodule(self.attention)),)) for i, block in enumerate(blocks)]
+
+
+class Layout(NamedTuple):
+    """The blocks of one denoiser.
+
+    units   in the order in which the model runs them
+    attend  that of `blocks`, where it can stand in for the attentions of this model
     """
 
     denoiser: nn.Module
-    units: Sequence[Unit]
-    state: tuple[str, ...]
-    rows: frozenset[str]
-    identity: Callable[..., Any]
-    full: bool = False
+    units: tuple[Unit, ...]
+    blocks: Blocks
     attend: Callable[..., Any] | None = None
-    attend_on: tuple[str, ...] = ()
-    changes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: NO_CHANGES)
-    packed: Mapping[str, str] = field(default_factory=dict)
-    grid: Grid | None = None
-    blur: Callable[..., Tensor] | None = None
 
     @property
     def depth(self) -> int:
@@ -103,44 +146,34 @@ class Layout:
     def axes(self) -> set[str]:
         return {axis for unit in self.units for axis in unit.axes} - {""}
 
-    def marks(self, part: Perturbation) -> dict[int, str]:
+    def marks(self, part: Perturbation) -> dict[int, Mark]:
         """What a perturbation does, by the number of the unit."""
         if part.axis and part.axis not in self.axes:
             raise wrong("axis of a perturbation", part.axis, f"{_either(self.axes)} for this model")
-        kinds = {RESIDUAL, ATTENTION, *self.changes, *([] if self.grid is None else [BLUR])}
-        if part.kind not in kinds:
-            raise wrong("kind of perturbation", part.kind, f"{_either(kinds)} for this model")
-        marks: dict[int, str] = {}
+        if not part.how.suits(self):
+            suiting = {name for name, kind in KINDS.items() if kind.suits(self)}
+            raise wrong("kind of perturbation", part.kind, f"{_either(suiting)} for this model")
+        marks = {}
         for number, unit in enumerate(self.units):
-            if unit.layer not in part.layers or (part.axis and part.axis not in unit.axes):
-                continue
-            if part.kind == ATTENTION and not unit.attentions and ATTENTION not in self.changes:
-                raise wrong(f"kind of perturbation at layer {unit.layer}", part.kind, f"{RESIDUAL!r} for this model")
-            adapters = [module for _, module in unit.attentions if "IPAdapter" in processor_of(module)]
-            if part.kind == ATTENTION and adapters:
-                raise wrong(
-                    f"kind of perturbation at layer {unit.layer}, whose attention has an IP-Adapter",
-                    part.kind,
-                    f"{RESIDUAL!r}, or a layer without",
-                )
-            if part.kind == BLUR:
-                marks |= self._blurred(number, unit, part)
-                continue
-            whole = not part.axis or unit.axes == {part.axis}
-            if not whole and part.kind == RESIDUAL:
-                raise wrong("residual perturbation along an axis", part.axis, "none: this model's blocks have all axes")
-            marks[number] = part.kind if whole else f"{part.kind} {part.axis}"
+            if unit.layer in part.layers and (not part.axis or part.axis in unit.axes):
+                mark = part.how.mark(part, unit, self)
+                if mark is not None:
+                    marks[number] = mark
         return marks
 
-    def _blurred(self, number: int, unit: Unit, part: Perturbation) -> dict[int, str]:
-        """What a blur does to a unit: nothing where all attention is along time."""
-        attentions = [attention for axis, attention in unit.attentions if axis != TEMPORAL]
-        if any(getattr(attention, "fused_projections", False) for attention in attentions):
-            raise SettingsError(
-                f"blur of the queries at layer {unit.layer}: got fused projections, expected one of the queries alone; "
-                f"call unfuse_qkv_projections()"
-            )
-        return {number: f"{BLUR} {part.sigma}"} if attentions else {}
+    def inside(self, mark: Mark | None) -> bool:
+        """Whether a mark changes the attention inside of a block, and does not ask the block itself to."""
+        return mark is not None and kind_of(mark).inside and not kind_of(mark).changes(self)
+
+    def some(self, arguments: Arguments, where: list[slice], rows: int) -> Arguments:
+        """Some of the rows of a call, of a unit or of its attention, that has `rows` rows."""
+        return arguments.changed(lambda name, value: self.taken(arguments, name, value, where, rows))
+
+    def taken(self, arguments: Arguments, name: str, value: Any, where: list[slice], rows: int) -> Any:
+        """Some of the rows of one argument."""
+        if name in self.blocks.packed:
+            return take_packed(value, arguments[self.blocks.packed[name]], where, rows, name)
+        return take(value, where, rows, name) if name in self.blocks.rows else value
 
 
 def processor_of(attention: nn.Module) -> str:

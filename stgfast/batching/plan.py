@@ -18,7 +18,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from stgfast.guidance import COND, RESIDUAL, Guidance, Perturbation
+from stgfast.formulas import COND
+from stgfast.guidance import Guidance
+from stgfast.kinds import Mark, kind_of
+from stgfast.perturbation import Perturbation
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Branch:
 
     name: str
     source: str
-    marks: Mapping[int, str] = field(default_factory=dict)
+    marks: Mapping[int, Mark] = field(default_factory=dict)
 
 
 class Step(NamedTuple):
@@ -35,7 +38,7 @@ class Step(NamedTuple):
 
     before: int  # groups in the stack
     run: tuple[int, ...]
-    marks: tuple[str, ...]  # for every group in `run`: "" plain, or what is perturbed inside the block, and how
+    marks: tuple[Mark | None, ...]  # for every group in `run`: none, or what is done to it inside the block
     keep: tuple[int, ...]
     order: tuple[int, ...]
     rows_of: tuple[int, ...]  # for every group in `run`: the branch whose per-row arguments it takes
@@ -65,14 +68,14 @@ def make_plan(branches: Sequence[Branch], depth: int, *, full: bool = False) -> 
     before = len(branches)
     steps = []
     for layer in range(depth):
-        run: list[tuple[int, str, list[int]]] = []
+        run: list[tuple[int, Mark | None, list[int]]] = []
         keep: list[tuple[int, list[int]]] = []
         for place, members in zip(places, groups, strict=True):
-            by_mark: dict[str, list[int]] = {}
+            by_mark: dict[Mark | None, list[int]] = {}
             for number in members:
-                by_mark.setdefault(branches[number].marks.get(layer, ""), []).append(number)
+                by_mark.setdefault(branches[number].marks.get(layer), []).append(number)
             for mark, same in by_mark.items():
-                if mark == RESIDUAL:
+                if mark is not None and kind_of(mark).passes:
                     keep.append((place, same))
                 else:
                     run.append((place, mark, same))
@@ -97,16 +100,11 @@ def make_plan(branches: Sequence[Branch], depth: int, *, full: bool = False) -> 
     return Plan(tuple(branches), tuple(steps))
 
 
-def marks_by_layer(part: Perturbation) -> Mapping[int, str]:
-    """What a perturbation does, where every block is a layer."""
-    return dict.fromkeys(part.layers, part.kind)
-
-
 def branches_for(
     guidance: Guidance,
     sources: Sequence[str],
     weighed: Collection[str],
-    marks: Callable[[Perturbation], Mapping[int, str]] = marks_by_layer,
+    marks: Callable[[Perturbation], Mapping[int, Mark]],
 ) -> tuple[Branch, ...]:
     """The branches that a call of the denoiser computes, given the rows it was called on, the branches that have a
     weight in this step, and what a perturbation does to which blocks.

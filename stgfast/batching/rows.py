@@ -73,6 +73,15 @@ def join(pieces: Sequence[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
 
 
+def as_tuple(output: Any) -> tuple[Any, ...]:
+    return output if isinstance(output, tuple) else (output,)
+
+
+def as_given(outputs: Sequence[Any], *, wrapped: bool = False) -> Any:
+    """Outputs in the form in which modules return them: one alone, several as a tuple."""
+    return tuple(outputs) if wrapped or len(outputs) > 1 else outputs[0]
+
+
 def chunks(rows: int, limit: int | None) -> list[slice]:
     """`rows` rows in as few, as even chunks of at most `limit` as there can be."""
     count = 1 if limit is None else -(-rows // limit)

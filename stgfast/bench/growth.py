@@ -16,7 +16,8 @@ from stgfast.bench.models import DTYPES, MODELS
 from stgfast.bench.steps import ALLOWED
 from stgfast.bench.variants import Bench
 from stgfast.errors import wrong
-from stgfast.guidance import Guidance, Perturbation
+from stgfast.guidance import Guidance
+from stgfast.perturbation import Perturbation
 
 TIMES = (1, 2, 3, 4, 6, 8)  # as many tokens, and as many prompts
 BRANCHES = (1, 2, 3, 4, 5)

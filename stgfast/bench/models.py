@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stgfast.guidance import Guidance, Perturbation
+from stgfast.guidance import Guidance
+from stgfast.perturbation import Perturbation
 
 TINY, SMALL, FULL, LARGEST = SIZES = ("tiny", "small", "full", "largest")
 DTYPES = {TINY: torch.float32, SMALL: torch.float32, FULL: torch.bfloat16, LARGEST: torch.bfloat16}

@@ -63,7 +63,7 @@ def _nothing_in_blocks(bench: Bench) -> Iterator[None]:
 
 
 def _handing_on(bench: Bench, unit: Unit) -> Callable[..., Any]:
-    signature, state = inspect.signature(unit.module.forward), unit.state or bench.layout.state
+    signature, state = inspect.signature(unit.module.forward), unit.state or bench.layout.blocks.state
 
     def hand_on(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments

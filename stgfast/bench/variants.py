@@ -38,9 +38,11 @@ from stgfast.bench.measure import Arithmetic, Stopwatch, arithmetic, by_module, 
 from stgfast.bench.models import Clip, Model
 from stgfast.errors import wrong
 from stgfast.explain import Explanation, explain
-from stgfast.guidance import RESIDUAL, Guidance, Perturbation
+from stgfast.guidance import Guidance
 from stgfast.install import accelerate, restore
 from stgfast.integrations import ADAPTERS
+from stgfast.kinds import RESIDUAL
+from stgfast.perturbation import Perturbation
 
 VARIANTS = (
     *("stock", "paper", "passes", "guiders", "reference"),
@@ -90,7 +92,7 @@ class Bench:
         self.pipe = model.build(size, device)
         self.denoiser: Any = getattr(self.pipe, model.part)
         self.adapter = ADAPTERS[model.pipeline]
-        self.layout = self.adapter.layout(model.part, self.denoiser)
+        self.layout = self.adapter.layouts(self.pipe)[model.part]
         self.guidance = guidance or model.guidance(model.layer(size))
         self.drawn: dict[Any, dict[str, Any]] = {}  # what is given to the pipeline, by the point that is measured
 
@@ -163,7 +165,7 @@ class Bench:
         return self._accelerated(self.guidance, max_rows=2 if self.adapter.protocol in STACKED else 1)
 
     def reference(self) -> Tensor:
-        (part,), (path,) = self._guidance.perturbations, self.adapter.blocks
+        (part,), (path,) = self._guidance.perturbations, self.adapter.blocks.lists
         blocks = [self.denoiser.get_submodule(f"{path}.{layer}") for layer in part.layers]
         settings = {"stg_applied_layers_idx": list(part.layers), "stg_scale": part.scale, "do_rescaling": False}
         with ExitStack() as stack:
@@ -239,7 +241,7 @@ class Bench:
             blocks.sub_blocks.pop(each)
         _without_progress(blocks)
         pipe = blocks.init_pipeline()
-        (path,), (part,) = self.adapter.blocks, self._guidance.perturbations
+        (path,), (part,) = self.adapter.blocks.lists, self._guidance.perturbations
         guider = diffusers.SkipLayerGuidance(
             guidance_scale=self.model.cfg,
             skip_layer_guidance_scale=part.scale,
@@ -296,7 +298,7 @@ class Bench:
         names = {module: name for name, module in self.denoiser.named_modules()}
         with self._first_block() as given:
             counts = by_module(self.at(steps=FEWEST).stock)
-        state = given[0].arguments[self.layout.state[0]]
+        state = given[0].arguments[self.layout.blocks.state[0]]
         # Channels are dimension 1 of images, and the last one of tokens.
         channels = state.shape[1] if state.ndim == 4 else state.shape[-1]
         rows = self.prompts * (2 if self.adapter.protocol in STACKED else 1)
@@ -435,7 +437,12 @@ class Bench:
         rows = 2 * self.prompts
 
         def chosen(name: str, value: Any) -> Any:
-            if name not in self.adapter.rows or not isinstance(value, Tensor) or not value.ndim or len(value) != rows:
+            if (
+                name not in self.adapter.blocks.rows
+                or not isinstance(value, Tensor)
+                or not value.ndim
+                or len(value) != rows
+            ):
                 return value
             parts = value.chunk(2)
             return torch.cat([parts[branch] for branch in branches])
@@ -460,13 +467,13 @@ class Bench:
 
             def passed(*args: Any, **kwargs: Any) -> Any:
                 given = signature.bind(*args, **kwargs).arguments
-                return tuple(given[name] for name in unit.state or self.layout.state)
+                return tuple(given[name] for name in unit.state or self.layout.blocks.state)
 
             yield unit.module, passed
         else:
             for axis, attention in unit.attentions:
                 if part.axis in ("", axis):
-                    yield attention, functools.partial(self.layout.identity, attention)
+                    yield attention, functools.partial(self.layout.blocks.identity, attention)
 
 
 def _plans(explained: Explanation) -> list[tuple[Plan, ...]]:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from stgfast.errors import wrong
 from stgfast.evaluate.measures import PLAIN, Measure, Measured
 from stgfast.evaluate.statistics import Array, Chosen, Cloud, Estimate, diversity, estimated, mean
+from stgfast.extras import require
 from stgfast.guidance import Guidance
 from stgfast.pages import halves, safe
 from stgfast.render.files import Frames, read_frames
@@ -106,6 +107,7 @@ def evaluate(
     measure  what is measured of a clip; left out: what the model comes with, or what can be said of any clip
     told     hears how many clips were measured
     """
+    require("render")
     done, left_out = clips_of(Path(out))
     measure = measure or measure_for({row.model for row in done})
     return Evaluation(summed_up(measured(Path(out), done, measure, told), measure.real), left_out)

@@ -25,8 +25,10 @@ from stgfast.evaluate.command import add_outputs, write_outputs
 from stgfast.evaluate.judged import measure
 from stgfast.evaluate.measures import Measure
 from stgfast.evaluate.run import Clip, Evaluation, Setting, clips_of, measured, summed_up
-from stgfast.guidance import ATTENTION, RESIDUAL, Guidance, Perturbation
+from stgfast.guidance import Guidance
 from stgfast.install import accelerate
+from stgfast.kinds import ATTENTION, RESIDUAL
+from stgfast.perturbation import Perturbation
 from stgfast.render.files import pixels
 from stgfast.render.jobs import Job
 from stgfast.render.run import render

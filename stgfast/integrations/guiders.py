@@ -18,8 +18,12 @@ from typing import Any
 from torch import nn
 
 from stgfast.errors import SettingsError
-from stgfast.guidance import ATTENTION, BLUR, COND, RESIDUAL, UNCOND, Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments, Passes, nothing_missing
+from stgfast.formulas import COND, UNCOND
+from stgfast.guidance import Guidance
+from stgfast.integrations.spec import Adapter, Announced, Passes, nothing_missing
+from stgfast.integrations.steps import CallArguments
+from stgfast.kinds import ATTENTION, BLUR, RESIDUAL
+from stgfast.perturbation import Perturbation
 from stgfast.schedules import Moment
 
 CFG = "ClassifierFreeGuidance"
@@ -41,11 +45,11 @@ def guided_by(adapter: Adapter, pipeline: str, **changes: Any) -> Adapter:
         live=live,
         steps=steps,
         own_rescale=own_rescale,
-        announces=announces,
-        passes=functools.partial(passes, blocks=adapter.blocks),
-        preview=preview,
+        announced=Announced(
+            when=announces, passes=functools.partial(passes, lists=adapter.blocks.lists), preview=preview
+        ),
         within=quiet,
-        unfit=functools.partial(unfit, blocks=adapter.blocks),
+        unfit=functools.partial(unfit, lists=adapter.blocks.lists),
         **changes,
     )
 
@@ -102,7 +106,7 @@ def steps(pipe: Any) -> int:
 
 
 def passes(
-    pipe: Any, call: CallArguments, guidance: Guidance, moment: Moment, denoiser: str, blocks: Sequence[str]
+    pipe: Any, call: CallArguments, guidance: Guidance, moment: Moment, denoiser: str, lists: Sequence[str]
 ) -> Passes:
     """What the guider is going to ask for in this step, in its order."""
     guider = guider_of(pipe, denoiser)
@@ -112,7 +116,7 @@ def passes(
     weak: dict[str, Perturbation | None] = {}
     if name_of(guider) in WITH_WEAK_PASSES and _has_weak_pass(guider):
         turns.append((WEAK,))
-        weak[WEAK] = perturbation_of(guider, getattr(pipe, denoiser), blocks)
+        weak[WEAK] = perturbation_of(guider, getattr(pipe, denoiser), lists)
     return Passes(tuple(turns), weak)
 
 
@@ -121,15 +125,15 @@ def _has_weak_pass(guider: Any) -> bool:
     return bool(guider._is_seg_enabled() if name_of(guider) == SEG else guider._is_slg_enabled())
 
 
-def perturbation_of(guider: Any, denoiser: nn.Module, blocks: Sequence[str]) -> Perturbation:
+def perturbation_of(guider: Any, denoiser: nn.Module, lists: Sequence[str]) -> Perturbation:
     """What a guider's configuration means."""
     if name_of(guider) == SEG:
-        return _blur_of(guider, denoiser, blocks)
+        return _blur_of(guider, denoiser, lists)
     kinds = set()
     for config in guider.skip_layer_config:
         skipped = (config.skip_attention, config.skip_attention_scores, config.skip_ff, config.dropout)
         kinds.add({(True, False, True, 1.0): RESIDUAL, (False, True, False, 1.0): ATTENTION}.get(skipped, ""))
-    layers = _layers_of(guider, guider.skip_layer_config, denoiser, blocks)
+    layers = _layers_of(guider, guider.skip_layer_config, denoiser, lists)
     if len(kinds) > 1 or "" in kinds:
         raise SettingsError(
             f"configuration of {name_of(guider)}: expected that all its layers skip the whole block, or all of them "
@@ -138,7 +142,7 @@ def perturbation_of(guider: Any, denoiser: nn.Module, blocks: Sequence[str]) -> 
     return Perturbation(layers, kind=kinds.pop())
 
 
-def _blur_of(guider: Any, denoiser: nn.Module, blocks: Sequence[str]) -> Perturbation:
+def _blur_of(guider: Any, denoiser: nn.Module, lists: Sequence[str]) -> Perturbation:
     """As the paper has it: a Gaussian within every frame, and its mean for sigmas above the threshold.
 
     diffusers 0.42 takes the mean for sigmas below it and the Gaussian above, both over the largest square of tokens
@@ -149,18 +153,18 @@ def _blur_of(guider: Any, denoiser: nn.Module, blocks: Sequence[str]) -> Perturb
             raise SettingsError(f"queries of {SEG}: got {config._query_proj_identifiers}, expected None or ['to_q']")
     sigma = float(guider.seg_blur_sigma)
     sigma = math.inf if sigma > guider.seg_blur_threshold_inf else sigma
-    return Perturbation(_layers_of(guider, guider.seg_guidance_config, denoiser, blocks), kind=BLUR, sigma=sigma)
+    return Perturbation(_layers_of(guider, guider.seg_guidance_config, denoiser, lists), kind=BLUR, sigma=sigma)
 
 
-def _layers_of(guider: Any, configs: Sequence[Any], denoiser: nn.Module, blocks: Sequence[str]) -> list[int]:
+def _layers_of(guider: Any, configs: Sequence[Any], denoiser: nn.Module, lists: Sequence[str]) -> list[int]:
     """Layers counted through all stacks of blocks, as everywhere here."""
     layers: list[int] = []
     for config in configs:
-        path = blocks[0] if config.fqn == "auto" else config.fqn
-        if path not in blocks:
-            raise SettingsError(f"fqn of {name_of(guider)}: got {path!r}, expected one of {', '.join(blocks)}")
-        sizes = [len(list(denoiser.get_submodule(block).children())) for block in blocks]
-        before, size = sum(sizes[: blocks.index(path)]), sizes[blocks.index(path)]
+        path = lists[0] if config.fqn == "auto" else config.fqn
+        if path not in lists:
+            raise SettingsError(f"fqn of {name_of(guider)}: got {path!r}, expected one of {', '.join(lists)}")
+        sizes = [len(list(denoiser.get_submodule(block).children())) for block in lists]
+        before, size = sum(sizes[: lists.index(path)]), sizes[lists.index(path)]
         indices = [config.indices] if isinstance(config.indices, int) else list(config.indices)
         if not indices or not all(0 <= index < size for index in indices):
             raise SettingsError(f"layers of {name_of(guider)}: got {indices}, expected numbers from 0 to {size - 1}")
@@ -175,7 +179,7 @@ def preview(pipe: Any, call: CallArguments, moment: Moment) -> None:
             getattr(pipe, name).set_state(step=moment.step, num_inference_steps=moment.steps, timestep=None)
 
 
-def unfit(pipe: Any, guidance: Guidance, call: CallArguments, blocks: Sequence[str]) -> str | None:
+def unfit(pipe: Any, guidance: Guidance, call: CallArguments, lists: Sequence[str]) -> str | None:
     if "kwargs" in call and hasattr(pipe.scheduler, "restarts"):
         return "a scheduler from stgfast.restart: a modular pipeline's guider does not count repeated steps"
     for guider in guiders(pipe):
@@ -183,7 +187,7 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments, blocks: Sequence[s
         if name in WITH_WEAK_PASSES:
             if not guidance.inert:
                 return f"a Guidance, and a guider of weak passes, {name}: expected one of the two"
-            perturbation_of(guider, pipe.transformer, blocks)
+            perturbation_of(guider, pipe.transformer, lists)
         elif name != CFG:
             return f"guider: got {name}, expected {CFG}, or {' or '.join(WITH_WEAK_PASSES)}"
     return None

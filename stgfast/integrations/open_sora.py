@@ -14,10 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stgfast.batching.layout import Unit
+from stgfast.batching.layout import Blocks, Unit
 from stgfast.errors import UnsupportedPipelineError
-from stgfast.guidance import AXES, COND, GUIDED, UNCOND, Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments
+from stgfast.formulas import COND, GUIDED, UNCOND
+from stgfast.guidance import Guidance
+from stgfast.integrations.spec import Adapter
+from stgfast.integrations.steps import CallArguments
+from stgfast.kinds import AXES
+from stgfast.perturbation import Perturbation
 from stgfast.presets import PRESETS
 
 NOTHING = "uncond without image"  # the third row of a sampler that has a scale for the image too
@@ -82,12 +86,14 @@ STDIT3 = Adapter(
     pipeline="STDiT3",
     protocol="stacked",
     order=(COND, UNCOND),
-    units=stdit3_units,
-    state=("x",),
-    rows=frozenset({"x", "timestep", "y", "mask", "x_mask", "fps", "height", "width", "t", "t0"}),
-    packed={"y": "mask"},
+    blocks=Blocks(
+        units=stdit3_units,
+        state=("x",),
+        rows=frozenset({"x", "timestep", "y", "mask", "x_mask", "fps", "height", "width", "t", "t0"}),
+        packed={"y": "mask"},
+        identity=stdit3_identity,
+    ),
     learned_sigma=True,
-    identity=stdit3_identity,
     requested=requested,
     live=live,
     unsupported=stdit3_unsupported,
@@ -115,8 +121,12 @@ MMDIT = Adapter(
     pipeline="MMDiTModel",
     protocol="stacked",
     order=(COND, UNCOND, NOTHING),
-    units=mmdit_units,
-    rows=frozenset({"img", "img_ids", "txt", "txt_ids", "timesteps", "y_vec", "cond", "guidance", "vec", "pe", "x"}),
+    blocks=Blocks(
+        units=mmdit_units,
+        rows=frozenset(
+            {"img", "img_ids", "txt", "txt_ids", "timesteps", "y_vec", "cond", "guidance", "vec", "pe", "x"}
+        ),
+    ),
     requested=requested,
     live=live,
     unfit=functools.partial(unfit, settable=False),

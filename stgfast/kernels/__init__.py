@@ -10,9 +10,9 @@ from torch import Tensor
 from stgfast.kernels import reference
 from stgfast.kernels.backends import masked_attention, unavailable
 from stgfast.kernels.blur import blur
-from stgfast.kernels.checks import expected
+from stgfast.kernels.checks import Projection, expected
 
-__all__ = ["blur", "combine", "masked_attention"]
+__all__ = ["Projection", "blur", "combine", "masked_attention"]
 
 IMPLS = ("auto", "reference", "triton")
 
@@ -22,10 +22,7 @@ def combine(
     weights: Sequence[float],
     *,
     rescale: float = 0.0,
-    orthogonal: tuple[int, int] | None = None,
-    cfg_zero: int | None = None,
-    apg: tuple[int, float] | None = None,
-    x0: tuple[Tensor, float | Tensor] | None = None,
+    project: Projection | None = None,
     dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -45,6 +42,4 @@ def combine(
         from stgfast.kernels import combination  # imports triton
 
         made = combination.combine
-    return made(
-        branches, weights, rescale=rescale, orthogonal=orthogonal, cfg_zero=cfg_zero, apg=apg, x0=x0, dtype=dtype
-    )
+    return made(branches, weights, rescale=rescale, project=project, dtype=dtype)

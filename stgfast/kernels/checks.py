@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,14 @@ from torch import Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_SIZE = 256  # of a head
 MOST_BRANCHES = 8
+
+
+class Projection(NamedTuple):
+    """Of the difference of branch `of` from branch 0, what lies along a sum of branches is lost, but for a share."""
+
+    of: int
+    along: tuple[float, ...]  # the direction: a number for every branch
+    left: float = 0.0
 
 
 def expected(what: str, got: object, right: str) -> ValueError:
@@ -77,10 +86,7 @@ def check_combine(
     branches: Sequence[Tensor],
     weights: Sequence[float],
     *,
-    orthogonal: tuple[int, int] | None,
-    cfg_zero: int | None,
-    apg: tuple[int, float] | None,
-    x0: tuple[Tensor, float | Tensor] | None,
+    project: Projection | None,
     dtype: torch.dtype | None,
 ) -> None:
     if not 1 <= len(branches) <= MOST_BRANCHES:
@@ -100,42 +106,12 @@ def check_combine(
         raise expected("weights", f"a sum of {sum(weights)}", "1")
     if dtype is not None and not dtype.is_floating_point:
         raise expected("dtype", dtype, "a floating point type")
-    if orthogonal is not None:
-        others = range(1, len(branches))
-        if len(orthogonal) != 2 or len(set(orthogonal)) != 2 or not set(orthogonal) <= set(others):
-            right = (
-                f"two different branches from 1 to {len(others)}" if len(others) > 1 else "None, for so few branches"
-            )
-            raise expected("orthogonal", orthogonal, right)
-    directed = {"orthogonal": orthogonal, "cfg_zero": cfg_zero, "apg": apg}
-    given = [name for name, option in directed.items() if option is not None]
-    if len(given) > 1:
-        raise expected("options", " and ".join(given), "one of them at a time")
-    if cfg_zero is not None and not 1 <= cfg_zero < len(branches):
-        raise expected("cfg_zero", cfg_zero, f"a branch from 1 to {len(branches) - 1}")
-    if apg is not None and (len(apg) != 2 or not 1 <= apg[0] < len(branches) or not math.isfinite(apg[1])):
-        raise expected("apg", apg, f"a branch from 1 to {len(branches) - 1}, and a finite eta")
-    if x0 is not None and given and orthogonal is None:
-        raise expected(given[0], "x0 beside it", "branches that are meant as they are")
-    if x0 is not None:
-        _check_x0(base, x0)
-
-
-def _check_x0(base: Tensor, x0: tuple[Tensor, float | Tensor]) -> None:
-    if len(x0) != 2 or not isinstance(x0[0], Tensor):
-        raise expected("x0", type(x0).__name__, "(sample, sigma)")
-    sample, sigma = x0
-    _check_like(base, "sample", sample)
-    if not sample.is_floating_point():
-        raise expected("dtype of sample", sample.dtype, "a floating point type")
-    if not isinstance(sigma, Tensor):
-        if not sigma:
-            raise expected("sigma", sigma, "not 0")
-        return
-    if sigma.shape not in ((), base.shape[:1]):
-        raise expected("shape of sigma", tuple(sigma.shape), f"() or ({base.shape[0]},), one for every prompt")
-    if sigma.device != base.device:
-        raise expected("device of sigma", sigma.device, f"{base.device}, as branches[0], or a float")
+    if project is not None:
+        if not 1 <= project.of < len(branches):
+            raise expected("of of a projection", project.of, f"a branch from 1 to {len(branches) - 1}")
+        numbers = [*project.along, project.left]
+        if len(project.along) != len(branches) or not all(map(math.isfinite, numbers)):
+            raise expected("projection", tuple(project), "a finite number for every branch, and a finite share")
 
 
 def _check_like(base: Tensor, what: str, tensor: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stgfast.kernels.blur import kernel
-from stgfast.kernels.checks import check_blur, check_combine
+from stgfast.kernels.checks import Projection, check_blur, check_combine
 
 
 def combine(
@@ -18,10 +18,7 @@ def combine(
     weights: Sequence[float],
     *,
     rescale: float = 0.0,
-    orthogonal: tuple[int, int] | None = None,
-    cfg_zero: int | None = None,
-    apg: tuple[int, float] | None = None,
-    x0: tuple[Tensor, float | Tensor] | None = None,
+    project: Projection | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Guidance: `g = sum_b w_b x_b`, then `g *= phi * std(x_0) / std(g) + 1 - phi` with `phi = rescale`.
@@ -31,40 +28,27 @@ def combine(
     are `(prompts, ...)`; standard deviations, unbiased, and inner products are taken per prompt, so a prompt's result
     knows nothing of its neighbours.
 
-    A difference may lose its part along a direction, one at a time:
-    `orthogonal=(i, j)`: `d_j` along `d_i` (STG, arXiv 2411.18664, Eq. 21);
-    `cfg_zero=b`: `d_b` along `x_b`, so that for `x_b` stands its multiple nearest to `x_0` (CFG-Zero*, 2503.18886);
-    `apg=(b, eta)`: `d_b` along `x_0`, of which `eta` times is left (adaptive projected guidance, 2410.02416).
-
-    `x0=(sample, sigma)`: branches are velocities, the formulas are meant for `sample - sigma * x_b`, and the velocity
-    of their result is returned. As weights add up to 1, only the rescale takes notice.
+    With a projection, `d_of` loses what lies along `a = sum_b along_b x_b`, but for a share `left` of that.
 
     Works in float32, or wider if a branch is wider, and returns a new tensor of that dtype, or of `dtype`.
     """
-    check_combine(branches, weights, orthogonal=orthogonal, cfg_zero=cfg_zero, apg=apg, x0=x0, dtype=dtype)
+    check_combine(branches, weights, project=project, dtype=dtype)
     wide = torch.promote_types(branches[0].dtype, torch.float32)
     base, *others = (_elements(branch, wide) for branch in branches)
     distances = [base - other for other in others]
-    if orthogonal is not None:
-        i, j = (b - 1 for b in orthogonal)
-        distances[j] -= _along(distances[j], distances[i])
-    if cfg_zero is not None:
-        distances[cfg_zero - 1] -= _along(distances[cfg_zero - 1], others[cfg_zero - 1])
-    if apg is not None:
-        b, eta = apg
-        distances[b - 1] -= (1.0 - eta) * _along(distances[b - 1], base)
+    if project is not None:
+        # By differences too: a direction may be one.
+        direction = sum(project.along) * base
+        for along, distance in zip(project.along[1:], distances, strict=True):
+            direction = direction - along * distance
+        lost = _along(distances[project.of - 1], direction)
+        distances[project.of - 1] = distances[project.of - 1] - (1.0 - project.left) * lost
     guided = base.clone()
     for weight, distance in zip(weights[1:], distances, strict=True):
         guided -= weight * distance
-    if rescale and x0 is None:
-        guided = _rescaled_by(rescale, base, guided) * guided
-    elif rescale and x0 is not None:
-        sample, sigma = _elements(x0[0], wide), x0[1]
-        if isinstance(sigma, Tensor):
-            sigma = sigma.to(wide).reshape(-1, 1)
-        factor = _rescaled_by(rescale, sample - sigma * base, sample - sigma * guided)
-        # (sample - factor * (sample - sigma * guided)) / sigma
-        guided = factor * guided + (1.0 - factor) / sigma * sample
+    if rescale:
+        deviations = base.std(1, keepdim=True) / guided.std(1, keepdim=True)
+        guided = (rescale * deviations + (1.0 - rescale)) * guided
     return guided.reshape(branches[0].shape).to(dtype or wide)
 
 
@@ -77,10 +61,6 @@ def _along(vector: Tensor, direction: Tensor) -> Tensor:
     """The part along a direction; where that is 0, there is none."""
     square = (direction * direction).sum(1, keepdim=True)
     return (vector * direction).sum(1, keepdim=True) / square.where(square != 0, 1.0) * direction
-
-
-def _rescaled_by(phi: float, base: Tensor, guided: Tensor) -> Tensor:
-    return phi * base.std(1, keepdim=True) / guided.std(1, keepdim=True) + (1.0 - phi)
 
 
 def masked_attention(

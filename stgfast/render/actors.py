@@ -118,10 +118,10 @@ class Actor:
         self.worker.stop()
 
 
-class Hired:
+class RemoteActor:
     """An actor as this process sees it: a seat."""
 
-    def __init__(self, number: int, handle: Any, send: Callable[[Hired, Batch, Sequence[Prompt]], None]):
+    def __init__(self, number: int, handle: Any, send: Callable[[RemoteActor, Batch, Sequence[Prompt]], None]):
         self.number, self.handle, self.send = number, handle, send
         self.hello: Any = None  # awaited: that its process runs, then what it says when it has loaded the model
         self.loading = False
@@ -169,10 +169,10 @@ class Actors:
 
     def __init__(self, setup: Setup, scratch: Path, address: str, count: int | None, tell: Callable[..., None]):
         self.scratch, self.tell = scratch.resolve(), tell
-        self.stopping = self.aborting = self.told = False
+        self.stopping = self.aborting = self.stop_sent = False
         self.found: deque[Outcome] = deque()
         self.batches = 0
-        self.hired: list[Hired] = []
+        self.members: list[RemoteActor] = []
         self.ray, self.own = _connected(address)
         self.looked = self.answered = time.monotonic()
         try:
@@ -192,35 +192,35 @@ class Actors:
             **asks, max_restarts=-1, max_concurrency=IN_HAND + 2, scheduling_strategy="SPREAD"
         )
         arguments = setup, folder, self.scratch, token, __version__
-        self.hired = [Hired(number, kind.remote(*arguments), self._send) for number in range(count)]
-        for actor in self.hired:
+        self.members = [RemoteActor(number, kind.remote(*arguments), self._send) for number in range(count)]
+        for actor in self.members:
             self._greet(actor)
 
     @property
     def alike(self) -> bool:
-        return len({actor.device_name for actor in self.hired}) == 1  # one that is not ready has no name yet
+        return len({actor.device_name for actor in self.members}) == 1  # one that is not ready has no name yet
 
     @property
     def busy(self) -> bool:
-        return bool(self.found) or any(actor.in_hand or actor.kept for actor in self.hired)
+        return bool(self.found) or any(actor.in_hand or actor.kept for actor in self.members)
 
-    def free(self) -> Hired | None:
-        able = [actor for actor in self.hired if actor.has_room]
+    def free(self) -> RemoteActor | None:
+        able = [actor for actor in self.members if actor.has_room]
         return min(able, key=lambda actor: len(actor.in_hand), default=None)
 
     def stop(self) -> None:
-        self.stopping = True  # this may be within a signal: actors are told at the next look
+        self.stopping = True  # this may be within a signal: actors hear of it at the next look
 
     def abort(self) -> None:
         self.stopping = self.aborting = True
 
     def outcome(self, seconds: float) -> Outcome | None:
-        if self.stopping and not self.told:
+        if self.stopping and not self.stop_sent:
             self._tell_to_stop()
         self._look_whether_gone()
-        awaited: dict[Any, tuple[Hired, Hand | None]] = {}
-        awaited |= {actor.hello: (actor, None) for actor in self.hired if actor.hello}
-        awaited |= {stream: (actor, hand) for actor in self.hired for stream, hand in actor.in_hand.items()}
+        awaited: dict[Any, tuple[RemoteActor, Hand | None]] = {}
+        awaited |= {actor.hello: (actor, None) for actor in self.members if actor.hello}
+        awaited |= {stream: (actor, hand) for actor in self.members for stream, hand in actor.in_hand.items()}
         if awaited and not self.found:
             for stream in self.ray.wait(list(awaited), num_returns=1, timeout=seconds)[0]:
                 actor, hand = awaited[stream]
@@ -234,38 +234,38 @@ class Actors:
 
     def close(self, seconds: float) -> None:
         """No actor is left, and this process is no part of the cluster any more, if it was not before."""
-        if self.hired:
-            for actor in self.hired:
+        if self.members:
+            for actor in self.members:
                 self._kill(actor)
-            streams = [stream for actor in self.hired for stream in actor.in_hand]
+            streams = [stream for actor in self.members for stream in actor.in_hand]
             until = time.monotonic() + seconds
             for stream in streams:  # what writes is gone when its stream has ended
                 with contextlib.suppress(self.ray.exceptions.RayError, StopIteration):
                     while time.monotonic() < until and self.ray.wait([stream], timeout=until - time.monotonic())[0]:
                         self.ray.get(next(stream))
-        self.hired = []
+        self.members = []
         self.own.close()
 
     # Batches
 
-    def _send(self, actor: Hired, batch: Batch, ahead: Sequence[Prompt]) -> None:
+    def _send(self, actor: RemoteActor, batch: Batch, ahead: Sequence[Prompt]) -> None:
         self.batches += 1
         aside = self.scratch / f"batch-{self.batches}"
         aside.mkdir()
         stream = actor.handle.render.options(num_returns="streaming").remote(batch, ahead, aside)
         actor.in_hand[stream] = Hand(batch, aside)
 
-    def _send_kept(self, actor: Hired) -> None:
+    def _send_kept(self, actor: RemoteActor) -> None:
         if actor.kept and not actor.in_hand:
             (batch, ahead), actor.kept = actor.kept, None
             self._send(actor, batch, ahead)
 
-    def _put_kept_down(self, actor: Hired) -> None:
+    def _put_kept_down(self, actor: RemoteActor) -> None:
         if actor.kept:
             self.found.append(Stopped(actor.kept[0].tasks))
             actor.kept = None
 
-    def _heard(self, actor: Hired, stream: Any, hand: Hand) -> None:
+    def _heard(self, actor: RemoteActor, stream: Any, hand: Hand) -> None:
         """What an actor says of a batch, or Ray of the actor."""
         try:
             outcome: Outcome = self.ray.get(next(stream))
@@ -292,12 +292,12 @@ class Actors:
         actor.deaths = 0
         self.found.append(outcome)
 
-    def _put_down(self, actor: Hired, stream: Any) -> tuple[Task, ...]:
+    def _put_down(self, actor: RemoteActor, stream: Any) -> tuple[Task, ...]:
         hand = actor.in_hand.pop(stream)
         shutil.rmtree(hand.aside, ignore_errors=True)
         return hand.left()
 
-    def _died(self, actor: Hired, stream: Any, why: str) -> None:
+    def _died(self, actor: RemoteActor, stream: Any, why: str) -> None:
         """Every stream of a dead actor ends so. Ray starts it again, and it loads the model again."""
         left = self._put_down(actor, stream)
         if left:
@@ -307,7 +307,7 @@ class Actors:
         actor.ready = None
         self._again(actor, why)
 
-    def _again(self, actor: Hired, why: str) -> None:
+    def _again(self, actor: RemoteActor, why: str) -> None:
         actor.deaths += 1
         if actor.deaths < LIVES:
             self._greet(actor)
@@ -316,15 +316,15 @@ class Actors:
 
     # Actors
 
-    def _greet(self, actor: Hired) -> None:
+    def _greet(self, actor: RemoteActor) -> None:
         actor.loading = False
         actor.hello = actor.handle.hello.options(max_task_retries=-1).remote()
 
-    def _kill(self, actor: Hired, *, again: bool = False) -> None:
+    def _kill(self, actor: RemoteActor, *, again: bool = False) -> None:
         with contextlib.suppress(self.ray.exceptions.RayError):  # whoever does not hear it is gone
             self.ray.kill(actor.handle, no_restart=not again)
 
-    def _greeted(self, actor: Hired) -> None:
+    def _greeted(self, actor: RemoteActor) -> None:
         hello, actor.hello = actor.hello, None
         try:
             said: Ready | Refused | None = self.ray.get(hello)
@@ -342,18 +342,18 @@ class Actors:
         else:
             self._lost(actor, said.why)
 
-    def _lost(self, actor: Hired, why: str) -> None:
+    def _lost(self, actor: RemoteActor, why: str) -> None:
         """An actor that does not come back."""
         self._kill(actor)
         self.tell("lost", actor=actor.number, why=why)
         actor.hello = actor.ready = None
         self._put_kept_down(actor)
-        if all(other.hello is None and other.ready is None for other in self.hired):
+        if all(other.hello is None and other.ready is None for other in self.members):
             self.found.append(Stopped((), DeviceError(f"no actor is left, the last one because: {why}; {KEPT}")))
 
     def _tell_to_stop(self) -> None:
-        self.told = True
-        for actor in self.hired:
+        self.stop_sent = True
+        for actor in self.members:
             if actor.ready:
                 actor.handle.stop.remote()
             self._put_kept_down(actor)
@@ -361,17 +361,17 @@ class Actors:
     def _look_whether_gone(self) -> None:
         """Ray waits for a cluster to come back, and ends the process when it does not: say why before that."""
         now = time.monotonic()
-        if now - self.looked < ANSWER or not self.hired:
+        if now - self.looked < ANSWER or not self.members:
             return
         address = self.ray.get_runtime_context().gcs_address
         if _answers(address):
             self.answered = time.monotonic()
         elif now - self.answered > GONE:
-            for actor in self.hired:
+            for actor in self.members:
                 for stream in list(actor.in_hand):
                     self.found.append(Stopped(self._put_down(actor, stream)))
                 self._put_kept_down(actor)
-            self.hired = []
+            self.members = []
             why = f"the Ray cluster at {address} does not answer any more; {KEPT}"
             self.found.append(Stopped((), DeviceError(why)))
         self.looked = time.monotonic()

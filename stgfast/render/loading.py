@@ -92,7 +92,7 @@ class Loading:
         """The pipeline, guided, and its VAE as it is asked for."""
         if not hasattr(pipe, INSTALLED) or self.compile:
             accelerate(pipe, given_to(pipe), compile=self.compile)
-        if self.vae_tiling or installed_on(pipe).adapter.tiled:
+        if self.vae_tiling or installed_on(pipe).adapter.clips.tiled:
             vae: Any = getattr(pipe, "vae", None)
             if not hasattr(vae, "use_tiling"):
                 raise wrong("vae_tiling", True, f"False: {type(vae).__name__} decodes a clip as a whole")

@@ -17,7 +17,7 @@ from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
 from stgfast.guidance import Guidance
 from stgfast.install import INSTALLED, accelerate
 from stgfast.integrations import ADAPTERS
-from stgfast.integrations.spec import Adapter, never
+from stgfast.integrations.spec import Adapter
 from stgfast.render.jobs import Job
 from stgfast.render.loading import BY_NAME, USUAL, Loading, check_folder, fingerprint, given_to, read_json
 
@@ -58,7 +58,7 @@ class Model:
         if job.guidance is not None:
             return job
         given = self.given
-        if given is None and self.adapter.announces is never:
+        if given is None and self.adapter.announced is None:
             given = self.adapter.defaults
         return job if given is None else dataclasses.replace(job, guidance=given)
 
@@ -82,7 +82,7 @@ class Model:
     @property
     def images(self) -> str:
         """How its calls take several images."""
-        return self.adapter.images
+        return self.adapter.clips.images
 
     @property
     def needs_image(self) -> bool:
@@ -98,7 +98,7 @@ class Model:
                 raise wrong(name, value[:60] if isinstance(value, str) else value, f"none: {kind} takes none")
         if job.image is None and self.needs_image:
             raise wrong("image", None, f"one: {kind} begins with an image")
-        if job.negative_prompt is None and self.adapter.negative:
+        if job.negative_prompt is None and self.adapter.clips.negative:
             raise wrong("negative_prompt", None, f"one, if an empty one: {kind} fails without")
         for name in job.pipeline:
             if name not in known:
@@ -135,7 +135,7 @@ class Model:
                 given = job.pipeline.get(name, self.parameters[name].default)
                 if isinstance(given, (int, float)) and 0.1 <= given <= 240:
                     return float(given)
-        fps = self.adapter.fps
+        fps = self.adapter.clips.fps
         return fps(self.config) if callable(fps) else fps
 
     def load(self, loading: Loading = USUAL) -> Any:
@@ -144,7 +144,7 @@ class Model:
             return loading.prepared(copy.copy(self.pipe))
         revision = "" if Path(self.name).is_dir() else self.revision  # of the hub
         source = self.build or self.name
-        return loading.load(source, trusted=self.trusted, exact=self.adapter.exact, revision=revision)
+        return loading.load(source, trusted=self.trusted, exact=self.adapter.clips.exact, revision=revision)
 
 
 def described(model: Any, *, trust: str | None = None) -> Model:

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from stgfast.errors import DeviceError, SettingsError, wrong
+from stgfast.extras import require
 from stgfast.render.batches import shape_of
 from stgfast.render.crew import Crew, Setup
 from stgfast.render.files import Form
@@ -111,6 +112,7 @@ def render(
     restart.
     In bfloat16 another batch size rounds differently: there, `max_batch=1` gives the same clip every time.
     """
+    require("render")
     if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
         raise wrong("max_batch", max_batch, "a number of clips, 1 or more")
     form = Form(kind=format, fps=24.0 if fps is None else fps, crf=crf)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from stgfast.guidance import RESIDUAL, Guidance, Perturbation
+from stgfast.guidance import Guidance
+from stgfast.kinds import RESIDUAL
+from stgfast.perturbation import Perturbation
 from stgfast.render.jobs import Job
 
 

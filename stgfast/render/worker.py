@@ -1,6 +1,6 @@
 """Batches in, written clips out, on one device. It knows no database: what became of a job is an `Outcome`.
 
-Every batch has a thread, and goes through four doors, each of which lets one batch through at a time:
+Every batch has a thread, and goes through four stages, each of which takes one batch at a time:
 
     text      the pipeline's own call, up to where it prepares latents: every prompt it asks for is encoded, once
     denoiser  the call itself; prompts are answered from what is known
@@ -40,7 +40,7 @@ from stgfast.render.texts import NotStackable, Texts, encoders_of
 from stgfast.version import __version__
 
 LESS = " (offload, vae_tiling or a smaller clip take less)"
-TEXT, DENOISER, DECODER, WRITER = DOORS = ("text", "denoise", "decode", "write")
+TEXT, DENOISER, DECODER, WRITER = STAGES = ("text", "denoise", "decode", "write")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Worker:
 
         self.pipe, self.scratch, self.form, self.fps = copy.copy(pipe), scratch, form, fps
         self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self.doors = {door: threading.Lock() for door in DOORS}
+        self.stages = {stage: threading.Lock() for stage in STAGES}
         self.overlap = not moves(pipe)  # where models do, a call is whole before the next begins
         encoders = encoders_of(pipe) if offload_text else {}
         vars(self.pipe).update(dict.fromkeys(encoders))
@@ -141,7 +141,7 @@ class Worker:
         self.texts = Texts(scratch / "texts", self.device, parts=encoders, ahead=lambda: list(self.ahead))
         self.stopping = self.aborting = False
         self.alike = True
-        self.in_hand: dict[threading.Thread, Passage] = {}
+        self.in_hand: dict[threading.Thread, BatchRun] = {}
         self.streams: list[Any] = []
         layout, *_ = installed_on(pipe).adapter.layouts(pipe).values()
         self.made_with = {
@@ -168,7 +168,7 @@ class Worker:
         return {"device": self.device_name}
 
     def free(self) -> Worker | None:
-        return self if len(self.in_hand) < len(DOORS) else None  # one behind every door
+        return self if len(self.in_hand) < len(STAGES) else None  # one in every stage
 
     def outcome(self, seconds: float) -> Outcome | None:
         try:
@@ -191,16 +191,16 @@ class Worker:
 
     def start(self, batch: Batch, ahead: Sequence[Prompt] = ()) -> None:
         self.ahead = ahead
-        passage = Passage(self, batch, self.scratch)
-        thread = threading.Thread(target=self._run, args=(passage,), name="stgfast-batch", daemon=True)
-        self.in_hand[thread] = passage
+        run = BatchRun(self, batch, self.scratch)
+        thread = threading.Thread(target=self._run, args=(run,), name="stgfast-batch", daemon=True)
+        self.in_hand[thread] = run
         thread.start()
 
     def render(self, batch: Batch, ahead: Sequence[Prompt], aside: Path) -> Iterator[Outcome]:
         """As `start`, in the caller's thread: what became of the jobs, whose clips are in a folder of the caller's."""
         self.ahead = ahead
-        passage = self.in_hand[threading.current_thread()] = Passage(self, batch, aside)
-        yield from self._through(passage)
+        run = self.in_hand[threading.current_thread()] = BatchRun(self, batch, aside)
+        yield from self._through(run)
 
     def stop(self) -> None:
         """Batches that do not denoise yet are put down; the others are finished."""
@@ -209,14 +209,14 @@ class Worker:
     def abort(self) -> None:
         """Every batch is put down, at its next step."""
         self.stopping = self.aborting = True
-        for passage in list(self.in_hand.values()):
-            passage.interrupt()
+        for run in list(self.in_hand.values()):
+            run.interrupt()
 
     @contextmanager
     def stream(self) -> Iterator[None]:
         """On a GPU, work of one batch does not wait for that of another.
 
-        Streams are used again: the allocator keeps memory for each. Entered behind the text door, by one at a time.
+        Streams are used again: the allocator keeps memory for each. Entered in the text stage, by one at a time.
         """
         if self.device.type != "cuda":
             yield
@@ -233,23 +233,23 @@ class Worker:
         for thread in list(self.in_hand):
             thread.join(max(0.0, until - time.monotonic()))
 
-    def _run(self, passage: Passage) -> None:
-        for outcome in self._through(passage):
+    def _run(self, run: BatchRun) -> None:
+        for outcome in self._through(run):
             self.outcomes.put(outcome)
 
-    def _through(self, passage: Passage) -> Iterator[Outcome]:
+    def _through(self, run: BatchRun) -> Iterator[Outcome]:
         try:
-            yield from passage.outcomes()
+            yield from run.outcomes()
         except BaseException as error:  # which the run has to hear of, whatever it is
-            yield Stopped(passage.left(), error)
+            yield Stopped(run.left(), error)
         finally:
-            passage.leave()
-            passage.close()
+            run.leave()
+            run.close()
             del self.in_hand[threading.current_thread()]
 
 
-class Passage:
-    """One batch on its way through the doors, its clips to a folder aside."""
+class BatchRun:
+    """One batch on its way through the stages, its clips to a folder aside."""
 
     def __init__(self, worker: Worker, batch: Batch, aside: Path):
         self.worker, self.batch, self.aside = worker, batch, aside
@@ -321,8 +321,8 @@ class Passage:
 
         `alone`, nothing else is on the device meanwhile: memory was short, or models are moved to and fro.
         """
-        for door in (DECODER, DENOISER, TEXT) if alone else (TEXT,):
-            self._pass(door)
+        for stage in (DECODER, DENOISER, TEXT) if alone else (TEXT,):
+            self._enter(stage)
         self.errors.clear()
         with self.worker.stream():
             started = time.monotonic()
@@ -330,7 +330,7 @@ class Passage:
             self.seconds[TEXT] = time.monotonic() - started
             if not alone:
                 self.leave()
-                self._pass(DENOISER)
+                self._enter(DENOISER)
             if self.worker.stopping:
                 raise Stopping
             self.started, self.decoding = time.monotonic(), 0.0
@@ -357,7 +357,7 @@ class Passage:
                     yield Failed(task, _said(error), self._share(), "".join(traceback.format_exception(error)))
                 continue
             path = self.aside / task.file
-            self._pass(WRITER)
+            self._enter(WRITER)
             if self.worker.aborting:
                 yield Stopped(self.left())
                 return
@@ -408,7 +408,7 @@ class Passage:
         if first.negative_prompt is not None:
             of_each["negative_prompt"] = [job.negative_prompt for job in jobs]
         if first.image is not None:
-            several = len(jobs) > 1 and installed_on(self.pipe).adapter.images == EACH
+            several = len(jobs) > 1 and installed_on(self.pipe).adapter.clips.images == EACH
             call["image"] = [read_image(str(job.image)) for job in jobs] if several else read_image(first.image)
         # Some pipelines take one of each, and no list.
         call |= {name: values if len(jobs) > 1 else values[0] for name, values in of_each.items()}
@@ -445,7 +445,7 @@ class Passage:
                 self.seconds[DENOISER] = time.monotonic() - self.started
                 if DECODER not in self.held:
                     self.leave()
-                    self._pass(DECODER)
+                    self._enter(DECODER)
                 self.decoding = time.monotonic()
             return self._decoded(decode, latents, args, kwargs)
 
@@ -476,32 +476,32 @@ class Passage:
         except Exception as error:
             if not is_out_of_memory(error) or DENOISER in self.held:
                 raise
-        self._pass(DENOISER)  # it may be that the next batch had the memory: decode while none denoises
+        self._enter(DENOISER)  # it may be that the next batch had the memory: decode while none denoises
         try:
             free(self.worker.device)
             return decode(latents, *args, **kwargs)
         finally:
             self._leave(DENOISER)
 
-    # Doors, clocks, streams
+    # Stages, clocks, streams
 
-    def _pass(self, door: str) -> None:
-        """Wait in front of a door. Who wants several takes decoder, denoiser, text, in this order."""
-        self.worker.doors[door].acquire()
-        self.held.append(door)
+    def _enter(self, stage: str) -> None:
+        """Wait until a stage is free. Who wants several takes decoder, denoiser, text, in this order."""
+        self.worker.stages[stage].acquire()
+        self.held.append(stage)
 
-    def _leave(self, door: str) -> None:
-        self.held.remove(door)
-        self.worker.doors[door].release()
+    def _leave(self, stage: str) -> None:
+        self.held.remove(stage)
+        self.worker.stages[stage].release()
 
     def leave(self) -> None:
-        for door in list(self.held):
-            self._leave(door)
+        for stage in list(self.held):
+            self._leave(stage)
 
     def _share(self) -> dict[str, float]:
         """Seconds per stage, a clip's share of its batch's."""
         count = len(self.batch)
-        return {stage: round(self.seconds[stage] / count, 4) for stage in DOORS if stage in self.seconds}
+        return {stage: round(self.seconds[stage] / count, 4) for stage in STAGES if stage in self.seconds}
 
     def _synchronize(self) -> None:
         if self.worker.device.type == "cuda":

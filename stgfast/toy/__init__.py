@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from stgfast.guidance import Guidance, Perturbation
+from stgfast.guidance import Guidance
+from stgfast.perturbation import Perturbation
 
 FOLDER = Path(__file__).parent / "pipeline"
 CALL: dict[str, Any] = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 12, "guidance_scale": 2.0}

@@ -172,7 +172,7 @@ def judge_loss(reading: Reading, truth: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"loss": torch.stack(list(terms.values())).sum(), **terms}
 
 
-def worn(frames: Tensor, generator: torch.Generator) -> Tensor:
+def degraded(frames: Tensor, generator: torch.Generator) -> Tensor:
     """A clip may be soft or noisy; neither changes what it shows."""
     soft: Tensor = nn.functional.avg_pool2d(frames.flatten(0, 1), 3, 1, 1, count_include_pad=False).view_as(frames)
     amount, strength = torch.rand(2, len(frames), 1, 1, 1, 1, generator=generator)
@@ -189,7 +189,7 @@ def train(settings: Settings, *, steps: int = 2400, batch: int = 16) -> Judge:
         drawn = videos.clips(settings.seed + 3, range(step * batch, (step + 1) * batch))
         truth = {name: value.to(settings.device) for name, value in labels(drawn.scenes).items()}
         with settings.autocast():
-            reading = judge(worn(drawn.frames, generator).to(settings.device))
+            reading = judge(degraded(drawn.frames, generator).to(settings.device))
         return judge_loss(reading, truth)
 
     Stage("judge", judge, settings, steps=steps, average=0.998).run(loss)

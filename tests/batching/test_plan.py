@@ -5,14 +5,16 @@ from hypothesis import strategies as st
 
 from stgfast.batching.plan import Branch, make_plan
 from stgfast.batching.rows import chunks, spans
+from stgfast.kinds import Mark
 
 DEPTH = 5
+SKIPPED = Mark("residual")
 branches = st.lists(
     st.builds(
         Branch,
         name=st.just(""),
         source=st.sampled_from(["uncond", "cond"]),
-        marks=st.dictionaries(st.integers(0, DEPTH - 1), st.sampled_from(["residual", "attention"]), max_size=3),
+        marks=st.dictionaries(st.integers(0, DEPTH - 1), st.sampled_from([SKIPPED, Mark("attention")]), max_size=3),
     ),
     min_size=1,
     max_size=6,
@@ -33,7 +35,7 @@ def run(plan):
 
 
 def history(branch, blocks):
-    run_blocks = [(k, branch.marks.get(k, "")) for k in range(blocks) if branch.marks.get(k) != "residual"]
+    run_blocks = [(k, branch.marks.get(k)) for k in range(blocks) if branch.marks.get(k) != SKIPPED]
     return (branch.source, *run_blocks)
 
 
@@ -50,16 +52,16 @@ def test_no_block_computes_the_same_history_twice(made):
     # A skipped block leaves no mark in `history`, so branches that skip different blocks may meet again there; the
     # plan goes by what was done at every block, skips included.
     different = {
-        (branch.source, *(branch.marks.get(j, "") for j in range(k + 1)))
+        (branch.source, *(branch.marks.get(j) for j in range(k + 1)))
         for branch in made
         for k in range(DEPTH)
-        if branch.marks.get(k) != "residual"
+        if branch.marks.get(k) != SKIPPED
     }
     assert len(computed) == sum(plan.computed) == len(different)
 
 
 def test_mochi():
-    made = [Branch("uncond", "uncond"), Branch("cond", "cond"), Branch("perturbed0", "cond", {34: "residual"})]
+    made = [Branch("uncond", "uncond"), Branch("cond", "cond"), Branch("perturbed0", "cond", {34: SKIPPED})]
     plan = make_plan(made, 48)
     assert plan.computed == (2,) * 35 + (3,) * 13
     assert sum(plan.computed) == 109
@@ -70,7 +72,7 @@ def test_what_runs_is_a_leading_slice():
     made = [
         Branch("uncond", "uncond"),
         Branch("cond", "cond"),
-        Branch("perturbed0", "cond", {2: "residual", 4: "residual"}),
+        Branch("perturbed0", "cond", {2: SKIPPED, 4: SKIPPED}),
     ]
     for step in make_plan(made, 6).steps:
         assert len(spans(step.run, 2)) == 1
@@ -78,7 +80,7 @@ def test_what_runs_is_a_leading_slice():
 
 
 def test_no_branch_that_runs():
-    plan = make_plan([Branch("perturbed0", "uncond", {0: "residual"})], 1)
+    plan = make_plan([Branch("perturbed0", "uncond", {0: SKIPPED})], 1)
     assert plan.computed == (0,)
     assert run(plan)[0] == [("uncond",)]
 

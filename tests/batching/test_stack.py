@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from stgfast import EngineError
-from stgfast.batching.layout import Layout, Unit
+from stgfast.batching.layout import Blocks, Layout, Unit
 from stgfast.batching.plan import Branch, make_plan
 from stgfast.batching.seam import handling, held
 from stgfast.batching.stack import Stack
+from stgfast.kinds import Mark
 
 
 class Block(torch.nn.Module):
@@ -20,13 +21,9 @@ class Block(torch.nn.Module):
 
 
 def run(blocks, order, marks):
-    layout = Layout(
-        denoiser=torch.nn.ModuleList(blocks),
-        units=[Unit(block, number) for number, block in enumerate(blocks)],
-        state=("hidden_states",),
-        rows=frozenset({"hidden_states"}),
-        identity=None,
-    )
+    units = tuple(Unit(block, number) for number, block in enumerate(blocks))
+    facts = Blocks(rows=frozenset({"hidden_states"}), units=lambda model: units)
+    layout = Layout(torch.nn.ModuleList(blocks), units, facts)
     stack = Stack(layout, make_plan([Branch("cond", "cond"), Branch("weak", "cond", marks)], len(blocks)), 1)
     state = torch.zeros(2, 3)
     with held(blocks), handling(stack.handlers()):
@@ -37,13 +34,13 @@ def run(blocks, order, marks):
 
 
 def test_rows_that_are_kept_and_rows_that_are_not():
-    made = run([Block() for _ in range(3)], range(3), {1: "residual"})
+    made = run([Block() for _ in range(3)], range(3), {1: Mark("residual")})
     assert made.tolist() == [[3.0] * 3, [2.0] * 3]
 
 
 def test_a_model_that_is_spread_over_devices():
     """A block's output is where the block is, kept rows too; there is but one device here that has numbers."""
-    assert run([Block(), Block("meta"), Block("meta")], range(3), {1: "residual"}).device.type == "meta"
+    assert run([Block(), Block("meta"), Block("meta")], range(3), {1: Mark("residual")}).device.type == "meta"
 
 
 @pytest.mark.parametrize(
@@ -51,4 +48,4 @@ def test_a_model_that_is_spread_over_devices():
 )
 def test_blocks_in_another_order_or_too_few(order, said):
     with pytest.raises(EngineError, match=said):
-        run([Block() for _ in range(3)], order, {1: "residual"})
+        run([Block() for _ in range(3)], order, {1: Mark("residual")})

@@ -5,16 +5,21 @@ The files in `families/` have one or more `Family` each; `test_families.py` coll
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from stgfast import Guidance, Perturbation
+from stgfast import Adapter, Guidance, Perturbation
 from tests.oracle import Facts, Part, Plainly, Weak, plain_method
 from tests.precision import computing_in, no_worse, same
+
+# The pipelines that `Family.pipe` copies, by what builds them, and by scheduler and number type.
+_built: weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Family:
     result     the tensor in what the pipeline returns
     layers     an early layer and a late one
     steps      steps that the scheduler makes, with the stock one and with the other
+    shared     whether tests may share its models
     """
 
     name: str
@@ -40,6 +46,21 @@ class Family:
     steps: tuple[int, int] = (2, 2)
     kinds: tuple[str, ...] = ("residual", "attention")
     cfg_asked: bool = True
+    shared: bool = True
+
+    def pipe(self, other: bool = False) -> Any:
+        """A pipeline of its own around models that other tests use too, so that nothing may be done to these.
+
+        Built anew, models take as long as the run of a test.
+        """
+        if not self.shared:
+            return self.build(other=other)
+        built = _built.setdefault(self.build, {})
+        key = other, torch.get_default_dtype()
+        if key not in built:
+            built[key] = self.build(other=other)
+        models = {id(part): part for part in built[key].components.values() if isinstance(part, torch.nn.Module)}
+        return copy.deepcopy(built[key], models)
 
     def run(self, pipe: Any, prompts: int = 1, cfg: bool = True, **settings: Any) -> torch.Tensor:
         torch.manual_seed(0)  # some schedulers draw noise that no pipeline gives them a generator for
@@ -59,7 +80,7 @@ class Family:
         **settings: Any,
     ) -> torch.Tensor:
         """A clip by the plain method, by another formula than the usual one where that is given."""
-        pipe = self.build(other=other)
+        pipe = self.pipe(other=other)
         steps = settings.get("num_inference_steps", self.steps[other])
 
         def at(schedule: Any) -> list[float]:
@@ -125,6 +146,11 @@ class Family:
                         run.add(before[source, weak])
                 counts.append(len(run))
         return counts
+
+
+def with_blocks(adapter: Adapter, **changes: Any) -> Adapter:
+    """The same adapter with other facts of its blocks."""
+    return replace(adapter, blocks=replace(adapter.blocks, **changes))
 
 
 def _done(weak: Perturbation, part: Part) -> str:

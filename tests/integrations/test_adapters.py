@@ -47,8 +47,8 @@ def test_rows_are_arguments_of_denoiser_block_or_attention():
                     names(module.processor.__call__) if hasattr(module, "processor") else set()
                 )
     for pipeline, arguments in known.items():
-        assert ADAPTERS[pipeline].rows <= arguments, pipeline
-        assert set(ADAPTERS[pipeline].state) <= ADAPTERS[pipeline].rows, pipeline
+        assert ADAPTERS[pipeline].blocks.rows <= arguments, pipeline
+        assert set(ADAPTERS[pipeline].blocks.state) <= ADAPTERS[pipeline].blocks.rows, pipeline
 
 
 @every
@@ -56,7 +56,7 @@ def test_identity_attention_is_attention_that_returns_values(family):
     if "attention" not in family.kinds:
         pytest.skip(f"{family.name} has no attention perturbation")
     pipe = family.build()
-    identity = ADAPTERS[type(pipe).__name__].identity
+    identity = ADAPTERS[type(pipe).__name__].blocks.identity
     compared = []
     for layout in layouts(family, pipe):
         for attention in attentions(layout):
@@ -84,7 +84,7 @@ def test_attend_is_the_models_own_attention():
     pipe = models.pipeline("mochi", models.transformer("mochi", seed=1))
     adapter = ADAPTERS["MochiPipeline"]
     (layout,) = layouts(MOCHI, pipe)
-    assert layout.attend is adapter.attend
+    assert layout.attend is adapter.blocks.attend
     compared = []
 
     for attention in attentions(layout):
@@ -93,7 +93,7 @@ def test_attend_is_the_models_own_attention():
         def compare(*args, attention=attention, forward=forward, **kwargs):
             plain, values = forward(*args, **kwargs), oracle_identity(forward)(*args, **kwargs)
             masked, source = [False, True, True, False], [1, 0, 1, 0]
-            mine = adapter.attend(attention, masked, source, *args, **kwargs)
+            mine = adapter.blocks.attend(attention, masked, source, *args, **kwargs)
             for one, both in zip(mine, zip(plain, values, strict=True), strict=True):
                 expected = torch.stack([both[mask][row] for mask, row in zip(masked, source, strict=True)])
                 torch.testing.assert_close(one, expected)

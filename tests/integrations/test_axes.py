@@ -82,5 +82,5 @@ def test_every_argument_with_rows_for_every_sample_is_known(family):
     for module in (layout.denoiser, *(unit.module for unit in layout.units), *attentions):
         module.register_forward_pre_hook(look, with_kwargs=True)
     family.run(pipe, 5, cfg=False)
-    assert found <= adapter.rows
-    assert found >= {adapter.sample, *adapter.state}
+    assert found <= adapter.blocks.rows
+    assert found >= {adapter.sample, *adapter.blocks.state}

@@ -45,7 +45,7 @@ def test_equals_the_plain_method(family, case):
     parts = [Perturbation([late, early][n:], kind=one, scale=1.5 - n) for n, one in enumerate(kinds)]
     guidance = Guidance(parts, rescale=rescale)
     expected = family.plain(guidance, prompts, cfg, other)
-    pipe = stgfast.accelerate(family.build(other=other), guidance, max_rows=max_rows)
+    pipe = stgfast.accelerate(family.pipe(other=other), guidance, max_rows=max_rows)
     made = family.run(pipe, prompts, cfg)
     same(made, expected)
     plain = family.run(stgfast.restore(pipe), prompts, cfg)
@@ -102,7 +102,7 @@ def test_blur_equals_the_plain_method(family):
     )
     cfg, oblong = family.cfg is not None, family.facts.oblong
     expected = family.plain(guidance, 1, cfg, **oblong)
-    stock, pipe = family.build(), stgfast.accelerate(family.build(), guidance)
+    stock, pipe = family.pipe(), stgfast.accelerate(family.pipe(), guidance)
     with family.counted(stock) as one:
         plain = family.run(stock, 1, cfg, **oblong)
     with family.counted(pipe) as guided:
@@ -122,7 +122,7 @@ def test_no_history_runs_twice(family):
         [Perturbation([late], kind=family.kinds[0]), Perturbation([early, late], kind=family.kinds[-1])]
     )
     cfg = family.cfg is not None
-    stock, pipe = family.build(), family.build()
+    stock, pipe = family.pipe(), family.pipe()
     with family.counted(stock) as one:
         family.run(stock, 2, cfg)
     stgfast.accelerate(pipe, guidance)
@@ -135,7 +135,7 @@ def test_no_history_runs_twice(family):
 
 @every
 def test_scale_0_and_restore_leave_the_stock_result(family):
-    stock = family.build()
+    stock = family.pipe()
     expected = family.run(stock)
     before = dict(vars(stock))
     pipe = stgfast.accelerate(stock, Guidance(Perturbation([family.layers[1]], kind=family.kinds[0])))
@@ -151,7 +151,7 @@ def test_scale_0_and_restore_leave_the_stock_result(family):
 @every
 def test_explain_counts_what_runs(family):
     guidance = Guidance(Perturbation([family.layers[1]], kind=family.kinds[0]))
-    pipe = stgfast.accelerate(family.build(), guidance)
+    pipe = stgfast.accelerate(family.pipe(), guidance)
     cfg = family.cfg is not None
     explained = stgfast.explain(pipe, **family.arguments(1, cfg=cfg))
     first = family.facts.parts(family.denoisers(pipe)[0])
@@ -161,7 +161,7 @@ def test_explain_counts_what_runs(family):
 
 @every
 def test_a_call_without_the_cfg_that_its_guidance_needs_is_told_how_to_ask_for_it(family):
-    pipe = family.build()
+    pipe = family.pipe()
     guiders = [name for name in ("guider", "guider_2") if getattr(pipe, name, None) is not None]
     for name in guiders:
         setattr(pipe, name, diffusers.ClassifierFreeGuidance(guidance_scale=1.0))

@@ -44,7 +44,7 @@ def seen_by_svd():
 @pytest.mark.parametrize("family", SHOWN.values(), ids=SHOWN)
 def test_several_in_one_call(family):
     pipe = family.build()
-    how = ADAPTERS[type(pipe).__name__].images
+    how = ADAPTERS[type(pipe).__name__].clips.images
     if not how:
         assert type(pipe).__name__ in APART  # where clips come out differently, or more is to be given
         return
@@ -80,5 +80,5 @@ def test_all_that_take_an_image_are_looked_at():
         and "image" in (call := inspect.signature(cls.__call__).parameters)
         and video & set(call)
     }
-    assert {name for name in ADAPTERS if ADAPTERS[name].images} == takes - APART
+    assert {name for name in ADAPTERS if ADAPTERS[name].clips.images} == takes - APART
     assert {type(family.build()).__name__ for family in SHOWN.values()} >= takes - APART

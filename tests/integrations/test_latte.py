@@ -7,7 +7,7 @@ import torch
 
 import stgfast
 from stgfast import Guidance, Perturbation, SettingsError
-from stgfast.integrations.latte import LATTE, units
+from stgfast.integrations.families.latte import LATTE, units
 from tests.integrations.families.latte import FAMILIES, build, transformer
 from tests.precision import distance, same
 

@@ -32,7 +32,7 @@ def dot(one, other):
 
 def made_by(family, guidance, prompts=2, steps=None, **settings):
     settings |= {} if steps is None else {"num_inference_steps": steps}
-    return family.run(stgfast.accelerate(family.build(), guidance), prompts, **settings)
+    return family.run(stgfast.accelerate(family.pipe(), guidance), prompts, **settings)
 
 
 def along_axes(family, **options):
@@ -124,7 +124,7 @@ def test_relatives(family, name):
 @pytest.mark.parametrize("family", [STACKED, SEQUENTIAL, FAMILIES["LTX"]], ids=lambda family: family.name)
 def test_a_schedule_over_sigma(family):
     """Equal to the same numbers as a list, step by step."""
-    pipe = family.build()
+    pipe = family.pipe()
     family.run(pipe, num_inference_steps=5)
     # Shares of noise, also where the scheduler counts shares of data.
     inverted = pipe.scheduler.config.get("invert_sigmas")
@@ -139,16 +139,16 @@ def test_a_schedule_over_sigma(family):
     one, other = (made_by(family, guidance, 1, steps=5) for guidance in (by_sigma, by_step))
     assert torch.equal(one, other)
     arguments = family.arguments(1) | {"num_inference_steps": 5}
-    explained = stgfast.explain(stgfast.accelerate(family.build(), by_sigma), **arguments)
+    explained = stgfast.explain(stgfast.accelerate(family.pipe(), by_sigma), **arguments)
     assert "by sigma (2 down to" in str(explained)
-    assert explained.block_rows == stgfast.explain(stgfast.accelerate(family.build(), by_step), **arguments).block_rows
+    assert explained.block_rows == stgfast.explain(stgfast.accelerate(family.pipe(), by_step), **arguments).block_rows
 
 
 def test_a_scheduler_without_sigmas_says_so():
     from tests.integrations.families import cogvideox
 
     family = next(one for one in cogvideox.FAMILIES if one.name == "CogVideoX")
-    pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1], scale=BySigma([(0.5, 1.0)]))))
+    pipe = stgfast.accelerate(family.pipe(), Guidance(Perturbation([1], scale=BySigma([(0.5, 1.0)]))))
     with pytest.raises(
         SettingsError, match=r"a schedule over sigma: got 'CogVideoX\w+', expected a scheduler that has"
     ):
@@ -239,7 +239,7 @@ def test_reuse(family, name):
 @every_protocol
 def test_reuse_computes_only_what_is_due(family):
     guidance = Guidance(Perturbation([2]), reuse=2, reuse_cfg=3)
-    stock, pipe = family.build(), stgfast.accelerate(family.build(), guidance)
+    stock, pipe = family.pipe(), stgfast.accelerate(family.pipe(), guidance)
     with family.counted(stock) as one:
         family.run(stock, num_inference_steps=6)
     with family.counted(pipe) as rows:
@@ -257,7 +257,7 @@ def test_reuse_computes_only_what_is_due(family):
 
 def test_the_two_models_of_wan_keep_nothing_for_one_another():
     family = FAMILIES["Wan of two transformers"]
-    pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([2], scale=1.5), reuse=100))
+    pipe = stgfast.accelerate(family.pipe(), Guidance(Perturbation([2], scale=1.5), reuse=100))
     with family.counted(pipe) as rows:
         family.run(pipe, num_inference_steps=6)
     depth = len(pipe.transformer.blocks)

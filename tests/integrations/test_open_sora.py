@@ -1,7 +1,6 @@
 """Open-Sora's models, guided within the loops of its samplers, against every branch on its own."""
 
 import contextlib
-import dataclasses
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.integrations import open_sora as adapters
 from tests import open_sora
+from tests.integrations.family import with_blocks
 from tests.oracle import Facts, Part, weakened
 from tests.precision import distance, same
 
@@ -332,8 +332,10 @@ def test_what_is_given_once_for_every_prompt_may_be_given_for_every_row():
     assert torch.equal(*made)
 
 
-LISTED = [(Version12, adapters.STDIT3, name) for name in sorted(adapters.STDIT3.rows - {"fps", "height", "width"})]
-LISTED += [(Version20, adapters.MMDIT, name) for name in sorted(adapters.MMDIT.rows)]
+LISTED = [
+    (Version12, adapters.STDIT3, name) for name in sorted(adapters.STDIT3.blocks.rows - {"fps", "height", "width"})
+]
+LISTED += [(Version20, adapters.MMDIT, name) for name in sorted(adapters.MMDIT.blocks.rows)]
 
 
 @pytest.mark.parametrize(
@@ -345,7 +347,8 @@ def test_no_row_is_listed_for_nothing(monkeypatch, version, adapter, name):
     parts = [([1], "residual", ""), ([2], "residual", "")]
     model, guidance = open_sora.built(version.cls), guidance_of(parts)
     expected = version.sample(plain(version, model, guidance, [1.5, 0.5]), 2, **special)
-    monkeypatch.setitem(adapters.MODELS, adapter.pipeline, dataclasses.replace(adapter, rows=adapter.rows - {name}))
+    without = with_blocks(adapter, rows=adapter.blocks.rows - {name})
+    monkeypatch.setitem(adapters.MODELS, adapter.pipeline, without)
     try:
         with stgfast.guided(model, guidance, steps=STEPS, max_rows=3):
             made = version.sample(model, 2, **special)

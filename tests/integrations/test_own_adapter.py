@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import stgfast
-from stgfast import Adapter, Guidance, Perturbation
+from stgfast import Adapter, Blocks, Guidance, Perturbation
 from tests.precision import same
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -67,11 +67,13 @@ ADAPTER = Adapter(
     protocol="stacked",
     denoisers=("model",),
     sample="x",
-    blocks=("layers",),
-    state=("tokens",),
-    rows=frozenset({"x", "prompt", "time", "tokens"}),
-    attention="mixer",
-    identity=lambda mixer, tokens: mixer.to_out(mixer.to_v(tokens)),
+    blocks=Blocks(
+        lists=("layers",),
+        state=("tokens",),
+        rows=frozenset({"x", "prompt", "time", "tokens"}),
+        attention="mixer",
+        identity=lambda mixer, tokens: mixer.to_out(mixer.to_v(tokens)),
+    ),
     requested=lambda call: call["strength"],
     live=lambda pipe, call, denoiser: pipe.strength,
     steps=lambda pipe: pipe.rounds,

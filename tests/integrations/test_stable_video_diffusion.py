@@ -8,7 +8,7 @@ import torch
 
 import stgfast
 from stgfast import Guidance, Perturbation, SettingsError
-from stgfast.integrations.stable_video_diffusion import STABLE_VIDEO_DIFFUSION
+from stgfast.integrations.families.stable_video_diffusion import STABLE_VIDEO_DIFFUSION
 from tests.integrations.families.stable_video_diffusion import FAMILIES, FRAMES, build
 from tests.precision import distance, same
 
@@ -21,7 +21,7 @@ BOTH = Guidance([Perturbation([3], kind="attention", scale=2.0, axis=axis) for a
 def test_layers_of_the_real_model():
     with torch.device("meta"):
         unet = diffusers.UNetSpatioTemporalConditionModel()
-    found = STABLE_VIDEO_DIFFUSION.units(unet)
+    found = STABLE_VIDEO_DIFFUSION.blocks.units(unet)
     assert [unit.layer for unit in found if unit.layer is not None] == list(range(16))
     names = {module: name for name, module in unet.named_modules()}
     layers = [names[unit.module] for unit in found if unit.layer is not None]
@@ -33,7 +33,7 @@ def test_layers_of_the_real_model():
 def test_several_transformer_blocks_in_a_layer():
     with torch.device("meta"):
         unet = diffusers.UNetSpatioTemporalConditionModel(transformer_layers_per_block=2)
-    layer = next(unit for unit in STABLE_VIDEO_DIFFUSION.units(unet) if unit.layer == 3)
+    layer = next(unit for unit in STABLE_VIDEO_DIFFUSION.blocks.units(unet) if unit.layer == 3)
     assert [axis for axis, _ in layer.attentions] == ["spatial", "spatial", "temporal", "temporal"]
 
 

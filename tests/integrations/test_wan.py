@@ -95,7 +95,7 @@ def test_all_that_has_a_row_for_every_sample_in_a_model_with_hints_is_known():
             control_hidden_states=torch.randn(5, 96, 3, 4, 4),
             control_hidden_states_scale=torch.ones(2),
         )
-    assert found == adapter.rows - {"encoder_hidden_states_image"}
+    assert found == adapter.blocks.rows - {"encoder_hidden_states_image"}
 
 
 def test_hints_are_made_once_for_branches_that_differ_later():

@@ -7,9 +7,9 @@ import torch
 from hypothesis import Phase, assume, example, given, settings
 from hypothesis import strategies as st
 
-from stgfast.kernels import combination, combine, reference
+from stgfast.kernels import Projection, combination, combine, reference
 from tests.kernels import interpreter  # noqa: F401  (repairs it)
-from tests.kernels.test_reference import DIRECTED, WEIGHTS, exact
+from tests.kernels.test_reference import PROJECTIONS, WEIGHTS, exact, orthogonal
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -76,43 +76,33 @@ cases = st.fixed_dictionaries(
         "mean": st.sampled_from([0.0, 10.0, 1000.0]),
         "order": st.sampled_from(["whole", "chunks", "every other", "last first"]),
         "rescale": st.sampled_from([0.0, 0.7, 1.0]),
-        "pair": st.permutations(range(1, 8)),
-        "directed": st.sampled_from(["", "orthogonal", "cfg_zero", "apg"]),
-        "form": st.sampled_from(["plain", "float", "scalar", "each"]),
+        "of": st.integers(0, 7),  # 0: no projection
+        "along": st.lists(st.sampled_from([-1.0, 0.0, 0.5, 1.0]), min_size=8, max_size=8),
+        "left": st.sampled_from([0.0, 0.25]),
         "seed": st.integers(0, 99),
     }
 )
 EVERYTHING = {
     "count": 8, "shape": (3, 5, 13), "dtype": "bf16", "out": "fp16", "mean": 10.0, "order": "chunks", "rescale": 0.7,
-    "pair": [3, 1], "directed": "orthogonal", "form": "each", "seed": 1,
+    "of": 3, "along": [1.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], "left": 0.0, "seed": 1,
 }  # fmt: skip
 
 
 @given(case=cases)
 @example(case=EVERYTHING)
-@example(case=EVERYTHING | {"form": "plain"})
 @example(case=EVERYTHING | {"rescale": 0.0})
-@example(case=EVERYTHING | {"form": "plain", "directed": "cfg_zero"})
-@example(case=EVERYTHING | {"form": "plain", "directed": "apg"})
+@example(case=EVERYTHING | {"of": 7, "along": [0.0] * 7 + [1.0], "left": 0.25})
+@example(case=EVERYTHING | {"of": 0})
 @settings(max_examples=25, phases=[Phase.explicit, Phase.generate])  # shrinking takes minutes in the interpreter
 def test_against_float64(case):
-    prompts = case["shape"][0]
     x = branches(
         case["count"], case["shape"], DTYPES[case["dtype"]], mean=case["mean"], order=case["order"], seed=case["seed"]
     )
-    sigmas = {"float": 0.4, "scalar": torch.tensor(0.4), "each": torch.linspace(1.0, 0.25, prompts)}
-    sigma = sigmas.get(case["form"])
-    # A sample less a large number times sigma is rounded before anything can be done about it.
-    assume(sigma is None or case["mean"] < 1000.0)
     options = {"rescale": case["rescale"], "dtype": DTYPES.get(case["out"])}
-    if sigma is not None:
-        sample = torch.randn(*case["shape"], generator=torch.Generator().manual_seed(case["seed"])).to(x[0])
-        options["x0"] = (sample, sigma.to(DEVICE) if isinstance(sigma, torch.Tensor) else sigma)
-    pair = [b for b in case["pair"] if b < case["count"]][:2]
-    if case["directed"] == "orthogonal" and len(pair) == 2:
-        options["orthogonal"] = tuple(pair)
-    elif case["directed"] and pair and sigma is None:
-        options |= {"cfg_zero": {"cfg_zero": pair[0]}, "apg": {"apg": (pair[0], 0.25)}}.get(case["directed"], {})
+    along = case["along"][: case["count"]]
+    # The direction of a large mean is the mean's alone, and what lies along it is a difference of large numbers.
+    if 0 < case["of"] < case["count"] and any(along) and case["mean"] < 1000.0:
+        options["project"] = Projection(case["of"], tuple(along), case["left"])
     right = exact(x, weights_of(case["count"]), **{name: value for name, value in options.items() if name != "dtype"})
     assume(right.isfinite().all())  # a few numbers, alike when rounded, have no deviation to be rescaled by
     with pytest.MonkeyPatch.context() as patch:
@@ -126,15 +116,15 @@ def test_every_count_as_it_is_cut(monkeypatch, count, dtype):
     check(monkeypatch, branches(count, (2, 3, 1999), dtype), weights_of(count), rescale=0.7)
 
 
-@pytest.mark.parametrize("orthogonal", [None, (2, 1)])
+@pytest.mark.parametrize("project", [None, orthogonal(2, 1)], ids=["plain", "orthogonal"])
 @pytest.mark.parametrize("mean", [0.0, 10.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_large_mean_does_not_disturb_the_factor(monkeypatch, dtype, mean, orthogonal):
+def test_a_large_mean_does_not_disturb_the_factor(monkeypatch, dtype, mean, project):
     """The factor itself: at a rescale of 1, what the result is over what it is without."""
     monkeypatch.setattr(combination, "BLOCK", 512)
     x = branches(3, (1, 8009), dtype, mean=mean)
-    right = exact(x, WEIGHTS, 1.0, orthogonal) / exact(x, WEIGHTS, 0.0, orthogonal)
-    plain, scaled = (fused(monkeypatch, x, WEIGHTS, rescale=r, orthogonal=orthogonal).double() for r in (0.0, 1.0))
+    right = exact(x, WEIGHTS, 1.0, project) / exact(x, WEIGHTS, 0.0, project)
+    plain, scaled = (fused(monkeypatch, x, WEIGHTS, rescale=r, project=project).double() for r in (0.0, 1.0))
     large = plain.abs() > plain.abs().median()
     assert abs(((scaled / plain)[large].mean() / right[large].mean()).item() - 1) < 2e-7
 
@@ -143,7 +133,7 @@ def test_a_large_mean_does_not_disturb_the_factor(monkeypatch, dtype, mean, orth
 def test_sizes(monkeypatch, numel):
     x = branches(3, (2, numel))
     check(monkeypatch, x, WEIGHTS)
-    check(monkeypatch, x, WEIGHTS, orthogonal=(1, 2))
+    check(monkeypatch, x, WEIGHTS, project=orthogonal(1, 2))
     if numel == 1:  # one number has no deviation
         assert fused(monkeypatch, x, WEIGHTS, rescale=0.7).isnan().all()
         assert reference.combine(x, WEIGHTS, rescale=0.7).isnan().all()
@@ -155,10 +145,10 @@ def test_prompts_of_one_number(monkeypatch):
     check(monkeypatch, branches(3, (5,)), WEIGHTS)
 
 
-@pytest.mark.parametrize("orthogonal", [None, (1, 2)])
-def test_a_prompt_does_not_know_its_neighbours(monkeypatch, orthogonal):
+@pytest.mark.parametrize("project", [None, orthogonal(1, 2)], ids=["plain", "orthogonal"])
+def test_a_prompt_does_not_know_its_neighbours(monkeypatch, project):
     x = branches(3, (4, 3, 111))
-    options = {"rescale": 0.7, "orthogonal": orthogonal}
+    options = {"rescale": 0.7, "project": project}
     alone = fused(monkeypatch, [branch[2:3] for branch in x], WEIGHTS, **options)
     for branch in x:
         branch[0], branch[3] = math.nan, math.inf
@@ -167,26 +157,28 @@ def test_a_prompt_does_not_know_its_neighbours(monkeypatch, orthogonal):
 
 @pytest.mark.parametrize("rescale", [0.0, 0.7])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("directed", DIRECTED, ids=str)
-def test_directed(monkeypatch, directed, dtype, rescale):
+@pytest.mark.parametrize("project", PROJECTIONS.values(), ids=PROJECTIONS)
+def test_projected(monkeypatch, project, dtype, rescale):
     x = branches(3, (2, 3, 211), dtype, mean=0.5)
-    check(monkeypatch, x, WEIGHTS, rescale=rescale, **directed)
+    check(monkeypatch, x, WEIGHTS, rescale=rescale, project=project)
 
 
 def test_nothing_is_orthogonal_to_no_difference(monkeypatch):
     base, other = branches(2, (2, 200))
-    result = fused(monkeypatch, [base, base, other], (2.0, 0.0, -1.0), orthogonal=(1, 2))
+    result = fused(monkeypatch, [base, base, other], (2.0, 0.0, -1.0), project=orthogonal(1, 2))
     assert torch.equal(result, fused(monkeypatch, [base, base, other], (2.0, 0.0, -1.0)))
 
 
 def test_inputs_are_left_alone(monkeypatch):
     x = branches(3, (2, 200))
     before = [tensor.clone() for tensor in x]
-    fused(monkeypatch, x, WEIGHTS, rescale=0.7, orthogonal=(1, 2), x0=(x[1], 0.5))
+    fused(monkeypatch, x, WEIGHTS, rescale=0.7, project=orthogonal(1, 2))
     assert all(torch.equal(one, other) for one, other in zip(x, before, strict=True))
 
 
-@pytest.mark.parametrize(("options", "launches"), [({}, 1), ({"rescale": 0.5}, 2), ({"orthogonal": (1, 2)}, 2)])
+@pytest.mark.parametrize(
+    ("options", "launches"), [({}, 1), ({"rescale": 0.5}, 2), ({"project": orthogonal(1, 2)}, 2)], ids=str
+)
 def test_launches(monkeypatch, options, launches):
     launched = []
 
@@ -202,8 +194,7 @@ def test_launches(monkeypatch, options, launches):
         monkeypatch.setattr(combination, name, Counted(getattr(combination, name)))
     x = branches(3, (2, 1000))
     combine(x, WEIGHTS, **options, impl="triton")
-    combine(x, WEIGHTS, x0=(x[0], 0.5), **options, impl="triton")
-    assert len(launched) == 2 * launches
+    assert len(launched) == launches
 
 
 def test_stays_in_a_compiled_graph():
@@ -213,16 +204,15 @@ def test_stays_in_a_compiled_graph():
         graphs.append(graph)
         return graph.forward
 
-    def step(x, sample, sigma, scale):
+    def step(x, scale):
         weights = (1.0 + scale, 0.5 - scale, -0.5)
-        return combine(x, weights, rescale=0.7, orthogonal=(2, 1), x0=(sample, sigma), impl="triton") * 2
+        return combine(x, weights, rescale=0.7, project=orthogonal(2, 1), impl="triton") * 2
 
     torch._dynamo.reset()
     compiled = torch.compile(step, backend=backend, fullgraph=True)
-    x, sample = branches(3, (2, 300), torch.bfloat16), torch.randn(2, 300, device=DEVICE)
-    sigma = torch.tensor([0.5, 0.25], device=DEVICE)
+    x = branches(3, (2, 300), torch.bfloat16)
     for scale in (3.0, 3.0, 4.0):
-        assert torch.equal(compiled(x, sample, sigma, scale), step(x, sample, sigma, scale))
+        assert torch.equal(compiled(x, scale), step(x, scale))
     assert len(graphs) == 2  # torch makes one for every list of numbers
     calls = [node.target for node in graphs[-1].graph.nodes if node.op == "call_function"]
     assert torch.ops.stgfast.combine.default in calls
@@ -234,7 +224,7 @@ def test_operation_is_what_it_says(dtype):
     checks = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(
         combination._combine,
-        (x, list(WEIGHTS), 0.7, combination.ORTHOGONAL, 1.0, x[0], None, 0.5, dtype),
+        (x, list(WEIGHTS), 0.7, [1.0, -1.0, 0.0], -1.0, dtype),
         test_utils=checks,
     )
 
@@ -254,24 +244,12 @@ def test_operation_is_what_it_says(dtype):
         ({"weights": (2.0, -1.0)}, "weights: got 2, expected 3"),
         ({"weights": (2.0, -1.0, 1.0)}, "weights: got a sum of 2.0, expected 1"),
         ({"weights": (2.0, -1.0, math.nan)}, "weights: got a sum of nan, expected 1"),
-        ({"orthogonal": (1, 1)}, "orthogonal: got"),
-        ({"orthogonal": (0, 1)}, "orthogonal: got"),
-        ({"orthogonal": (1, 3)}, "orthogonal: got"),
-        ({"orthogonal": (1,)}, "orthogonal: got"),
-        ({"orthogonal": (1, 2), "apg": (1, 0.0)}, "options: got orthogonal and apg, expected one of them at a time"),
-        ({"cfg_zero": 0}, "cfg_zero: got 0, expected a branch from 1 to 2"),
-        ({"cfg_zero": 3}, "cfg_zero: got 3"),
-        ({"apg": (3, 0.0)}, "apg: got"),
-        ({"apg": (1, math.nan)}, "apg: got"),
-        ({"apg": (1,)}, "apg: got"),
-        ({"cfg_zero": 1, "x0": (torch.randn(2, 3), 0.5)}, "cfg_zero: got x0 beside it"),
+        ({"project": Projection(0, (1.0, 0.0, 0.0))}, "of of a projection: got 0, expected a branch from 1 to 2"),
+        ({"project": Projection(3, (1.0, 0.0, 0.0))}, "of of a projection: got 3"),
+        ({"project": Projection(1, (1.0, 0.0))}, "projection: got"),
+        ({"project": Projection(1, (1.0, math.nan, 0.0))}, "projection: got"),
+        ({"project": Projection(1, (1.0, 0.0, 0.0), math.inf)}, "projection: got"),
         ({"dtype": torch.int32}, "dtype: got"),
-        ({"x0": (torch.randn(2, 3),)}, "x0: got"),
-        ({"x0": (torch.randn(2, 4), 0.5)}, "shape of sample"),
-        ({"x0": (torch.ones(2, 3, dtype=torch.int32), 0.5)}, "dtype of sample"),
-        ({"x0": (torch.randn(2, 3), 0.0)}, "sigma: got 0.0"),
-        ({"x0": (torch.randn(2, 3), torch.ones(3))}, "shape of sigma"),
-        ({"x0": (torch.randn(2, 3), torch.ones(2, device="meta"))}, "device of sigma"),
     ],
 )
 def test_refusals(impl, change, message):

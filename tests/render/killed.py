@@ -131,7 +131,7 @@ def start(pipe: object, jobs: Path, out: Path, log: Path, max_batch: int) -> int
 def compare(pipe: object, jobs: Path, out: Path, alone: Path, max_batch: int) -> tuple[int, float]:
     """How many clips are bit for bit what they are alone, and the largest relative difference of latents."""
     seen: dict[str, dict[str, torch.Tensor]] = {"together": {}, "alone": {}}
-    decoded = worker.Passage._decoded
+    decoded = worker.BatchRun._decoded
     where = "alone"
 
     def recording(self, decode, latents, *rest):
@@ -139,11 +139,11 @@ def compare(pipe: object, jobs: Path, out: Path, alone: Path, max_batch: int) ->
             seen[where][task.file] = latent
         return decoded(self, decode, latents, *rest)
 
-    worker.Passage._decoded = recording
+    worker.BatchRun._decoded = recording
     report = render(pipe, jobs, alone, format="png", max_batch=1, skip_bad=True)
     where = "together"
     render(pipe, jobs, alone.with_name("together"), format="png", max_batch=max_batch, skip_bad=True)
-    worker.Passage._decoded = decoded
+    worker.BatchRun._decoded = decoded
     equal, worst = 0, 0.0
     for file, latent in seen["alone"].items():
         other = seen["together"][file]

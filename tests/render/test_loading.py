@@ -55,7 +55,7 @@ def test_where_parts_are(saved):
 def test_exact_parts_are_parts_of_pipelines():
     kinds = [getattr(diffusers, name) for name in ADAPTERS if hasattr(diffusers, name)]
     parts = {name for kind in kinds for name in inspect.signature(kind.__init__).parameters}
-    exact = {name for adapter in ADAPTERS.values() for name in adapter.exact}
+    exact = {name for adapter in ADAPTERS.values() for name in adapter.clips.exact}
     assert exact == {"vae", "image_encoder"}
     assert exact < parts
 

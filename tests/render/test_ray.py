@@ -62,7 +62,7 @@ def together(monkeypatch):
     free = actors.Actors.free
 
     def later(crew):
-        return None if any(actor.hello for actor in crew.hired) else free(crew)
+        return None if any(actor.hello for actor in crew.members) else free(crew)
 
     monkeypatch.setattr(actors.Actors, "free", later)
 
@@ -185,7 +185,7 @@ def test_a_broken_device_and_a_job_that_kills(tmp_path, cluster, monkeypatch):
         marker.touch()
         pipe = pipes.pipeline("wan")
         pipe.vae.decode = breaks
-        worker.Passage._broken = lambda passage: RuntimeError("CUDA error")
+        worker.BatchRun._broken = lambda run: RuntimeError("CUDA error")
         return pipe
 
     monkeypatch.setitem(models.NAMED, "breaking", breaking)
@@ -311,7 +311,7 @@ def test_what_an_actor_says_where_it_cannot_render(tmp_path, model, monkeypatch)
 def test_devices_that_are_alike():
     """What one has no memory for, none has; of one that is not ready, nothing is known."""
     for names, alike in ((["H100", "H100"], True), (["H100", "L4"], False), (["H100", ""], False)):
-        crew = SimpleNamespace(hired=[SimpleNamespace(device_name=name) for name in names])
+        crew = SimpleNamespace(members=[SimpleNamespace(device_name=name) for name in names])
         assert actors.Actors.alike.fget(crew) is alike
 
 

@@ -55,14 +55,14 @@ def pipe():
 def latents(monkeypatch):
     """What comes to the decoder, by the name of the clip."""
     seen = {}
-    decoded = worker.Passage._decoded
+    decoded = worker.BatchRun._decoded
 
     def recording(self, decode, latents, *rest):
         names = [task.job.name for task in self.batch.tasks]
         seen.update(zip(names, latents.detach().clone(), strict=True))
         return decoded(self, decode, latents, *rest)
 
-    monkeypatch.setattr(worker.Passage, "_decoded", recording)
+    monkeypatch.setattr(worker.BatchRun, "_decoded", recording)
     return seen
 
 
@@ -611,7 +611,7 @@ def test_a_second_interruption_stops_at_once(tmp_path, pipe):
 def test_a_device_past_use_ends_the_run(tmp_path, pipe, monkeypatch):
     """After some errors every further job would fail, for no fault of its own."""
     broken = RuntimeError("CUDA error: an illegal memory access was encountered")
-    monkeypatch.setattr(worker.Passage, "_broken", lambda self: broken)
+    monkeypatch.setattr(worker.BatchRun, "_broken", lambda self: broken)
 
     def before(latents):
         raise broken

@@ -61,7 +61,7 @@ def test_a_clip_is_what_the_pipeline_makes(name, tmp_path, monkeypatch):
     assert all(why.startswith(ALONE[name]) for why in again)
     stgfast.accelerate(pipe)
     pipe.set_progress_bar_config(disable=True)
-    if adapter.tiled:
+    if adapter.clips.tiled:
         pipe.vae.enable_tiling()
     frames = "video_length" if name == "LattePipeline" else "num_frames"
     for job in jobs:

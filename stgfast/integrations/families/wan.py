@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from stgfast.batching.arguments import unwrapped
-from stgfast.batching.layout import Grid, Unit
+from stgfast.batching.layout import Blocks, Grid, Unit
 from stgfast.guidance import Guidance
 from stgfast.integrations.guiders import guided_by, steps_of_modular_call
-from stgfast.integrations.spec import ONE, Adapter, CallArguments, patches, steps_of_call
+from stgfast.integrations.spec import ONE, Adapter, Clips, patches
+from stgfast.integrations.steps import CallArguments, steps_of_call
 from stgfast.presets import PRESETS
 
 
@@ -50,18 +51,26 @@ def vace_units(denoiser: nn.Module) -> Sequence[Unit]:
 WAN = Adapter(
     pipeline="WanPipeline",
     protocol="sequential",
-    blocks=("blocks",),
-    rows=frozenset({"hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image", "temb"}),
+    blocks=Blocks(
+        lists=("blocks",),
+        rows=frozenset({"hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image", "temb"}),
+        grid=Grid(patches),
+    ),
     denoisers=("transformer", "transformer_2"),
     live=live,
     unsupported=unsupported,
-    grid=Grid(patches),
     defaults=Guidance.preset("wan"),
     source=PRESETS["wan"].source,
-    exact=("vae", "image_encoder"),
-    fps=fps,
+    clips=Clips(
+        exact=("vae", "image_encoder"),
+        fps=fps,
+    ),
 )
-WAN_IMAGE = replace(WAN, pipeline="WanImageToVideoPipeline", images=ONE)
+WAN_IMAGE = replace(
+    WAN,
+    pipeline="WanImageToVideoPipeline",
+    clips=replace(WAN.clips, images=ONE),
+)
 WAN_VIDEO = replace(
     WAN,
     pipeline="WanVideoToVideoPipeline",
@@ -71,10 +80,13 @@ WAN_VIDEO = replace(
 WAN_VACE = replace(
     WAN,
     pipeline="WanVACEPipeline",
-    blocks=(),
-    units=vace_units,
-    rows=WAN.rows | {"control_hidden_states"},
-    full=True,  # a hint is added after some of the blocks
+    blocks=replace(
+        WAN.blocks,
+        lists=(),
+        units=vace_units,
+        rows=WAN.blocks.rows | {"control_hidden_states"},
+        full=True,  # a hint is added after some of the blocks
+    ),
 )
 WAN_MODULAR = guided_by(WAN, "WanModularPipeline", steps_asked=steps_of_modular_call)
 WAN_22_MODULAR = replace(WAN_MODULAR, pipeline="Wan22ModularPipeline")

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from stgfast.batching.layout import Grid, Unit
+from stgfast.batching.layout import Blocks, Grid, Unit
 from stgfast.guidance import Guidance
-from stgfast.integrations.spec import Adapter, CallArguments, patches, schedule_of_call, shifted
+from stgfast.integrations.spec import Adapter, patches
+from stgfast.integrations.steps import CallArguments, schedule_of_call, shifted
 from stgfast.presets import PRESETS
 
 
@@ -45,21 +46,23 @@ def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
 STABLE_DIFFUSION_3 = Adapter(
     pipeline="StableDiffusion3Pipeline",
     protocol="stacked",
-    units=units,
-    state=("encoder_hidden_states", "hidden_states"),
-    rows=frozenset(
-        {
-            "hidden_states",
-            "encoder_hidden_states",
-            "pooled_projections",
-            "timestep",
-            "temb",
-            "joint_attention_kwargs",
-        }
+    blocks=Blocks(
+        units=units,
+        state=("encoder_hidden_states", "hidden_states"),
+        rows=frozenset(
+            {
+                "hidden_states",
+                "encoder_hidden_states",
+                "pooled_projections",
+                "timestep",
+                "temb",
+                "joint_attention_kwargs",
+            }
+        ),
+        grid=Grid(functools.partial(patches, dims=(2, 3))),
     ),
     unfit=unfit,
     schedule=schedule,
-    grid=Grid(functools.partial(patches, dims=(2, 3))),
     defaults=Guidance.preset("sd3.5-medium"),
     source=PRESETS["sd3.5-medium"].source,
 )

@@ -7,9 +7,11 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from stgfast.batching.layout import Grid
+from stgfast.batching.layout import Blocks, Grid
 from stgfast.guidance import Guidance
-from stgfast.integrations.spec import EACH, Adapter, CallArguments, patches, requested_scale, steps_of_call
+from stgfast.integrations.scales import requested_scale
+from stgfast.integrations.spec import EACH, Adapter, Clips, patches
+from stgfast.integrations.steps import CallArguments, steps_of_call
 from stgfast.presets import PRESETS
 
 
@@ -30,19 +32,25 @@ def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
 COGVIDEOX = Adapter(
     pipeline="CogVideoXPipeline",
     protocol="stacked",
-    fps=8.0,
-    blocks=("transformer_blocks",),
-    state=("hidden_states", "encoder_hidden_states"),
-    rows=frozenset({"hidden_states", "encoder_hidden_states", "timestep", "timestep_cond", "ofs", "temb"}),
+    clips=Clips(fps=8.0),
+    blocks=Blocks(
+        lists=("transformer_blocks",),
+        state=("hidden_states", "encoder_hidden_states"),
+        rows=frozenset({"hidden_states", "encoder_hidden_states", "timestep", "timestep_cond", "ofs", "temb"}),
+        grid=Grid(functools.partial(patches, dims=(1, 3, 4)), last=True),
+    ),
     float32=True,
     live=live,
-    grid=Grid(functools.partial(patches, dims=(1, 3, 4)), last=True),
     # Of 30 blocks (2B) or 42 (5B).
     defaults=Guidance.preset("cogvideox"),
     source=PRESETS["cogvideox"].source,
 )
 
-COGVIDEOX_IMAGE = replace(COGVIDEOX, pipeline="CogVideoXImageToVideoPipeline", images=EACH)
+COGVIDEOX_IMAGE = replace(
+    COGVIDEOX,
+    pipeline="CogVideoXImageToVideoPipeline",
+    clips=replace(COGVIDEOX.clips, images=EACH),
+)
 
 COGVIDEOX_VIDEO = replace(
     COGVIDEOX,

@@ -6,9 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from stgfast.batching.arguments import Arguments
-from stgfast.batching.layout import Grid
-from stgfast.guidance import Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments, even_sigmas, live_true_cfg_scale, shifted, true_cfg_scale
+from stgfast.batching.layout import Blocks, Grid
+from stgfast.guidance import Guidance
+from stgfast.integrations.scales import live_true_cfg_scale, true_cfg_scale
+from stgfast.integrations.spec import Adapter
+from stgfast.integrations.steps import CallArguments, even_sigmas, shifted
+from stgfast.perturbation import Perturbation
 
 
 def size(call: CallArguments, denoiser: Arguments, block: Arguments) -> tuple[int, int, int]:
@@ -28,25 +31,27 @@ def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
 FLUX = Adapter(
     pipeline="FluxPipeline",
     protocol="embedded",
-    blocks=("transformer_blocks", "single_transformer_blocks"),
-    state=("encoder_hidden_states", "hidden_states"),
-    rows=frozenset(
-        {
-            "hidden_states",
-            "encoder_hidden_states",
-            "pooled_projections",
-            "timestep",
-            "guidance",
-            "temb",
-            "joint_attention_kwargs",
-        }
+    blocks=Blocks(
+        lists=("transformer_blocks", "single_transformer_blocks"),
+        state=("encoder_hidden_states", "hidden_states"),
+        rows=frozenset(
+            {
+                "hidden_states",
+                "encoder_hidden_states",
+                "pooled_projections",
+                "timestep",
+                "guidance",
+                "temb",
+                "joint_attention_kwargs",
+            }
+        ),
+        attention="attn",
+        grid=Grid(size, last=True),
     ),
-    attention="attn",
     requested=true_cfg_scale,
     cfg_on="true_cfg_scale above 1 and a negative_prompt, or both of its embeds",
     live=live_true_cfg_scale,
     schedule=schedule,
-    grid=Grid(size, last=True),
     # A late block of its 57.
     defaults=Guidance(Perturbation([40], scale=1.0)),
 )

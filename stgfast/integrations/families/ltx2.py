@@ -9,11 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stgfast.batching.layout import Unit
-from stgfast.guidance import ATTENTION, COND, ISOLATE, RESIDUAL, UNCOND, Guidance, Perturbation
-from stgfast.integrations.attention import project
-from stgfast.integrations.attention import values as values_of
-from stgfast.integrations.spec import Adapter, CallArguments, Passes, always, even_sigmas, latent_tokens, shifted
+from stgfast.batching.layout import Blocks, Unit
+from stgfast.batching.values import project
+from stgfast.batching.values import values as values_of
+from stgfast.formulas import COND, UNCOND
+from stgfast.guidance import Guidance
+from stgfast.integrations.spec import Adapter, Announced, Passes
+from stgfast.integrations.steps import CallArguments, even_sigmas, latent_tokens, shifted
+from stgfast.kinds import ATTENTION, ISOLATE, RESIDUAL
+from stgfast.perturbation import Perturbation
 from stgfast.schedules import Moment, value
 
 WEAK, ISOLATED = "perturbed", "isolated"
@@ -117,14 +121,17 @@ ROWS = {
 LTX2 = Adapter(
     pipeline="LTX2Pipeline",
     protocol="announced",
-    units=units,
-    state=("hidden_states", "audio_hidden_states"),
-    rows=frozenset(ROWS),
-    identity=identity,
-    changes={ISOLATE: {"use_a2v_cross_attention": False, "use_v2a_cross_attention": False}},
-    announces=always,
-    passes=passes,
-    preview=preview,
+    blocks=Blocks(
+        units=units,
+        state=("hidden_states", "audio_hidden_states"),
+        rows=frozenset(ROWS),
+        identity=identity,
+        changes={ISOLATE: {"use_a2v_cross_attention": False, "use_v2a_cross_attention": False}},
+    ),
+    announced=Announced(
+        passes=passes,
+        preview=preview,
+    ),
     unfit=unfit,
     requested=requested,
     schedule=schedule,

@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from stgfast.batching.layout import Grid
-from stgfast.guidance import Guidance, Perturbation
-from stgfast.integrations.attention import project
-from stgfast.integrations.spec import Adapter, CallArguments, patches, schedule_of_call, steps_of_call
+from stgfast.batching.layout import Blocks, Grid
+from stgfast.batching.values import project
+from stgfast.guidance import Guidance
+from stgfast.integrations.spec import Adapter, Clips, patches
+from stgfast.integrations.steps import CallArguments, schedule_of_call, steps_of_call
+from stgfast.perturbation import Perturbation
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
@@ -37,28 +39,32 @@ def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
 EASYANIMATE = Adapter(
     pipeline="EasyAnimatePipeline",
     protocol="stacked",
-    fps=8.0,
-    blocks=("transformer_blocks",),
-    state=("hidden_states", "encoder_hidden_states"),
-    rows=frozenset(
-        {
-            "hidden_states",
-            "timestep",
-            "timestep_cond",
-            "encoder_hidden_states",
-            "encoder_hidden_states_t5",
-            "inpaint_latents",
-            "control_latents",
-            "temb",
-        }
+    clips=Clips(
+        fps=8.0,
+        negative=True,
+    ),
+    blocks=Blocks(
+        lists=("transformer_blocks",),
+        state=("hidden_states", "encoder_hidden_states"),
+        rows=frozenset(
+            {
+                "hidden_states",
+                "timestep",
+                "timestep_cond",
+                "encoder_hidden_states",
+                "encoder_hidden_states_t5",
+                "inpaint_latents",
+                "control_latents",
+                "temb",
+            }
+        ),
+        identity=identity,
+        grid=Grid(patches, last=True),
     ),
     live=live,
     schedule=schedule,
-    identity=identity,
-    grid=Grid(patches, last=True),
     # About 70% of the way through its 48 blocks.
     defaults=Guidance(Perturbation([33], scale=1.0)),
-    negative=True,
 )
 
 EASYANIMATE_INPAINT = replace(

@@ -8,9 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from stgfast.batching.layout import Grid, Unit
-from stgfast.guidance import ATTENTION, AXES, Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments, patches, requested_scale
+from stgfast.batching.layout import Blocks, Grid, Unit
+from stgfast.guidance import Guidance
+from stgfast.integrations.scales import requested_scale
+from stgfast.integrations.spec import Adapter, Clips, patches
+from stgfast.integrations.steps import CallArguments
+from stgfast.kinds import ATTENTION, AXES
+from stgfast.perturbation import Perturbation
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
@@ -39,13 +43,15 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
 LATTE = Adapter(
     pipeline="LattePipeline",
     protocol="stacked",
-    fps=8.0,
-    units=units,
-    rows=frozenset({"hidden_states", "timestep", "encoder_hidden_states"}),
+    clips=Clips(fps=8.0),
+    blocks=Blocks(
+        units=units,
+        rows=frozenset({"hidden_states", "timestep", "encoder_hidden_states"}),
+        full=True,  # tokens are turned from space to time and back between blocks
+        grid=Grid(functools.partial(patches, dims=(3, 4))),  # every frame is a row of its own
+    ),
     learned_sigma=True,
-    full=True,  # tokens are turned from space to time and back between blocks
     live=live,
-    grid=Grid(functools.partial(patches, dims=(3, 4))),  # every frame is a row of its own
     unfit=unfit,
     # The middle of 28 layers.
     defaults=Guidance([Perturbation([14], kind=ATTENTION, axis=axis) for axis in AXES]),

@@ -8,9 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from stgfast.batching.layout import Grid
-from stgfast.guidance import BLUR, Guidance, Perturbation
-from stgfast.integrations.spec import Adapter, CallArguments, patches
+from stgfast.batching.layout import Blocks, Grid
+from stgfast.guidance import Guidance
+from stgfast.integrations.spec import Adapter, patches
+from stgfast.integrations.steps import CallArguments
+from stgfast.kinds import BLUR
+from stgfast.perturbation import Perturbation
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
@@ -32,27 +35,29 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
 KANDINSKY5 = Adapter(
     pipeline="Kandinsky5T2VPipeline",
     protocol="sequential",
-    # The blocks of the text before these are small: they run for all rows, so that these need not.
-    blocks=("visual_transformer_blocks",),
-    attention="self_attention",
-    state=("visual_embed",),
-    rows=frozenset(
-        {
-            "hidden_states",
-            "encoder_hidden_states",
-            "timestep",
-            "pooled_projections",
-            "visual_embed",
-            "text_embed",
-            "time_embed",
-            "rope",
-            "rotary_emb",
-        }
+    blocks=Blocks(
+        # The blocks of the text before these are small: they run for all rows, so that these need not.
+        lists=("visual_transformer_blocks",),
+        attention="self_attention",
+        state=("visual_embed",),
+        rows=frozenset(
+            {
+                "hidden_states",
+                "encoder_hidden_states",
+                "timestep",
+                "pooled_projections",
+                "visual_embed",
+                "text_embed",
+                "time_embed",
+                "rope",
+                "rotary_emb",
+            }
+        ),
+        identity=identity,
+        grid=Grid(functools.partial(patches, dims=(1, 2, 3)), query="to_query"),
     ),
-    identity=identity,
     live=live,
     unfit=unfit,
-    grid=Grid(functools.partial(patches, dims=(1, 2, 3)), query="to_query"),
     # 70% of the depth of the Lite models, which have 32 blocks; Pro has 60.
     defaults=Guidance(Perturbation([22], scale=1.0)),
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from stgfast.guidance import ALONG_COND, ALONG_UNCOND, Guidance, Scale
-from stgfast.integrations.spec import EACH, Adapter, CallArguments
+from stgfast.batching.layout import Blocks
+from stgfast.guidance import Guidance, Scale
+from stgfast.integrations.spec import EACH, Adapter, Clips
+from stgfast.integrations.steps import CallArguments
 from stgfast.integrations.unet import GRID, units
 from stgfast.presets import PRESETS
 
@@ -30,7 +32,7 @@ def steps_asked(call: CallArguments) -> int:
 
 
 def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
-    if guidance.project in (ALONG_UNCOND, ALONG_COND) and guidance.cfg is None:
+    if guidance.projects_cfg and guidance.cfg is None:
         return f"project={guidance.project!r}: got a scale for every frame, expected one: Guidance(..., cfg=3.0)"
     return None
 
@@ -38,20 +40,24 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
 STABLE_VIDEO_DIFFUSION = Adapter(
     pipeline="StableVideoDiffusionPipeline",
     protocol="stacked",
-    units=functools.partial(units, lists={"spatial": "transformer_blocks", "temporal": "temporal_transformer_blocks"}),
-    rows=frozenset(
-        {"sample", "encoder_hidden_states", "added_time_ids", "hidden_states", "temb", "image_only_indicator"}
+    blocks=Blocks(
+        units=functools.partial(
+            units, lists={"spatial": "transformer_blocks", "temporal": "temporal_transformer_blocks"}
+        ),
+        rows=frozenset(
+            {"sample", "encoder_hidden_states", "added_time_ids", "hidden_states", "temb", "image_only_indicator"}
+        ),
+        full=True,  # every block's output is kept for the way up
+        grid=GRID,
     ),
-    full=True,  # every block's output is kept for the way up
     requested=requested,
     cfg_on="max_guidance_scale above 1",
     live=live,
     steps_asked=steps_asked,
     unfit=unfit,
-    grid=GRID,
     denoisers=("unet",),
     sample="sample",
-    images=EACH,
+    clips=Clips(images=EACH),
     defaults=Guidance.preset("svd"),
     source=PRESETS["svd"].source,
 )

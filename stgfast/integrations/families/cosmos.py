@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from stgfast.batching.layout import Grid
-from stgfast.guidance import Guidance, Perturbation
-from stgfast.integrations.spec import EACH, Adapter, CallArguments, patches
+from stgfast.batching.layout import Blocks, Grid
+from stgfast.guidance import Guidance
+from stgfast.integrations.spec import EACH, Adapter, patches
+from stgfast.integrations.steps import CallArguments
+from stgfast.perturbation import Perturbation
 
 
 def requested(call: CallArguments) -> float | None:
@@ -33,27 +35,37 @@ def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
 COSMOS = Adapter(
     pipeline="CosmosTextToWorldPipeline",
     protocol="sequential",
-    blocks=("transformer_blocks",),
-    # `padding_mask` is one for all samples: the model repeats it itself.
-    rows=frozenset(
-        {
-            "hidden_states",
-            "timestep",
-            "encoder_hidden_states",
-            "condition_mask",
-            "embedded_timestep",
-            "temb",
-            "extra_pos_emb",
-        }
+    blocks=Blocks(
+        lists=("transformer_blocks",),
+        # `padding_mask` is one for all samples: the model repeats it itself.
+        rows=frozenset(
+            {
+                "hidden_states",
+                "timestep",
+                "encoder_hidden_states",
+                "condition_mask",
+                "embedded_timestep",
+                "temb",
+                "extra_pos_emb",
+            }
+        ),
+        grid=Grid(patches),
     ),
     requested=requested,
     live=live,
-    grid=Grid(patches),
     # 70% of the depth of the smaller models, which have 28 blocks; the 14B ones have 36. Predict 1 and 2 agree in this.
     defaults=Guidance(Perturbation([19], scale=1.0)),
 )
-COSMOS_VIDEO = replace(COSMOS, pipeline="CosmosVideoToWorldPipeline", images=EACH)
+COSMOS_VIDEO = replace(
+    COSMOS,
+    pipeline="CosmosVideoToWorldPipeline",
+    clips=replace(COSMOS.clips, images=EACH),
+)
 
 # These have x0 of the first prediction before they call for the second.
 COSMOS2_IMAGE = replace(COSMOS, pipeline="Cosmos2TextToImagePipeline", early=True, float32=True, schedule=schedule)
-COSMOS2_VIDEO = replace(COSMOS2_IMAGE, pipeline="Cosmos2VideoToWorldPipeline", images=EACH)
+COSMOS2_VIDEO = replace(
+    COSMOS2_IMAGE,
+    pipeline="Cosmos2VideoToWorldPipeline",
+    clips=replace(COSMOS2_IMAGE.clips, images=EACH),
+)

@@ -5,16 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from stgfast.batching.layout import Blocks
 from stgfast.guidance import Guidance
-from stgfast.integrations.spec import (
-    Adapter,
-    CallArguments,
-    requested_scale,
-    schedule_of_call,
-    scheduled,
-    sigmas_of_scheduler,
-    steps_of_call,
-)
+from stgfast.integrations.scales import requested_scale
+from stgfast.integrations.spec import Adapter
+from stgfast.integrations.steps import CallArguments, schedule_of_call, scheduled, sigmas_of_scheduler, steps_of_call
 from stgfast.integrations.unet import GRID, units
 from stgfast.presets import PRESETS
 
@@ -43,26 +38,28 @@ def first_sigmas(pipe: Any, steps: int) -> list[float]:
 STABLE_DIFFUSION_XL = Adapter(
     pipeline="StableDiffusionXLPipeline",
     protocol="stacked",
-    units=functools.partial(units, lists={"": "transformer_blocks"}),
-    rows=frozenset(
-        {
-            "sample",
-            "encoder_hidden_states",
-            "encoder_attention_mask",
-            "attention_mask",
-            "added_cond_kwargs",
-            "timestep_cond",
-            "hidden_states",
-            "input_tensor",
-            "temb",
-        }
+    blocks=Blocks(
+        units=functools.partial(units, lists={"": "transformer_blocks"}),
+        rows=frozenset(
+            {
+                "sample",
+                "encoder_hidden_states",
+                "encoder_attention_mask",
+                "attention_mask",
+                "added_cond_kwargs",
+                "timestep_cond",
+                "hidden_states",
+                "input_tensor",
+                "temb",
+            }
+        ),
+        full=True,  # every block's output is kept for the way up
+        grid=GRID,
     ),
-    full=True,  # every block's output is kept for the way up
     requested=requested,
     steps_asked=steps_asked,
     sigmas=first_sigmas,
     cfg_on="guidance_scale above 1 and a unet that is not distilled, with time_cond_proj_dim=None",
-    grid=GRID,
     denoisers=("unet",),
     sample="sample",
     defaults=Guidance.preset("sdxl"),

@@ -9,11 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stgfast.batching.layout import Grid
+from stgfast.batching.layout import Blocks, Grid
 from stgfast.batching.rows import spans, take
+from stgfast.batching.values import project
 from stgfast.guidance import Guidance
-from stgfast.integrations.attention import project
-from stgfast.integrations.spec import Adapter, CallArguments, patches
+from stgfast.integrations.spec import Adapter, Clips, patches
+from stgfast.integrations.steps import CallArguments
 from stgfast.kernels import masked_attention
 from stgfast.presets import PRESETS
 
@@ -75,18 +76,20 @@ def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
 MOCHI = Adapter(
     pipeline="MochiPipeline",
     protocol="stacked",
-    fps=30.0,
-    blocks=("transformer_blocks",),
-    state=("hidden_states", "encoder_hidden_states"),
-    rows=frozenset(
-        {"hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask", "temb", "attention_mask"}
+    clips=Clips(fps=30.0),
+    blocks=Blocks(
+        lists=("transformer_blocks",),
+        state=("hidden_states", "encoder_hidden_states"),
+        rows=frozenset(
+            {"hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask", "temb", "attention_mask"}
+        ),
+        identity=identity,
+        attend=attend,
+        processor="MochiAttnProcessor2_0",
+        grid=Grid(patches),
     ),
     float32=True,
-    identity=identity,
-    attend=attend,
-    processor="MochiAttnProcessor2_0",
     schedule=schedule,
-    grid=Grid(patches),
     defaults=Guidance.preset("mochi"),
     source=PRESETS["mochi"].source,
 )

@@ -8,10 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 from stgfast.batching.arguments import Arguments
-from stgfast.batching.layout import Grid
+from stgfast.batching.layout import Blocks, Grid
 from stgfast.guidance import Guidance
 from stgfast.integrations.guiders import guided_by, steps_of_modular_call
-from stgfast.integrations.spec import EACH, Adapter, CallArguments, even_sigmas, latent_tokens, shifted, steps_of_call
+from stgfast.integrations.spec import EACH, Adapter
+from stgfast.integrations.steps import CallArguments, even_sigmas, latent_tokens, shifted, steps_of_call
 from stgfast.presets import PRESETS
 
 
@@ -39,20 +40,22 @@ def condition_schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
 LTX = Adapter(
     pipeline="LTXPipeline",
     protocol="stacked",
-    blocks=("transformer_blocks",),
-    rows=frozenset(
-        {
-            "hidden_states",
-            "encoder_hidden_states",
-            "timestep",
-            "encoder_attention_mask",
-            "video_coords",
-            "temb",
-            "image_rotary_emb",
-        }
+    blocks=Blocks(
+        lists=("transformer_blocks",),
+        rows=frozenset(
+            {
+                "hidden_states",
+                "encoder_hidden_states",
+                "timestep",
+                "encoder_attention_mask",
+                "video_coords",
+                "temb",
+                "image_rotary_emb",
+            }
+        ),
+        grid=Grid(size),
     ),
     float32=True,
-    grid=Grid(size),
     # Of the 2B model, which has 28 blocks; the 13B model has 48, and is guided by schedules of its own.
     defaults=Guidance.preset("ltx"),
     source=PRESETS["ltx"].source,
@@ -60,13 +63,20 @@ LTX = Adapter(
 )
 
 # A timestep for every token; the frame that is given takes no part in the scheduler's step, but in the rescale.
-LTX_IMAGE = replace(LTX, pipeline="LTXImageToVideoPipeline", images=EACH)
+LTX_IMAGE = replace(
+    LTX,
+    pipeline="LTXImageToVideoPipeline",
+    clips=replace(LTX.clips, images=EACH),
+)
 
 LTX_CONDITION = replace(
     LTX,
     pipeline="LTXConditionPipeline",
     float32=False,
-    grid=Grid(size_with_conditions),
+    blocks=replace(
+        LTX.blocks,
+        grid=Grid(size_with_conditions),
+    ),
     steps_asked=functools.partial(steps_of_call, strength="denoise_strength"),
     schedule=condition_schedule,
 )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from stgfast.batching.layout import Grid
-from stgfast.guidance import Guidance, Perturbation
-from stgfast.integrations.spec import ONE, Adapter, CallArguments, patches, steps_of_call
+from stgfast.batching.layout import Blocks, Grid
+from stgfast.guidance import Guidance
+from stgfast.integrations.spec import ONE, Adapter, Clips, patches
+from stgfast.integrations.steps import CallArguments, steps_of_call
+from stgfast.perturbation import Perturbation
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
@@ -37,26 +39,34 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
 SKYREELS_V2 = Adapter(
     pipeline="SkyReelsV2Pipeline",
     protocol="sequential",
-    blocks=("blocks",),
-    rows=frozenset({"hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image", "temb"}),
+    blocks=Blocks(
+        lists=("blocks",),
+        rows=frozenset({"hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image", "temb"}),
+        grid=Grid(patches),
+    ),
     live=live,
-    grid=Grid(patches),
     # 70% of the depth of the 14B model, which has 40 blocks.
     defaults=Guidance(Perturbation([28], scale=1.0)),
-    exact=("vae",),
+    clips=Clips(exact=("vae",)),
 )
 SKYREELS_V2_IMAGE = replace(
     SKYREELS_V2,
     pipeline="SkyReelsV2ImageToVideoPipeline",
-    images=ONE,
+    clips=replace(SKYREELS_V2.clips, images=ONE),
     # There is a 1.3B model of 30 blocks beside the 14B one of 40, and this is late in both.
     defaults=Guidance(Perturbation([24], scale=1.0)),
 )
 # A timestep for every frame. `fps` has an entry for every prompt as well, but the models that look at it take one
 # prompt at a time, so that its one entry goes for all rows.
 SKYREELS_V2_FORCED = replace(
-    SKYREELS_V2_IMAGE, pipeline="SkyReelsV2DiffusionForcingPipeline", steps_asked=forced_steps, unfit=unfit, images=""
+    SKYREELS_V2_IMAGE,
+    pipeline="SkyReelsV2DiffusionForcingPipeline",
+    steps_asked=forced_steps,
+    unfit=unfit,
+    clips=replace(SKYREELS_V2_IMAGE.clips, images=""),
 )
 SKYREELS_V2_FORCED_IMAGE = replace(
-    SKYREELS_V2_FORCED, pipeline="SkyReelsV2DiffusionForcingImageToVideoPipeline", images=ONE
+    SKYREELS_V2_FORCED,
+    pipeline="SkyReelsV2DiffusionForcingImageToVideoPipeline",
+    clips=replace(SKYREELS_V2_FORCED.clips, images=ONE),
 )

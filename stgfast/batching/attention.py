@@ -1,0 +1,136 @@
+"""Self-attention inside of a block that runs on rows of which some are made weak."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from stgfast.batching.arguments import Arguments
+from stgfast.batching.layout import Layout, Unit
+from stgfast.batching.rows import as_given, as_tuple, join, spans, take
+from stgfast.batching.seam import Call, Handler, as_written, handling, held
+from stgfast.errors import EngineError
+from stgfast.kinds import Mark, kind_of
+
+Tokens = tuple[int, int, int]  # frames, height, width
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One call of a self-attention, for rows that are made weak alike: what a kind of perturbation can ask of it."""
+
+    layout: Layout
+    plain_call: Call
+    arguments: Arguments
+    tokens: Tokens
+
+    def plain(self) -> Any:
+        """As the module itself has it."""
+        return self.arguments.given_to(self.plain_call)
+
+    def identity(self) -> Any:
+        """Output = V."""
+        return self.arguments.given_to(functools.partial(self.layout.blocks.identity, self.arguments.module))
+
+    def with_queries(self, change: Callable[[Tensor], Tensor]) -> Any:
+        """The module's own call, with its queries changed."""
+        module, grid = self.arguments.module, self.layout.blocks.grid
+        name = grid.query if grid is not None else "to_q"
+        query, seen = module.get_submodule(name), list[Tensor]()
+
+        def changed(plain: Call, arguments: Arguments) -> Tensor:
+            seen.append(arguments.given_to(plain))
+            return change(seen[-1])
+
+        with held([query]), handling({query: changed}):
+            output = self.arguments.given_to(as_written(module))
+        if len(seen) != 1:
+            raise EngineError(f"queries made by {name!r}: got {len(seen)} calls, expected one")
+        return output
+
+    @property
+    def video_last(self) -> bool:
+        """Whether other tokens, if any, come before those of the video."""
+        return self.layout.blocks.grid is not None and self.layout.blocks.grid.last
+
+
+class Inside:
+    """The self-attentions of the block that runs now: of every row, what is done to it, and what input is it of?"""
+
+    def __init__(self, layout: Layout, grid: Callable[[Arguments], Tokens] | None):
+        self.layout, self.grid = layout, grid
+        self.marks: Sequence[Mark | None] = []
+        self.inputs: Sequence[int] = []
+        self.tokens: Tokens = (0, 0, 0)
+        self.reached: set[nn.Module] = set()  # the attentions that the block has called
+
+    def handlers(self, unit: Unit, marks: Sequence[Mark | None]) -> Mapping[nn.Module, Handler]:
+        """What stands in for calls inside of a unit that runs on groups with these marks."""
+        handlers = dict[nn.Module, Handler]()
+        inside = self.weak(marks)
+        if inside:
+            handlers |= dict.fromkeys(unit.compiled_around, self._around)
+        if inside or self.layout.attend is not None:
+            handlers |= {module: functools.partial(self._attention, axis) for axis, module in unit.attentions}
+        return handlers
+
+    def weak(self, marks: Sequence[Mark | None]) -> bool:
+        """Whether any of these changes an attention."""
+        return any(map(self.layout.inside, marks))
+
+    def locate(self, marks: Sequence[Mark | None], arguments: Arguments) -> None:
+        """Note where tokens lie in a block that is called with these arguments, where that has to be known."""
+        if self.grid is not None and any(mark is not None and kind_of(mark).grid for mark in marks):
+            self.tokens = self.grid(arguments)
+
+    def begin(self, marks: Sequence[Mark | None], inputs: Sequence[int]) -> None:
+        self.marks, self.inputs, self.reached = marks, inputs, set()
+
+    def finish(self, number: int, unit: Unit) -> None:
+        """A block that goes around its attention would give a plain prediction for a weak one."""
+        for axis, attention in unit.attentions:
+            changed = [mark for mark in self._along(axis) if mark is not None]
+            if changed and attention not in self.reached:
+                raise EngineError(
+                    f"attention of block {number}: got a block that ran without a call of {type(attention).__name__}, "
+                    f"expected one, to change what it does ({changed[0].kind}); is the block compiled, or replaced?"
+                )
+
+    def _along(self, axis: str) -> list[Mark | None]:
+        """The mark of every row, where it changes attention along this axis."""
+        return [
+            mark if mark is not None and self.layout.inside(mark) and kind_of(mark).concerns(mark, axis) else None
+            for mark in self.marks
+        ]
+
+    def _around(self, plain: Call, arguments: Arguments) -> Any:
+        """Stands in for a compiled module with an attention inside."""
+        return arguments.given_to(as_written(arguments.module) if self.weak(self.marks) else plain)
+
+    def _attention(self, axis: str, plain: Call, arguments: Arguments) -> Any:
+        """Stands in for a self-attention: rows that are made weak run what their kind says, and no more."""
+        self.reached.add(arguments.module)
+        marks, rows = self._along(axis), len(self.marks)
+        attend = self.layout.attend
+        if attend is not None and arguments["hidden_states"].device.type not in self.layout.blocks.attend_on:
+            attend = None
+        if attend is not None and all(mark is None or kind_of(mark).values for mark in marks):
+            # Rows of one input are projected once.
+            different = list(dict.fromkeys(self.inputs))
+            once = self.layout.some(arguments, spans([self.inputs.index(one) for one in different], 1), rows)
+            masked, source = [mark is not None for mark in marks], [different.index(one) for one in self.inputs]
+            return once.given_to(functools.partial(attend, arguments.module, masked, source))
+        outputs, order = [], []
+        for mark in dict.fromkeys(marks):
+            mine = [row for row, its in enumerate(marks) if its == mark]
+            if len(mine) == rows and mark is None:
+                return arguments.given_to(plain)
+            call = Attention(self.layout, plain, self.layout.some(arguments, spans(mine, 1), rows), self.tokens)
+            outputs.append(as_tuple(call.plain() if mark is None else kind_of(mark).attend(mark, call)))
+            order += mine
+        back = spans([order.index(row) for row in range(rows)], 1)
+        return as_given([take(join(parts), back, rows, "attention") for parts in zip(*outputs, strict=True)])

@@ -1,0 +1,191 @@
+"""Steps that the engine combines: every prediction that the pipeline holds becomes g.
+
+first call of a step     what every branch weighs at this moment
+every call of a step     its branches as one stack, no row computed twice
+last call of a step      g, which the pipeline then combines with itself
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from stgfast.batching.arguments import Arguments
+from stgfast.batching.layout import Layout
+from stgfast.batching.plan import Plan, branches_for, make_plan
+from stgfast.batching.seam import Call
+from stgfast.engine import Run
+from stgfast.errors import SettingsError
+from stgfast.formulas import COND, GUIDED, UNCOND
+from stgfast.guidance import Guidance
+from stgfast.kernels import Projection, combine
+from stgfast.memory import Memory
+from stgfast.reuse import KeptDifferences
+
+
+class Combining:
+    """What becomes of the calls of one run by a guidance."""
+
+    def __init__(self, guidance: Guidance):
+        self.guidance = guidance
+        self.memory: Memory = KeptDifferences(guidance)
+        self._plans: dict[tuple[str, tuple[str, ...], frozenset[str]], Plan] = {}
+
+    def begin(self, run: Run, name: str) -> CombiningStep:
+        return CombiningStep(self, run, name)
+
+    def weak_layers(self, layout: Layout) -> Collection[int | None]:
+        return {layer for part in self.guidance.perturbations if part.how.inside for layer in part.layers}
+
+    def plan(self, name: str, layout: Layout, sources: tuple[str, ...], weighed: frozenset[str], acts: bool) -> Plan:
+        """That of a call of the denoiser; the same one for all steps alike."""
+        key = (name, sources, weighed)
+        if key not in self._plans:
+            self._plans[key] = plan_for(self.guidance if acts else Guidance(), sources, weighed, layout)
+        return self._plans[key]
+
+    # A sampler that combines by itself has another way for these three.
+
+    def arranged(self, run: Run, arguments: Arguments, sources: Sequence[str]) -> Arguments:
+        """The arguments of a call, with as many rows as there are sources for every prompt."""
+        return arguments
+
+    def needed(self, step: CombiningStep) -> frozenset[str]:
+        """The branches that have to be known to combine."""
+        return branches_of(step.weights)
+
+    def combined(self, step: CombiningStep) -> Any:
+        """What the last call of a step gives to the pipeline."""
+        return step.in_place_of_all(step.guided(step.weights, step.dtype))
+
+
+class CombiningStep:
+    """One step while it lasts."""
+
+    def __init__(self, strategy: Combining, run: Run, name: str):
+        self.strategy, self.run, self.name, self.layout = strategy, run, name, run.layouts[name]
+        guidance, moment = strategy.guidance, run.moment()
+        self.cfg = cfg = run.adapter.live(run.pipe, run.call, name)
+        self.calls = run.adapter.calls(cfg is not None)
+        self.acts = guidance.acts(moment)
+        self.predictions: dict[str, Tensor] = {}  # of every branch, as the step's calls give them
+        self.handed: list[weakref.ref[Tensor]] = []  # what earlier calls of this step gave
+        self.form: Callable[[Tensor], Any] | None = None  # of what the denoiser returns
+        if self.acts:
+            self.weights = guidance.weights(moment, cfg)
+            self.scale = guidance.cfg_at(moment, cfg)
+            self.rescale = guidance.phi(moment)
+            if cfg is None and guidance.needs_uncond(self.weights):
+                raise SettingsError(f"CFG was switched off at step {moment.step}, but the guidance needs it")
+            needed = strategy.needed(self)
+            self.recalled = strategy.memory.recalled(needed, moment.step, name)
+            self.computed = needed - self.recalled
+
+    def answer(self, turn: int, plain: Call, arguments: Arguments) -> Any:
+        run, sources = self.run, self.calls[turn]
+        if not self.acts and run.max_rows is None and not run.compiled:
+            return arguments.given_to(plain)
+        arguments = self.strategy.arranged(run, arguments, sources)
+        if not self.acts:  # the pipeline's own step, within the bound on rows, or block by block
+            return run.compute(self.name, plain, arguments, sources, self._plan(sources, frozenset(sources)))
+        self._predict(plain, arguments, sources)
+        if turn < len(self.calls) - 1:
+            return self._hand_out()
+        self.strategy.memory.complete(self.predictions, self.recalled, self.scale)
+        return self.strategy.combined(self)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That of g; as wide as it is computed where the pipeline combines in float32."""
+        return None if self.run.adapter.float32 else self.predictions[COND].dtype
+
+    def guided(self, weights: Mapping[str, float], dtype: torch.dtype | None) -> Tensor:
+        """The formula. A learned sigma beside the noise is weighed alike, but no deviation or direction is its own."""
+        if GUIDED in weights:
+            uncond, scale = self.predictions[UNCOND], cast(Tensor, self.cfg)
+            self.predictions[GUIDED] = uncond + scale * (self.predictions[COND] - uncond)
+        weights = {COND: weights.get(COND, 0.0), **weights}
+        numbers, predictions = list(weights.values()), [self.predictions[name] for name in weights]
+        project = projection(self.strategy.guidance, list(weights))
+        if not self.run.adapter.learned_sigma:
+            return combine(predictions, numbers, rescale=self.rescale, project=project, dtype=dtype)
+        noise, sigma = zip(*(prediction.chunk(2, dim=1) for prediction in predictions), strict=True)
+        guided = combine(noise, numbers, rescale=self.rescale, project=project, dtype=dtype)
+        return torch.cat([guided, combine(sigma, numbers, dtype=dtype)], dim=1)
+
+    def in_place_of_all(self, guided: Tensor) -> Any:
+        """g in place of every prediction that the pipeline holds: whatever its CFG scale, u + s (c - u) is then g."""
+        held = [tensor() for tensor in self.handed]
+        if self.handed and (self.run.adapter.early or None in held):
+            # The pipeline has used c already, or holds a copy: with this for u, its own u + s (c - u) is g.
+            scale = cast(Tensor, self.cfg)
+            guided = (guided - scale * self.predictions[COND].to(guided.dtype)) / (1 - scale)
+        else:
+            for tensor in held:
+                cast(Tensor, tensor).copy_(guided)
+        copies = len(self.calls[-1])
+        return self.formed(torch.cat([guided] * copies) if copies > 1 else guided)
+
+    def formed(self, prediction: Tensor) -> Any:
+        """A prediction in the form of what the denoiser returns."""
+        assert self.form is not None
+        return self.form(prediction)
+
+    def _plan(self, sources: tuple[str, ...], weighed: frozenset[str]) -> Plan:
+        return self.strategy.plan(self.name, self.layout, sources, weighed, self.acts)
+
+    def _predict(self, plain: Call, arguments: Arguments, sources: tuple[str, ...]) -> None:
+        """Every branch that starts from the rows of this call."""
+        plan = self._plan(sources, self.computed)
+        if not plan.branches:
+            return
+        output = self.run.compute(self.name, plain, arguments, sources, plan)
+        self.form = functools.partial(_in_form_of, output)
+        predictions = _prediction_in(output).chunk(len(plan.branches))
+        self.predictions |= zip([branch.name for branch in plan.branches], predictions, strict=True)
+
+    def _hand_out(self) -> Any:
+        """The pipeline calls again before it combines: it is given a tensor that the last call fills with g."""
+        given = self.predictions[COND].clone()
+        self.handed.append(weakref.ref(given))
+        return self.formed(given)
+
+
+def branches_of(weighed: Collection[str]) -> frozenset[str]:
+    """The branches that have to be known where these have a weight: the CFG result is made of two."""
+    return frozenset(weighed) - {GUIDED} | ({COND, UNCOND} if GUIDED in weighed else frozenset())
+
+
+def plan_for(guidance: Guidance, sources: Sequence[str], weighed: Collection[str], layout: Layout) -> Plan:
+    """The plan of a call of the denoiser on these rows, where these branches are to be computed."""
+    branches = branches_for(guidance, sources, weighed, layout.marks)
+    return make_plan(branches, layout.depth, full=layout.blocks.full)
+
+
+def projection(guidance: Guidance, names: Sequence[str]) -> Projection | None:
+    """What the formula of a guidance says of branches with these names, by their numbers."""
+    lost = None if guidance.formula is None else guidance.formula.lost(guidance, names)
+    if lost is None:
+        return None
+    return Projection(names.index(lost.of), tuple(lost.along.get(name, 0.0) for name in names), lost.left)
+
+
+def _prediction_in(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output.sample)
+
+
+def _in_form_of(output: Any, prediction: Tensor) -> Any:
+    """A denoiser's output with another prediction in it."""
+    if isinstance(output, Tensor):
+        return prediction
+    if isinstance(output, tuple):
+        return (prediction, *output[1:])
+    return dataclasses.replace(output, sample=prediction)

@@ -1,0 +1,26 @@
+"""What parts of the package need beside its core, and a sentence where it is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from stgfast.errors import SettingsError
+
+RENDER = ("av", "yaml", "PIL", "tqdm", "accelerate", "ftfy", "sentencepiece", "google.protobuf")
+EXTRAS = {"render": RENDER, "toy": RENDER, "ray": (*RENDER, "ray")}  # as in pyproject.toml, by what is imported
+
+
+class MissingError(SettingsError):
+    """A package that this part needs is not installed."""
+
+
+def require(extra: str) -> None:
+    """Raise where anything of an extra is missing."""
+    missing = [name for name in EXTRAS[extra] if not _there(name)]
+    if missing:
+        raise MissingError(f"{', '.join(missing)}: not installed, expected what pip install 'stgfast[{extra}]' brings")
+
+
+def _there(name: str) -> bool:
+    parent = name.rpartition(".")[0]
+    return (not parent or _there(parent)) and importlib.util.find_spec(name) is not None

@@ -1,0 +1,28 @@
+"""Of cond - uncond, what lies along cond is lost, but for a share of it.
+
+That is the projection of adaptive projected guidance (APG, arXiv 2410.02416), without its momentum and without its
+bound on the norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from stgfast.formulas import COND, UNCOND, Formula, Lost, register
+
+if TYPE_CHECKING:
+    from stgfast.guidance import Guidance
+
+
+class AlongCond(Formula):
+    name = "along-cond"
+    words = "of cond - uncond, the part along cond is left out (APG's projection)"
+    of_cfg = True
+    shares = True
+
+    def lost(self, guidance: Guidance, branches: Collection[str]) -> Lost | None:
+        return Lost(UNCOND, {COND: 1.0}, guidance.eta) if UNCOND in branches else None
+
+
+register(AlongCond())

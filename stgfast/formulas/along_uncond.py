@@ -1,0 +1,26 @@
+"""Of cond - uncond, what lies along uncond is lost: uncond is taken times the number that brings it nearest to cond.
+
+That is the optimised scale of CFG-Zero* (arXiv 2503.18886); its first steps of zero are `start` of a guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from stgfast.formulas import UNCOND, Formula, Lost, register
+
+if TYPE_CHECKING:
+    from stgfast.guidance import Guidance
+
+
+class AlongUncond(Formula):
+    name = "along-uncond"
+    words = "of cond - uncond, the part along uncond is left out (CFG-Zero*'s scale)"
+    of_cfg = True
+
+    def lost(self, guidance: Guidance, branches: Collection[str]) -> Lost | None:
+        return Lost(UNCOND, {UNCOND: 1.0}) if UNCOND in branches else None
+
+
+register(AlongUncond())

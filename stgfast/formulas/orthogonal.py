@@ -1,0 +1,29 @@
+"""Of the second perturbation's difference, what the first one's says already is lost (arXiv 2411.18664, Eq. 21)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from stgfast.errors import wrong
+from stgfast.formulas import COND, Formula, Lost, register
+
+if TYPE_CHECKING:
+    from stgfast.guidance import Guidance
+
+
+class Orthogonal(Formula):
+    name = "orthogonal"
+    words = "of the second perturbation, what the first one says already is left out"
+
+    def check(self, guidance: Guidance) -> None:
+        held = [f"{part.of} against {part.base}" for part in guidance.perturbations]
+        if held != [f"{COND} against {COND}"] * 2:
+            raise wrong("perturbations, one orthogonal to the other", held, "two of cond against cond")
+
+    def lost(self, guidance: Guidance, branches: Collection[str]) -> Lost | None:
+        first, second = guidance.names
+        return Lost(second, {COND: 1.0, first: -1.0}) if {first, second} <= set(branches) else None
+
+
+register(Orthogonal())

@@ -1,0 +1,1 @@
+"""One small file for every diffusers family; each is found by itself."""

@@ -1,0 +1,20 @@
+"""Attention between video and audio is off, in models that have both and can be asked for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from stgfast.kinds import ISOLATE, Kind, register
+
+if TYPE_CHECKING:
+    from stgfast.batching.layout import Layout
+
+
+class Isolate(Kind):
+    name = ISOLATE
+
+    def suits(self, layout: Layout) -> bool:
+        return bool(self.changes(layout))
+
+
+register(Isolate())

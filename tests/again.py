@@ -1,0 +1,70 @@
+"""Which tests say again, of another family or size, what others say: `make test-all` runs these too, `make test` not.
+
+Of every test function here, those whose parameters match its pattern are in `make test`. What these leave uncovered of
+the package is nothing, and every deliberate fault of `tests/faults.py` is seen by what they keep.
+"""
+
+import re
+
+import pytest
+
+# One for every way in which a pipeline calls, has its blocks, or gives its rows.
+FIRST = (
+    "Allegro|CogVideoX|CogVideoX from an image|Cosmos|Cosmos 2 from an image|EasyAnimate|HunyuanVideo|HunyuanVideo15|"
+    "HunyuanVideo from an image as tokens|Stable Diffusion 3|Flux|Stable Diffusion XL|Kandinsky 5|Latte|LTX|"
+    "LTX from an image|Mochi|modular LTX|SkyReels-V2|SkyReels-V2 forced, frame after frame|Stable Video Diffusion|Wan|"
+    "Wan of two transformers|Wan, a time for every token|Wan VACE"
+)
+FEW = "Cosmos 2 from an image|Flux|Kandinsky 5|Latte|Mochi|Stable Video Diffusion|Wan"
+KEPT = {
+    "bench/test_growth.py::test_arithmetic_follows_the_plan": "mochi",
+    "bench/test_growth.py::test_nothing_is_timed_where_a_point_disagrees": "mochi",
+    "bench/test_growth.py::test_the_command": "wan-14b",
+    "bench/test_steps.py::test_all_variants": "wan-14b",
+    "bench/test_steps.py::test_the_blocks_predict_the_arithmetic": "mochi|ltx-2|svd",
+    "integrations/test_axes.py::test_an_axis_equals_the_plain_method": "(spatial-1|temporal-2|whole and one-1)-.*",
+    "integrations/test_families.py::test_a_call_without_the_cfg_.*": FIRST,
+    "integrations/test_families.py::test_blur_equals_the_plain_method": FIRST,
+    "integrations/test_families.py::test_equals_the_plain_method": f"attention, .*|.*-({FIRST})",
+    "integrations/test_families.py::test_explain_counts_what_runs": FIRST,
+    "integrations/test_families.py::test_no_history_runs_twice": FIRST,
+    "integrations/test_families.py::test_no_worse_than_the_plain_method": FEW,
+    "integrations/test_families.py::test_scale_0_and_restore_leave_the_stock_result": FIRST,
+    "integrations/test_guiders.py::test_shared_passes_are_the_guiders_own": ".*(original formulation|part.*|CFG)",
+    "integrations/test_ltx2.py::test_equals_its_own_four_passes": "2.0-its defaults|2.3-.*",
+    "integrations/test_methods.py::test_reuse": "Mochi-(both|with.*)|Wan-(both|against.*)|.*Diffusion-rescaled",
+    "integrations/test_methods.py::test_two_terms": "0.0-False-Latte|0.7-True-.*",
+    "kernels/test_combination.py::test_every_count_as_it_is_cut": "bf16-.*|.*-8",
+    "kernels/test_combination.py::test_projected": "orthogonal-.*|along (a sum|the base, but.*)-bf16.*",
+    "kernels/test_compiled.py::test_default_configurations_fit_the_chip": "90",
+    "render/test_run.py::test_a_clip_is_the_same_in_any_company": "wan|cogvideox",
+    "render/test_run.py::test_where_there_is_no_memory_for_one_others_like_it_are_not_tried": "1",
+    "render/test_wholes.py::test_a_clip_is_what_the_pipeline_makes": (
+        "(Mochi|LTX2|LTXImageToVideo|CogVideoXVideoToVideo|EasyAnimate|HunyuanVideo|Wan|WanVACE|Latte|"
+        "StableVideoDiffusion|Kandinsky5T2V|SkyReelsV2DiffusionForcing|Allegro)Pipeline"
+    ),
+    "test_composition.py::test_a_cache_is_refused_before_anything_runs": ".*-function|apply_first_block.*",
+    "test_composition.py::test_a_callback_that_changes_tensors": "(stacked, masked text|sequential)-.*",
+    "test_composition.py::test_a_run_that_is_interrupted": ".*-thread|stacked-callback",
+    "test_composition.py::test_a_run_that_is_interrupted_where_.*": "call 6",
+    "test_composition.py::test_accelerate_compiles": "Wan",
+    "test_composition.py::test_blocks_compiled_by_diffusers_are_compiled_once_more": "Wan-2",
+    "test_composition.py::test_cuda_graphs_are_told_of_every_call_of_the_denoiser": "compiled whole|nobody",
+    "test_composition.py::test_whatever_is_done_with_a_lora": "Wan",
+    "test_composition.py::test_works_with_whatever_else_owns_calls": "(.*offload|compiled).*-before.*|.*leaf-after.*",
+    "test_gpu.py::test_neither_steps_nor_schedules_compile_anew": "wan-14b-.*",
+    "test_gpu.py::test_steps_of_the_released_sizes_stay_on_the_device": "mochi|ltx-2|wan-14b|svd",
+    "test_restart.py::test_steps_are_known_beforehand": FIRST,
+    "test_robust.py::test_blocks_compiled_in_other_ways": "LTX-.*forwards-attention|Wan-.*-residual|LTX-.*attentions.*",
+}
+
+
+def mark(items: list[pytest.Item]) -> None:
+    """Mark those that say again what others do as `again`."""
+    patterns = {re.compile(f"tests/{name}"): re.compile(kept) for name, kept in KEPT.items()}
+    for item in items:
+        name, _, parameters = item.nodeid.partition("[")
+        kept = next((kept for test, kept in patterns.items() if test.fullmatch(name)), None)
+        # A test that goes to one worker with others has the name of their group behind.
+        if kept is not None and not kept.fullmatch(parameters.partition("]@")[0].removesuffix("]")):
+            item.add_marker(pytest.mark.again)
