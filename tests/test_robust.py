@@ -108,7 +108,7 @@ def test_a_unet_of_several_widths_compiled_whole():
         use_linear_projection=True,
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
-        transformer_layers_per_block=(1, 2, 3),
+        transformer_layers_per_block=1,
         projection_class_embeddings_input_dim=72,
         cross_attention_dim=16,
         **widths,

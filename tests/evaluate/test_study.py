@@ -68,7 +68,7 @@ def test_a_slice_is_as_recorded(tmp_path, recorded):
     whole = STUDIES["reported"]()
     settings = [(2.0, Guidance()), (2.0, toy.GUIDANCE)]
     assert all(setting in whole.settings for setting in settings)
-    found = run(dataclasses.replace(whole, prompts=6, settings=settings), tmp_path)
+    found = run(dataclasses.replace(whole, prompts=3, settings=settings), tmp_path)
     for summary, name in zip(found.summaries[2:], ("CFG alone", str(toy.GUIDANCE)), strict=True):
         assert summary.name == name
         long = recorded[f"{name}; guidance_scale 2.0"]["estimates"]

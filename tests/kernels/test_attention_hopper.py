@@ -61,7 +61,7 @@ THREE_TILES = {**PLAIN, "shape": (2, 1, 300, 300, 32), "tokens": (100, 270)}
 
 @runs
 @given(calls().map(fitting))
-@settings(max_examples=20)
+@settings(max_examples=12)
 @example(PLAIN)
 @example({**PLAIN, "shape": (2, 2, 256, 256, 128), "dtype": "fp16"})
 @example({**PLAIN, "shape": (1, 1, 130, 130, 8), "source": [0, 0, 0]})
