@@ -87,6 +87,27 @@ class Explanation:
             return self.unshared
         return sum(phase.steps for phase in self.phases) * self.depth * (1 if self.cfg is None else 2)
 
+    @property
+    def rows_held(self) -> int:
+        """The most rows of one prompt between two blocks, which is what memory goes by."""
+        return max(max(step.before, len(step.order)) for plan in self._plans for step in plan.steps)
+
+    @property
+    def rows_of_pipeline(self) -> int:
+        """The most rows of one prompt in a call of the pipeline's own."""
+        return max(len({branch.source for branch in plan.branches}) for plan in self._plans)
+
+    @property
+    def rows_at_once(self) -> int:
+        """The most rows of one prompt that a block computes at once, unless a GPU is found to have room for more."""
+        most = max(max(plan.computed) for plan in self._plans)
+        bound = self.rows_of_pipeline if self.max_rows is None else most if self.max_rows == ALL else int(self.max_rows)
+        return min(most, bound)
+
+    @property
+    def _plans(self) -> list[Plan]:
+        return [plan for phase in self.phases for _, plans in phase.kinds for plan in plans if plan.branches]
+
     def __str__(self) -> str:
         scale = ", without CFG" if self.cfg is None else f", CFG scale {self.cfg:g}"
         scale = "" if any(phase.announced for phase in self.phases) else scale
@@ -101,6 +122,10 @@ class Explanation:
         lines.append(
             f"block-rows per prompt: {self.block_rows}; {self.unshared} without sharing "
             f"({1 - self.block_rows / self.unshared:.1%} saved); {self.cfg_alone} without stgfast"
+        )
+        lines.append(
+            f"memory, in rows per prompt: {self.rows_at_once} in a block at once, {self.rows_held} held between "
+            f"blocks; {self.rows_of_pipeline} in the pipeline's own calls"
         )
         return "\n".join(lines)
 
@@ -118,7 +143,6 @@ class Explanation:
             eta = f", of which {self.guidance.eta:g} is left" if self.guidance.eta else ""
             lines.append(f"projection: {self.guidance.formula.words}{eta}")
         lines += _reused(self.guidance)
-        lines += [] if self.max_rows in (None, ALL) else [f"at most {self.max_rows} rows in a block at once"]
         return lines
 
 

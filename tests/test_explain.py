@@ -53,13 +53,25 @@ def test_the_text():
         "MochiPipeline: 6 blocks, stacked, CFG scale 4.5\n"
         "perturbed0: cond with residual at layer 3, scale 2, held against cond\n"
         "rescale: 0.7\n"
-        "at most 2 rows in a block at once\n"
         "steps 0 to 1 of 4: the pipeline's own\n"
         "steps 2 to 3 of 4: g = -3.5 uncond +6.5 cond -2 perturbed0, rescaled by 0.7\n"
         "  blocks 0 to 3: 2 rows\n"
         "  blocks 4 to 5: 3 rows\n"
-        "block-rows per prompt: 52; 60 without sharing (13.3% saved); 48 without stgfast"
+        "block-rows per prompt: 52; 60 without sharing (13.3% saved); 48 without stgfast\n"
+        "memory, in rows per prompt: 2 in a block at once, 3 held between blocks; 2 in the pipeline's own calls"
     )
+
+
+@pytest.mark.parametrize(("max_rows", "at_once"), [(None, 2), (1, 1), ("all", 3), (9, 3)])
+def test_rows_are_what_memory_goes_by(max_rows, at_once):
+    pipe = stgfast.accelerate(models.pipeline("mochi"), Guidance(Perturbation([3])), max_rows=max_rows)
+    explained = stgfast.explain(pipe, **models.sizes("mochi"))
+    assert (explained.rows_at_once, explained.rows_held, explained.rows_of_pipeline) == (at_once, 3, 2)
+    seen = []
+    for block in pipe.transformer.transformer_blocks:
+        block.register_forward_pre_hook(lambda m, a, k: seen.append(len(k["hidden_states"])), with_kwargs=True)
+    pipe(**models.sizes("mochi"), **models.prompt("mochi"), generator=models.generators(1))
+    assert max(seen) == at_once
 
 
 def test_the_text_of_projection_and_reuse():
@@ -76,7 +88,8 @@ def test_the_text_of_projection_and_reuse():
         "  in 1 of them:\n  blocks 0 to 5: 1 row\n"
         "  in 1 of them:\n  blocks 0 to 5: 2 rows\n"
         "  in 1 of them:\n  blocks 0 to 3: 1 row\n  blocks 4 to 5: 2 rows\n"
-        "block-rows per prompt: 40; 72 without sharing (44.4% saved); 48 without stgfast"
+        "block-rows per prompt: 40; 72 without sharing (44.4% saved); 48 without stgfast\n"
+        "memory, in rows per prompt: 2 in a block at once, 3 held between blocks; 2 in the pipeline's own calls"
     )
 
 

@@ -158,8 +158,8 @@ class Bench:
         how = {"stacked": self._apart, "sequential": self._after_both, "embedded": self._after_one}
         return self._by(how[self.adapter.protocol])
 
-    def stgfast(self, compile: Mapping[str, Any] | bool = False) -> Tensor:
-        return self._accelerated(self.guidance, compile)
+    def stgfast(self, compile: Mapping[str, Any] | bool = False, max_rows: Rows = ALL) -> Tensor:
+        return self._accelerated(self.guidance, compile, max_rows)
 
     def split(self) -> Tensor:
         return self._accelerated(self.guidance, max_rows=2 if self.adapter.protocol in STACKED else 1)
