@@ -84,6 +84,8 @@ class CombiningStep:
             if cfg is None and guidance.needs_uncond(self.weights):
                 raise SettingsError(f"CFG was switched off at step {moment.step}, but the guidance needs it")
             needed = strategy.needed(self)
+            if guidance.reuses and moment.step in run.noisier:
+                strategy.memory.forget()
             self.recalled = strategy.memory.recalled(needed, moment.step, name)
             self.computed = needed - self.recalled
 

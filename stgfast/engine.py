@@ -27,7 +27,7 @@ from stgfast.batching.stack import Stack
 from stgfast.errors import EngineError
 from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Fitted
-from stgfast.integrations.steps import CallArguments
+from stgfast.integrations.steps import CallArguments, steps_back
 from stgfast.schedules import Moment
 
 
@@ -118,6 +118,11 @@ class Run:
         if self.sigmas is None:
             self.sigmas = self.adapter.sigmas(self.pipe, steps)
         return Moment(self.steps_done, steps, self.sigmas[self.steps_done])
+
+    @functools.cached_property
+    def noisier(self) -> frozenset[int]:
+        """The steps before which noise is added."""
+        return steps_back(self.pipe, self.adapter.steps(self.pipe))
 
     def compute(self, name: str, plain: Call, arguments: Arguments, sources: tuple[str, ...], plan: Plan) -> Any:
         """The denoiser's output for the branches of a plan, given arguments with the rows of their sources."""

@@ -7,7 +7,7 @@ import inspect
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from stgfast.combining import branches_of, plan_for
 from stgfast.guidance import Guidance
 from stgfast.install import installed_on, settled
 from stgfast.integrations.spec import Adapter, Announced, Fitted
-from stgfast.integrations.steps import CallArguments, scheduled
+from stgfast.integrations.steps import CallArguments, scheduled, steps_back
 from stgfast.perturbation import Perturbation
 from stgfast.reuse import KeptDifferences
 from stgfast.schedules import Moment, in_words
@@ -169,8 +169,15 @@ def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArgument
     calls = adapter.calls(cfg is not None)
     every = frozenset(source for sources in calls for source in sources)
     steps = adapter.steps_of_run(pipe, call)
-    sigmas = _sigmas(pipe, adapter, call, steps) if guidance.by_sigma else [None] * steps
+    sigmas = _ahead(pipe, adapter, call, steps, adapter.sigmas) if guidance.by_sigma else [None] * steps
     memory = KeptDifferences(guidance)
+    restarts = guidance.reuses and hasattr(getattr(pipe, "scheduler", None), "restarts")
+    noisier = _ahead(pipe, adapter, call, steps, steps_back) if restarts else ()
+
+    def computed(needed: frozenset[str], step: int) -> frozenset[str]:
+        if step in noisier:
+            memory.forget()
+        return needed - memory.recalled(needed, step, "")
 
     def phase(step: int) -> tuple[dict[str, float], float, frozenset[str]]:
         moment = Moment(step, steps, sigmas[step])
@@ -185,10 +192,10 @@ def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArgument
         weights, rescale, _ = phase(run[0])
         varies = any(phase(step) != phase(run[0]) for step in run)
         needed = branches_of(weighed)
-        computed = Counter(needed - memory.recalled(needed if weights else (), step, "") for step in run)
+        counts = Counter(computed(needed, step) if weights else needed for step in run)
         kinds = tuple(
             (count, tuple(plan_for(guidance, sources, branches, layout) for sources in calls))
-            for branches, count in computed.items()
+            for branches, count in counts.items()
         )
         phases.append(Phase(run[0], run[-1], weights, rescale, varies, kinds))
     return tuple(phases)
@@ -224,11 +231,11 @@ def _formula(phase: Phase) -> str:
     return f"g = {terms}{rescaled}" + (f" at step {phase.first}, then by schedule" if phase.varies else "")
 
 
-def _sigmas(pipe: Any, adapter: Adapter, call: CallArguments, steps: int) -> list[float]:
-    """The sigmas that the scheduler will have."""
+def _ahead(pipe: Any, adapter: Adapter, call: CallArguments, steps: int, known: Callable[[Any, int], Any]) -> Any:
+    """What is known of a pipeline whose scheduler has the timesteps that it will have."""
     ahead = copy.copy(pipe)
     vars(ahead)["scheduler"] = scheduled(pipe, adapter.schedule(pipe, call))
-    return adapter.sigmas(ahead, steps)
+    return known(ahead, steps)
 
 
 def _rows(plans: Sequence[Plan]) -> tuple[int, ...]:
@@ -236,9 +243,17 @@ def _rows(plans: Sequence[Plan]) -> tuple[int, ...]:
 
 
 def _reused(guidance: Guidance) -> list[str]:
-    reused = {"base - perturbed": guidance.reuse, "cond - uncond": guidance.reuse_cfg}
+    """What is carried on from step to step, and how many predictions are kept for it."""
+    reused = {
+        "base - perturbed": (guidance.reuse, len(guidance.perturbations)),
+        "cond - uncond": (guidance.reuse_cfg, 1),
+    }
+    how = ("held", "carried on by a line", "carried on by a parabola")[guidance.reuse_order or 0]
     return [
-        f"approximately: {what} computed in every {_ordinal(every)} step" for what, every in reused.items() if every > 1
+        f"approximately: {what} computed in every {_ordinal(every)} step, {how} in the others; "
+        f"{count * ((guidance.reuse_order or 0) + 1)} predictions of every prompt kept"
+        for what, (every, count) in reused.items()
+        if every > 1
     ]
 
 

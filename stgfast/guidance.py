@@ -24,6 +24,7 @@ from stgfast.perturbation import Perturbation
 from stgfast.presets import PRESETS
 from stgfast.schedules import BySigma, Moment, Schedule, checked, finite, in_words, plain, set_frozen, value
 
+DEFAULT_ORDER = 2  # of reuse
 MOST = 5  # perturbations: with cond, uncond and the CFG result, the eight predictions that a kernel combines
 # A pipeline's CFG scale: none, a number, or a number for every frame in whatever form the pipeline has it.
 Scale = None | float | Any
@@ -44,8 +45,10 @@ class Guidance:
                    and its bound on the norm)
     eta            how much of that part `along-cond` leaves
     reuse          an approximation, off at 1: the differences `base_i - p_i` are computed in every `reuse`-th step, and
-                   taken from the last such step in the others
+                   carried on to the others
     reuse_cfg      the same for `c - u`
+    reuse_order    how: 0 holds the last difference, 1 goes on by a line through the last two, 2 by a parabola through
+                   the last three; 2 where it is left out and something is reused
     """
 
     perturbations: tuple[Perturbation, ...] = ()
@@ -57,6 +60,7 @@ class Guidance:
     eta: float = 0.0
     reuse: int = 1
     reuse_cfg: int = 1
+    reuse_order: int | None = None
 
     if TYPE_CHECKING:  # what the constructor takes is wider than what the fields hold afterwards
 
@@ -71,6 +75,7 @@ class Guidance:
             eta: float = 0.0,
             reuse: int = 1,
             reuse_cfg: int = 1,
+            reuse_order: int | None = None,
         ) -> None: ...
 
     def __post_init__(self) -> None:
@@ -103,6 +108,13 @@ class Guidance:
             every = getattr(self, name)
             if isinstance(every, bool) or not isinstance(every, int) or every < 1:
                 raise wrong(name, every, "a number of steps, 1 (off) or more")
+        order = self.reuse_order
+        if order is not None and (isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= 2):
+            raise wrong("reuse_order", order, "0, 1 or 2")
+        if self.reuses and order is None:
+            set_frozen(self, "reuse_order", DEFAULT_ORDER)
+        elif order is not None and not self.reuses:
+            raise wrong("reuse_order", order, "reuse or reuse_cfg above 1 beside it")
 
     def weights(self, moment: Moment, cfg: Scale) -> dict[str, float]:
         """The weight of every branch at this moment; the weights add up to 1, and a branch of weight 0 is left out.
@@ -142,6 +154,11 @@ class Guidance:
             return False
         scales = [p.scale for p in self.perturbations]
         return self.changes_cfg or any(value(s, moment) != 0.0 for s in (*scales, self.rescale))
+
+    @property
+    def reuses(self) -> bool:
+        """Whether anything is carried on from step to step."""
+        return self.reuse > 1 or self.reuse_cfg > 1
 
     @property
     def changes_cfg(self) -> bool:
@@ -226,6 +243,8 @@ class Guidance:
         for name in ("reuse", "reuse_cfg"):
             if getattr(self, name) > 1:
                 words.append(f"{name} {getattr(self, name)}")
+        if self.reuses:
+            words.append(f"order {self.reuse_order}")
         return "; ".join(words) or "CFG alone"
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,5 +17,8 @@ class Memory(Protocol):
     def recalled(self, branches: Collection[str], step: int, model: str) -> frozenset[str]:
         """Those of a step's branches that need not be computed, with a model that is called by this name."""
 
+    def forget(self) -> None:
+        """What is kept says nothing of the steps that follow: noise was added."""
+
     def complete(self, predictions: dict[str, Tensor], recalled: Collection[str], scale: Scale) -> None:
         """Put in the recalled branches, and keep what later steps need of the others."""

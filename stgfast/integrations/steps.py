@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +34,17 @@ def scheduled(pipe: Any, schedule: Mapping[str, Any]) -> Any:
     scheduler = copy.deepcopy(pipe.scheduler)
     scheduler.set_timesteps(**schedule)
     return scheduler
+
+
+def steps_back(pipe: Any, steps: int) -> frozenset[int]:
+    """Of the so many steps to come, those before which a scheduler from `stgfast.restart` adds noise, once it has its
+    timesteps."""
+    scheduler: Any = getattr(pipe, "scheduler", None)
+    if not hasattr(scheduler, "restarts"):
+        return frozenset()
+    times = [float(time) for time in scheduler.timesteps[-steps:]]
+    falls = [later < time for time, later in itertools.pairwise(times)]
+    return frozenset(number for number, fall in enumerate(falls, 1) if fall is not falls[-1])
 
 
 def even_sigmas(pipe: Any, call: CallArguments) -> Mapping[str, Any]:

@@ -178,24 +178,42 @@ def test_the_13b_preset_follows_the_models_own_table():
 # Reuse
 
 
+def newton(steps, values, at):
+    """The polynomial through all of these, by divided differences."""
+    if len(values) == 1:
+        return values[0]
+    head, tail = newton(steps[:-1], values[:-1], at), newton(steps[1:], values[1:], at)
+    return ((at - steps[0]) * tail - (at - steps[-1]) * head) / (steps[-1] - steps[0])
+
+
 def kept(guidance, scale, phi=0.0):
-    """Every k-th step computes how far branches are from their bases; the others take it from there."""
-    far, made = {}, {}
+    """Steps that compute how far branches are from their bases; the others go on from there."""
+    order, past, asked = guidance.reuse_order or 0, {}, {}
+    every = {"uncond": guidance.reuse_cfg, **dict.fromkeys(range(len(guidance.perturbations)), guidance.reuse)}
+    reused = [name for name, steps in every.items() if steps > 1]
 
     def formula(cond, uncond, weak, step):
-        def known(name, every, base, prediction):
-            if name not in made or step - made[name] >= every:
-                made[name], far[name] = step, base - prediction
-            return base - far[name]
+        def known(name, base, prediction):
+            if name not in reused:
+                return prediction
+            if order and asked.get(name, step) < step - 1:
+                past.pop(name)
+            asked[name] = step
+            steps, values = past.setdefault(name, ([], []))
+            warm = 2 + reused.index(name) % every[name] if order else 1
+            if len(steps) < warm or step - steps[-1] >= every[name]:
+                steps.append(step)
+                values.append(base - prediction)
+            return base - newton(steps[-order - 1 :], values[-order - 1 :], step)
 
         if uncond is not None:
-            uncond = known("uncond", guidance.reuse_cfg, cond, uncond)
+            uncond = known("uncond", cond, uncond)
         g = guided = cond if uncond is None else uncond + scale * (cond - uncond)
         plain = {"cond": cond, "uncond": uncond, "guided": guided}
         for number, (part, prediction) in enumerate(zip(guidance.perturbations, weak, strict=True)):
             strength = part.scale[step] if isinstance(part.scale, tuple) else part.scale
             if strength:
-                g = g + strength * (plain[part.base] - known(number, guidance.reuse, plain[part.base], prediction))
+                g = g + strength * (plain[part.base] - known(number, plain[part.base], prediction))
         if guidance.rescale:
             pairs = zip(cond, g, strict=True)
             g = torch.stack([one * (guidance.rescale * c.std() / one.std() + 1 - guidance.rescale) for c, one in pairs])
@@ -204,13 +222,19 @@ def kept(guidance, scale, phi=0.0):
     return formula
 
 
+BOTH = Guidance([Perturbation([3]), Perturbation([1], kind="attention", scale=0.5)], reuse=2, reuse_cfg=3)
 REUSED = {
-    "a perturbed branch": Guidance(Perturbation([3], scale=1.5), reuse=2),
-    "rescaled": Guidance(Perturbation([3], kind="attention"), reuse=3, rescale=0.7),
-    "CFG": Guidance(Perturbation([3]), reuse_cfg=2),
-    "both": Guidance([Perturbation([3]), Perturbation([1], kind="attention", scale=0.5)], reuse=2, reuse_cfg=3),
+    "a perturbed branch": Guidance(Perturbation([3], scale=1.5), reuse=2, reuse_order=0),
+    "rescaled": Guidance(Perturbation([3], kind="attention"), reuse=3, rescale=0.7, reuse_order=0),
+    "CFG": Guidance(Perturbation([3]), reuse_cfg=2, reuse_order=0),
+    "both": dataclasses.replace(BOTH, reuse_order=0),
+    "both, by a line": dataclasses.replace(BOTH, reuse_order=1),
+    "both, by a parabola": dataclasses.replace(BOTH, reuse_order=2),
     "against the CFG result": Guidance(Perturbation([3], of="uncond", base="guided"), reuse=2, reuse_cfg=2),
-    "with steps of scale 0": Guidance(Perturbation([3], scale=[0, 1, 1, 0, 1, 1]), reuse=3),
+    "with steps of scale 0": Guidance(Perturbation([3], scale=[0, 1, 1, 0, 1, 1, 1]), reuse=3, reuse_order=0),
+    "with steps of scale 0, by a line": Guidance(
+        Perturbation([3], scale=[1, 1, 1, 0, 1, 1, 1]), reuse=3, reuse_cfg=2, reuse_order=1
+    ),
 }
 every_protocol = pytest.mark.parametrize(
     "family", [STACKED, SEQUENTIAL, FAMILIES["HunyuanVideo"], FACTORISED[0]], ids=lambda family: family.name
@@ -226,10 +250,8 @@ every_protocol = pytest.mark.parametrize(
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 def test_reuse(family, name):
-    guidance, steps = REUSED[name], {"num_inference_steps": 6}
-    if family is FACTORISED[0] and any(part.base == "guided" for part in guidance.perturbations):
-        guidance = dataclasses.replace(guidance, reuse_cfg=1)
-    without = dataclasses.replace(guidance, reuse=1, reuse_cfg=1)
+    guidance, steps = REUSED[name], {"num_inference_steps": 7}
+    without = dataclasses.replace(guidance, reuse=1, reuse_cfg=1, reuse_order=None)
     expected = family.plain(guidance, 2, formula=kept(guidance, scale_of(family)), **steps)
     made = made_by(family, guidance, **steps)
     same(made, expected)
@@ -238,7 +260,7 @@ def test_reuse(family, name):
 
 @every_protocol
 def test_reuse_computes_only_what_is_due(family):
-    guidance = Guidance(Perturbation([2]), reuse=2, reuse_cfg=3)
+    guidance = Guidance(Perturbation([2]), reuse=2, reuse_cfg=3, reuse_order=0)
     stock, pipe = family.pipe(), stgfast.accelerate(family.pipe(), guidance)
     with family.counted(stock) as one:
         family.run(stock, num_inference_steps=6)
@@ -252,12 +274,50 @@ def test_reuse_computes_only_what_is_due(family):
         assert rows[number] * 12 == one[number] * (counts["cond"] + counts["uncond"] + weak), layer
     explained = stgfast.explain(pipe, **family.arguments(1) | {"num_inference_steps": 6})
     assert explained.block_rows == sum(12 * made / per for made, per in zip(rows, one, strict=True))
-    assert "approximately: cond - uncond computed in every 3rd step" in str(explained)
+    assert "approximately: cond - uncond computed in every 3rd step, held in the others; 1 pred" in str(explained)
+
+
+@every_protocol
+@pytest.mark.parametrize("order", [1, 2])
+def test_what_is_carried_on_is_what_explain_counts(family, order):
+    """Steps at the beginning are computed; from there on one branch or the other is, or none."""
+    guidance = Guidance([Perturbation([2]), Perturbation([3])], reuse=2, reuse_cfg=3, reuse_order=order)
+    pipe, steps = stgfast.accelerate(family.pipe(), guidance), {"num_inference_steps": 9}
+    stock = family.pipe()
+    with family.counted(stock) as one:
+        family.run(stock, **steps)
+    with family.counted(pipe) as rows:
+        family.run(pipe, **steps)
+    explained = stgfast.explain(pipe, **family.arguments(1) | steps)
+    cfg = 1 if family.cfg is None else 2
+    assert explained.block_rows == sum(9 * cfg * made / per for made, per in zip(rows, one, strict=True))
+    assert explained.block_rows < stgfast.explain(pipe, **family.arguments(1) | steps, stg=EXACT).block_rows
+    assert f"{2 * (order + 1)} predictions of every prompt kept" in str(explained)
+
+
+EXACT = Guidance([Perturbation([2]), Perturbation([3])])
+
+
+def test_a_restart_begins_anew():
+    """Noise that was added makes what is known of the steps before it worthless."""
+    guidance = Guidance(Perturbation([2]), reuse=3, reuse_cfg=3, reuse_order=2)
+    family, steps = FAMILIES["LTX"], {"num_inference_steps": 8}
+    pipe = family.pipe()
+    pipe.scheduler = stgfast.restart(pipe.scheduler, t_min=0.3, t_max=0.7)
+    stgfast.accelerate(pipe, guidance)
+    with family.counted(pipe) as rows:
+        family.run(pipe, **steps)
+    explained = stgfast.explain(pipe, **family.arguments(1) | steps)
+    assert explained.block_rows == sum(rows)
+    together = stgfast.explain(
+        stgfast.accelerate(family.pipe(), guidance), num_inference_steps=len(pipe.scheduler.timesteps)
+    )
+    assert explained.block_rows > together.block_rows
 
 
 def test_the_two_models_of_wan_keep_nothing_for_one_another():
     family = FAMILIES["Wan of two transformers"]
-    pipe = stgfast.accelerate(family.pipe(), Guidance(Perturbation([2], scale=1.5), reuse=100))
+    pipe = stgfast.accelerate(family.pipe(), Guidance(Perturbation([2], scale=1.5), reuse=100, reuse_order=0))
     with family.counted(pipe) as rows:
         family.run(pipe, num_inference_steps=6)
     depth = len(pipe.transformer.blocks)

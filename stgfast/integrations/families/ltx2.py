@@ -46,7 +46,7 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
         return f"spatio_temporal_guidance_blocks: got {list(blocks)}, expected numbers from 0 to {depth - 1}"
     if guidance.cfg is not None or guidance.rescale != 0.0:
         return "cfg and rescale of a Guidance: use the pipeline's own guidance_scale, guidance_rescale and audio_..."
-    if guidance.project or guidance.reuse > 1 or guidance.reuse_cfg > 1:
+    if guidance.project or guidance.reuses:
         return "project and reuse of a Guidance: the pipeline combines its passes itself, and computes all of them"
     kinds = [part.kind == ISOLATE for part in guidance.perturbations]
     if kinds.count(True) > 1 or kinds.count(False) > 1:
