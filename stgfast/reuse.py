@@ -2,7 +2,7 @@
 
 An approximation, and off by default. What guidance adds, `base - p` and `c - u`, changes smoothly from step to step;
 the predictions themselves do not. Where a branch is not computed, its difference is taken from a polynomial through the
-last values that were: of order 0 the last one itself, of order 1 a line through two, of order 2 a parabola through three.
+last values that were computed: order 0 is the last one, order 1 a line through two, order 2 a parabola through three.
 """
 
 from __future__ import annotations

@@ -57,6 +57,8 @@ def _compared(request):
 
 def pytest_collection_modifyitems(items):
     again.mark(items)
+    # One worker has all of these, and the others should not wait for it in the end.
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 def pytest_addoption(parser):
