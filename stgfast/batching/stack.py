@@ -114,6 +114,8 @@ class Stack:
 
     def _parts(self, marks: Sequence[Mark | None]) -> list[slice]:
         """Rows that a block is called on at once: within the bound, and with the same arguments."""
+        if not any(marks):
+            return chunks(len(marks), self.max_rows)
         parts, start = [], 0
         for _, same in itertools.groupby(marks, key=lambda mark: mark if self._changes(mark) else None):
             count = len(list(same))
