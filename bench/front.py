@@ -1,9 +1,8 @@
 """What is a clip's error, and what does it cost? Solvers, steps and `reuse`, on the model in the package.
 
-Every way of making a clip is held against a converged run, of 300 Euler steps with every branch computed: by that scale
+Every way of making a clip is held against a converged run, of 128 UniPC steps with every branch computed: by that scale
 an approximation is worth what it saves only where fewer steps, or a better solver, are further off at the same cost.
-Prompts and noise took no part in choosing anything. Costs are block-rows, counted on the real blocks. (Of diffusers'
-schedulers DPM-Solver++ does not take the sigmas that this pipeline gives.)
+Prompts and noise took no part in choosing anything. Costs are block-rows, counted on the real blocks.
 
     python bench/front.py --save bench/results/front.jsonl
 """
@@ -17,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import diffusers
 import torch
 from torch import Tensor
 
@@ -26,16 +24,13 @@ from stgfast import Guidance, toy
 from stgfast.bench.measure import result, saved, significant
 from stgfast.demo import counted
 from stgfast.evaluate.study import EARLY
+from stgfast.solvers import own_solver
 from stgfast.toy import videos
 
 SEED = 303  # of prompts and of noise
 TOGETHER = 16
-CONVERGED = 300
-FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 1.0}
-SOLVERS: dict[str, Any] = {
-    "Euler": lambda: toy.pipeline().scheduler,
-    "UniPC": lambda: diffusers.UniPCMultistepScheduler(**FLOW),
-}
+CONVERGED = 128  # UniPC steps
+SOLVERS = {"Euler": "", "UniPC": "unipc"}  # of `stgfast.solver`; nothing: the pipeline's own
 
 
 class Way(NamedTuple):
@@ -66,7 +61,10 @@ WAYS = (
 
 def latents(pipe: Any, way: Way, exact: Guidance, clips: int) -> Tensor:
     made = []
-    pipe.scheduler = SOLVERS[way.solver]()
+    if SOLVERS[way.solver]:
+        stgfast.solver(pipe, SOLVERS[way.solver])
+    else:
+        own_solver(pipe)
     for first in range(0, clips, TOGETHER):
         numbers = range(first, min(first + TOGETHER, clips))
         prompts = [str(videos.plan(SEED, number).scene) for number in numbers]
@@ -85,7 +83,7 @@ def rows(clips: int, exact: Guidance) -> Iterator[dict[str, Any]]:
     pipe = stgfast.accelerate(toy.pipeline(), exact)
     pipe.set_progress_bar_config(disable=True)
     blocks = list(pipe.transformer.transformer_blocks)
-    converged = latents(pipe, Way("Euler", CONVERGED), exact, clips)
+    converged = latents(pipe, Way("UniPC", CONVERGED), exact, clips)
     costs: dict[Way, float] = {}
     for way in sorted(WAYS, key=lambda way: way != BASE):
         with counted(blocks) as computed:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stgfast.render.run import render
     from stgfast.restart import restart
     from stgfast.schedules import BySigma
+    from stgfast.solvers import solver
 
 # Where each name is. A name is imported when it is first asked for: reading settings needs no torch.
 _HOME = {
@@ -37,6 +38,7 @@ _HOME = {
     "render.run": ("render",),
     "restart": ("restart",),
     "schedules": ("BySigma",),
+    "solvers": ("solver",),
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _HOME.items() for name in names}
 
@@ -59,6 +61,7 @@ __all__ = [
     "render",
     "restart",
     "restore",
+    "solver",
 ]
 
 

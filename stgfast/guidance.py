@@ -243,7 +243,7 @@ class Guidance:
         for name in ("reuse", "reuse_cfg"):
             if getattr(self, name) > 1:
                 words.append(f"{name} {getattr(self, name)}")
-        if self.reuses:
+        if self.reuse_order:
             words.append(f"order {self.reuse_order}")
         return "; ".join(words) or "CFG alone"
 

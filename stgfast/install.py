@@ -19,6 +19,7 @@ from stgfast.guidance import Guidance
 from stgfast.integrations import adapter_for
 from stgfast.integrations.spec import Adapter, Fitted
 from stgfast.integrations.steps import CallArguments
+from stgfast.solvers import own_solver
 
 Pipe = TypeVar("Pipe")
 INSTALLED = "_stgfast"  # the one attribute that an accelerated pipeline has more than others
@@ -84,7 +85,8 @@ def original_class(cls: type[Any]) -> Any:
 
 
 def restore(pipe: Pipe) -> Pipe:
-    """Leave a pipeline as it was before `accelerate`; one that was not accelerated is left alone."""
+    """Leave a pipeline as it was before `accelerate`, and before `solver`; any other is left alone."""
+    own_solver(pipe)
     installed: Installed | None = pipe.__dict__.pop(INSTALLED, None)
     if installed is not None:
         pipe.__class__ = installed.original

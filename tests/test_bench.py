@@ -9,8 +9,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import combine
+import front
 import render
-import reuse
 
 from stgfast import toy
 
@@ -27,17 +27,20 @@ def test_combine_counts_bytes(capsys, monkeypatch):
     assert all(row["floor"] < row["as_written"] < row["reference"] for row in rows.values())
 
 
-def test_reuse_counts_what_is_left_out(monkeypatch):
-    monkeypatch.setattr(reuse, "STEPS", 4)
-    monkeypatch.setattr(reuse, "SETTINGS", ({"reuse": 1}, {"reuse": 2}))
-    exact, half = reuse.rows(2, reuse.EARLY)
-    blocks, (layer,) = 12, reuse.EARLY.perturbations[0].layers
+def test_the_front_counts_what_is_computed(monkeypatch):
+    exact = front.Way("Euler", 4)
+    monkeypatch.setattr(front, "CONVERGED", 4)
+    monkeypatch.setattr(front, "BASE", exact)
+    monkeypatch.setattr(front, "WAYS", (front.Way("UniPC", 4), front.Way("Euler", 4, 2, 0), exact))
+    base, converged, half = front.rows(2, front.EARLY)
+    blocks, (layer,) = 12, front.EARLY.perturbations[0].layers
     weak = blocks - layer - 1
-    assert exact["block-rows"] == 4 * (2 * blocks + weak)
-    assert half["block-rows"] == 4 * 2 * blocks + 2 * weak
-    assert half["block-rows saved"] == pytest.approx(2 * weak / exact["block-rows"], rel=1e-3)
-    assert exact["distance"] == 0
-    assert 0 < half["distance / what guidance does"] < 1
+    assert base["way"] == "Euler, 4 steps"
+    assert (base["block-rows"], base["cost"]) == (4 * (2 * blocks + weak), 1.0)
+    assert converged["distance"] == 0
+    assert half["block-rows"] == 4 * blocks + 2 * blocks + 2 * weak
+    assert half["cost"] == pytest.approx(half["block-rows"] / base["block-rows"], rel=1e-3)
+    assert 0 < base["distance"] != half["distance"] > 0
 
 
 def test_a_night_of_work_is_timed_where_its_clips_are_those_of_the_loop(capsys, monkeypatch, tmp_path):

@@ -31,7 +31,8 @@ MAY = {
     "announced": COMMON | {"batching", "engine", "integrations"},
     "call": COMMON | {"batching", "integrations"},
     "guided": COMMON | {"batching", "call", "combining", "engine", "integrations", "kernels"},
-    "install": COMMON | {"announced", "batching", "call", "combining", "engine", "integrations"},
+    "solvers": {"errors"},
+    "install": COMMON | {"announced", "batching", "call", "combining", "engine", "integrations", "solvers"},
     "explain": COMMON | {"announced", "batching", "call", "combining", "install", "integrations", "reuse"},
     "toy": {"guidance", "perturbation"},
     "extras": {"errors"},
@@ -55,11 +56,12 @@ MAY = {
         "render",
         "restart",
         "schedules",
+        "solvers",
         "version",
     },
 }
 FOREIGN = {  # third-party packages, and the only parts that may import them
-    "diffusers": {"integrations", "render", "toy", "bench"},
+    "diffusers": {"integrations", "render", "solvers", "toy", "bench"},
     "triton": {"kernels"},
     "ray": {"render"},
     "transformers": {"toy", "render"},
@@ -130,7 +132,7 @@ def test_no_adapter_imports_another():
 
 CORE = (
     *("announced", "batching", "call", "combining", "engine", "explain", "formulas", "guidance", "guided", "install"),
-    *("integrations", "kinds", "memory", "perturbation", "reuse", "schedules"),
+    *("integrations", "kinds", "memory", "perturbation", "reuse", "schedules", "solvers"),
 )
 
 

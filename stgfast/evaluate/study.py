@@ -102,7 +102,7 @@ def reported() -> Study:
             (usual, replace(toy.GUIDANCE, rescale=0.7)),
             (1.0, toy.GUIDANCE),
             (usual, EARLY),
-            (usual, replace(EARLY, reuse=2)),
+            (usual, replace(EARLY, reuse=2, reuse_order=0)),
             (1.0, EARLY),
             (usual, LATER),
             (usual, perturbed(ATTENTION, 6, 1.0)),

@@ -1,0 +1,91 @@
+"""Another solver over the pipeline's own sigmas: fewer steps for the same distance from a converged clip.
+
+A solver of higher order uses what the model said in the steps before. It takes the noise levels that the pipeline's own
+scheduler makes, shift and all, so that nothing else of the pipeline changes.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeVar
+
+from stgfast.errors import SettingsError, wrong
+
+Pipe = TypeVar("Pipe")
+REPLACED = "_stgfast_scheduler"  # of a pipeline: the scheduler that it had before
+TAKES = "FlowMatchEulerDiscreteScheduler"
+ORDERS = {"unipc": 2, "unipc3": 3}
+NO_SIGNAL = 1.0 - 1e-6  # the solver takes the logarithm of what is left of the signal
+
+
+def solver(pipe: Pipe, name: str) -> Pipe:
+    """Have this pipeline's steps made by another solver; `restore` undoes it.
+
+    name  "unipc", of order 2, or "unipc3", of order 3 (arXiv 2302.04867)
+
+    The pipeline's scheduler has to be the one of flow matching by Euler steps, which most of today's video models have:
+    its sigmas stay what they are. The pipeline itself is returned, changed in place.
+    """
+    if name not in ORDERS:
+        raise wrong("solver", name, f"one of {', '.join(ORDERS)}")
+    parts = vars(pipe)
+    own = parts.get(REPLACED, parts["scheduler"])
+    if type(own).__name__ != TAKES:
+        raise SettingsError(f"scheduler of {type(pipe).__name__}: got {type(own).__name__}, expected {TAKES}")
+    for setting in ("invert_sigmas", "stochastic_sampling"):
+        if own.config.get(setting):
+            raise SettingsError(f"scheduler of {type(pipe).__name__}: got {setting}=True, which {name} cannot follow")
+    # Not by `pipe.scheduler = ...`: what a pipeline is saved as stays what it was.
+    parts |= {"scheduler": _unipc()(own, ORDERS[name]), REPLACED: own}
+    return pipe
+
+
+def own_solver(pipe: Any) -> None:
+    """Give a pipeline its own scheduler back, if it has another solver."""
+    if REPLACED in vars(pipe):
+        vars(pipe)["scheduler"] = vars(pipe).pop(REPLACED)
+
+
+@functools.cache
+def _unipc() -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+    class FlowUniPC(UniPCMultistepScheduler):  # type: ignore[misc]  # of a library without types
+        """UniPC over the sigmas of another scheduler. It computes in float32, as that one does."""
+
+        def __init__(self, own: Any, order: int):
+            flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": order}
+            super().__init__(num_train_timesteps=own.config.num_train_timesteps, **flow)
+            # Pipelines look up how to shift by the size of a clip.
+            self.register_to_config(**{**own.config, **flow})
+            self.own = own
+
+        def __reduce__(self) -> Any:
+            return _remade, (self.own, self.config.solver_order), vars(self)
+
+        @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
+        def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+            self.own.set_timesteps(*args, **kwargs)
+            dynamic = {"mu": 0.0} if self.config.use_dynamic_shifting else {}
+            super().set_timesteps(len(self.own.timesteps), **dynamic)  # all that a run begins with
+            self.timesteps = self.own.timesteps
+            self.sigmas = self.own.sigmas.cpu().clamp(max=NO_SIGNAL)
+
+        def scale_noise(self, *args: Any, **kwargs: Any) -> Any:
+            return self.own.scale_noise(*args, **kwargs)
+
+        def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True, **others: Any) -> Any:
+            others.pop("generator", None)  # for steps that draw noise; these do not
+            unknown = [name for name, given in others.items() if given is not None]
+            if unknown:
+                raise SettingsError(f"step of the scheduler: got {', '.join(unknown)}, which UniPC does not know")
+            (made,) = super().step(model_output.float(), timestep, sample.float(), return_dict=False)
+            made = made.to(model_output.dtype)
+            return SchedulerOutput(prev_sample=made) if return_dict else (made,)
+
+    return FlowUniPC
+
+
+def _remade(own: Any, order: int) -> Any:
+    return _unipc()(own, order)
