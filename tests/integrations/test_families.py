@@ -49,7 +49,7 @@ def test_equals_the_plain_method(family, case):
     made = family.run(pipe, prompts, cfg)
     same(made, expected)
     plain = family.run(stgfast.restore(pipe), prompts, cfg)
-    assert distance(made, plain) > 1e-4, "a guidance that changes nothing shows nothing"
+    assert distance(made, plain) > 1e-3, "a guidance that changes nothing shows nothing"
 
 
 # A layer of these has no bfloat16 on a CPU.
