@@ -10,6 +10,7 @@ import functools
 from typing import Any, TypeVar
 
 from stgfast.errors import SettingsError, wrong
+from stgfast.integrations import ADAPTERS
 
 Pipe = TypeVar("Pipe")
 REPLACED = "_stgfast_scheduler"  # of a pipeline: the scheduler that it had before
@@ -28,6 +29,9 @@ def solver(pipe: Pipe, name: str) -> Pipe:
     """
     if name not in ORDERS:
         raise wrong("solver", name, f"one of {', '.join(ORDERS)}")
+    known = next((ADAPTERS[cls.__name__] for cls in type(pipe).__mro__ if cls.__name__ in ADAPTERS), None)
+    if known is not None and known.own_solver:
+        raise SettingsError(f"solver of {type(pipe).__name__}: got {name!r}, expected its own: {known.own_solver}")
     parts = vars(pipe)
     own = parts.get(REPLACED, parts["scheduler"])
     if type(own).__name__ != TAKES:
@@ -67,6 +71,8 @@ def _unipc() -> Any:
         @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
         def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
             self.own.set_timesteps(*args, **kwargs)
+            if float(self.own.sigmas.max()) > 1:
+                raise wrong("sigmas of the scheduler", float(self.own.sigmas.max()), "shares of noise, at most 1")
             dynamic = {"mu": 0.0} if self.config.use_dynamic_shifting else {}
             super().set_timesteps(len(self.own.timesteps), **dynamic)  # all that a run begins with
             self.timesteps = self.own.timesteps
@@ -79,7 +85,7 @@ def _unipc() -> Any:
             others.pop("generator", None)  # for steps that draw noise; these do not
             unknown = [name for name, given in others.items() if given is not None]
             if unknown:
-                raise SettingsError(f"step of the scheduler: got {', '.join(unknown)}, which UniPC does not know")
+                raise wrong("step of the scheduler", unknown, "none of these, which UniPC does not know")
             (made,) = super().step(model_output.float(), timestep, sample.float(), return_dict=False)
             made = made.to(model_output.dtype)
             return SchedulerOutput(prev_sample=made) if return_dict else (made,)

@@ -262,8 +262,8 @@ FAULTS = [
     Fault(
         "differences kept one step too long",
         "reuse.py",
-        "step - self.step[name] < self.every[name]",
-        "step - self.step[name] <= self.every[name]",
+        "step - computed[-1] >= self.every[name]",
+        "step - computed[-1] > self.every[name]",
         "tests/integrations/test_methods.py -k reuse",
     ),
     Fault(

@@ -31,7 +31,7 @@ MAY = {
     "announced": COMMON | {"batching", "engine", "integrations"},
     "call": COMMON | {"batching", "integrations"},
     "guided": COMMON | {"batching", "call", "combining", "engine", "integrations", "kernels"},
-    "solvers": {"errors"},
+    "solvers": {"errors", "integrations"},
     "install": COMMON | {"announced", "batching", "call", "combining", "engine", "integrations", "solvers"},
     "explain": COMMON | {"announced", "batching", "call", "combining", "install", "integrations", "reuse"},
     "toy": {"guidance", "perturbation"},

@@ -22,6 +22,7 @@ from tests.oracle import Facts
 from tests.precision import distance, same
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
+import fronts
 import measured
 import pipelines
 import readme
@@ -45,6 +46,7 @@ def test_every_pipeline_is_in_the_table():
 
 MADE = {
     "pipelines.py": (pipelines, {"README.md": ("+14%", "+13%"), "page.md": ("144, 109, 96", "144, 108, 96")}),
+    "fronts.py": (fronts, {"page.md": ("| way | cost |", "| way | price |")}),
     "measured.py": (measured, {"page.md": ("| SVD |", "| other |")}),
     "studied.py": (studied, {"README.md": ("| CFG 4 |", "| CFG 5 |"), "page.md": ("| CFG 4 |", "| CFG 5 |")}),
 }

@@ -12,8 +12,11 @@ import torch
 
 import stgfast
 from stgfast import Guidance, Perturbation, SettingsError
+from stgfast.integrations import ADAPTERS
+from stgfast.solvers import TAKES
 from tests import models
 from tests.integrations.families import hunyuan_video, ltx, stable_video_diffusion, wan
+from tests.integrations.test_families import FAMILIES
 from tests.precision import distance
 
 LTX, HUNYUAN = ltx.FAMILIES[0], hunyuan_video.FAMILIES[0]
@@ -117,6 +120,20 @@ def test_restarts_are_of_other_schedulers():
     pipe = stgfast.solver(LTX.pipe(), "unipc")
     with pytest.raises(SettingsError, match="scheduler to restart: got 'FlowUniPC', expected one of"):
         stgfast.restart(pipe.scheduler, t_min=0.3, t_max=0.7)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_pipeline_takes_it_or_says_why_not(family):
+    pipe = family.pipe()
+    adapter = ADAPTERS[type(pipe).__name__]
+    inverted = pipe.scheduler.config.get("invert_sigmas")
+    if type(pipe.scheduler).__name__ != TAKES or adapter.own_solver or inverted:
+        with pytest.raises(SettingsError, match=f"expected {TAKES}$|expected its own: it|which unipc cannot follow"):
+            stgfast.solver(pipe, "unipc")
+        return
+    stgfast.accelerate(stgfast.solver(pipe, "unipc"), Guidance(Perturbation([family.layers[1]], kind=family.kinds[0])))
+    made = family.run(pipe, cfg=family.cfg is not None)
+    assert distance(family.run(stgfast.restore(pipe), cfg=family.cfg is not None), made) > 1e-4
 
 
 def test_what_cannot_be_is_said():

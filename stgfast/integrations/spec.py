@@ -145,6 +145,7 @@ class Adapter:
                  a scheduler from `stgfast.restart` adds
     unsupported  what a pipeline instance has that is not supported, if anything
     unfit        what of a guidance, or of a call with it, the pipeline cannot do, if anything
+    own_solver   why its steps cannot be made by another solver over the same sigmas, if so
     within       what has to hold around a whole call
     denoisers    the pipeline's components that are called for steps; those that are None are not
     sample       the argument of a denoiser that has what is to be denoised
@@ -171,6 +172,7 @@ class Adapter:
     sigmas: Callable[[Any, int], list[float]] = last_sigmas
     unsupported: Callable[[Any], str | None] = nothing_missing
     unfit: Callable[[Any, Guidance, CallArguments], str | None] = all_fits
+    own_solver: str = ""
     within: Callable[[Any], AbstractContextManager[None]] = nothing_within
     denoisers: tuple[str, ...] = ("transformer",)
     sample: str = "hidden_states"

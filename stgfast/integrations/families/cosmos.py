@@ -63,7 +63,14 @@ COSMOS_VIDEO = replace(
 )
 
 # These have x0 of the first prediction before they call for the second.
-COSMOS2_IMAGE = replace(COSMOS, pipeline="Cosmos2TextToImagePipeline", early=True, float32=True, schedule=schedule)
+COSMOS2_IMAGE = replace(
+    COSMOS,
+    pipeline="Cosmos2TextToImagePipeline",
+    early=True,
+    float32=True,
+    schedule=schedule,
+    own_solver="its noise levels are no shares of noise",
+)
 COSMOS2_VIDEO = replace(
     COSMOS2_IMAGE,
     pipeline="Cosmos2VideoToWorldPipeline",

@@ -79,5 +79,6 @@ LTX_CONDITION = replace(
     ),
     steps_asked=functools.partial(steps_of_call, strength="denoise_strength"),
     schedule=condition_schedule,
+    own_solver="it has a timestep for every token",
 )
 LTX_MODULAR = guided_by(LTX, "LTXModularPipeline", steps_asked=steps_of_modular_call)
