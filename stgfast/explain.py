@@ -251,7 +251,7 @@ def _reused(guidance: Guidance) -> list[str]:
     how = ("held", "carried on by a line", "carried on by a parabola")[guidance.reuse_order or 0]
     return [
         f"approximately: {what} computed in every {_ordinal(every)} step, {how} in the others; "
-        f"{count * ((guidance.reuse_order or 0) + 1)} predictions of every prompt kept"
+        f"kept for it: {count * ((guidance.reuse_order or 0) + 1)} of every prompt's predictions"
         for what, (every, count) in reused.items()
         if every > 1
     ]

@@ -59,6 +59,7 @@ KEPT = {
     "test_restart.py::test_guided_and_explained_over_the_longer_run": RUNS,
     "test_restart.py::test_steps_are_known_beforehand": FIRST,
     "test_robust.py::test_blocks_compiled_in_other_ways": "LTX-.*forwards-attention|Wan-.*-residual|LTX-.*attentions.*",
+    "test_solvers.py::test_every_pipeline_takes_it_or_says_why_not": FIRST,
 }
 
 

@@ -1,5 +1,7 @@
 """What `explain` says is what a call then does."""
 
+import dataclasses
+
 import pytest
 
 import stgfast
@@ -75,14 +77,20 @@ def test_rows_are_what_memory_goes_by(max_rows, at_once):
 
 
 def test_the_text_of_projection_and_reuse():
-    guidance = Guidance(Perturbation([3]), project="along-cond", eta=0.5, reuse=3, reuse_cfg=2)
+    guidance = Guidance(Perturbation([3]), project="along-cond", eta=0.5, reuse=3, reuse_cfg=2, reuse_order=0)
     pipe = stgfast.accelerate(models.pipeline("mochi"), guidance)
     text = str(stgfast.explain(pipe, **models.sizes("mochi")))  # of four steps
     assert (
         "projection: of cond - uncond, the part along cond is left out (APG's projection), of which 0.5 is left" in text
     )
-    assert "approximately: base - perturbed computed in every 3rd step\n" in text
-    assert "approximately: cond - uncond computed in every 2nd step\n" in text
+    kept = "held in the others; kept for it: 1 of every prompt's predictions\n"
+    assert f"approximately: base - perturbed computed in every 3rd step, {kept}" in text
+    assert f"approximately: cond - uncond computed in every 2nd step, {kept}" in text
+    by_line = dataclasses.replace(guidance, reuse_order=1)
+    text = str(stgfast.explain(pipe, **models.sizes("mochi"), stg=by_line))
+    assert (
+        "in every 3rd step, carried on by a line in the others; kept for it: 2 of every prompt's predictions\n" in text
+    )
     assert text.endswith(
         "  in 1 of them:\n  blocks 0 to 3: 2 rows\n  blocks 4 to 5: 3 rows\n"
         "  in 1 of them:\n  blocks 0 to 5: 1 row\n"

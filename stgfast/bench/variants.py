@@ -342,7 +342,7 @@ class Bench:
         return self.guidance
 
     def _reusing(self) -> Guidance:
-        return Guidance(self._guidance.perturbations, reuse=2)
+        return Guidance(self._guidance.perturbations, reuse=2, reuse_order=0)
 
     def _accelerated(
         self, guidance: Guidance | None, compile: Mapping[str, Any] | bool = False, max_rows: Rows = ALL

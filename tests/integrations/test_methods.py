@@ -274,7 +274,9 @@ def test_reuse_computes_only_what_is_due(family):
         assert rows[number] * 12 == one[number] * (counts["cond"] + counts["uncond"] + weak), layer
     explained = stgfast.explain(pipe, **family.arguments(1) | {"num_inference_steps": 6})
     assert explained.block_rows == sum(12 * made / per for made, per in zip(rows, one, strict=True))
-    assert "approximately: cond - uncond computed in every 3rd step, held in the others; 1 pred" in str(explained)
+    assert "approximately: cond - uncond computed in every 3rd step, held in the others; kept for it: 1 of" in str(
+        explained
+    )
 
 
 @every_protocol
@@ -292,7 +294,7 @@ def test_what_is_carried_on_is_what_explain_counts(family, order):
     cfg = 1 if family.cfg is None else 2
     assert explained.block_rows == sum(9 * cfg * made / per for made, per in zip(rows, one, strict=True))
     assert explained.block_rows < stgfast.explain(pipe, **family.arguments(1) | steps, stg=EXACT).block_rows
-    assert f"{2 * (order + 1)} predictions of every prompt kept" in str(explained)
+    assert f"kept for it: {2 * (order + 1)} of every prompt's predictions" in str(explained)
 
 
 EXACT = Guidance([Perturbation([2]), Perturbation([3])])
