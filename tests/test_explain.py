@@ -86,11 +86,8 @@ def test_the_text_of_projection_and_reuse():
     kept = "held in the others; kept for it: 1 of every prompt's predictions\n"
     assert f"approximately: base - perturbed computed in every 3rd step, {kept}" in text
     assert f"approximately: cond - uncond computed in every 2nd step, {kept}" in text
-    by_line = dataclasses.replace(guidance, reuse_order=1)
-    text = str(stgfast.explain(pipe, **models.sizes("mochi"), stg=by_line))
-    assert (
-        "in every 3rd step, carried on by a line in the others; kept for it: 2 of every prompt's predictions\n" in text
-    )
+    by_line = str(stgfast.explain(pipe, **models.sizes("mochi"), stg=dataclasses.replace(guidance, reuse_order=1)))
+    assert "in every 3rd step, carried on by a line in the others; kept for it: 2 of every prompt's pred" in by_line
     assert text.endswith(
         "  in 1 of them:\n  blocks 0 to 3: 2 rows\n  blocks 4 to 5: 3 rows\n"
         "  in 1 of them:\n  blocks 0 to 5: 1 row\n"
