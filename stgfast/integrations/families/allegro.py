@@ -20,22 +20,11 @@ def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
 ALLEGRO = Adapter(
     pipeline="AllegroPipeline",
     protocol="stacked",
-    clips=Clips(
-        fps=15.0,
-        exact=("vae",),
-        tiled=True,
-    ),
+    clips=Clips(fps=15.0, exact=("vae",), tiled=True),
     blocks=Blocks(
         lists=("transformer_blocks",),
         rows=frozenset(
-            {
-                "hidden_states",
-                "encoder_hidden_states",
-                "timestep",
-                "attention_mask",
-                "encoder_attention_mask",
-                "temb",
-            }
+            {"hidden_states", "encoder_hidden_states", "timestep", "attention_mask", "encoder_attention_mask", "temb"}
         ),
         grid=Grid(patches),
     ),

@@ -47,9 +47,7 @@ COGVIDEOX = Adapter(
 )
 
 COGVIDEOX_IMAGE = replace(
-    COGVIDEOX,
-    pipeline="CogVideoXImageToVideoPipeline",
-    clips=replace(COGVIDEOX.clips, images=EACH),
+    COGVIDEOX, pipeline="CogVideoXImageToVideoPipeline", clips=replace(COGVIDEOX.clips, images=EACH)
 )
 
 COGVIDEOX_VIDEO = replace(

@@ -56,11 +56,7 @@ COSMOS = Adapter(
     # 70% of the depth of the smaller models, which have 28 blocks; the 14B ones have 36. Predict 1 and 2 agree in this.
     defaults=Guidance(Perturbation([19], scale=1.0)),
 )
-COSMOS_VIDEO = replace(
-    COSMOS,
-    pipeline="CosmosVideoToWorldPipeline",
-    clips=replace(COSMOS.clips, images=EACH),
-)
+COSMOS_VIDEO = replace(COSMOS, pipeline="CosmosVideoToWorldPipeline", clips=replace(COSMOS.clips, images=EACH))
 
 # These have x0 of the first prediction before they call for the second.
 COSMOS2_IMAGE = replace(
@@ -72,7 +68,5 @@ COSMOS2_IMAGE = replace(
     own_solver="its noise levels are no shares of noise",
 )
 COSMOS2_VIDEO = replace(
-    COSMOS2_IMAGE,
-    pipeline="Cosmos2VideoToWorldPipeline",
-    clips=replace(COSMOS2_IMAGE.clips, images=EACH),
+    COSMOS2_IMAGE, pipeline="Cosmos2VideoToWorldPipeline", clips=replace(COSMOS2_IMAGE.clips, images=EACH)
 )

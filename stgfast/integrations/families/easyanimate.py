@@ -39,10 +39,7 @@ def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
 EASYANIMATE = Adapter(
     pipeline="EasyAnimatePipeline",
     protocol="stacked",
-    clips=Clips(
-        fps=8.0,
-        negative=True,
-    ),
+    clips=Clips(fps=8.0, negative=True),
     blocks=Blocks(
         lists=("transformer_blocks",),
         state=("hidden_states", "encoder_hidden_states"),

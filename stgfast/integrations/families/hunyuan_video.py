@@ -46,14 +46,9 @@ HUNYUAN_VIDEO_IMAGE = replace(
     HUNYUAN_VIDEO,
     pipeline="HunyuanVideoImageToVideoPipeline",
     clips=replace(HUNYUAN_VIDEO.clips, images=EACH),
-    blocks=replace(
-        HUNYUAN_VIDEO.blocks,
-        rows=HUNYUAN_VIDEO.blocks.rows | {"token_replace_emb"},
-    ),
+    blocks=replace(HUNYUAN_VIDEO.blocks, rows=HUNYUAN_VIDEO.blocks.rows | {"token_replace_emb"}),
 )
 
 HUNYUAN_SKYREELS_IMAGE = replace(
-    HUNYUAN_VIDEO,
-    pipeline="HunyuanSkyreelsImageToVideoPipeline",
-    clips=replace(HUNYUAN_VIDEO.clips, images=EACH),
+    HUNYUAN_VIDEO, pipeline="HunyuanSkyreelsImageToVideoPipeline", clips=replace(HUNYUAN_VIDEO.clips, images=EACH)
 )

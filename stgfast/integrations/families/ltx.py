@@ -63,20 +63,13 @@ LTX = Adapter(
 )
 
 # A timestep for every token; the frame that is given takes no part in the scheduler's step, but in the rescale.
-LTX_IMAGE = replace(
-    LTX,
-    pipeline="LTXImageToVideoPipeline",
-    clips=replace(LTX.clips, images=EACH),
-)
+LTX_IMAGE = replace(LTX, pipeline="LTXImageToVideoPipeline", clips=replace(LTX.clips, images=EACH))
 
 LTX_CONDITION = replace(
     LTX,
     pipeline="LTXConditionPipeline",
     float32=False,
-    blocks=replace(
-        LTX.blocks,
-        grid=Grid(size_with_conditions),
-    ),
+    blocks=replace(LTX.blocks, grid=Grid(size_with_conditions)),
     steps_asked=functools.partial(steps_of_call, strength="denoise_strength"),
     schedule=condition_schedule,
     own_solver="it has a timestep for every token",

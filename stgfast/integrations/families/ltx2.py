@@ -128,10 +128,7 @@ LTX2 = Adapter(
         identity=identity,
         changes={ISOLATE: {"use_a2v_cross_attention": False, "use_v2a_cross_attention": False}},
     ),
-    announced=Announced(
-        passes=passes,
-        preview=preview,
-    ),
+    announced=Announced(passes=passes, preview=preview),
     unfit=unfit,
     requested=requested,
     schedule=schedule,

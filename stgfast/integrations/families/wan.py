@@ -61,16 +61,9 @@ WAN = Adapter(
     unsupported=unsupported,
     defaults=Guidance.preset("wan"),
     source=PRESETS["wan"].source,
-    clips=Clips(
-        exact=("vae", "image_encoder"),
-        fps=fps,
-    ),
+    clips=Clips(exact=("vae", "image_encoder"), fps=fps),
 )
-WAN_IMAGE = replace(
-    WAN,
-    pipeline="WanImageToVideoPipeline",
-    clips=replace(WAN.clips, images=ONE),
-)
+WAN_IMAGE = replace(WAN, pipeline="WanImageToVideoPipeline", clips=replace(WAN.clips, images=ONE))
 WAN_VIDEO = replace(
     WAN,
     pipeline="WanVideoToVideoPipeline",
