@@ -105,7 +105,8 @@ class Stack:
                 given = given.changed(lambda name, value: alone(value))
             self.inside.begin(marks[part], inputs[part])
             outputs.append(as_tuple(given.given_to(call)))
-            self.inside.finish(number, self.layout.units[number])
+            if weak:
+                self.inside.finish(number, self.layout.units[number])
         return [join(parts) if parts[0] is not None else None for parts in zip(*outputs, strict=True)]
 
     def _changes(self, mark: Mark | None) -> Mapping[str, Any]:
