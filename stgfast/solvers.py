@@ -15,33 +15,43 @@ from stgfast.integrations import ADAPTERS
 Pipe = TypeVar("Pipe")
 REPLACED = "_stgfast_scheduler"  # of a pipeline: the scheduler that it had before
 TAKES = "FlowMatchEulerDiscreteScheduler"
-ORDERS = {"unipc": 2, "unipc3": 3}
+SOLVERS = {  # the class of diffusers, and its order
+    "unipc": ("UniPCMultistepScheduler", 2),  # arXiv 2302.04867
+    "unipc3": ("UniPCMultistepScheduler", 3),
+    "dpm++": ("DPMSolverMultistepScheduler", 2),  # arXiv 2211.01095
+}
 NO_SIGNAL = 1.0 - 1e-6  # the solver takes the logarithm of what is left of the signal
 
 
 def solver(pipe: Pipe, name: str) -> Pipe:
     """Have this pipeline's steps made by another solver; `restore` undoes it.
 
-    name  "unipc", of order 2, or "unipc3", of order 3 (arXiv 2302.04867)
+    name  "unipc" or "unipc3", of order 2 or 3, or "dpm++", DPM-Solver++ of order 2
 
     The pipeline's scheduler has to be the one of flow matching by Euler steps, which most of today's video models have:
     its sigmas stay what they are. The pipeline itself is returned, changed in place.
     """
-    if name not in ORDERS:
-        raise wrong("solver", name, f"one of {', '.join(ORDERS)}")
+    check_solver(pipe, name)
+    parts = vars(pipe)
+    own = parts.get(REPLACED, parts["scheduler"])
+    # Not by `pipe.scheduler = ...`: what a pipeline is saved as stays what it was.
+    parts |= {"scheduler": _flow(SOLVERS[name][0])(own, SOLVERS[name][1]), REPLACED: own}
+    return pipe
+
+
+def check_solver(pipe: Any, name: str) -> None:
+    """Whether this pipeline's steps can be made by this solver."""
+    if name not in SOLVERS:
+        raise wrong("solver", name, f"one of {', '.join(SOLVERS)}")
     known = next((ADAPTERS[cls.__name__] for cls in type(pipe).__mro__ if cls.__name__ in ADAPTERS), None)
     if known is not None and known.own_solver:
         raise SettingsError(f"solver of {type(pipe).__name__}: got {name!r}, expected its own: {known.own_solver}")
-    parts = vars(pipe)
-    own = parts.get(REPLACED, parts["scheduler"])
+    own = vars(pipe).get(REPLACED, vars(pipe)["scheduler"])
     if type(own).__name__ != TAKES:
         raise SettingsError(f"scheduler of {type(pipe).__name__}: got {type(own).__name__}, expected {TAKES}")
     for setting in ("invert_sigmas", "stochastic_sampling"):
         if own.config.get(setting):
             raise SettingsError(f"scheduler of {type(pipe).__name__}: got {setting}=True, which {name} cannot follow")
-    # Not by `pipe.scheduler = ...`: what a pipeline is saved as stays what it was.
-    parts |= {"scheduler": _unipc()(own, ORDERS[name]), REPLACED: own}
-    return pipe
 
 
 def own_solver(pipe: Any) -> None:
@@ -51,12 +61,12 @@ def own_solver(pipe: Any) -> None:
 
 
 @functools.cache
-def _unipc() -> Any:
-    from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+def _flow(solver: str) -> Any:
+    import diffusers
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
-    class FlowUniPC(UniPCMultistepScheduler):  # type: ignore[misc]  # of a library without types
-        """UniPC over the sigmas of another scheduler. It computes in float32, as that one does."""
+    class FlowSolver(getattr(diffusers, solver)):  # type: ignore[misc]  # of a library without types
+        """A solver over the sigmas of another scheduler. It computes in float32, as that one does."""
 
         def __init__(self, own: Any, order: int):
             flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": order}
@@ -66,9 +76,9 @@ def _unipc() -> Any:
             self.own = own
 
         def __reduce__(self) -> Any:
-            return _remade, (self.own, self.config.solver_order), vars(self)
+            return _remade, (solver, self.own, self.config.solver_order), vars(self)
 
-        @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)
+        @functools.wraps(diffusers.FlowMatchEulerDiscreteScheduler.set_timesteps)
         def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
             self.own.set_timesteps(*args, **kwargs)
             if float(self.own.sigmas.max()) > 1:
@@ -85,13 +95,13 @@ def _unipc() -> Any:
             others.pop("generator", None)  # for steps that draw noise; these do not
             unknown = [name for name, given in others.items() if given is not None]
             if unknown:
-                raise wrong("step of the scheduler", unknown, "none of these, which UniPC does not know")
+                raise wrong("step of the scheduler", unknown, f"none of these, which {solver} does not know")
             (made,) = super().step(model_output.float(), timestep, sample.float(), return_dict=False)
             made = made.to(model_output.dtype)
             return SchedulerOutput(prev_sample=made) if return_dict else (made,)
 
-    return FlowUniPC
+    return FlowSolver
 
 
-def _remade(own: Any, order: int) -> Any:
-    return _unipc()(own, order)
+def _remade(solver: str, own: Any, order: int) -> Any:
+    return _flow(solver)(own, order)

@@ -6,14 +6,13 @@ import math
 import pickle
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 
 import stgfast
 from stgfast import Guidance, Perturbation, SettingsError
 from stgfast.integrations import ADAPTERS
-from stgfast.solvers import TAKES
+from stgfast.solvers import SOLVERS, TAKES
 from tests import models
 from tests.integrations.families import hunyuan_video, ltx, stable_video_diffusion, wan
 from tests.integrations.test_families import FAMILIES
@@ -46,23 +45,25 @@ def off(scheduler, steps=None, spread=0.5, **given):
     return abs(float(x) / (width(0.0) / width(begin)) - 1)
 
 
+@pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("settings", EULER.values(), ids=EULER)
-def test_is_closer_than_euler_at_the_same_steps(settings):
-    own, two, three = (diffusers.FlowMatchEulerDiscreteScheduler(**settings) for _ in range(3))
-    two, three = (solved(each, name).scheduler for each, name in ((two, "unipc"), (three, "unipc3")))
-    euler, unipc, unipc3 = ([off(each, steps) for steps in (20, 80)] for each in (own, two, three))
-    assert unipc[-1] < euler[-1] / 2
-    assert unipc3[-1] < euler[-1] / 2
-    assert unipc[0] / unipc[-1] > 2 * euler[0] / euler[-1]  # of higher order; a few steps of this size are too large
+def test_is_closer_than_euler_at_the_same_steps(settings, name):
+    own = diffusers.FlowMatchEulerDiscreteScheduler
+    euler = [off(own(**settings), steps) for steps in (40, 80)]
+    made = [off(solved(own(**settings), name).scheduler, steps) for steps in (40, 80)]
+    assert made[1] < euler[1] / 1.5
+    # Of higher order, where rounding does not hide it.
+    assert made[0] / made[1] > 3 > euler[0] / euler[1] or made[1] < 1e-3
 
 
-def test_is_the_solver_of_diffusers():
+@pytest.mark.parametrize("name", SOLVERS)
+def test_is_the_solver_of_diffusers(name):
     """Over the same sigmas; but times that the model is given are not cut to whole numbers, as there."""
-    sigmas = np.linspace(1.0, 0.1, 12)
-    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-    theirs = diffusers.UniPCMultistepScheduler(**flow)
-    mine = solved(diffusers.FlowMatchEulerDiscreteScheduler()).scheduler
-    assert off(mine, sigmas=sigmas) == pytest.approx(off(theirs, sigmas=sigmas), rel=1e-4)
+    cls, order = SOLVERS[name]
+    theirs = getattr(diffusers, cls)(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=order)
+    mine = solved(diffusers.FlowMatchEulerDiscreteScheduler(), name).scheduler
+    expected = off(theirs, 12)
+    assert off(mine, sigmas=theirs.sigmas[:-1].numpy()) == pytest.approx(expected, rel=1e-3)
     assert (mine.timesteps - theirs.timesteps).abs().max() <= 1
 
 
@@ -118,7 +119,7 @@ def test_a_pipeline_gets_its_own_solver_back(tmp_path):
 
 def test_restarts_are_of_other_schedulers():
     pipe = stgfast.solver(LTX.pipe(), "unipc")
-    with pytest.raises(SettingsError, match="scheduler to restart: got 'FlowUniPC', expected one of"):
+    with pytest.raises(SettingsError, match="scheduler to restart: got 'FlowSolver', expected one of"):
         stgfast.restart(pipe.scheduler, t_min=0.3, t_max=0.7)
 
 
@@ -137,7 +138,7 @@ def test_every_pipeline_takes_it_or_says_why_not(family):
 
 
 def test_what_cannot_be_is_said():
-    with pytest.raises(SettingsError, match="solver: got 'heun', expected one of unipc, unipc3"):
+    with pytest.raises(SettingsError, match="solver: got 'heun', expected one of unipc, unipc3, dpm\\+\\+"):
         stgfast.solver(LTX.pipe(), "heun")
     with pytest.raises(SettingsError, match="got EulerDiscreteScheduler, expected FlowMatchEulerDiscreteScheduler"):
         stgfast.solver(stable_video_diffusion.build(), "unipc")
