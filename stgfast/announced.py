@@ -1,7 +1,8 @@
 """Pipelines that ask for their weak branches themselves, pass after pass, and combine what they get.
 
 The first pass that has the conditional rows computes, as one stack, what the passes after it are going to ask for;
-these are answered from what is held. How the results are combined stays the pipeline's, or its guider's, own.
+these are answered from what is held, or carried on from earlier steps. How the results are combined stays the
+pipeline's, or its guider's, own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from stgfast.engine import Run
 from stgfast.formulas import COND
 from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Announced, Passes
+from stgfast.memory import Memory
+from stgfast.reuse import KeptDifferences
 
 
 class Answering:
@@ -27,10 +30,15 @@ class Answering:
 
     def __init__(self, announced: Announced, guidance: Guidance):
         self.announced, self.guidance = announced, guidance
+        self.memory: Memory = memory_for(announced, guidance)
 
     def begin(self, run: Run, name: str) -> AnsweringStep:
-        passes = self.announced.passes(run.pipe, run.call, self.guidance, run.moment(), name)
-        return AnsweringStep(run, name, passes)
+        moment = run.moment()
+        passes = self.announced.passes(run.pipe, run.call, self.guidance, moment, name)
+        if self.guidance.reuses and moment.step in run.noisier:
+            self.memory.forget()
+        recalled = self.memory.recalled(passes.differing, moment.step, name)
+        return AnsweringStep(run, name, passes, self.memory, recalled)
 
     def weak_layers(self, layout: Layout) -> Collection[int | None]:
         return {unit.layer for unit in layout.units}  # what will be asked for is known only later
@@ -39,26 +47,42 @@ class Answering:
 class AnsweringStep:
     """One step while it lasts."""
 
-    def __init__(self, run: Run, name: str, passes: Passes):
+    def __init__(self, run: Run, name: str, passes: Passes, memory: Memory, recalled: frozenset[str]):
         self.run, self.name, self.passes, self.calls = run, name, passes, passes.turns
-        self.held: dict[str, Any] = {}  # the output for every branch that was computed and not asked for yet
+        self.memory, self.recalled = memory, recalled
+        self.held: dict[str, Any] = {}  # the output for every branch that is known and not asked for yet
+        self.cond: tuple[Tensor, ...] = ()
 
     def answer(self, turn: int, plain: Call, arguments: Arguments) -> Any:
         asked = self.calls[turn]
         if not set(asked) <= self.held.keys():
-            plan = plan_of(self.passes, asked, self.run.layouts[self.name])
+            plan = plan_of(self.passes, asked, self.recalled, self.run.layouts[self.name])
             output = self.run.compute(self.name, plain, arguments, asked, plan)
-            branches = [branch.name for branch in plan.branches]
-            self.held |= {name: _part(output, number, len(branches)) for number, name in enumerate(branches)}
+            self._hold(output, [branch.name for branch in plan.branches])
         return _mapped(lambda *parts: join(parts), *(self.held.pop(branch) for branch in asked))
 
+    def _hold(self, output: Any, branches: Sequence[str]) -> None:
+        """What was computed, and with the conditional branch what is carried on."""
+        held = {name: _part(output, number, len(branches)) for number, name in enumerate(branches)}
+        recalled: frozenset[str] = frozenset()
+        if COND in held:
+            self.cond, recalled = _tensors(held[COND]), self.recalled
+        known = {name: _tensors(part) for name, part in held.items() if name in self.passes.differing}
+        self.memory.complete(known := known | {COND: self.cond}, recalled)
+        self.held |= held | {name: _with(output, known[name]) for name in recalled}
 
-def plan_of(passes: Passes, asked: Sequence[str], layout: Layout) -> Plan:
+
+def memory_for(announced: Announced, guidance: Guidance) -> KeptDifferences:
+    return KeptDifferences(guidance, dict.fromkeys(announced.weak, COND))
+
+
+def plan_of(passes: Passes, asked: Sequence[str], recalled: Collection[str], layout: Layout) -> Plan:
     """The plan of a pass: what it asks for, and with the conditional branch all that are weak copies of it."""
     branches = [Branch(name, name) for name in asked]
     if COND in asked:
         branches += [Branch(name, COND, layout.marks(part) if part else {}) for name, part in passes.weak.items()]
-    return make_plan(branches, layout.depth, full=layout.blocks.full)
+    computed = [branch for branch in branches if branch.name not in recalled]
+    return make_plan(computed, layout.depth, full=layout.blocks.full)
 
 
 def _part(output: Any, number: int, of: int) -> Any:
@@ -74,3 +98,21 @@ def _mapped(change: Callable[..., Tensor], first: Any, *others: Any) -> Any:
     return type(first)(
         **{name: _mapped(change, part, *(other[name] for other in others)) for name, part in first.items()}
     )
+
+
+def _tensors(output: Any) -> tuple[Tensor, ...]:
+    """The outputs of a denoiser one by one, in the order in which `_with` takes them."""
+    found: list[Tensor] = []
+
+    def see(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _mapped(see, output)
+    return tuple(found)
+
+
+def _with(output: Any, tensors: Sequence[Tensor]) -> Any:
+    """An output with these tensors in it."""
+    left = iter(tensors)
+    return _mapped(lambda _: next(left), output)

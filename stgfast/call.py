@@ -15,6 +15,7 @@ from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
 from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Adapter, Fitted
 from stgfast.integrations.steps import CallArguments
+from stgfast.spacing import EVERY
 
 # What a call takes beside the pipeline's own arguments.
 SETTINGS = (
@@ -129,7 +130,7 @@ def cfg_needed_by(guidance: Guidance) -> str:
         return "a cfg schedule"
     if guidance.projects_cfg:
         return f"project={guidance.project!r}"
-    return "reuse_cfg" if guidance.reuse_cfg > 1 else ""
+    return "reuse_cfg" if guidance.reuse_cfg != EVERY else ""
 
 
 def check_forwards(fitted: Fitted) -> None:

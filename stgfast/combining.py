@@ -34,7 +34,7 @@ class Combining:
 
     def __init__(self, guidance: Guidance):
         self.guidance = guidance
-        self.memory: Memory = KeptDifferences(guidance)
+        self.memory: Memory = KeptDifferences(guidance, guidance.bases)
         self._plans: dict[tuple[str, tuple[str, ...], frozenset[str]], Plan] = {}
 
     def begin(self, run: Run, name: str) -> CombiningStep:
@@ -99,7 +99,9 @@ class CombiningStep:
         self._predict(plain, arguments, sources)
         if turn < len(self.calls) - 1:
             return self._hand_out()
-        self.strategy.memory.complete(self.predictions, self.recalled, self.scale)
+        known: dict[str, tuple[Tensor, ...]] = {name: (prediction,) for name, prediction in self.predictions.items()}
+        self.strategy.memory.complete(known, self.recalled, self.scale)
+        self.predictions = {name: prediction for name, (prediction, *_) in known.items()}
         return self.strategy.combined(self)
 
     @property

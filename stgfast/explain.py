@@ -7,16 +7,17 @@ import inspect
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from stgfast.announced import plan_of
+from stgfast.announced import memory_for, plan_of
 from stgfast.batching.layout import Layout
 from stgfast.batching.plan import Plan
 from stgfast.batching.room import ALL, Rows
 from stgfast.call import settings_of
 from stgfast.combining import branches_of, plan_for
+from stgfast.formulas import COND, UNCOND
 from stgfast.guidance import Guidance
 from stgfast.install import installed_on, settled
 from stgfast.integrations.spec import Adapter, Announced, Fitted
@@ -24,6 +25,7 @@ from stgfast.integrations.steps import CallArguments, scheduled, steps_back
 from stgfast.perturbation import Perturbation
 from stgfast.reuse import KeptDifferences
 from stgfast.schedules import Moment, in_words
+from stgfast.spacing import EVERY, when
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Phase:
     # In how many steps the blocks run by which plans, one for every call of the denoiser that computes anything; there
     # are several kinds of steps where some take branches from others.
     kinds: tuple[tuple[int, tuple[Plan, ...]], ...]
+    branches: tuple[str, ...]  # all that have to be known
     announced: bool = False  # the pipeline asks for these branches, and combines them, itself
 
     @property
@@ -52,10 +55,6 @@ class Phase:
     @property
     def block_rows(self) -> int:
         return sum(steps * sum(_rows(plans)) for steps, plans in self.kinds)
-
-    @property
-    def branches(self) -> int:
-        return max(sum(len(plan.branches) for plan in plans) for _, plans in self.kinds)
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Explanation:
     @property
     def unshared(self) -> int:
         """What it would compute with every branch run through every block."""
-        return sum(phase.steps * phase.branches * self.depth for phase in self.phases)
+        return sum(phase.steps * len(phase.branches) * self.depth for phase in self.phases)
 
     @property
     def cfg_alone(self) -> int:
@@ -142,7 +141,7 @@ class Explanation:
         if self.guidance.formula is not None:
             eta = f", of which {self.guidance.eta:g} is left" if self.guidance.eta else ""
             lines.append(f"projection: {self.guidance.formula.words}{eta}")
-        lines += _reused(self.guidance)
+        lines += _reused(self.guidance, {name for phase in self.phases for name in phase.branches})
         return lines
 
 
@@ -170,9 +169,8 @@ def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArgument
     every = frozenset(source for sources in calls for source in sources)
     steps = adapter.steps_of_run(pipe, call)
     sigmas = _ahead(pipe, adapter, call, steps, adapter.sigmas) if guidance.by_sigma else [None] * steps
-    memory = KeptDifferences(guidance)
-    restarts = guidance.reuses and hasattr(getattr(pipe, "scheduler", None), "restarts")
-    noisier = _ahead(pipe, adapter, call, steps, steps_back) if restarts else ()
+    memory = KeptDifferences(guidance, guidance.bases)
+    noisier = _noisier(pipe, adapter, guidance, call, steps)
 
     def computed(needed: frozenset[str], step: int) -> frozenset[str]:
         if step in noisier:
@@ -197,7 +195,7 @@ def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArgument
             (count, tuple(plan_for(guidance, sources, branches, layout) for sources in calls))
             for branches, count in counts.items()
         )
-        phases.append(Phase(run[0], run[-1], weights, rescale, varies, kinds))
+        phases.append(Phase(run[0], run[-1], weights, rescale, varies, kinds, tuple(sorted(needed))))
     return tuple(phases)
 
 
@@ -206,29 +204,41 @@ def _announced(
 ) -> tuple[Phase, ...]:
     """Where the pipeline asks for its weak branches, and combines, itself."""
     steps, seen, layout = fitted.adapter.steps_of_run(fitted.pipe, call), copy.copy(fitted.pipe), fitted.layouts[name]
-    passes = []
+    memory, noisier = memory_for(announced, guidance), _noisier(fitted.pipe, fitted.adapter, guidance, call, steps)
+    passes, recalled = [], []
     for step in range(steps):
         moment = Moment(step, steps)
         announced.preview(seen, call, moment)
         passes.append(announced.passes(seen, call, guidance, moment, name))
+        if step in noisier:
+            memory.forget()
+        recalled.append(memory.recalled(passes[step].differing, step, ""))
     phases = []
     for _, same in itertools.groupby(range(steps), key=lambda step: passes[step]):
         run = list(same)
         one = passes[run[0]]
-        plans = tuple(plan_of(one, asked, layout) for asked in one.turns if not set(asked) <= one.weak.keys())
-        phases.append(Phase(run[0], run[-1], {}, 0.0, False, ((len(run), plans),), announced=True))
+        kinds = tuple(
+            (count, tuple(plan_of(one, asked, kept, layout) for asked in one.turns if one.computed_in(asked, kept)))
+            for kept, count in Counter(recalled[step] for step in run).items()
+        )
+        phases.append(Phase(run[0], run[-1], {}, 0.0, False, kinds, tuple(itertools.chain(*one.turns)), announced=True))
     return tuple(phases)
 
 
 def _formula(phase: Phase) -> str:
     if phase.announced:
-        branches = [branch.name for plan in phase.kinds[0][1] for branch in plan.branches]
-        return f"the pipeline asks for {', '.join(branches)} and combines them itself"
+        return f"the pipeline asks for {', '.join(phase.branches)} and combines them itself"
     if not phase.weights:
         return "the pipeline's own"
     terms = " ".join(f"{weight:+g} {branch}" for branch, weight in phase.weights.items())
     rescaled = f", rescaled by {phase.rescale:g}" if phase.rescale else ""
     return f"g = {terms}{rescaled}" + (f" at step {phase.first}, then by schedule" if phase.varies else "")
+
+
+def _noisier(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, steps: int) -> Collection[int]:
+    """The steps before which what is kept is forgotten."""
+    restarts = guidance.reuses and hasattr(getattr(pipe, "scheduler", None), "restarts")
+    return _ahead(pipe, adapter, call, steps, steps_back) if restarts else ()
 
 
 def _ahead(pipe: Any, adapter: Adapter, call: CallArguments, steps: int, known: Callable[[Any, int], Any]) -> Any:
@@ -242,23 +252,17 @@ def _rows(plans: Sequence[Plan]) -> tuple[int, ...]:
     return tuple(sum(rows) for rows in zip(*(plan.computed for plan in plans), strict=True))
 
 
-def _reused(guidance: Guidance) -> list[str]:
+def _reused(guidance: Guidance, branches: Collection[str]) -> list[str]:
     """What is carried on from step to step, and how many predictions are kept for it."""
-    reused = {
-        "base - perturbed": (guidance.reuse, len(guidance.perturbations)),
-        "cond - uncond": (guidance.reuse_cfg, 1),
-    }
+    weak = len({*branches} - {COND, UNCOND})
+    reused = {"base - perturbed": (guidance.reuse, weak), "cond - uncond": (guidance.reuse_cfg, 1)}
     how = ("held", "carried on by a line", "carried on by a parabola")[guidance.reuse_order or 0]
     return [
-        f"approximately: {what} computed in every {_ordinal(every)} step, {how} in the others; "
+        f"approximately: {what} computed in {when(spacing)}, {how} in the others; "
         f"kept for it: {count * ((guidance.reuse_order or 0) + 1)} of every prompt's predictions"
-        for what, (every, count) in reused.items()
-        if every > 1
+        for what, (spacing, count) in reused.items()
+        if spacing != EVERY and count
     ]
-
-
-def _ordinal(number: int) -> str:
-    return {2: "2nd", 3: "3rd"}.get(number, f"{number}th")
 
 
 def _blocks(rows: Sequence[int]) -> list[str]:

@@ -17,14 +17,15 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from stgfast import formulas
+from stgfast import formulas, spacing
 from stgfast.errors import SettingsError, wrong
 from stgfast.formulas import COND, GUIDED, UNCOND, Formula
 from stgfast.perturbation import Perturbation
 from stgfast.presets import PRESETS
 from stgfast.schedules import BySigma, Moment, Schedule, checked, finite, in_words, plain, set_frozen, value
+from stgfast.spacing import Spacing
 
-DEFAULT_ORDER = 2  # of reuse
+REUSE = ("reuse", "reuse_cfg")
 MOST = 5  # perturbations: with cond, uncond and the CFG result, the eight predictions that a kernel combines
 # A pipeline's CFG scale: none, a number, or a number for every frame in whatever form the pipeline has it.
 Scale = None | float | Any
@@ -44,8 +45,8 @@ class Guidance:
                    steps are `start`); `along-cond`: what lies along `c` (the projection of APG, without its momentum
                    and its bound on the norm)
     eta            how much of that part `along-cond` leaves
-    reuse          an approximation, off at 1: the differences `base_i - p_i` are computed in every `reuse`-th step, and
-                   carried on to the others
+    reuse          an approximation, off at 1: the differences `base_i - p_i` are computed in every `reuse`-th step, or
+                   in the steps of these numbers, and carried on to the others
     reuse_cfg      the same for `c - u`
     reuse_order    how: 0 holds the last difference, 1 goes on by a line through the last two, 2 by a parabola through
                    the last three; 2 where it is left out and something is reused
@@ -58,8 +59,8 @@ class Guidance:
     stop: float = 1.0
     project: str = ""
     eta: float = 0.0
-    reuse: int = 1
-    reuse_cfg: int = 1
+    reuse: Spacing = spacing.EVERY
+    reuse_cfg: Spacing = spacing.EVERY
     reuse_order: int | None = None
 
     if TYPE_CHECKING:  # what the constructor takes is wider than what the fields hold afterwards
@@ -73,8 +74,8 @@ class Guidance:
             stop: float = 1.0,
             project: str = "",
             eta: float = 0.0,
-            reuse: int = 1,
-            reuse_cfg: int = 1,
+            reuse: int | Sequence[int] = spacing.EVERY,
+            reuse_cfg: int | Sequence[int] = spacing.EVERY,
             reuse_order: int | None = None,
         ) -> None: ...
 
@@ -90,7 +91,9 @@ class Guidance:
         if not 0 <= self.start < self.stop <= 1:
             raise wrong("start and stop", (self.start, self.stop), "fractions of the run with 0 <= start < stop <= 1")
         self._check_projection()
-        self._check_reuse()
+        for name in REUSE:
+            set_frozen(self, name, spacing.checked(name, getattr(self, name)))
+        set_frozen(self, "reuse_order", spacing.checked_order(self.reuse_order, reuses=self.reuses))
 
     def _check_projection(self) -> None:
         known = formulas.FORMULAS
@@ -102,19 +105,6 @@ class Guidance:
         if self.eta and not (self.formula is not None and self.formula.shares):
             sharing = " or ".join(repr(name) for name, formula in known.items() if formula.shares)
             raise wrong("eta", self.eta, f"0: it is that of project={sharing}")
-
-    def _check_reuse(self) -> None:
-        for name in ("reuse", "reuse_cfg"):
-            every = getattr(self, name)
-            if isinstance(every, bool) or not isinstance(every, int) or every < 1:
-                raise wrong(name, every, "a number of steps, 1 (off) or more")
-        order = self.reuse_order
-        if order is not None and (isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= 2):
-            raise wrong("reuse_order", order, "0, 1 or 2")
-        if self.reuses and order is None:
-            set_frozen(self, "reuse_order", DEFAULT_ORDER)
-        elif order is not None and not self.reuses:
-            raise wrong("reuse_order", order, "reuse or reuse_cfg above 1 beside it")
 
     def weights(self, moment: Moment, cfg: Scale) -> dict[str, float]:
         """The weight of every branch at this moment; the weights add up to 1, and a branch of weight 0 is left out.
@@ -158,12 +148,17 @@ class Guidance:
     @property
     def reuses(self) -> bool:
         """Whether anything is carried on from step to step."""
-        return self.reuse > 1 or self.reuse_cfg > 1
+        return any(getattr(self, name) != spacing.EVERY for name in REUSE)
+
+    @property
+    def exact(self) -> Guidance:
+        """The same, with nothing carried on."""
+        return replace(self, reuse=spacing.EVERY, reuse_cfg=spacing.EVERY, reuse_order=None)
 
     @property
     def changes_cfg(self) -> bool:
         """Whether CFG alone is not the pipeline's own."""
-        return self.cfg is not None or self.projects_cfg or self.reuse_cfg > 1
+        return self.cfg is not None or self.projects_cfg or self.reuse_cfg != spacing.EVERY
 
     @property
     def formula(self) -> Formula | None:
@@ -178,6 +173,11 @@ class Guidance:
     def names(self) -> tuple[str, ...]:
         """The perturbed branches by name, in order."""
         return tuple(f"perturbed{i}" for i in range(len(self.perturbations)))
+
+    @property
+    def bases(self) -> dict[str, str]:
+        """What every perturbed branch is held against."""
+        return dict(zip(self.names, (part.base for part in self.perturbations), strict=True))
 
     @property
     def inert(self) -> bool:
@@ -208,6 +208,8 @@ class Guidance:
 
     def check_steps(self, steps: int) -> None:
         """Evaluate every schedule for a run of `steps` steps, so that a wrong one stops before the first."""
+        for name in REUSE:
+            spacing.check_steps(name, getattr(self, name), steps)
         for name, schedule in self._schedules():
             if isinstance(schedule, tuple) and len(schedule) != steps:
                 raise SettingsError(f"{name}: got {len(schedule)} numbers, expected {steps}, one for every step")
@@ -240,9 +242,9 @@ class Guidance:
             words.append(f"from {self.start:g} to {self.stop:g} of the run")
         if self.project:
             words.append(f"{self.project}{f', eta {self.eta:g}' if self.eta else ''}")
-        for name in ("reuse", "reuse_cfg"):
-            if getattr(self, name) > 1:
-                words.append(f"{name} {getattr(self, name)}")
+        for name in REUSE:
+            if getattr(self, name) != spacing.EVERY:
+                words.append(f"{name} {spacing.in_words(getattr(self, name))}")
         if self.reuse_order:
             words.append(f"order {self.reuse_order}")
         return "; ".join(words) or "CFG alone"
@@ -294,6 +296,4 @@ def _known(what: str, data: Mapping[str, Any], cls: type) -> None:
 
 
 def _plain(setting: Any) -> Any:
-    if setting == math.inf:
-        return "inf"
-    return plain(setting)
+    return "inf" if setting == math.inf else plain(setting)

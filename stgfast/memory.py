@@ -20,5 +20,8 @@ class Memory(Protocol):
     def forget(self) -> None:
         """What is kept says nothing of the steps that follow: noise was added."""
 
-    def complete(self, predictions: dict[str, Tensor], recalled: Collection[str], scale: Scale) -> None:
-        """Put in the recalled branches, and keep what later steps need of the others."""
+    def complete(
+        self, predictions: dict[str, tuple[Tensor, ...]], recalled: Collection[str], scale: Scale = None
+    ) -> None:
+        """Put in the recalled branches, and keep what later steps need of the others. A prediction has as many tensors
+        as the denoiser has outputs."""

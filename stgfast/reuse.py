@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stgfast.formulas import COND, GUIDED, UNCOND
 from stgfast.guidance import Guidance, Scale
+from stgfast.spacing import EVERY, Spacing
 
 WARM = 2  # steps that are computed first, where values are carried on and not only held
 
@@ -26,24 +27,23 @@ class KeptDifferences:
     all with another denoiser. Refreshes of several branches are staggered, so that steps cost about the same.
     """
 
-    def __init__(self, guidance: Guidance):
+    def __init__(self, guidance: Guidance, bases: Mapping[str, str]):
+        """`bases`: what every weak branch is held against, in the order in which they can be put together."""
         self.order = guidance.reuse_order or 0
-        every = {UNCOND: guidance.reuse_cfg, **dict.fromkeys(guidance.names, guidance.reuse)}
-        self.every = {name: steps for name, steps in every.items() if steps > 1}
-        staggered = {name: WARM + number % self.every[name] for number, name in enumerate(self.every)}
-        self.warm = staggered if self.order else dict.fromkeys(self.every, 1)
-        # In the order in which they can be put together: a perturbed branch may be held against the CFG result.
-        self.base = {UNCOND: COND, **dict(zip(guidance.names, (p.base for p in guidance.perturbations), strict=True))}
+        spacings = {UNCOND: guidance.reuse_cfg, **dict.fromkeys(bases, guidance.reuse)}
+        self.spacings = {name: spacing for name, spacing in spacings.items() if spacing != EVERY}
+        self.warm = {name: self._first(number) for number, name in enumerate(self.spacings)}
+        self.base = {UNCOND: COND, **bases}  # a weak branch may be held against the CFG result
         self.model, self.step = "", 0
         self.asked: dict[str, int] = {}  # the last step that needed a branch
         self.computed: dict[str, list[int]] = {}  # the steps in which it was computed
-        self.differences: dict[str, list[Tensor]] = {}  # the last of these, oldest first
+        self.differences: dict[str, list[tuple[Tensor, ...]]] = {}  # the last of these, oldest first
 
     def recalled(self, branches: Collection[str], step: int, model: str) -> frozenset[str]:
         if model != self.model:
             self.forget()
         self.model, self.step = model, step
-        mine = [name for name in branches if name in self.every]
+        mine = [name for name in branches if name in self.spacings]
         for name in mine:
             if self.order and self.asked.get(name, step) < step - 1:
                 self.computed.pop(name, None)
@@ -58,35 +58,45 @@ class KeptDifferences:
     def forget(self) -> None:
         self.asked, self.computed, self.differences = {}, {}, {}
 
-    def complete(self, predictions: dict[str, Tensor], recalled: Collection[str], scale: Scale) -> None:
+    def complete(
+        self, predictions: dict[str, tuple[Tensor, ...]], recalled: Collection[str], scale: Scale = None
+    ) -> None:
         for name, base in self.base.items():
             if name in recalled:
-                predictions[name] = self._of(base, predictions, scale) - self._carried_on(name)
-            elif name in self.every and name in predictions:
+                there, kept = self._of(base, predictions, scale), self._carried_on(name)
+                predictions[name] = tuple(one - other for one, other in zip(there, kept, strict=True))
+            elif name in self.spacings and name in predictions:
+                pairs = zip(self._of(base, predictions, scale), predictions[name], strict=True)
                 known = self.differences.get(name, [])
-                difference = self._of(base, predictions, scale) - predictions[name]
-                self.differences[name] = [*known, difference][-self.order - 1 :]
+                self.differences[name] = [*known, tuple(one - other for one, other in pairs)][-self.order - 1 :]
+
+    def _first(self, number: int) -> int:
+        """How many steps compute the branch of this number before it is carried on."""
+        spacing: Spacing = list(self.spacings.values())[number]
+        if isinstance(spacing, tuple) or not self.order:
+            return 1
+        return WARM + number % spacing
 
     def _due(self, name: str, step: int) -> bool:
-        computed = self.computed.get(name, [])
-        return len(computed) < self.warm[name] or step - computed[-1] >= self.every[name]
+        computed, spacing = self.computed.get(name, []), self.spacings[name]
+        if len(computed) < self.warm[name]:
+            return True
+        return step in spacing if isinstance(spacing, tuple) else step - computed[-1] >= spacing
 
-    def _carried_on(self, name: str) -> Tensor:
+    def _carried_on(self, name: str) -> tuple[Tensor, ...]:
         known = self.differences[name]
         if len(known) == 1:
             return known[0]
         weights = polynomial(self.computed[name][-len(known) :], self.step)
-        wide = torch.promote_types(known[0].dtype, torch.float32)
-        total = sum(weight * value.to(wide) for weight, value in zip(weights, known, strict=True))
-        return cast(Tensor, total).to(known[0].dtype)
+        return tuple(_weighed(weights, values) for values in zip(*known, strict=True))
 
-    def _of(self, base: str, predictions: Mapping[str, Tensor], scale: Scale) -> Tensor:
+    def _of(self, base: str, predictions: Mapping[str, tuple[Tensor, ...]], scale: Scale) -> tuple[Tensor, ...]:
         if base != GUIDED:
             return predictions[base]
         if UNCOND not in predictions:
             return predictions[COND]
-        uncond = predictions[UNCOND]
-        return uncond + cast(Tensor, scale) * (predictions[COND] - uncond)
+        pairs = zip(predictions[UNCOND], predictions[COND], strict=True)
+        return tuple(uncond + cast(Tensor, scale) * (cond - uncond) for uncond, cond in pairs)
 
 
 def polynomial(steps: Sequence[int], step: int) -> list[float]:
@@ -98,3 +108,9 @@ def polynomial(steps: Sequence[int], step: int) -> list[float]:
             weight *= (step - other) / (one - other) if other != one else 1.0
         weights.append(weight)
     return weights
+
+
+def _weighed(weights: Sequence[float], values: Sequence[Tensor]) -> Tensor:
+    wide = torch.promote_types(values[0].dtype, torch.float32)
+    total = sum(weight * value.to(wide) for weight, value in zip(weights, values, strict=True))
+    return cast(Tensor, total).to(values[0].dtype)

@@ -88,7 +88,8 @@ def test_settings_are_frozen():
 levels = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, unique_by=lambda pair: pair[0])
 by_sigma = levels.map(lambda pairs: BySigma(sorted(pairs, reverse=True)))
 numbers = st.one_of(st.integers(0, 5), st.floats(0, 1), st.lists(st.floats(0, 1), min_size=1, max_size=4), by_sigma)
-reuse = st.fixed_dictionaries({"reuse": st.integers(1, 9), "reuse_cfg": st.integers(1, 9)})
+spacings = st.integers(1, 9) | st.sets(st.integers(0, 30), min_size=1).map(sorted)
+reuse = st.fixed_dictionaries({"reuse": spacings, "reuse_cfg": spacings})
 ALONG = {"project": "along-cond"}
 projections = st.sampled_from([{}, {"project": "along-uncond"}, ALONG, {**ALONG, "eta": 0.5}])
 
@@ -226,6 +227,9 @@ WRONG = {
     ),
     "eta without APG": (lambda: Guidance(eta=0.5), "eta: got 0.5, expected 0: it is that of project='along-cond'"),
     "reuse below 1": (lambda: Guidance(reuse=0), "reuse: got 0, expected a number of steps, 1 (off) or more"),
+    "steps that do not rise": (lambda: Guidance(reuse=[0, 3, 3]), "reuse: got [0, 3, 3], expected a number of steps"),
+    "no steps": (lambda: Guidance(reuse_cfg=[]), "reuse_cfg: got [], expected a number of steps"),
+    "steps below 0": (lambda: Guidance(reuse=[-1, 3]), "reuse: got [-1, 3], expected a number of steps"),
     "reuse of a fraction": (lambda: Guidance(reuse_cfg=1.5), "reuse_cfg: got 1.5, expected a number of steps"),
     "no levels": (lambda: BySigma([]), "levels of BySigma: got [], expected pairs of sigma and number"),
     "levels that are numbers": (lambda: BySigma([1.0, 2.0]), "levels of BySigma: got [1.0, 2.0], expected pairs"),

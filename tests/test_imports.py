@@ -9,13 +9,13 @@ import stgfast
 
 ROOT = Path(stgfast.__file__).parent
 # What every part may import of the package, beside itself. Settings and errors are everybody's.
-COMMON = {"errors", "formulas", "guidance", "kinds", "perturbation", "schedules"}
+COMMON = {"errors", "formulas", "guidance", "kinds", "perturbation", "schedules", "spacing"}
 MAY = {
     "errors": set(),
     "version": set(),
     "schedules": {"errors"},
     "perturbation": {"errors", "formulas", "kinds", "schedules"},
-    "guidance": {"errors", "formulas", "kinds", "perturbation", "presets", "schedules"},
+    "guidance": {"errors", "formulas", "kinds", "perturbation", "presets", "schedules", "spacing"},
     "presets": set(),
     "pages": set(),
     # What a file of these two is about it has in hand; of kernels, a kind may call one.
@@ -26,9 +26,10 @@ MAY = {
     "integrations": COMMON | {"batching", "kernels", "presets"},
     "memory": COMMON,
     "reuse": COMMON,
+    "spacing": {"errors"},
     "engine": COMMON | {"integrations", "batching"},
     "combining": COMMON | {"batching", "engine", "integrations", "kernels", "memory", "reuse"},
-    "announced": COMMON | {"batching", "engine", "integrations"},
+    "announced": COMMON | {"batching", "engine", "integrations", "memory", "reuse"},
     "call": COMMON | {"batching", "integrations"},
     "guided": COMMON | {"batching", "call", "combining", "engine", "integrations", "kernels"},
     "solvers": {"errors", "integrations"},
@@ -132,7 +133,7 @@ def test_no_adapter_imports_another():
 
 CORE = (
     *("announced", "batching", "call", "combining", "engine", "explain", "formulas", "guidance", "guided", "install"),
-    *("integrations", "kinds", "memory", "perturbation", "reuse", "schedules", "solvers"),
+    *("integrations", "kinds", "memory", "perturbation", "reuse", "schedules", "solvers", "spacing"),
 )
 
 

@@ -46,7 +46,10 @@ def guided_by(adapter: Adapter, pipeline: str, **changes: Any) -> Adapter:
         steps=steps,
         own_rescale=own_rescale,
         announced=Announced(
-            when=announces, passes=functools.partial(passes, lists=adapter.blocks.lists), preview=preview
+            when=announces,
+            weak=(WEAK,),
+            passes=functools.partial(passes, lists=adapter.blocks.lists),
+            preview=preview,
         ),
         within=quiet,
         unfit=functools.partial(unfit, lists=adapter.blocks.lists),
@@ -185,7 +188,7 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments, lists: Sequence[st
     for guider in guiders(pipe):
         name = name_of(guider)
         if name in WITH_WEAK_PASSES:
-            if not guidance.inert:
+            if not guidance.exact.inert:
                 return f"a Guidance, and a guider of weak passes, {name}: expected one of the two"
             perturbation_of(guider, pipe.transformer, lists)
         elif name != CFG:

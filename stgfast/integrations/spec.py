@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -50,6 +50,18 @@ class Passes(NamedTuple):
     turns: tuple[tuple[str, ...], ...]
     weak: Mapping[str, Perturbation | None]
 
+    @property
+    def differing(self) -> frozenset[str]:
+        """The branches that may be told by how far they are from the conditional one: it is known as they are asked
+        for."""
+        first = next(number for number, turn in enumerate(self.turns) if COND in turn)
+        alike = {COND, *(name for name, part in self.weak.items() if part is None)}
+        return frozenset(branch for turn in self.turns[first:] for branch in turn) - alike
+
+    def computed_in(self, turn: Sequence[str], recalled: Collection[str]) -> bool:
+        """Whether this call of the denoiser computes anything."""
+        return not set(turn) <= {*self.weak, *recalled}
+
 
 # What an adapter does not say. Functions with names: an accelerated pipeline is pickled with its adapter.
 
@@ -74,11 +86,13 @@ def all_fits(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
 class Announced:
     """Of a pipeline that asks for its weak branches itself, and combines them.
 
+    weak     the names of the weak branches that it may ask for
     passes   what its next step asks for of a denoiser, by the guidance where that says something, else by the call
     preview  `preview(copy of the pipeline, call, moment)`: put it in the state that this step will find
     when     whether a pipeline instance is of that kind
     """
 
+    weak: tuple[str, ...]
     passes: Callable[[Any, CallArguments, Guidance, Moment, str], Passes]
     preview: Callable[[Any, CallArguments, Moment], None]
     when: Callable[[Any], bool] = always

@@ -171,6 +171,18 @@ def test_a_guidance_beside_a_guider_of_cfg():
         same(HUNYUAN.run(stgfast.accelerate(build(guider=guider), guidance)), expected)
 
 
+def test_reuse_beside_a_guider_of_weak_passes():
+    """Its passes are carried on too, in whichever call of the denoiser they would have been computed."""
+    guidance, steps = Guidance(reuse=2, reuse_cfg=2), {"num_inference_steps": 9}
+    pipe = stgfast.accelerate(build(guider=skipping()), guidance)
+    explained = stgfast.explain(pipe, **{**arguments(1), **steps})
+    with HUNYUAN.counted(pipe) as rows, torch.no_grad():
+        pipe(**{**arguments(1), **steps})
+    assert sum(rows) == explained.block_rows
+    exact = stgfast.accelerate(build(guider=skipping()))
+    assert explained.block_rows < 0.8 * stgfast.explain(exact, **{**arguments(1), **steps}).block_rows
+
+
 WRONG = {
     "layers": (skipping((7,)), None, r"layers of SkipLayerGuidance: got \[7\], expected numbers from 0 to 4"),
     "stack": (

@@ -10,6 +10,7 @@ from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.errors import SettingsError
+from tests.integrations.test_methods import newton
 from tests.models import generators, spread
 from tests.precision import distance, same
 
@@ -210,6 +211,77 @@ def test_a_schedule(scales):
     pipe = stgfast.accelerate(build(), Guidance(Perturbation([3], kind="residual", scale=scales)))
     assert rows_of(pipe) == [2 + 2] * 4 + [2 + 3]
     assert distance(call(pipe)[0], call(build(), stg_scale=0.0, audio_stg_scale=0.0)[0]) > 1e-3
+
+
+def carried_on(pipe, guidance):
+    """The passes of this pipeline, each computed; where it is due as it is, else by how far it was from cond."""
+    kept = {}
+    every = {"uncond": guidance.reuse_cfg, "perturbed": guidance.reuse, "isolated": guidance.reuse}
+    state = {"step": 0, "turn": 0}
+    forward = type(pipe.transformer).forward
+
+    def known(name, cond, made):
+        step, past = state["step"], kept.setdefault(name, ([], []))
+        number = list(every).index(name)
+        warm = 2 + number % every[name] if guidance.reuse_order else 1
+        if len(past[0]) < warm or step - past[0][-1] >= every[name]:
+            past[0].append(step)
+            past[1].append(tuple(c - m for c, m in zip(cond, made, strict=True)))
+            return made
+        steps, values = (each[-guidance.reuse_order - 1 :] for each in past)
+        gone = [newton(steps, [value[n] for value in values], step) for n in range(2)]
+        return tuple(c - difference for c, difference in zip(cond, gone, strict=True))
+
+    def stand_in(*args, **kwargs):
+        made = forward(pipe.transformer, *args, **kwargs)
+        if state["turn"] == 0:
+            uncond, cond = zip(*(part.chunk(2) for part in made), strict=True)
+            state["cond"] = cond
+            pairs = zip(known("uncond", cond, uncond), cond, strict=True)
+            made = tuple(torch.cat(pair) for pair in pairs)
+        else:
+            made = known(("perturbed", "isolated")[state["turn"] - 1], state["cond"], made)
+        state["turn"] = (state["turn"] + 1) % 3
+        state["step"] += state["turn"] == 0
+        return made
+
+    pipe.transformer.forward = stand_in
+    return pipe
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_reuse(order):
+    """Of video and of audio, by how far each pass is from the conditional one."""
+    guidance, steps = Guidance(reuse=2, reuse_cfg=3, reuse_order=order), {"num_inference_steps": 8}
+    expected = call(carried_on(build(), guidance), **steps)
+    made = call(stgfast.accelerate(build(), guidance), **steps)
+    for one, other, exact in zip(made, expected, call(build(), **steps), strict=True):
+        same(one, other)
+        assert distance(one, exact) > 1e-5
+
+
+@pytest.mark.parametrize("order", [0, 2])
+def test_reuse_computes_what_explain_counts(order):
+    guidance, steps = Guidance(reuse=2, reuse_cfg=2, reuse_order=order), {"num_inference_steps": 9}
+    pipe = stgfast.accelerate(build(), guidance)
+    explained = stgfast.explain(pipe, **steps, spatio_temporal_guidance_blocks=[3], num_frames=9)
+    assert sum(rows_of(pipe, **steps)) == explained.block_rows < 9 * (4 * DEPTH - 3)
+    assert explained.cfg_alone == explained.unshared == 9 * 4 * DEPTH
+    kept = f"kept for it: {2 * (order + 1)} of every prompt's predictions"
+    assert "approximately: base - perturbed computed in every 2nd step" in str(explained)
+    assert kept in str(explained)
+
+
+def test_reuse_beside_a_guidance_that_is_off_for_a_while():
+    """Nothing is carried on over steps that did not ask for a pass, and the first step's plain copy is no difference."""
+    scales = [0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
+    weak = Guidance(Perturbation([3], kind="residual", scale=scales), reuse=2)
+    pipe, steps = stgfast.accelerate(build(), weak), {"num_inference_steps": 8}
+    explained = stgfast.explain(pipe, **steps, num_frames=9)
+    assert sum(rows_of(pipe, **steps)) == explained.block_rows
+    # The weak branch, one block of five: in steps 1, 2, and 5, 6 after it was off.
+    assert explained.block_rows == 8 * 2 * DEPTH + 4
+    assert distance(call(pipe, **steps)[0], call(stgfast.accelerate(build(), weak.exact), **steps)[0]) > 1e-6
 
 
 def test_wrong_settings_say_so():

@@ -190,7 +190,7 @@ def kept(guidance, scale, phi=0.0):
     """Steps that compute how far branches are from their bases; the others go on from there."""
     order, past, asked = guidance.reuse_order or 0, {}, {}
     every = {"uncond": guidance.reuse_cfg, **dict.fromkeys(range(len(guidance.perturbations)), guidance.reuse)}
-    reused = [name for name, steps in every.items() if steps > 1]
+    reused = [name for name, steps in every.items() if steps != 1]
 
     def formula(cond, uncond, weak, step):
         def known(name, base, prediction):
@@ -200,8 +200,9 @@ def kept(guidance, scale, phi=0.0):
                 past.pop(name)
             asked[name] = step
             steps, values = past.setdefault(name, ([], []))
-            warm = 2 + reused.index(name) % every[name] if order else 1
-            if len(steps) < warm or step - steps[-1] >= every[name]:
+            named = isinstance(every[name], tuple)
+            warm = 2 + reused.index(name) % every[name] if order and not named else 1
+            if len(steps) < warm or (step in every[name] if named else step - steps[-1] >= every[name]):
                 steps.append(step)
                 values.append(base - prediction)
             return base - newton(steps[-order - 1 :], values[-order - 1 :], step)
@@ -224,6 +225,7 @@ def kept(guidance, scale, phi=0.0):
 
 BOTH = Guidance([Perturbation([3]), Perturbation([1], kind="attention", scale=0.5)], reuse=2, reuse_cfg=3)
 REUSED = {
+    "in named steps": dataclasses.replace(BOTH, reuse=(0, 2, 3), reuse_cfg=(1, 2, 4, 5), reuse_order=1),
     "a perturbed branch": Guidance(Perturbation([3], scale=1.5), reuse=2, reuse_order=0),
     "rescaled": Guidance(Perturbation([3], kind="attention"), reuse=3, rescale=0.7, reuse_order=0),
     "CFG": Guidance(Perturbation([3]), reuse_cfg=2, reuse_order=0),
@@ -315,6 +317,25 @@ def test_a_restart_begins_anew():
         stgfast.accelerate(family.pipe(), guidance), num_inference_steps=len(pipe.scheduler.timesteps)
     )
     assert explained.block_rows > together.block_rows
+
+
+@every_protocol
+def test_named_steps_are_what_explain_counts(family):
+    guidance = Guidance([Perturbation([2]), Perturbation([3])], reuse=(0, 1, 4), reuse_cfg=(0, 2, 3, 7))
+    pipe, steps = stgfast.accelerate(family.pipe(), guidance), {"num_inference_steps": 8}
+    stock = family.pipe()
+    with family.counted(stock) as one:
+        family.run(stock, **steps)
+    with family.counted(pipe) as rows:
+        family.run(pipe, **steps)
+    explained = stgfast.explain(pipe, **family.arguments(1) | steps)
+    cfg = 1 if family.cfg is None else 2
+    assert explained.block_rows == sum(8 * cfg * made / per for made, per in zip(rows, one, strict=True))
+    assert "base - perturbed computed in steps 0, 1, 4, carried on by a parabola in the others" in str(explained)
+    with pytest.raises(
+        stgfast.SettingsError, match="reuse_cfg: got step 7, expected those of a run of 7 steps, from 0"
+    ):
+        family.run(pipe, num_inference_steps=7)
 
 
 def test_the_two_models_of_wan_keep_nothing_for_one_another():

@@ -42,12 +42,12 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
     depth = len(pipe.transformer.transformer_blocks)
     blocks = call["spatio_temporal_guidance_blocks"] or []
     stg = call["stg_scale"] > 0 or (call["audio_stg_scale"] or 0) > 0
-    if guidance.inert and stg and any(not 0 <= block < depth for block in blocks):
+    if guidance.exact.inert and stg and any(not 0 <= block < depth for block in blocks):
         return f"spatio_temporal_guidance_blocks: got {list(blocks)}, expected numbers from 0 to {depth - 1}"
     if guidance.cfg is not None or guidance.rescale != 0.0:
         return "cfg and rescale of a Guidance: use the pipeline's own guidance_scale, guidance_rescale and audio_..."
-    if guidance.project or guidance.reuses:
-        return "project and reuse of a Guidance: the pipeline combines its passes itself, and computes all of them"
+    if guidance.project:
+        return "project of a Guidance: the pipeline combines its passes itself"
     kinds = [part.kind == ISOLATE for part in guidance.perturbations]
     if kinds.count(True) > 1 or kinds.count(False) > 1:
         return "several perturbations: expected one at most, and one that isolates video from audio"
@@ -57,7 +57,8 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
 
 
 def requested(call: CallArguments) -> float | None:
-    return float(call["guidance_scale"]) if call["guidance_scale"] > 1 else None
+    scale = max(call["guidance_scale"], call["audio_guidance_scale"] or 0.0)
+    return float(scale) if scale > 1 else None
 
 
 def passes(pipe: Any, call: CallArguments, guidance: Guidance, moment: Moment, denoiser: str) -> Passes:
@@ -66,7 +67,7 @@ def passes(pipe: Any, call: CallArguments, guidance: Guidance, moment: Moment, d
     depth = len(pipe.transformer.transformer_blocks)
     weak = Perturbation(call["spatio_temporal_guidance_blocks"] or [0], kind=ATTENTION)
     isolated = Perturbation(range(depth), kind=ISOLATE)
-    if not guidance.inert:
+    if not guidance.exact.inert:
         scales = {RESIDUAL: 0.0, ISOLATE: 0.0}
         for part in guidance.perturbations:
             scale = value(part.scale, moment) if guidance.acts(moment) else 0.0
@@ -128,7 +129,7 @@ LTX2 = Adapter(
         identity=identity,
         changes={ISOLATE: {"use_a2v_cross_attention": False, "use_v2a_cross_attention": False}},
     ),
-    announced=Announced(passes=passes, preview=preview),
+    announced=Announced(weak=(WEAK, ISOLATED), passes=passes, preview=preview),
     unfit=unfit,
     requested=requested,
     schedule=schedule,

@@ -1,0 +1,50 @@
+"""Which steps compute a branch that the others carry on: every so many, or those that are named. No tensors here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stgfast.errors import SettingsError, wrong
+
+Spacing = int | tuple[int, ...]  # 1 is off: every step computes
+EVERY = 1
+DEFAULT_ORDER = 2
+
+
+def checked(name: str, given: object) -> Spacing:
+    if isinstance(given, int) and not isinstance(given, bool) and given >= 1:
+        return given
+    if isinstance(given, Sequence) and not isinstance(given, str | bytes):
+        steps = tuple(given)
+        whole = all(isinstance(step, int) and not isinstance(step, bool) for step in steps)
+        if steps and whole and steps[0] >= 0 and list(steps) == sorted(set(steps)):
+            return steps
+    raise wrong(name, given, "a number of steps, 1 (off) or more, or the numbers of the steps that compute, rising")
+
+
+def checked_order(given: object, *, reuses: bool) -> int | None:
+    """Of the polynomial by which values are carried on; none where nothing is."""
+    if given is None:
+        return DEFAULT_ORDER if reuses else None
+    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given <= 2:
+        raise wrong("reuse_order", given, "0, 1 or 2")
+    if not reuses:
+        raise wrong("reuse_order", given, "reuse or reuse_cfg above 1 beside it")
+    return given
+
+
+def check_steps(name: str, spacing: Spacing, steps: int) -> None:
+    """Whether a run of so many steps has those that are named."""
+    if isinstance(spacing, tuple) and spacing[-1] >= steps:
+        raise SettingsError(f"{name}: got step {spacing[-1]}, expected those of a run of {steps} steps, from 0")
+
+
+def in_words(spacing: Spacing) -> str:
+    return f"{spacing}" if isinstance(spacing, int) else f"but in steps {', '.join(map(str, spacing))}"
+
+
+def when(spacing: Spacing) -> str:
+    """The steps that compute, in words."""
+    if isinstance(spacing, int):
+        return f"every {({2: '2nd', 3: '3rd'}).get(spacing, f'{spacing}th')} step"
+    return f"steps {', '.join(map(str, spacing))}"
