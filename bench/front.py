@@ -1,36 +1,49 @@
-"""What is a clip's error, and what does it cost? Solvers, steps and `reuse`, on the model in the package.
+"""What is a clip's error, and what does it cost? Solvers, steps, `reuse` and caches of other libraries, on the model in
+the package.
 
 Every way of making a clip is held against a converged run, of 128 UniPC steps with every branch computed: by that scale
 an approximation is worth what it saves only where fewer steps, or a better solver, are further off at the same cost.
-Prompts and noise took no part in choosing anything. Costs are block-rows, counted on the real blocks.
+Prompts and noise took no part in choosing anything. Costs are block-rows, counted by the arithmetic that ran in the
+blocks, and processor time, as ways take turns: a round is as many clips as are made together, by every way. Both are
+parts of what 48 exact Euler steps take.
 
+    pip install cache-dit==1.5.3
     python bench/front.py --save bench/results/front.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import logging
+import statistics
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peers
 import torch
 from torch import Tensor
 
 import stgfast
 from stgfast import Guidance, toy
 from stgfast.bench.measure import result, saved, significant
-from stgfast.demo import counted
 from stgfast.evaluate.study import EARLY
 from stgfast.solvers import own_solver
+from stgfast.spacing import Spacing, in_words
 from stgfast.toy import videos
 
+log = logging.getLogger(__name__)
+
 SEED = 303  # of prompts and of noise
+UNMEASURED = 100_000  # the first of clips that are not measured
 TOGETHER = 16
 CONVERGED = 128  # UniPC steps
-SOLVERS = {"Euler": "", "UniPC": "unipc"}  # of `stgfast.solver`; nothing: the pipeline's own
+SOLVERS = {"Euler": "", "UniPC": "unipc", "DPM++": "dpm++"}  # of `stgfast.solver`; nothing: the pipeline's own
 
 
 class Way(NamedTuple):
@@ -38,40 +51,99 @@ class Way(NamedTuple):
 
     solver: str
     steps: int
-    reuse: int = 1  # every how many steps the weak branch is computed, and cond - uncond
+    reuse: Spacing = 1  # in which steps the weak branch is computed, and cond - uncond
     order: int | None = None
+    peer: str = ""  # which cache of another library, with passes made one after another
 
     def __str__(self) -> str:
-        how = f", reuse {self.reuse} by order {self.order}" if self.reuse > 1 else ""
-        return f"{self.solver}, {self.steps} steps{how}"
+        how = f", reuse {in_words(self.reuse)} by order {self.order}" if self.reuse != 1 else ""
+        return f"{self.solver}, {self.steps} steps{how}{f', {self.peer}' if self.peer else ''}"
 
     def guidance(self, exact: Guidance) -> Guidance:
         return replace(exact, reuse=self.reuse, reuse_cfg=self.reuse, reuse_order=self.order)
 
 
+def thinning(steps: int, first: int, growth: float) -> tuple[int, ...]:
+    """Steps that compute: so many at the beginning, then every second one, then less and less often."""
+    found, gap = list(range(first)), 2.0
+    at = first - 1 + gap
+    while at < steps:
+        found.append(round(at))
+        gap *= 1 + growth
+        at += gap
+    return tuple(dict.fromkeys(step for step in found if step < steps))
+
+
 BASE = Way("Euler", 48)
+# The caches that came nearest with Euler steps, to be seen with a better solver.
+WITH_A_SOLVER = (
+    *(f"cache-dit with TaylorSeer, {threshold}" for threshold in (0.04, 0.08, 0.16)),
+    *("TaylorSeer, every 2, order 1", "TaylorSeer, every 3, order 1"),
+    *("SeaCache, 0.1", "SeaCache, 0.25", "block forecasts, every 2, order 1"),
+)
 WAYS = (
-    *(Way("Euler", steps) for steps in (12, 24, 36, 48, 96)),
-    *(Way("UniPC", steps) for steps in (12, 16, 20, 24, 30, 36)),
-    *(Way("Euler", 48, 2, order) for order in (0, 1, 2)),
-    *(Way("UniPC", steps, 2, order) for steps in (20, 24, 30) for order in (0, 1, 2)),
-    *(Way("UniPC", 30, 3, order) for order in (1, 2)),
+    *(Way("Euler", steps) for steps in (8, 12, 16, 24, 36, 48, 64, 96)),
+    *(Way("UniPC", steps) for steps in (8, 12, 16, 20, 24, 30, 36, 48)),
+    *(Way("DPM++", steps) for steps in (12, 16, 20, 24, 30, 36, 48)),
+    *(Way("Euler", 48, every, order) for every in (2, 3) for order in (0, 1, 2)),
+    *(Way("UniPC", steps, 2, order) for steps in (16, 20, 24, 30, 36, 48) for order in (0, 1, 2)),
+    *(Way("UniPC", steps, 3, order) for steps in (30, 48) for order in (1, 2)),
+    *(
+        Way("UniPC", steps, thinning(steps, 4, growth), 1)
+        for steps in (18, 20, 22, 24, 30)
+        for growth in (0.0, 0.1, 0.2)
+    ),
+    *(Way("Euler", 48, peer=peer) for peer in (*peers.PEERS, *peers.MAG)),
+    *(Way("UniPC", 30, peer=peer) for peer in WITH_A_SOLVER),
 )
 
 
-def latents(pipe: Any, way: Way, exact: Guidance, clips: int) -> Tensor:
-    made = []
+def latents(pipe: Any, way: Way, exact: Guidance, numbers: Sequence[int]) -> Tensor:
     if SOLVERS[way.solver]:
         stgfast.solver(pipe, SOLVERS[way.solver])
     else:
         own_solver(pipe)
-    for first in range(0, clips, TOGETHER):
-        numbers = range(first, min(first + TOGETHER, clips))
-        prompts = [str(videos.plan(SEED, number).scene) for number in numbers]
-        generator = [torch.Generator().manual_seed(SEED + number) for number in numbers]
-        own = {**toy.CALL, "num_inference_steps": way.steps, "output_type": "latent"}
-        made.append(pipe(prompts, generator=generator, stg=way.guidance(exact), **own).frames)
-    return torch.cat(made).double()
+    prompts = [str(videos.plan(SEED, number).scene) for number in numbers]
+    generator = [torch.Generator().manual_seed(SEED + number) for number in numbers]
+    own = {**toy.CALL, "num_inference_steps": way.steps, "output_type": "latent"}
+    stg = {} if way.peer else {"stg": way.guidance(exact)}
+    return pipe(prompts, generator=generator, **stg, **own).frames.double()
+
+
+class Front:
+    """Two pipelines with the same model: one that is accelerated, one whose passes are made one after another."""
+
+    def __init__(self, exact: Guidance):
+        self.exact, self.plain = exact, toy.pipeline()
+        self.pipe = stgfast.accelerate(toy.pipeline(), exact)
+        for pipe in (self.plain, self.pipe):
+            pipe.set_progress_bar_config(disable=True)
+        self.ratios: dict[tuple[str, int], list[float]] = {}
+
+    def made(self, way: Way, numbers: Sequence[int]) -> tuple[Tensor, float, float]:
+        """The clips, and what they took: block-rows, and seconds of the processor."""
+        with self._ready(way) as (pipe, models), peers.counted(models) as computed:
+            begun = time.process_time()
+            clips = latents(pipe, way, self.exact, numbers)
+            return clips, computed(), time.process_time() - begun
+
+    @contextmanager
+    def _ready(self, way: Way) -> Iterator[tuple[Any, list[torch.nn.Module]]]:
+        if not way.peer:
+            yield self.pipe, [self.pipe.transformer]
+            return
+        put = peers.PEERS.get(way.peer) or functools.partial(peers.MAG[way.peer], ratios={way.steps: self._ratios(way)})
+        with peers.pass_by_pass(self.plain, self.exact, put, way.steps) as models:
+            yield self.plain, list(models.values())
+
+    def _ratios(self, way: Way) -> list[float]:
+        """What MagCache has to know of a model, from clips that are not measured."""
+        known = way.solver, way.steps
+        if known not in self.ratios:
+            with peers.pass_by_pass(self.plain, self.exact, peers.calibrated, way.steps) as models:
+                latents(self.plain, way, self.exact, range(UNMEASURED, UNMEASURED + TOGETHER))
+                self.ratios[known] = peers.ratios_of(models[peers.COND])
+        return self.ratios[known]
 
 
 def distances(clips: Tensor, from_these: Tensor) -> Tensor:
@@ -79,23 +151,31 @@ def distances(clips: Tensor, from_these: Tensor) -> Tensor:
     return (clips - from_these).flatten(1).norm(dim=1) / from_these.flatten(1).norm(dim=1)
 
 
-def rows(clips: int, exact: Guidance) -> Iterator[dict[str, Any]]:
-    pipe = stgfast.accelerate(toy.pipeline(), exact)
-    pipe.set_progress_bar_config(disable=True)
-    blocks = list(pipe.transformer.transformer_blocks)
-    converged = latents(pipe, Way("UniPC", CONVERGED), exact, clips)
-    costs: dict[Way, float] = {}
-    for way in sorted(WAYS, key=lambda way: way != BASE):
-        with counted(blocks) as computed:
-            made = latents(pipe, way, exact, clips)
-        costs[way] = sum(computed) / clips
-        off = distances(made, converged)
+def rows(clips: int, exact: Guidance, ways: Sequence[Way]) -> Iterator[dict[str, Any]]:
+    front = Front(exact)
+    ways = list(dict.fromkeys((BASE, *ways)))
+    off: dict[Way, list[Tensor]] = {way: [] for way in ways}
+    computed: dict[Way, float] = dict.fromkeys(ways, 0.0)
+    seconds: dict[Way, list[float]] = {way: [] for way in ways}
+    for number, first in enumerate(range(0, clips, TOGETHER)):
+        numbers = range(first, min(first + TOGETHER, clips))
+        converged, _, _ = front.made(Way("UniPC", CONVERGED), numbers)
+        for way in ways[:: -1 if number % 2 else 1]:
+            made, block_rows, took = front.made(way, numbers)
+            off[way].append(distances(made, converged))
+            computed[way] += block_rows
+            seconds[way].append(took)
+        log.info("%d of %d clips", numbers[-1] + 1, clips)
+    for way in ways:
+        far = torch.cat(off[way])
+        turns = zip(seconds[way], seconds[BASE], strict=True)
         figures = {
             **{"model": "toy", "guidance": str(exact), "way": str(way), **way._asdict(), "clips": clips},
-            "distance": significant(float(off.median())),
-            "distance, 95%": significant(float(off.quantile(0.95))),
-            "block-rows": round(costs[way], 1),
-            "cost": significant(costs[way] / costs[BASE]),
+            "distance": significant(float(far.median())),
+            "distance, 95%": significant(float(far.quantile(0.95))),
+            "block-rows": round(computed[way] / clips, 1),
+            "cost": significant(computed[way] / computed[BASE]),
+            "seconds": significant(statistics.median(took / base for took, base in turns)),
         }
         yield result("front", "cpu", **figures)
 
@@ -103,14 +183,16 @@ def rows(clips: int, exact: Guidance) -> Iterator[dict[str, Any]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=64)
-    parser.add_argument("--save", type=Path, help="a file to add the results to, one line of JSON each")
+    parser.add_argument("--save", type=Path, help="a file to put the results in, one line of JSON each")
     options = parser.parse_args()
-    for row in rows(options.clips, EARLY):
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(1)
+    made = list(rows(options.clips, EARLY, WAYS))
+    if options.save:
+        options.save.write_text("")
+    for row in made:
         saved(row, options.save)
-        print(
-            f"{row['way']:44} cost {row['cost']:<6} distance {row['distance']:<8} 95%: {row['distance, 95%']}",
-            flush=True,
-        )
+        print(f"{row['way']:64} cost {row['cost']:<7} seconds {row['seconds']:<7} distance {row['distance']:<8}")
     return 0
 
 

@@ -19,10 +19,11 @@ from stgfast.call import settings_of
 from stgfast.combining import branches_of, plan_for
 from stgfast.formulas import COND, UNCOND
 from stgfast.guidance import Guidance
-from stgfast.install import installed_on, settled
+from stgfast.install import bound_call, installed_on, settled
 from stgfast.integrations.spec import Adapter, Announced, Fitted
 from stgfast.integrations.steps import CallArguments, scheduled, steps_back
 from stgfast.perturbation import Perturbation
+from stgfast.recipes import Recipe
 from stgfast.reuse import KeptDifferences
 from stgfast.schedules import Moment, in_words
 from stgfast.spacing import EVERY, when
@@ -66,6 +67,7 @@ class Explanation:
     depth: int
     cfg: float | None
     guidance: Guidance
+    recipe: Recipe | None
     max_rows: Rows
     phases: tuple[Phase, ...]
 
@@ -141,6 +143,7 @@ class Explanation:
         if self.guidance.formula is not None:
             eta = f", of which {self.guidance.eta:g} is left" if self.guidance.eta else ""
             lines.append(f"projection: {self.guidance.formula.words}{eta}")
+        lines += [f"approximately, by a recipe: {self.recipe}"] if self.recipe is not None else []
         lines += _reused(self.guidance, {name for phase in self.phases for name in phase.branches})
         return lines
 
@@ -150,16 +153,16 @@ def explain(pipe: Any, **arguments: Any) -> Explanation:
     installed = installed_on(pipe)
     adapter = installed.adapter
     given = {name: arguments.pop(name) for name in settings_of(installed.original) if name in arguments}
-    bound = inspect.signature(installed.original.__call__).bind_partial(pipe, **arguments)
-    bound.apply_defaults()
-    call = bound.arguments
+    bind = inspect.signature(installed.original.__call__).bind_partial
+    call = bound_call(installed, bind, pipe, **arguments).arguments
     fitted, guidance = settled(pipe, installed, call, given)
     name, layout = next(iter(fitted.layouts.items()))
     if adapter.announces(pipe) and adapter.announced is not None:
         cfg, phases = None, _announced(fitted, adapter.announced, guidance, call, name)
     else:
         cfg, phases = adapter.requested(call), _weighed(pipe, adapter, guidance, call, layout)
-    return Explanation(adapter.pipeline, adapter.protocol, layout.depth, cfg, guidance, installed.max_rows, phases)
+    given = installed.recipe, installed.max_rows
+    return Explanation(adapter.pipeline, adapter.protocol, layout.depth, cfg, guidance, *given, phases)
 
 
 def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, layout: Layout) -> tuple[Phase, ...]:

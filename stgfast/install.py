@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 from stgfast.announced import Answering
@@ -19,6 +20,7 @@ from stgfast.guidance import Guidance
 from stgfast.integrations import adapter_for
 from stgfast.integrations.spec import Adapter, Fitted
 from stgfast.integrations.steps import CallArguments
+from stgfast.recipes import Recipe, taken
 from stgfast.solvers import own_solver
 
 Pipe = TypeVar("Pipe")
@@ -34,6 +36,7 @@ class Installed:
     given: Guidance | None
     max_rows: Rows
     compilation: Mapping[str, Any] | None  # the arguments of torch.compile, where blocks are to be compiled
+    recipe: Recipe | None
     original: Any  # the class of the pipeline before it was accelerated
 
     def guidance(self, pipe: Any) -> Guidance:
@@ -47,16 +50,18 @@ def accelerate(
     *,
     max_rows: Rows = None,
     compile: bool | Mapping[str, Any] = False,
+    recipe: Recipe | str | Path | None = None,
     adapter: Adapter | None = None,
 ) -> Pipe:
     """Guide every call of this diffusers pipeline by `guidance`, or by the default settings for its model.
 
     `max_rows` bounds the samples that a block computes at once, for memory; the result is the same. Left out, it is as
     many as the pipeline's own calls have, and all of them where a GPU was found to have the memory; "all" is no bound.
-    `compile` compiles
-    the model's blocks, those that are not compiled yet, with these arguments of `torch.compile`, or its defaults where
-    it is True; steps and schedules do not compile anew. `adapter` has the facts of a pipeline that stgfast does not
-    know. Accelerating again replaces all of it. The pipeline itself is returned, changed in place; `restore` undoes it.
+    `compile` compiles the model's blocks, those that are not compiled yet, with these arguments of `torch.compile`, or
+    its defaults where it is True; steps and schedules do not compile anew. `recipe`, or its file, says in how many
+    steps, by which solver and with what carried on every call makes its clips: an approximation. `adapter` has the
+    facts of a pipeline that stgfast does not know. Accelerating again replaces all of it. The pipeline itself is
+    returned, changed in place; `restore` undoes it.
     """
     original = original_class(type(pipe))
     if adapter is None:
@@ -70,10 +75,16 @@ def accelerate(
     if not isinstance(compile, bool | Mapping):
         raise wrong("compile", compile, "True, False, or arguments of torch.compile such as {'dynamic': True}")
     compilation = None if compile is False else {} if compile is True else dict(compile)
-    installed = Installed(adapter, guidance, max_rows, compilation, original)
+    installed = Installed(adapter, guidance, max_rows, compilation, taken(recipe), original)
     fitted = adapter.on(pipe)
     check_layers(fitted, installed.guidance(pipe), default=guidance is None)
     check_forwards(fitted)
+    before: Installed | None = pipe.__dict__.get(INSTALLED)
+    if before is not None and before.recipe is not None:
+        own_solver(pipe)
+    if installed.recipe is not None:
+        installed.recipe.applied(installed.guidance(pipe))  # which says what does not go with it
+        installed.recipe.put_on(pipe, adapter)
     pipe.__dict__[INSTALLED] = installed
     pipe.__class__ = _guided_class(original)
     return pipe
@@ -145,15 +156,26 @@ def settled(pipe: Any, installed: Installed, call: CallArguments, given: Mapping
     adapter = installed.adapter
     own_rescale = None if adapter.announces(pipe) else adapter.own_rescale(call)
     fitted, guidance = adapter.on(pipe), settle(installed.guidance(pipe), own_rescale, given)
+    if installed.recipe is not None:
+        installed.recipe.check_steps(call)
+        guidance = installed.recipe.applied(guidance)
     check(fitted, guidance, call, max_rows=installed.max_rows)
     return fitted, guidance
+
+
+def bound_call(installed: Installed, bind: Callable[..., inspect.BoundArguments], *args: Any, **kwargs: Any) -> Any:
+    """The arguments of a call by name, defaults filled in; the steps of a recipe come before the pipeline's own."""
+    bound = bind(*args, **kwargs)
+    if installed.recipe is not None:
+        installed.recipe.fill_in(bound)
+    bound.apply_defaults()
+    return bound
 
 
 def guided_call(pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
     """One call of an accelerated pipeline."""
     installed = installed_on(pipe)
-    bound = inspect.signature(original).bind(pipe, *args, **kwargs)
-    bound.apply_defaults()
+    bound = bound_call(installed, inspect.signature(original).bind, pipe, *args, **kwargs)
     call = bound.arguments
     fitted, guidance = settled(pipe, installed, call, given)
     announced = installed.adapter.announced if installed.adapter.announces(pipe) else None

@@ -31,8 +31,8 @@ def test_the_front_counts_what_is_computed(monkeypatch):
     exact = front.Way("Euler", 4)
     monkeypatch.setattr(front, "CONVERGED", 4)
     monkeypatch.setattr(front, "BASE", exact)
-    monkeypatch.setattr(front, "WAYS", (front.Way("UniPC", 4), front.Way("Euler", 4, 2, 0), exact))
-    base, converged, half = front.rows(2, front.EARLY)
+    ways = (front.Way("UniPC", 4), front.Way("Euler", 4, 2, 0), front.Way("Euler", 4, peer="pass after pass"), exact)
+    base, converged, half, plain = front.rows(2, front.EARLY, ways)
     blocks, (layer,) = 12, front.EARLY.perturbations[0].layers
     weak = blocks - layer - 1
     assert base["way"] == "Euler, 4 steps"
@@ -41,6 +41,29 @@ def test_the_front_counts_what_is_computed(monkeypatch):
     assert half["block-rows"] == 4 * blocks + 2 * blocks + 2 * weak
     assert half["cost"] == pytest.approx(half["block-rows"] / base["block-rows"], rel=1e-3)
     assert 0 < base["distance"] != half["distance"] > 0
+    # Nothing is shared there; and what comes out is the same.
+    assert plain["block-rows"] == 4 * (3 * blocks - 1)
+    assert plain["distance"] == pytest.approx(base["distance"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "peer", ["FirstBlockCache, 0.2", "TaylorSeer, every 3, order 1", "SeaCache, 0.5", "MagCache, 0.12"]
+)
+def test_caches_of_diffusers_leave_out_what_they_are_counted_by(monkeypatch, peer):
+    monkeypatch.setattr(front, "TOGETHER", 1)
+    made = front.Front(front.EARLY)
+    _, exact, _ = made.made(front.Way("Euler", 8, peer="pass after pass"), range(1))
+    clip, rows, _ = made.made(front.Way("Euler", 8, peer=peer), range(1))
+    again, _, _ = made.made(front.Way("Euler", 8, peer=peer), range(1))
+    assert 0.2 * exact < rows < 0.9 * exact
+    assert clip.equal(again)  # nothing is left of a cache in the next call
+
+
+def test_forecasts_leave_out_all_blocks_but_the_first():
+    made = front.Front(front.EARLY)
+    _, rows, _ = made.made(front.Way("Euler", 8, peer="block forecasts, every 2, order 1"), range(1))
+    # Steps 0, 1, 2, 4, 6 and the last one are whole.
+    assert rows == pytest.approx(6 * 35 + 2 * 3)
 
 
 def test_a_night_of_work_is_timed_where_its_clips_are_those_of_the_loop(capsys, monkeypatch, tmp_path):

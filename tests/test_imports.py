@@ -33,8 +33,9 @@ MAY = {
     "call": COMMON | {"batching", "integrations"},
     "guided": COMMON | {"batching", "call", "combining", "engine", "integrations", "kernels"},
     "solvers": {"errors", "integrations"},
-    "install": COMMON | {"announced", "batching", "call", "combining", "engine", "integrations", "solvers"},
-    "explain": COMMON | {"announced", "batching", "call", "combining", "install", "integrations", "reuse"},
+    "recipes": COMMON | {"batching", "integrations", "solvers"},
+    "install": COMMON | {"announced", "batching", "call", "combining", "engine", "integrations", "recipes", "solvers"},
+    "explain": COMMON | {"announced", "batching", "call", "combining", "install", "integrations", "recipes", "reuse"},
     "toy": {"guidance", "perturbation"},
     "extras": {"errors"},
     "doctor": {"kernels", "version"},
@@ -133,7 +134,8 @@ def test_no_adapter_imports_another():
 
 CORE = (
     *("announced", "batching", "call", "combining", "engine", "explain", "formulas", "guidance", "guided", "install"),
-    *("integrations", "kinds", "memory", "perturbation", "reuse", "schedules", "solvers", "spacing"),
+    *("integrations", "kinds", "memory", "perturbation", "recipes", "reuse", "schedules", "solvers"),
+    "spacing",
 )
 
 

@@ -273,7 +273,7 @@ def test_reuse_computes_what_explain_counts(order):
 
 
 def test_reuse_beside_a_guidance_that_is_off_for_a_while():
-    """Nothing is carried on over steps that did not ask for a pass, and the first step's plain copy is no difference."""
+    """Nothing is carried on over steps that did not ask; the first step's plain copy is no difference."""
     scales = [0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0]
     weak = Guidance(Perturbation([3], kind="residual", scale=scales), reuse=2)
     pipe, steps = stgfast.accelerate(build(), weak), {"num_inference_steps": 8}

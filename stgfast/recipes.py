@@ -1,0 +1,164 @@
+"""Recipes: with which solver, in how many steps, and with what carried on from step to step one model makes its clips.
+
+An approximation that was found for a model, by `stgfast tune` or by hand, and is then taken as a whole.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from stgfast import spacing
+from stgfast.batching.arguments import unwrapped
+from stgfast.errors import SettingsError, wrong
+from stgfast.guidance import REUSE, Guidance
+from stgfast.integrations.spec import Adapter
+from stgfast.integrations.steps import CallArguments
+from stgfast.schedules import set_frozen
+from stgfast.solvers import own_solver, solver
+from stgfast.spacing import Spacing
+
+STEPS = "num_inference_steps"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How clips of one model are made with less work.
+
+    model        what it was found for, as `model_of` says it
+    steps        of every clip
+    solver       of `stgfast.solver`; "" is the pipeline's own
+    reuse, reuse_cfg, reuse_order   as of a `Guidance`
+    found        what was measured of it, as plain data
+    """
+
+    model: Mapping[str, Any]
+    steps: int
+    solver: str = ""
+    reuse: Spacing = spacing.EVERY
+    reuse_cfg: Spacing = spacing.EVERY
+    reuse_order: int | None = None
+    found: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, Mapping) or not isinstance(self.model.get("pipeline"), str):
+            raise wrong("model of a recipe", self.model, "a mapping, as stgfast.recipes.model_of makes it")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise wrong("steps of a recipe", self.steps, "how many steps a clip takes, 1 or more")
+        if not isinstance(self.solver, str):
+            raise wrong("solver of a recipe", self.solver, "a name, or '' for the pipeline's own")
+        reused = Guidance(reuse=self.reuse, reuse_cfg=self.reuse_cfg, reuse_order=self.reuse_order)
+        for name in (*REUSE, "reuse_order"):
+            set_frozen(self, name, getattr(reused, name))
+        for name in REUSE:
+            spacing.check_steps(f"{name} of a recipe", getattr(self, name), self.steps)
+
+    def put_on(self, pipe: Any, adapter: Adapter) -> None:
+        """Give a pipeline its solver, if it was found for this pipeline's model."""
+        self._check(model_of(pipe, adapter))
+        if self.solver:
+            solver(pipe, self.solver)
+        else:
+            own_solver(pipe)
+
+    def _check(self, mine: Mapping[str, Any]) -> None:
+        for name, expected in self.model.items():
+            if isinstance(expected, Mapping) and isinstance(mine.get(name), Mapping):
+                known = expected.keys() & mine[name].keys()  # another version of diffusers may know others
+                differing = sorted(key for key in known if expected[key] != mine[name][key])
+                if differing:
+                    key = differing[0]
+                    raise SettingsError(
+                        f"model of the recipe: got one for {name} with {key} {expected[key]!r}, expected "
+                        f"{mine[name][key]!r}, as this model has it; stgfast tune makes one"
+                    )
+            elif mine.get(name) != expected:
+                got = expected if isinstance(expected, str) else f"one with {name}"
+                has = mine.get(name, "none") if isinstance(expected, str) else "one without"
+                raise SettingsError(f"model of the recipe: got {got}, expected {has}; stgfast tune makes one")
+
+    def applied(self, guidance: Guidance) -> Guidance:
+        """A guidance with what is carried on by the recipe."""
+        own = {name: getattr(self, name) for name in (*REUSE, "reuse_order")}
+        made = replace(guidance.exact, **own)
+        if guidance.reuses and guidance != made:
+            raise SettingsError("reuse of a Guidance beside a recipe: got both, expected one of them")
+        return made
+
+    def fill_in(self, bound: inspect.BoundArguments) -> None:
+        """Have a call that does not say otherwise make the recipe's steps."""
+        given = bound.arguments if STEPS in bound.signature.parameters else bound.arguments.setdefault("kwargs", {})
+        if all(given.get(name) is None for name in ("timesteps", "sigmas", STEPS)):
+            given[STEPS] = self.steps
+
+    def check_steps(self, call: CallArguments) -> None:
+        """That a call asks for the recipe's steps."""
+        given = call if STEPS in call else call["kwargs"]
+        own = next((given[name] for name in ("timesteps", "sigmas") if given.get(name) is not None), None)
+        asked = given[STEPS] if own is None else len(own)
+        if asked != self.steps:
+            raise SettingsError(f"steps beside a recipe: got {asked}, expected the {self.steps} that it was found for")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; what is off is left out."""
+        mine = {each.name: getattr(self, each.name) for each in fields(self)}
+        off = {"solver": "", "reuse": spacing.EVERY, "reuse_cfg": spacing.EVERY, "reuse_order": None, "found": {}}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in mine.items()
+            if name not in off or value != off[name]
+        }
+
+    @classmethod
+    def from_dict(cls, data: object) -> Recipe:
+        names = [each.name for each in fields(cls)]
+        if not isinstance(data, Mapping) or not {"model", "steps"} <= data.keys() <= set(names):
+            got = sorted(data) if isinstance(data, Mapping) else data
+            raise wrong("recipe", got, f"model and steps, and some of {', '.join(names[2:])}")
+        return cls(**data)
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recipe:
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise wrong("recipe", str(path), f"a file that stgfast tune wrote ({error})") from None
+
+    def __str__(self) -> str:
+        """In words."""
+        words = [self.solver or "the pipeline's own solver", f"{self.steps} steps"]
+        words += [
+            f"{name} {spacing.in_words(getattr(self, name))}"
+            for name in REUSE
+            if getattr(self, name) != spacing.EVERY
+        ]
+        return ", ".join(words if self.reuse_order is None else [*words, f"order {self.reuse_order}"])
+
+
+def taken(given: Recipe | str | Path | None) -> Recipe | None:
+    """A recipe as it may be given: itself, or its file."""
+    if given is None or isinstance(given, Recipe):
+        return given
+    if isinstance(given, (str, Path)):
+        return Recipe.read(given)
+    raise wrong("recipe", given, "a stgfast.Recipe, or the path of its file")
+
+
+def model_of(pipe: Any, adapter: Adapter) -> dict[str, Any]:
+    """What tells a pipeline's model from others: its class, and the settings of its denoisers; not their weights, so
+    that a fine-tune of a model is the same one."""
+    found: dict[str, Any] = {"pipeline": adapter.pipeline}
+    for name in adapter.denoisers:
+        part = getattr(pipe, name, None)
+        if part is not None:
+            config = getattr(unwrapped(part), "config", {})
+            plain = {key: value for key, value in config.items() if not key.startswith("_")}
+            found[name] = json.loads(json.dumps(plain, default=str))
+    return found
