@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stgfast.install import accelerate, restore
     from stgfast.integrations.spec import Adapter, Announced, Clips
     from stgfast.perturbation import Perturbation
+    from stgfast.recipes import Recipe
     from stgfast.render.run import render
     from stgfast.restart import restart
     from stgfast.schedules import BySigma
@@ -35,6 +36,7 @@ _HOME = {
     "install": ("accelerate", "restore"),
     "integrations.spec": ("Adapter", "Announced", "Clips"),
     "perturbation": ("Perturbation",),
+    "recipes": ("Recipe",),
     "render.run": ("render",),
     "restart": ("restart",),
     "schedules": ("BySigma",),
@@ -51,6 +53,7 @@ __all__ = [
     "EngineError",
     "Guidance",
     "Perturbation",
+    "Recipe",
     "SettingsError",
     "UnsupportedPipelineError",
     "__version__",

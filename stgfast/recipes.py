@@ -65,21 +65,32 @@ class Recipe:
         else:
             own_solver(pipe)
 
+    def for_job(
+        self, adapter: Adapter, steps: int | None, guidance: Guidance | None, call: CallArguments
+    ) -> tuple[int, Guidance]:
+        """The steps and the guidance of a job, which says some of it or nothing."""
+        self.check_pipeline(adapter.pipeline)
+        steps = self.steps if steps is None else steps
+        self.check_steps({**call, STEPS: steps})
+        return steps, self.applied(guidance or Guidance())
+
+    def check_pipeline(self, name: str) -> None:
+        if self.model["pipeline"] != name:
+            self._raise(self.model["pipeline"], name)
+
     def _check(self, mine: Mapping[str, Any]) -> None:
-        for name, expected in self.model.items():
-            if isinstance(expected, Mapping) and isinstance(mine.get(name), Mapping):
-                known = expected.keys() & mine[name].keys()  # another version of diffusers may know others
-                differing = sorted(key for key in known if expected[key] != mine[name][key])
-                if differing:
-                    key = differing[0]
-                    raise SettingsError(
-                        f"model of the recipe: got one for {name} with {key} {expected[key]!r}, expected "
-                        f"{mine[name][key]!r}, as this model has it; stgfast tune makes one"
-                    )
-            elif mine.get(name) != expected:
-                got = expected if isinstance(expected, str) else f"one with {name}"
-                has = mine.get(name, "none") if isinstance(expected, str) else "one without"
-                raise SettingsError(f"model of the recipe: got {got}, expected {has}; stgfast tune makes one")
+        self.check_pipeline(mine["pipeline"])
+        for name in sorted({*self.model, *mine} - {"pipeline"}):
+            one, other = self.model.get(name), mine.get(name)
+            if one is None or other is None:
+                self._raise(*(f"one {'without' if part is None else 'with'} {name}" for part in (one, other)))
+            else:
+                # Another version of diffusers may know more of a model.
+                for key in sorted(key for key in one.keys() & other.keys() if one[key] != other[key])[:1]:
+                    self._raise(*(f"one whose {name} has {key} {part[key]!r}" for part in (one, other)))
+
+    def _raise(self, got: str, expected: str) -> None:
+        raise SettingsError(f"model of the recipe: got {got}, expected {expected}; stgfast tune makes one for a model")
 
     def applied(self, guidance: Guidance) -> Guidance:
         """A guidance with what is carried on by the recipe."""
@@ -135,9 +146,7 @@ class Recipe:
         """In words."""
         words = [self.solver or "the pipeline's own solver", f"{self.steps} steps"]
         words += [
-            f"{name} {spacing.in_words(getattr(self, name))}"
-            for name in REUSE
-            if getattr(self, name) != spacing.EVERY
+            f"{name} {spacing.in_words(getattr(self, name))}" for name in REUSE if getattr(self, name) != spacing.EVERY
         ]
         return ", ".join(words if self.reuse_order is None else [*words, f"order {self.reuse_order}"])
 

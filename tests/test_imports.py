@@ -40,7 +40,7 @@ MAY = {
     "extras": {"errors"},
     "doctor": {"kernels", "version"},
     "restart": {"errors"},
-    "render": COMMON | {"extras", "install", "integrations", "pages", "toy", "version"},
+    "render": COMMON | {"extras", "install", "integrations", "pages", "recipes", "toy", "version"},
     "evaluate": COMMON | {"extras", "install", "pages", "render", "toy"},
     "demo": {"explain", "install", "render", "toy"},
     "bench": COMMON | {"batching", "explain", "install", "integrations", "kernels", "pages", "version"},

@@ -73,6 +73,9 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--vae-tiling", action="store_true", help="decode in tiles, for memory: not quite the same pixels"
     )
     parser.add_argument("--compile", action="store_true", help="compile the model's blocks")
+    parser.add_argument(
+        "--recipe", type=Path, metavar="FILE", help="make all clips by what stgfast tune found: an approximation"
+    )
     parser.add_argument("--trust", metavar="NAME", help="the model's name again, for one that brings code of its own")
     parser.add_argument(
         "--ray", metavar="ADDRESS", help="render on the GPUs of a Ray cluster: local (this machine), auto, or host:port"
@@ -107,6 +110,7 @@ def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Tex
             offload=arguments.offload,
             vae_tiling=arguments.vae_tiling,
             compile=arguments.compile,
+            recipe=arguments.recipe,
             trust=arguments.trust,
             ray=arguments.ray,
             actors=arguments.actors,

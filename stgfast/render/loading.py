@@ -17,6 +17,7 @@ from torch import nn
 from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError, wrong
 from stgfast.guidance import Guidance
 from stgfast.install import INSTALLED, accelerate, installed_on
+from stgfast.recipes import Recipe
 from stgfast.render.batches import is_out_of_memory
 from stgfast.render.texts import encoders_of
 
@@ -37,6 +38,7 @@ class Loading:
                 pipeline; "group", every layer
     vae_tiling  the VAE decodes a clip in tiles, for memory: not quite the same pixels
     compile     the denoiser's blocks are compiled
+    recipe      by which clips are made, approximately
     """
 
     dtype: str | None = None
@@ -44,6 +46,7 @@ class Loading:
     offload: str | None = None
     vae_tiling: bool = False
     compile: bool = False
+    recipe: Recipe | None = None
 
     def __post_init__(self) -> None:
         for name, choices in (("dtype", DTYPES), ("offload", OFFLOADS)):
@@ -90,8 +93,8 @@ class Loading:
 
     def prepared(self, pipe: Any) -> Any:
         """The pipeline, guided, and its VAE as it is asked for."""
-        if not hasattr(pipe, INSTALLED) or self.compile:
-            accelerate(pipe, given_to(pipe), compile=self.compile)
+        if not hasattr(pipe, INSTALLED) or self.compile or self.recipe:
+            accelerate(pipe, given_to(pipe), compile=self.compile, recipe=self.recipe)
         if self.vae_tiling or installed_on(pipe).adapter.clips.tiled:
             vae: Any = getattr(pipe, "vae", None)
             if not hasattr(vae, "use_tiling"):
@@ -143,6 +146,12 @@ def given_to(pipe: Any) -> Guidance | None:
     """The guidance that a pipeline was accelerated with; None for its default, or where it was not."""
     installed = getattr(pipe, INSTALLED, None)
     return installed.given if installed else None
+
+
+def recipe_of(pipe: Any) -> Recipe | None:
+    """That which a pipeline was accelerated with."""
+    installed = getattr(pipe, INSTALLED, None)
+    return installed.recipe if installed else None
 
 
 def moves(pipe: Any) -> bool:

@@ -18,8 +18,9 @@ from stgfast.guidance import Guidance
 from stgfast.install import INSTALLED, accelerate
 from stgfast.integrations import ADAPTERS
 from stgfast.integrations.spec import Adapter
+from stgfast.recipes import Recipe
 from stgfast.render.jobs import Job
-from stgfast.render.loading import BY_NAME, USUAL, Loading, check_folder, fingerprint, given_to, read_json
+from stgfast.render.loading import BY_NAME, USUAL, Loading, check_folder, fingerprint, given_to, read_json, recipe_of
 
 
 def _toy() -> Any:
@@ -42,6 +43,7 @@ class Model:
     parameters: dict[str, inspect.Parameter] = field(default_factory=dict)
     given: Guidance | None = None  # what the pipeline that was handed over, or is built, is accelerated with
     build: Callable[[], Any] | None = None  # of a model that comes by a name of its own
+    recipe: Recipe | None = None  # likewise
     revision: str = ""  # of its files: the hub's, or what tells them from others
     config: Mapping[str, Any] = field(default_factory=dict)  # of the pipeline
 
@@ -51,29 +53,37 @@ class Model:
         if missing or not {"num_frames", "video_length"} & set(self.parameters):
             raise UnsupportedPipelineError(f"pipeline: got {self.kind.__name__}, expected one that makes video")
 
-    def settled(self, job: Job) -> Job:
+    def settled(self, job: Job, recipe: Recipe | None = None) -> Job:
         """The job with the guidance that it is rendered with, where it does not say: that of the pipeline, or the
         default of the model, which may be another one in another version. Pipelines that ask for their weak branches
-        themselves have settings of their own in its place."""
-        if job.guidance is not None:
-            return job
-        given = self.given
-        if given is None and self.adapter.announced is None:
-            given = self.adapter.defaults
-        return job if given is None else dataclasses.replace(job, guidance=given)
+        themselves have settings of their own in its place. What is made by a recipe has that in its guidance."""
+        guidance = job.guidance or self.given
+        if guidance is None and self.adapter.announced is None:
+            guidance = self.adapter.defaults
+        if recipe is not None:
+            steps, guidance = recipe.for_job(self.adapter, job.steps, guidance, job.pipeline)
+            job = dataclasses.replace(job, steps=steps)
+        return job if guidance is None else dataclasses.replace(job, guidance=guidance)
+
+    def recipe_of(self, loading: Loading) -> Recipe | None:
+        """By which its clips are made."""
+        return loading.recipe or self.recipe
 
     def made(self, loading: Loading) -> dict[str, Any]:
-        """What else decides a clip: the type of numbers, and the version of the model's files."""
+        """What else decides a clip: the type of numbers, the version of the model's files, the solver of a recipe."""
         own = None if self.build is None else "float32"
         if self.pipe is not None:
             layout, *_ = self.adapter.layouts(self.pipe).values()
             own = str(layout.denoiser.dtype).removeprefix("torch.")
-        made = {"dtype": loading.number_type(own), "revision": self.revision}
+        recipe = self.recipe_of(loading)
+        solver = "" if recipe is None else recipe.solver
+        made = {"dtype": loading.number_type(own), "revision": self.revision, "solver": solver}
         return {name: value for name, value in made.items() if value}
 
-    @property
-    def defaults(self) -> Mapping[str, Any]:
-        return DEFAULTS.get(self.name, {})
+    def defaults_with(self, recipe: Recipe | None) -> Mapping[str, Any]:
+        """What its jobs have that do not say otherwise; a recipe's steps come before those."""
+        own = DEFAULTS.get(self.name, {})
+        return own if recipe is None else {name: value for name, value in own.items() if name != "steps"}
 
     @property
     def adapter(self) -> Adapter:
@@ -158,9 +168,10 @@ def described(model: Any, *, trust: str | None = None) -> Model:
         kind = type(model)
         _check_supported(kind.__name__)
         _check_graphs(model)
-        accelerate(copy.copy(model), given_to(model))  # what is wrong is said now
+        accelerate(copy.copy(model), given_to(model), recipe=recipe_of(model))  # what is wrong is said now
         name = getattr(model, "name_or_path", None) or kind.__name__
-        return Model(str(name), kind, model, config=dict(model.config), given=given_to(model))
+        own = {"given": given_to(model), "recipe": recipe_of(model)}
+        return Model(str(name), kind, model, config=dict(model.config), **own)
     name = str(model)
     if trust is not None and trust != name:
         raise wrong("trust", trust, f"the name of the model, {name!r}, or none")

@@ -16,6 +16,7 @@ from typing import Any
 
 from stgfast.errors import DeviceError, SettingsError, wrong
 from stgfast.extras import require
+from stgfast.recipes import Recipe, taken
 from stgfast.render.batches import shape_of
 from stgfast.render.crew import Crew, Setup
 from stgfast.render.files import Form
@@ -80,6 +81,7 @@ def render(
     offload: str | None = None,
     vae_tiling: bool = False,
     compile: bool = False,
+    recipe: Recipe | str | Path | None = None,
     trust: str | None = None,
     ray: str | None = None,
     actors: int | None = None,
@@ -100,6 +102,7 @@ def render(
                   pipeline; "group", every layer
     vae_tiling    decode in tiles, for memory: not quite the same pixels
     compile       compile the model's blocks
+    recipe        by which all clips are made, or its file: an approximation
     trust         the name of the model, for one that brings code of its own
     ray           render on every GPU of a Ray cluster: its host:port, "auto" for the one that this machine is part of,
                   or "local" for one of this machine alone, unless this process is part of one already; the model is a
@@ -121,7 +124,7 @@ def render(
         from stgfast.render.actors import Actors, check
 
         check(known, ray, actors)
-    loading = Loading(dtype, device, offload, vae_tiling, compile)
+    loading = Loading(dtype, device, offload, vae_tiling, compile, taken(recipe))
     if known.pipe is not None:
         loading.check_handed_over()
     run = Run(known, Path(out), form, loading, listener or (lambda event: None))
@@ -130,7 +133,7 @@ def render(
         with Store(run.out) as store:
             run.store = store
             run.recover()
-            run.plan(lines_of(jobs, {**known.defaults, **(defaults or {})}), skip_bad)
+            run.plan(lines_of(jobs, {**known.defaults_with(run.recipe), **(defaults or {})}), skip_bad)
             if retry_failed:
                 store.retry_failed()
             if not plan_only and (store.counts()[PENDING] or store.elsewhere()):
@@ -175,10 +178,11 @@ class Run:
 
     def __init__(self, model: Model, out: Path, form: Form, loading: Loading, listener: Listener):
         self.model, self.out, self.form, self.loading, self.listener = model, out, form, loading, listener
-        self.made = model.made(loading)
+        self.made, self.recipe = model.made(loading), model.recipe_of(loading)
         self.where: dict[int, Event] = {}  # jobs in hand
         self.fits: set[str] = set()  # shapes that clips were rendered of
-        self.note = ""  # for the page
+        # For the page.
+        self.note = "" if self.recipe is None else f"Made by a recipe, approximately: {self.recipe}."
         self.bad = self.rendered = self.interrupts = 0
         self.signal = ""  # that came, and was not told of yet
         self.fault: BaseException | None = None
@@ -188,7 +192,8 @@ class Run:
         try:
             self.listener({"event": event, **more})
         except BrokenPipeError:  # whoever read what is printed went away, as `| head` does: the night goes on
-            self.listener, self.note = _nobody, "Nobody reads the output of the run any more; it went on."
+            self.listener = _nobody
+            self.note = f"{self.note} Nobody reads the output of the run any more; it went on.".strip()
 
     def recover(self) -> None:
         recovered = self.store.recover()
@@ -218,7 +223,7 @@ class Run:
             for job in line.jobs:
                 try:
                     self.model.check(job)
-                    named = self.model.settled(job).named(self.model.name, self.made)
+                    named = self.model.settled(job, self.recipe).named(self.model.name, self.made)
                 except SettingsError as error:
                     yield Bad(line.number, str(error))
                     break

@@ -144,7 +144,9 @@ class Worker:
         self.in_hand: dict[threading.Thread, BatchRun] = {}
         self.streams: list[Any] = []
         layout, *_ = installed_on(pipe).adapter.layouts(pipe).values()
+        recipe = installed_on(pipe).recipe
         self.made_with = {
+            **({} if recipe is None else {"recipe": recipe.to_dict()}),
             **({"revision": revision} if revision else {}),
             "dtype": str(layout.denoiser.dtype).removeprefix("torch."),
             "vae_tiling": bool(getattr(getattr(pipe, "vae", None), "use_tiling", False)),

@@ -1,0 +1,202 @@
+"""Recipes: taken as a whole, by the model that they were found for alone, and named wherever clips are."""
+
+import dataclasses
+import json
+
+import diffusers
+import pytest
+import torch
+
+import stgfast
+from stgfast import Guidance, Perturbation, Recipe, SettingsError, toy
+from stgfast.integrations import ADAPTERS
+from stgfast.recipes import model_of
+from stgfast.render.files import metadata_of
+from stgfast.solvers import solver_of
+from tests import models
+from tests.integrations.families import hunyuan_video, ltx, wan
+from tests.integrations.test_families import FAMILIES
+from tests.precision import distance
+
+LTX, HUNYUAN = ltx.FAMILIES[0], hunyuan_video.FAMILIES[0]
+GUIDANCE = Guidance(Perturbation([2]), rescale=0.5)
+SIX = {"num_inference_steps": 6}
+SETTINGS = {"steps": 6, "solver": "unipc", "reuse": 2, "reuse_cfg": (0, 1, 2, 4), "reuse_order": 1}
+
+
+def recipe_for(pipe, **changes):
+    original = type(stgfast.restore(pipe))
+    return Recipe(**{"model": model_of(pipe, ADAPTERS[original.__name__]), **SETTINGS, **changes})
+
+
+def test_is_what_its_parts_are():
+    pipe = LTX.pipe()
+    recipe = recipe_for(pipe)
+    made = LTX.run(stgfast.accelerate(pipe, GUIDANCE, recipe=recipe), **SIX)
+    by_hand = stgfast.solver(LTX.pipe(), "unipc")
+    reused = dataclasses.replace(GUIDANCE, reuse=2, reuse_cfg=(0, 1, 2, 4), reuse_order=1)
+    assert torch.equal(made, LTX.run(stgfast.accelerate(by_hand, reused), **SIX))
+    exact = LTX.run(stgfast.accelerate(LTX.pipe(), GUIDANCE), **SIX)
+    assert distance(made, exact) > 1e-4
+
+
+def test_steps_are_the_recipes_where_a_call_does_not_say():
+    pipe = stgfast.accelerate(LTX.pipe(), GUIDANCE, recipe=recipe_for(LTX.pipe()))
+    given = {**LTX.arguments(1)}
+    given.pop("num_inference_steps")
+    assert stgfast.explain(pipe, **given).phases[-1].last == 5
+    with torch.no_grad():
+        pipe(**given)
+    assert len(pipe.scheduler.timesteps) == 6
+    for other in ({"num_inference_steps": 8}, {"timesteps": [900, 500, 100]}):
+        with pytest.raises(SettingsError, match=r"steps beside a recipe: got \d, expected the 6 that it was found for"):
+            pipe(**given, **other)
+
+
+def test_is_undone_and_exchanged():
+    pipe = LTX.pipe()
+    own, recipe = pipe.scheduler, recipe_for(pipe)
+    stgfast.accelerate(pipe, GUIDANCE, recipe=recipe)
+    assert solver_of(pipe) == "unipc"
+    stgfast.accelerate(pipe, GUIDANCE, recipe=dataclasses.replace(recipe, solver="dpm++"))
+    assert solver_of(pipe) == "dpm++"
+    stgfast.accelerate(pipe, GUIDANCE)
+    assert pipe.scheduler is own
+    stgfast.accelerate(pipe, GUIDANCE, recipe=dataclasses.replace(recipe, solver=""))
+    assert pipe.scheduler is own
+    stgfast.accelerate(pipe, GUIDANCE, recipe=recipe)
+    assert stgfast.restore(pipe).scheduler is own
+    stgfast.accelerate(stgfast.solver(pipe, "unipc3"), GUIDANCE)  # one that was chosen by hand stays
+    assert solver_of(pipe) == "unipc3"
+
+
+def test_explain_names_it():
+    pipe = stgfast.accelerate(LTX.pipe(), GUIDANCE, recipe=recipe_for(LTX.pipe()))
+    text = str(stgfast.explain(pipe, **LTX.arguments(1) | SIX))
+    said = "unipc, 6 steps, reuse 2, reuse_cfg but in steps 0, 1, 2, 4, order 1"
+    assert f"approximately, by a recipe: {said}\n" in text
+    assert "cond - uncond computed in steps 0, 1, 2, 4, carried on by a line in the others" in text
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_pipeline_takes_one(name):
+    """One without a solver, and with what reuse there is."""
+    family = FAMILIES[name]
+    pipe, cfg = family.pipe(), family.cfg is not None
+    given = family.arguments(1) if cfg else {**family.arguments(1, cfg=False)}
+    steps = len(given["timesteps"]) if given.get("timesteps") else None
+    guidance = Guidance(Perturbation([family.layers[1]], kind=family.kinds[0]))
+    recipe = recipe_for(pipe, steps=steps or 5, solver="", reuse_cfg=2 if cfg else 1, reuse_order=0)
+    stgfast.accelerate(pipe, guidance, recipe=recipe)
+    given.pop("num_inference_steps", None)
+    explained = stgfast.explain(pipe, **given)
+    with torch.no_grad():
+        pipe(**given)
+    exact = stgfast.accelerate(family.pipe(), guidance)
+    asked = {} if steps else {"num_inference_steps": 5}
+    assert explained.block_rows < stgfast.explain(exact, **given, **asked).block_rows
+
+
+def test_there_and_back(tmp_path):
+    recipe = recipe_for(LTX.pipe(), found={"distance": 0.03})
+    recipe.save(tmp_path / "recipe.json")
+    assert Recipe.read(tmp_path / "recipe.json") == recipe
+    pipe = stgfast.accelerate(LTX.pipe(), GUIDANCE, recipe=tmp_path / "recipe.json")
+    direct = stgfast.accelerate(LTX.pipe(), GUIDANCE, recipe=recipe)
+    assert torch.equal(LTX.run(pipe, **SIX), LTX.run(direct, **SIX))
+    exact = recipe_for(LTX.pipe(), solver="", reuse=1, reuse_cfg=1, reuse_order=None)
+    assert set(exact.to_dict()) == {"model", "steps"}
+
+
+def test_is_for_its_model_alone():
+    recipe = recipe_for(LTX.pipe())
+    with pytest.raises(SettingsError, match="model of the recipe: got LTXPipeline, expected HunyuanVideoPipeline"):
+        stgfast.accelerate(HUNYUAN.pipe(), GUIDANCE, recipe=recipe)
+    wider = dict(recipe.model, transformer={**recipe.model["transformer"], "num_layers": 48})
+    with pytest.raises(SettingsError, match="got one whose transformer has num_layers 48, expected one whose transf"):
+        stgfast.accelerate(LTX.pipe(), GUIDANCE, recipe=dataclasses.replace(recipe, model=wider))
+    without = {"pipeline": "LTXPipeline"}
+    with pytest.raises(SettingsError, match="got one without transformer, expected one with transformer"):
+        stgfast.accelerate(LTX.pipe(), GUIDANCE, recipe=dataclasses.replace(recipe, model=without))
+    newer = dict(recipe.model, transformer={**recipe.model["transformer"], "of_another_version": 1})
+    stgfast.accelerate(LTX.pipe(), GUIDANCE, recipe=dataclasses.replace(recipe, model=newer))
+
+
+WRONG = {
+    "no steps": (lambda ok: ok | {"steps": 0}, "steps of a recipe: got 0"),
+    "steps that there are not": (lambda ok: ok | {"reuse": [0, 6]}, "reuse of a recipe: got step 6, expected those"),
+    "an order of nothing": (lambda ok: ok | {"reuse": 1, "reuse_cfg": 1}, "reuse_order: got 1, expected reuse or"),
+    "an unknown field": (lambda ok: ok | {"cost": 1}, "recipe: got .*, expected model and steps, and some of solver"),
+    "no model": (lambda ok: {"steps": 6}, "recipe: got .'steps'., expected model and steps"),
+    "a model's name": (lambda ok: ok | {"model": "ltx"}, "model of a recipe: got 'ltx'"),
+    "no mapping": (lambda ok: [ok], "recipe: got .*, expected model and steps"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_ones_say_so(name, tmp_path):
+    change, message = WRONG[name]
+    (tmp_path / "recipe.json").write_text(json.dumps(change(recipe_for(LTX.pipe()).to_dict())))
+    with pytest.raises(SettingsError, match=message):
+        stgfast.accelerate(LTX.pipe(), recipe=tmp_path / "recipe.json")
+
+
+def test_what_does_not_go_with_one_is_said(tmp_path):
+    recipe = recipe_for(LTX.pipe())
+    with pytest.raises(SettingsError, match="reuse of a Guidance beside a recipe: got both, expected one of them"):
+        stgfast.accelerate(LTX.pipe(), Guidance(Perturbation([2]), reuse=3), recipe=recipe)
+    pipe = stgfast.accelerate(LTX.pipe(), GUIDANCE, recipe=recipe)
+    with pytest.raises(SettingsError, match="beside a recipe: got both"):
+        LTX.run(pipe, stg=Guidance(Perturbation([2]), reuse=3), **SIX)
+    with pytest.raises(SettingsError, match="reuse_cfg: got a call without CFG"):
+        LTX.run(pipe, cfg=False, **SIX)
+    with pytest.raises(SettingsError, match=r"recipe: got .*no.json.*, expected a file that stgfast tune wrote"):
+        stgfast.accelerate(LTX.pipe(), recipe=tmp_path / "no.json")
+    with pytest.raises(SettingsError, match=r"recipe: got 3, expected a stgfast.Recipe, or the path of its file"):
+        stgfast.accelerate(LTX.pipe(), recipe=3)
+    other = wan.FAMILIES[0].pipe()
+    with pytest.raises(SettingsError, match="got UniPCMultistepScheduler, expected FlowMatchEulerDiscreteScheduler"):
+        stgfast.accelerate(other, GUIDANCE, recipe=recipe_for(other))
+    assert not hasattr(other, "_stgfast")
+
+
+def test_a_folder_of_clips_by_a_recipe(tmp_path):
+    recipe = recipe_for(toy.pipeline(), found={"distance": 0.1})
+    recipe.save(tmp_path / "recipe.json")
+    jobs = [{"prompt": prompt, "seed": 3} for prompt in toy.PROMPTS[:2]]
+    given = {"format": "npz", "recipe": tmp_path / "recipe.json"}
+    assert stgfast.render("toy", jobs, tmp_path / "out", **given).rendered == 2
+    assert stgfast.render("toy", jobs, tmp_path / "out", **given).rendered == 0
+    clip = next((tmp_path / "out").glob("*.npz"))
+    said = metadata_of(clip)
+    assert Recipe.from_dict(said["recipe"]) == recipe
+    assert (said["job"]["steps"], said["job"]["guidance"]["reuse"]) == (6, 2)
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "Made by a recipe, approximately: unipc, 6 steps, reuse 2" in page
+    assert '"approximate": "reuse 2; reuse_cfg but in steps 0, 1, 2, 4; order 1"' in page
+    # A pipeline that was accelerated with one makes the same clips, and by another solver others.
+    pipe = stgfast.accelerate(toy.pipeline(), toy.GUIDANCE, recipe=recipe)
+    assert stgfast.render(pipe, [{**jobs[0], **toy.JOB, "steps": 6}], tmp_path / "mine", format="npz").rendered == 1
+    assert metadata_of(next((tmp_path / "mine").glob("*.npz")))["recipe"] == said["recipe"]
+    # The same jobs without it are other clips.
+    assert stgfast.render("toy", jobs, tmp_path / "out", format="npz").rendered == 2
+
+
+def test_jobs_that_do_not_go_with_a_recipe_stop_before_the_first(tmp_path):
+    recipe = recipe_for(toy.pipeline())
+    told = []
+    with pytest.raises(SettingsError, match="1 bad line"):
+        stgfast.render("toy", [{"prompt": "a", "steps": 9}], tmp_path, recipe=recipe, listener=told.append)
+    assert "steps beside a recipe: got 9, expected the 6" in told[0]["error"]
+    with pytest.raises(SettingsError, match="1 bad line"):
+        stgfast.render(
+            "toy", [{"prompt": "a"}], tmp_path, recipe=recipe_for(LTX.pipe(), model={"pipeline": "WanPipeline"})
+        )
+    with pytest.raises(SettingsError, match=r"recipe: got .*, expected none for a pipeline that is loaded"):
+        stgfast.render(stgfast.accelerate(toy.pipeline(), GUIDANCE), [{"prompt": "a"}], tmp_path, recipe=recipe)
+
+
+def test_a_model_with_a_scheduler_of_its_own_is_said_before_it_is_used():
+    pipe = models.pipeline("mochi", scheduler=diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+    with pytest.raises(SettingsError, match="got invert_sigmas=True, which unipc cannot follow"):
+        stgfast.accelerate(pipe, GUIDANCE, recipe=recipe_for(pipe))
