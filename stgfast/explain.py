@@ -161,8 +161,9 @@ def explain(pipe: Any, **arguments: Any) -> Explanation:
         cfg, phases = None, _announced(fitted, adapter.announced, guidance, call, name)
     else:
         cfg, phases = adapter.requested(call), _weighed(pipe, adapter, guidance, call, layout)
-    given = installed.recipe, installed.max_rows
-    return Explanation(adapter.pipeline, adapter.protocol, layout.depth, cfg, guidance, *given, phases)
+    return Explanation(
+        adapter.pipeline, adapter.protocol, layout.depth, cfg, guidance, installed.recipe, installed.max_rows, phases
+    )
 
 
 def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, layout: Layout) -> tuple[Phase, ...]:

@@ -156,7 +156,7 @@ def summed_up(settings: Mapping[str, Setting], real: Cloud | None) -> tuple[Summ
     for key, setting in settings.items():
         of, units = _statistics(setting.clips, real)
         base = settings.get(setting.base)
-        against = {} if base is None or base is setting else _differences(setting, base, real)
+        against = {} if base is None or base is setting else differences(setting, base, real)
         summaries.append(
             Summary(
                 names[key],
@@ -197,7 +197,7 @@ def _mean_of(values: Array, chosen: Chosen) -> float:
     return mean(values[chosen])
 
 
-def _differences(setting: Setting, base: Setting, real: Cloud | None) -> dict[str, Estimate]:
+def differences(setting: Setting, base: Setting, real: Cloud | None) -> dict[str, Estimate]:
     both = [clip for clip in setting.clips if clip in base.clips]
     if not both:
         return {}

@@ -170,8 +170,8 @@ def described(model: Any, *, trust: str | None = None) -> Model:
         _check_graphs(model)
         accelerate(copy.copy(model), given_to(model), recipe=recipe_of(model))  # what is wrong is said now
         name = getattr(model, "name_or_path", None) or kind.__name__
-        own = {"given": given_to(model), "recipe": recipe_of(model)}
-        return Model(str(name), kind, model, config=dict(model.config), **own)
+        facts = dict(model.config)
+        return Model(str(name), kind, model, config=facts, given=given_to(model), recipe=recipe_of(model))
     name = str(model)
     if trust is not None and trust != name:
         raise wrong("trust", trust, f"the name of the model, {name!r}, or none")
