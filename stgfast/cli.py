@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from stgfast import extras
 from stgfast.bench import command as bench
 from stgfast.evaluate import command as evaluate
 from stgfast.render import command as render
+from stgfast.tune import command as tune
 from stgfast.version import __version__
 
-NEEDS = {"demo": "toy", "render": "render", "sweep": "render", "evaluate": "render"}  # extras, by command
+NEEDS = {
+    "demo": "toy",
+    "render": "render",
+    "sweep": "render",
+    "evaluate": "render",
+    "tune": "render",
+}  # extras, by command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     render.add_render(commands.add_parser("render", help="render a file of jobs into a folder"))
     render.add_sweep(commands.add_parser("sweep", help="render one prompt at several layers and scales"))
     evaluate.add_evaluate(commands.add_parser("evaluate", help="measure the clips of a folder"))
+    tune.add_tune(commands.add_parser("tune", help="find the cheapest recipe for a model: solver, steps, reuse"))
     bench.add_bench(commands.add_parser("bench", help="what guidance costs, beside what would otherwise be run"))
     arguments = parser.parse_args(argv)
     try:
@@ -36,22 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except extras.MissingError as error:
         print(f"stgfast {arguments.command}: {error}", file=sys.stderr)
         return 2
-    if arguments.command == "demo":
-        return run_demo(arguments.out, arguments.prompt, arguments.seed)
-    if arguments.command == "doctor":
-        return run_doctor()
-    if arguments.command == "evaluate":
-        return evaluate.run(arguments)
-    if arguments.command == "bench":
-        return bench.main(arguments)
-    return render.main(arguments)
+    return RUN[arguments.command](arguments)
 
 
-def run_demo(out: Path, prompts: Sequence[str] | None, seed: int) -> int:
+def run_demo(arguments: argparse.Namespace) -> int:
     from stgfast import toy
     from stgfast.demo import ROUNDS, run
 
-    demo = run(out, prompts or toy.PROMPTS, seed)
+    demo = run(arguments.out, arguments.prompt or toy.PROMPTS, arguments.seed)
     print("A small text-to-video model: 12 blocks, trained on drawn clips of shapes that move and turn.\n")
     print(demo.plan)
     print(f"\n{len(demo.sides[0].clips)} clips      block-rows   seconds, fastest of {ROUNDS}")
@@ -63,11 +63,22 @@ def run_demo(out: Path, prompts: Sequence[str] | None, seed: int) -> int:
     return 0
 
 
-def run_doctor() -> int:
+def run_doctor(arguments: argparse.Namespace) -> int:
     from stgfast.doctor import report
 
     print(report())
     return 0
+
+
+RUN: dict[str, Callable[[argparse.Namespace], int]] = {
+    "bench": bench.main,
+    "demo": run_demo,
+    "doctor": run_doctor,
+    "evaluate": evaluate.run,
+    "render": render.main,
+    "sweep": render.main,
+    "tune": tune.run,
+}
 
 
 if __name__ == "__main__":

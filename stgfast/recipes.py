@@ -145,9 +145,11 @@ class Recipe:
     def __str__(self) -> str:
         """In words."""
         words = [self.solver or "the pipeline's own solver", f"{self.steps} steps"]
-        words += [
-            f"{name} {spacing.in_words(getattr(self, name))}" for name in REUSE if getattr(self, name) != spacing.EVERY
-        ]
+        named: dict[str, list[str]] = {}
+        for name in REUSE:
+            if getattr(self, name) != spacing.EVERY:
+                named.setdefault(spacing.in_words(getattr(self, name)), []).append(name)
+        words += [f"{' and '.join(names)} {how}" for how, names in named.items()]
         return ", ".join(words if self.reuse_order is None else [*words, f"order {self.reuse_order}"])
 
 

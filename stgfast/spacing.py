@@ -48,3 +48,13 @@ def when(spacing: Spacing) -> str:
     if isinstance(spacing, int):
         return f"every {({2: '2nd', 3: '3rd'}).get(spacing, f'{spacing}th')} step"
     return f"steps {', '.join(map(str, spacing))}"
+
+
+def thinning(steps: int, first: int, growth: float) -> tuple[int, ...]:
+    """Of so many steps those that compute: the first few, then every second one, then less and less often."""
+    found, gap, at = list(range(min(first, steps))), 2.0, first + 1.0
+    while at < steps:
+        found.append(round(at))
+        gap *= 1 + growth
+        at += gap
+    return tuple(step for step in found if step < steps)

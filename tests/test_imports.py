@@ -42,9 +42,10 @@ MAY = {
     "restart": {"errors"},
     "render": COMMON | {"extras", "install", "integrations", "pages", "recipes", "toy", "version"},
     "evaluate": COMMON | {"extras", "install", "pages", "render", "toy"},
+    "tune": COMMON | {"explain", "extras", "install", "pages", "recipes", "render", "solvers", "toy", "version"},
     "demo": {"explain", "install", "render", "toy"},
     "bench": COMMON | {"batching", "explain", "install", "integrations", "kernels", "pages", "version"},
-    "cli": {"extras", "bench", "version", "demo", "doctor", "evaluate", "render", "toy"},
+    "cli": {"extras", "bench", "version", "demo", "doctor", "evaluate", "render", "toy", "tune"},
     "": {
         "batching",
         "errors",
@@ -83,6 +84,7 @@ FOREIGN = {  # third-party packages, and the only parts that may import them
         "demo",
         "doctor",
         "bench",
+        "tune",
     },
 }
 

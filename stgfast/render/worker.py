@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 import queue
 import threading
 import time
@@ -31,10 +30,10 @@ import torch
 from torch import Tensor, nn
 
 from stgfast.install import installed_on
-from stgfast.integrations.spec import EACH
 from stgfast.render.batches import Batch, Task, free, is_out_of_memory
+from stgfast.render.calls import arguments_of
 from stgfast.render.files import Form, discard, heard, pixels, write
-from stgfast.render.jobs import Job, read_image
+from stgfast.render.jobs import Job
 from stgfast.render.loading import moves
 from stgfast.render.texts import NotStackable, Texts, encoders_of
 from stgfast.version import __version__
@@ -336,7 +335,7 @@ class BatchRun:
             if self.worker.stopping:
                 raise Stopping
             self.started, self.decoding = time.monotonic(), 0.0
-            made = self.pipe(**self._arguments())
+            made = self.pipe(**arguments_of(self.pipe, [task.job for task in self.batch.tasks]))
             clips = [Clip(frames) for frames in made.frames]
             if getattr(made, "audio", None) is not None:
                 rate = int(self.pipe.vocoder.config.output_sampling_rate)
@@ -394,28 +393,6 @@ class BatchRun:
             vars(parts["vae"])["decode"] = self._decode_with(parts["vae"].decode)
         return pipe
 
-    def _arguments(self) -> dict[str, Any]:
-        """The call's arguments. Generators begin anew with it: each job's own, on the CPU, as on any machine."""
-        jobs = [task.job for task in self.batch.tasks]
-        first = jobs[0]
-        known = inspect.signature(type(self.pipe).__call__).parameters
-        frames = "num_frames" if "num_frames" in known else "video_length"
-        sizes = {"width": first.width, "height": first.height, frames: first.num_frames}
-        given = {**sizes, "num_inference_steps": first.steps, "stg": first.guidance}
-        call: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-        call |= first.pipeline
-        of_each: dict[str, list[Any]] = {"generator": [torch.Generator().manual_seed(job.seed) for job in jobs]}
-        if "prompt" in known:
-            of_each["prompt"] = [job.prompt for job in jobs]
-        if first.negative_prompt is not None:
-            of_each["negative_prompt"] = [job.negative_prompt for job in jobs]
-        if first.image is not None:
-            several = len(jobs) > 1 and installed_on(self.pipe).adapter.clips.images == EACH
-            call["image"] = [read_image(str(job.image)) for job in jobs] if several else read_image(first.image)
-        # Some pipelines take one of each, and no list.
-        call |= {name: values if len(jobs) > 1 else values[0] for name, values in of_each.items()}
-        return {**call, "output_type": "np"}
-
     def _rehearse(self) -> None:
         """Make the call up to its latents: what is wrong with it is known, and its prompts are encoded."""
         if not hasattr(self.pipe, "encode_prompt"):
@@ -430,7 +407,7 @@ class BatchRun:
 
         parts["prepare_latents"] = reached
         try:
-            self.pipe(**self._arguments())
+            self.pipe(**arguments_of(self.pipe, [task.job for task in self.batch.tasks]))
         except _Reached:  # which is where it was to go
             parts["scheduler"] = copy.deepcopy(self.worker.pipe.scheduler)
         finally:

@@ -1,0 +1,127 @@
+"""`stgfast tune`: its arguments, and what it prints.
+
+Exit codes: 0 a recipe was found; 1 none is within what was asked for; 2 the arguments or the model are wrong; 130
+interrupted, and the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+FOUND, NONE, WRONG, INTERRUPTED = 0, 1, 2, 130
+
+
+def add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help="like those that are to be rendered; or a .txt file of them"
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="NAME_OR_PATH", help="a model's folder, or its name on the hub"
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder for the recipe and its page")
+    aim = parser.add_mutually_exclusive_group()
+    aim.add_argument("--distance", type=float, metavar="D", help="the cheapest within this distance of converged clips")
+    aim.add_argument("--cost", type=float, metavar="C", help="the nearest within this part of the usual block-rows")
+    parser.add_argument("--clips", type=int, default=8, help="by which a recipe is judged")
+    parser.add_argument("--minutes", type=float, help="after which no further clip is begun")
+    parser.add_argument("--seed", type=int, default=0, help="of the first noise")
+    parser.add_argument(
+        "--set",
+        dest="defaults",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="what every clip has, such as steps=30",
+    )
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--offload", choices=("text", "model", "group"), help="as for render")
+    parser.add_argument("--trust", metavar="NAME", help="the model's name again, for one that brings code of its own")
+    parser.add_argument("--quiet", action="store_true", help="show no progress")
+
+
+def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
+    from stgfast.errors import DeviceError, SettingsError, UnsupportedPipelineError
+    from stgfast.render.command import defaults_of, prompts_of
+    from stgfast.render.store import StoreError
+    from stgfast.tune.run import PAGE, RECIPE, tune
+
+    stdout, stderr = stdout or sys.stdout, stderr or sys.stderr
+    progress = Progress(stderr, quiet=arguments.quiet)
+    try:
+        tuned = tune(
+            arguments.model,
+            prompts_for(arguments, prompts_of),
+            arguments.out,
+            distance=arguments.distance,
+            cost=arguments.cost,
+            clips=arguments.clips,
+            minutes=arguments.minutes,
+            seed=arguments.seed,
+            defaults=defaults_of(arguments.defaults),
+            dtype=arguments.dtype,
+            device=arguments.device,
+            offload=arguments.offload,
+            trust=arguments.trust,
+            listener=progress.show,
+        )
+    except (SettingsError, UnsupportedPipelineError, StoreError, DeviceError) as error:
+        progress.close()
+        stderr.write(f"stgfast tune: {error}\n")
+        return WRONG
+    except KeyboardInterrupt:
+        progress.close()
+        stderr.write("interrupted; the same command goes on from here\n")
+        return INTERRUPTED
+    progress.close()
+    stdout.write(tuned.table())
+    stdout.write(f"\nasked for: {tuned.aim}\n")
+    if tuned.chosen is None:
+        nearest = min(tuned.trials, key=lambda trial: trial.distance)
+        stdout.write(f"none is; the nearest is {nearest.recipe}, at {nearest.distance:.4f}. {arguments.out / PAGE}\n")
+        return NONE
+    stdout.write(f"found, an approximation: {tuned.chosen.recipe}\n{arguments.out / RECIPE}, {arguments.out / PAGE}\n")
+    return FOUND
+
+
+def prompts_for(arguments: argparse.Namespace, prompts_of: Any) -> list[str]:
+    """Those that were given, or those that come with a model."""
+    from stgfast import toy
+    from stgfast.errors import SettingsError
+
+    if arguments.prompts:
+        return list(prompts_of(arguments.prompts))
+    if arguments.model == "toy":
+        return list(toy.PROMPTS)
+    raise SettingsError("prompts: got none, expected some like those that are to be rendered, or a .txt file of them")
+
+
+class Progress:
+    """A bar of the clips that are to be made; it gets shorter as recipes are given up."""
+
+    def __init__(self, stderr: TextIO, *, quiet: bool):
+        self.stderr, self.quiet = stderr, quiet
+        self.bar: Any = None
+
+    def show(self, event: dict[str, Any]) -> None:
+        if self.quiet:
+            return
+        if event["event"] != "made":
+            if self.bar is None:
+                self.stderr.write(f"{event['event']}\n")
+            return
+        if self.bar is None:
+            from tqdm import tqdm
+
+            self.bar = tqdm(unit="clip", file=self.stderr, dynamic_ncols=True)
+        left = event["recipes"] - event["made"] + (event["of"] - event["clip"] - 1) * event["recipes"]
+        self.bar.total = self.bar.n + 1 + left
+        self.bar.update(1)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None

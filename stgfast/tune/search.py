@@ -1,0 +1,130 @@
+"""Which recipes are tried, which are given up on the way, and which one is chosen. No tensors here."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from stgfast.errors import SettingsError, wrong
+from stgfast.recipes import Recipe
+from stgfast.spacing import EVERY, Spacing, thinning
+
+SHARES = (1.0, 0.8, 0.65, 0.5, 0.4, 0.33, 0.25)  # of the usual steps
+FEWEST = 4  # steps
+FIRST = 4  # steps that compute before they thin out
+LOOKED_AT = 2  # clips of a recipe before it may be given up
+MUCH = 0.8  # as a part of another's distance: so much nearer is more than chance
+
+
+@dataclass
+class Trial:
+    """A recipe, and what is known of it."""
+
+    recipe: Recipe
+    cost: float  # in parts of the usual clip's block-rows
+    distances: dict[int, float] = field(default_factory=dict)  # from the converged clip, by the number of the clip
+    seconds: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def distance(self) -> float:
+        return statistics.median(self.distances.values()) if self.distances else math.inf
+
+    def times(self, usual: Trial) -> float:
+        """What its clips take, in parts of the usual ones."""
+        both = [self.seconds[clip] / usual.seconds[clip] for clip in self.seconds if usual.seconds.get(clip)]
+        return statistics.median(both) if both else math.nan
+
+
+def candidates(usual: Recipe, solvers: Sequence[str], *, weak: bool, cfg: bool) -> Iterator[Recipe]:
+    """Recipes for a model whose usual clip is `usual`: by these solvers, the best guesses first.
+
+    `weak`, `cfg`: whether there are weak branches, and an unconditional one, that can be carried on.
+    """
+    counts = sorted({max(FEWEST, round(usual.steps * share)) for share in SHARES}, reverse=True)
+    for solver in sorted({*solvers, usual.solver}, key=lambda name: (name != "unipc", name)):
+        for steps in counts:
+            exact = replace(usual, solver=solver, steps=steps)
+            if exact != usual:
+                yield exact
+            if not (weak or cfg) or steps <= FIRST:
+                continue
+            thinned = dict.fromkeys(thinning(steps, FIRST, growth) for growth in (0.1, 0.2))
+            spacings: list[tuple[Spacing, int]] = [(2, 2), (2, 1), *((named, 1) for named in thinned)]
+            for spacing, order in spacings:
+                reuse, reuse_cfg = spacing if weak else EVERY, spacing if cfg else EVERY
+                yield replace(exact, reuse=reuse, reuse_cfg=reuse_cfg, reuse_order=order)
+
+
+def given_up(trials: Sequence[Trial]) -> list[Trial]:
+    """Those that another one beats: for no more work it is much nearer, over the clips that both made."""
+    seen = [trial for trial in trials if len(trial.distances) >= LOOKED_AT]
+    return [
+        trial
+        for trial in seen
+        if any(other.cost <= trial.cost and _ratio(other, trial) < MUCH for other in seen if other is not trial)
+    ]
+
+
+def _ratio(one: Trial, other: Trial) -> float:
+    """Of their distances, in the mean."""
+    both = one.distances.keys() & other.distances.keys()
+    if not both or not all(one.distances[clip] and other.distances[clip] for clip in both):
+        return 1.0
+    return math.exp(statistics.fmean(math.log(one.distances[clip] / other.distances[clip]) for clip in both))
+
+
+def front(trials: Sequence[Trial]) -> list[Trial]:
+    """Of those that made the most clips: what no other one is both cheaper and nearer than, by cost."""
+    most = max(len(trial.distances) for trial in trials)
+    whole = [trial for trial in trials if len(trial.distances) == most]
+    found: list[Trial] = []
+    for trial in sorted(whole, key=lambda trial: (trial.cost, trial.distance)):
+        if not found or trial.distance < found[-1].distance:
+            found.append(trial)
+    return found
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What to find: the cheapest recipe within a distance, or the nearest one within a cost; where neither is given,
+    the cheapest that is as near as the usual clip."""
+
+    distance: float | None = None
+    cost: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.distance is not None and self.cost is not None:
+            raise SettingsError("distance and cost: got both, expected one of them")
+        for name in ("distance", "cost"):
+            number = getattr(self, name)
+            if number is not None and not (isinstance(number, (int, float)) and math.isfinite(number) and number > 0):
+                raise wrong(name, number, "a number above 0")
+
+    def choose(self, trials: Sequence[Trial], usual: Trial) -> Trial | None:
+        """None where there is none."""
+        best = front(trials)
+        if self.cost is not None:
+            within = [trial for trial in best if trial.cost <= self.cost]
+            return within[-1] if within else None
+        limit = usual.distance if self.distance is None else self.distance
+        return next((trial for trial in best if trial.distance <= limit), None)
+
+    def __str__(self) -> str:
+        if self.cost is not None:
+            return f"the nearest within {self.cost:g} of the usual clip's block-rows"
+        within = "as near as the usual clip" if self.distance is None else f"within {self.distance:g}"
+        return f"the cheapest that is {within}"
+
+
+def described(trial: Trial, usual: Trial, about: Mapping[str, object]) -> Recipe:
+    """Its recipe, with what was found."""
+    measured = {
+        "distance": round(trial.distance, 5),
+        "cost": round(trial.cost, 4),
+        "seconds": round(trial.times(usual), 3),
+        "clips": len(trial.distances),
+        "usual": {"steps": usual.recipe.steps, "distance": round(usual.distance, 5)},
+    }
+    return replace(trial.recipe, found={**measured, **about})
