@@ -28,6 +28,14 @@ from stgfast.version import __version__
 from tests.render import pipes
 
 pytestmark = pytest.mark.xdist_group("ray")  # one Ray for all of them
+
+
+def test_one_worker_has_all_of_these(request):
+    """Else every worker would start a Ray of its own."""
+    if getattr(request.config.option, "loadgroup", False):
+        assert request.node.nodeid.endswith("@ray")
+
+
 TEXT = {"pipeline": {"max_sequence_length": 16}}
 
 
