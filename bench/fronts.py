@@ -1,37 +1,167 @@
-"""Error against cost on the model in the package, as the README beside this has it: made of bench/results/front.jsonl.
+"""Error against cost on the model in the package, as two READMEs and a plot have it: made of bench/results/front.jsonl.
 
-python bench/fronts.py           the table
-python bench/fronts.py --check   is it what that README has?
-python bench/fronts.py --write   put it there
+python bench/fronts.py           the tables
+python bench/fronts.py --check   are they what the READMEs have, and is the plot?
+python bench/fronts.py --write   put them there
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from pathlib import Path
+from typing import Any
 
 import readme
 
 RESULTS = Path(__file__).parent / "results" / "front.jsonl"
+PLOT = RESULTS.with_suffix(".svg")
 PAGE = Path(__file__).parent / "README.md"
+BASE = "Euler, 48 steps"
+Row = Mapping[str, Any]
+# What is drawn alike: colours on a light ground and on a dark one.
+KINDS = {
+    "Euler": ("#8a897f", "#a3a198"),
+    "UniPC": ("#2456c9", "#7aa2ff"),
+    "DPM++": ("#2e7d4f", "#74c796"),
+    "reuse": ("#b8237a", "#ff8fcb"),
+    "caches": ("#b3531e", "#f0a06a"),
+}
+W, H, LEFT, RIGHT, TOP, BOTTOM = 760, 430, 56, 14, 12, 62
+WIDEST = 1.05  # of the costs that are drawn
+LEVELS = (0.01, 0.02, 0.05, 0.1, 0.2)
 
 
-def table() -> str:
-    """By cost, and with what no other way is both cheaper and closer than in bold."""
-    rows = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
-    rows.sort(key=lambda row: (row["cost"], row["distance"]))
-    lines = ["| way | cost | distance | 95% |", "| --- | --- | --- | --- |"]
-    closest = float("inf")
+def rows_of(path: Path = RESULTS) -> list[Row]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return sorted(rows, key=lambda row: (row["cost"], row["distance"]))
+
+
+def best_of(rows: Sequence[Row]) -> list[Row]:
+    """What no other way is both cheaper and closer than."""
+    found: list[Row] = []
     for row in rows:
-        way = f"**{row['way']}**" if row["distance"] < closest else row["way"]
-        closest = min(closest, row["distance"])
-        lines.append(f"| {way} | {row['cost']:.2f} | {row['distance']:.4f} | {row['distance, 95%']:.4f} |")
+        if not found or row["distance"] < found[-1]["distance"]:
+            found.append(row)
+    return found
+
+
+def kind_of(row: Row) -> str:
+    return "caches" if row["peer"] else "reuse" if row["order"] is not None else row["solver"]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """By cost, and with what no other way is both cheaper and closer than in bold."""
+    best = {row["way"] for row in best_of(rows)}
+    lines = ["| way | cost | seconds | distance | 95% |", "| --- | --- | --- | --- | --- |"]
+    for row in rows:
+        way = f"**{row['way']}**" if row["way"] in best else row["way"]
+        lines.append(f"| {way} | {figures(row)} | {row['distance, 95%']:.4f} |")
     return "\n".join(lines) + "\n"
 
 
+def short(rows: Sequence[Row]) -> str:
+    """The cheapest way of every kind that is as close as the usual one, or the closest there is."""
+    (base,) = (row for row in rows if row["way"] == BASE)
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        peer = row["peer"].partition(",")[0] if row["peer"] else ""
+        name = f"{peer}, {row['solver']}" if peer else f"{row['solver']}{', reuse' if kind_of(row) == 'reuse' else ''}"
+        kinds.setdefault(name, []).append(row)
+    chosen = [
+        next((row for row in kind if row["distance"] <= base["distance"]), min(kind, key=lambda row: row["distance"]))
+        for kind in kinds.values()
+    ]
+    chosen.sort(key=lambda row: (row["distance"] > base["distance"], row["cost"]))
+    lines = ["| as close as 48 exact Euler steps | cost | seconds | distance |", "| --- | --- | --- | --- |"]
+    for number, row in enumerate(chosen):
+        if row["distance"] > base["distance"] and (not number or chosen[number - 1]["distance"] <= base["distance"]):
+            lines.append("| *not as close at any cost that was tried:* | | | |")
+        lines.append(f"| {row['way']} | {figures(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def figures(row: Row) -> str:
+    return f"{row['cost']:.2f} | {row['seconds']:.2f} | {row['distance']:.4f}"
+
+
+def plot(rows: Sequence[Row]) -> str:
+    """Distance up, on a logarithmic scale, by cost."""
+    shown = [row for row in rows if row["cost"] <= WIDEST]
+    low, high = (edge(row["distance"] for row in shown) for edge in (min, max))
+    bottom, top = math.log(low / 1.12), math.log(high * 1.12)
+
+    def x(cost: float) -> float:
+        return round(LEFT + (W - LEFT - RIGHT) * cost / WIDEST, 1)
+
+    def y(distance: float) -> float:
+        return round(H - BOTTOM - (H - BOTTOM - TOP) * (math.log(distance) - bottom) / (top - bottom), 1)
+
+    def drawn() -> Iterator[str]:
+        yield f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {W} {H}" font-family="sans-serif" font-size="12">'
+        yield f"<style>{STYLE}</style>"
+        yield f'<rect class="ground" width="{W}" height="{H}"/>'
+        for level in LEVELS:
+            if low / 1.12 <= level <= high * 1.12:
+                yield f'<line class="line" x1="{LEFT}" x2="{W - RIGHT}" y1="{y(level)}" y2="{y(level)}"/>'
+                yield f'<text x="{LEFT - 6}" y="{y(level) + 4}" text-anchor="end">{level:g}</text>'
+        for cost in (0.2, 0.4, 0.6, 0.8, 1.0):
+            yield f'<text x="{x(cost)}" y="{H - BOTTOM + 18}" text-anchor="middle">{cost:g}</text>'
+        yield f'<text x="{W - RIGHT}" y="{H - BOTTOM + 34}" text-anchor="end">block-rows, in parts of {escape(BASE)}</text>'
+        yield f'<text x="{LEFT}" y="{TOP + 2}">distance from the converged clip</text>'
+        for kind in ("Euler", "UniPC", "DPM++"):
+            points = " ".join(f"{x(row['cost'])},{y(row['distance'])}" for row in shown if kind_of(row) == kind)
+            yield f'<polyline class="{named(kind)}" points="{points}"/>'
+        for row in sorted(shown, key=lambda row: [*KINDS].index(kind_of(row))):
+            title = f"<title>{escape(row['way'])}: {row['cost']:.2f}, {row['distance']:.4f}</title>"
+            place = f'cx="{x(row["cost"])}" cy="{y(row["distance"])}"'
+            yield f'<circle class="{named(kind_of(row))}" {place} r="3.5">{title}</circle>'
+        for number, (kind, said) in enumerate(SAID.items()):
+            across = LEFT + (0, 88, 176, 284, 480)[number]
+            yield f'<circle class="{named(kind)}" cx="{across}" cy="{H - 14}" r="4"/>'
+            yield f'<text x="{across + 9}" y="{H - 10}">{said}</text>'
+        yield "</svg>"
+
+    return "\n".join(drawn()) + "\n"
+
+
+SAID = {
+    "Euler": "Euler",
+    "UniPC": "UniPC",
+    "DPM++": "DPM-Solver++",
+    "reuse": "with differences carried on",
+    "caches": "caches of other libraries",
+}
+
+
+def named(kind: str) -> str:
+    return kind.replace("+", "p").lower()
+
+
+def _style(number: int, ground: str, line: str, ink: str) -> str:
+    kinds = "".join(
+        f".{named(kind)}{{fill:{colours[number]};stroke:{colours[number]}}}" for kind, colours in KINDS.items()
+    )
+    return f".ground{{fill:{ground}}}.line{{stroke:{line}}}text{{fill:{ink}}}{kinds}polyline{{fill:none}}"
+
+
+STYLE = (
+    f"{_style(0, '#ffffff', '#deded8', '#3c3c38')}"
+    f"@media(prefers-color-scheme:dark){{{_style(1, '#161615', '#3a3935', '#c8c6be')}}}"
+)
+
+
 def main() -> int:
-    return readme.main("fronts.py", __doc__, {PAGE: table()})
+    rows = rows_of()
+    if sys.argv[1:] == ["--write"]:
+        PLOT.write_text(plot(rows), encoding="utf-8")
+    elif sys.argv[1:] == ["--check"] and PLOT.read_text(encoding="utf-8") != plot(rows):
+        print(f"{PLOT} is another plot; python bench/fronts.py --write")
+        return 1
+    return readme.main("fronts.py", __doc__, {readme.README: short(rows), PAGE: table(rows)})
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from stgfast.restart import restart
     from stgfast.schedules import BySigma
     from stgfast.solvers import solver
+    from stgfast.tune.run import tune
 
 # Where each name is. A name is imported when it is first asked for: reading settings needs no torch.
 _HOME = {
@@ -41,6 +42,7 @@ _HOME = {
     "restart": ("restart",),
     "schedules": ("BySigma",),
     "solvers": ("solver",),
+    "tune.run": ("tune",),
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _HOME.items() for name in names}
 
@@ -65,6 +67,7 @@ __all__ = [
     "restart",
     "restore",
     "solver",
+    "tune",
 ]
 
 

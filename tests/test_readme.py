@@ -86,7 +86,10 @@ def test_the_job_that_is_shown(tmp_path):
     assert job.guidance == Guidance(Perturbation([30]))
 
 
-@pytest.mark.parametrize(("page", "commands"), [("stgfast/render", ("render", "sweep")), ("bench", ("bench",))])
+@pytest.mark.parametrize(
+    ("page", "commands"),
+    [("stgfast/render", ("render", "sweep")), ("bench", ("bench",)), ("stgfast/tune", ("tune", "render"))],
+)
 def test_the_options_that_are_named(page, commands, capsys):
     for command in commands:
         with pytest.raises(SystemExit):

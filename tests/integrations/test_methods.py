@@ -193,6 +193,12 @@ def kept(guidance, scale, phi=0.0):
     reused = [name for name, steps in every.items() if steps != 1]
 
     def formula(cond, uncond, weak, step):
+        strength_of_cfg = scale if guidance.cfg is None else guidance.cfg[step]
+        if not guidance.start <= step / 7 < guidance.stop:
+            return uncond + scale * (cond - uncond)
+        if guidance.cfg is not None and guidance.cfg[step] == 1:
+            uncond = None
+
         def known(name, base, prediction):
             if name not in reused:
                 return prediction
@@ -209,7 +215,7 @@ def kept(guidance, scale, phi=0.0):
 
         if uncond is not None:
             uncond = known("uncond", cond, uncond)
-        g = guided = cond if uncond is None else uncond + scale * (cond - uncond)
+        g = guided = cond if uncond is None else uncond + strength_of_cfg * (cond - uncond)
         plain = {"cond": cond, "uncond": uncond, "guided": guided}
         for number, (part, prediction) in enumerate(zip(guidance.perturbations, weak, strict=True)):
             strength = part.scale[step] if isinstance(part.scale, tuple) else part.scale
@@ -225,6 +231,10 @@ def kept(guidance, scale, phi=0.0):
 
 BOTH = Guidance([Perturbation([3]), Perturbation([1], kind="attention", scale=0.5)], reuse=2, reuse_cfg=3)
 REUSED = {
+    "with CFG off for a while": Guidance(
+        Perturbation([3]), cfg=[3, 3, 3, 1, 3, 3, 3], reuse=2, reuse_cfg=3, reuse_order=1
+    ),
+    "in a part of the run": Guidance(Perturbation([3]), start=0.2, stop=0.8, reuse=2, reuse_cfg=3),
     "in named steps": dataclasses.replace(BOTH, reuse=(0, 2, 3), reuse_cfg=(1, 2, 4, 5), reuse_order=1),
     "a perturbed branch": Guidance(Perturbation([3], scale=1.5), reuse=2, reuse_order=0),
     "rescaled": Guidance(Perturbation([3], kind="attention"), reuse=3, rescale=0.7, reuse_order=0),
