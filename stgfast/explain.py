@@ -176,10 +176,12 @@ def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArgument
     memory = KeptDifferences(guidance, guidance.bases)
     noisier = _noisier(pipe, adapter, guidance, call, steps)
 
+    models = _models(pipe, adapter, guidance, call, steps)
+
     def computed(needed: frozenset[str], step: int) -> frozenset[str]:
         if step in noisier:
             memory.forget()
-        return needed - memory.recalled(needed, step, "")
+        return needed - memory.recalled(needed, step, models[step])
 
     def phase(step: int) -> tuple[dict[str, float], float, frozenset[str]]:
         moment = Moment(step, steps, sigmas[step])
@@ -209,6 +211,7 @@ def _announced(
     """Where the pipeline asks for its weak branches, and combines, itself."""
     steps, seen, layout = fitted.adapter.steps_of_run(fitted.pipe, call), copy.copy(fitted.pipe), fitted.layouts[name]
     memory, noisier = memory_for(announced, guidance), _noisier(fitted.pipe, fitted.adapter, guidance, call, steps)
+    models = _models(fitted.pipe, fitted.adapter, guidance, call, steps)
     passes, recalled = [], []
     for step in range(steps):
         moment = Moment(step, steps)
@@ -216,7 +219,7 @@ def _announced(
         passes.append(announced.passes(seen, call, guidance, moment, name))
         if step in noisier:
             memory.forget()
-        recalled.append(memory.recalled(passes[step].differing, step, ""))
+        recalled.append(memory.recalled(passes[step].differing, step, models[step]))
     phases = []
     for _, same in itertools.groupby(range(steps), key=lambda step: passes[step]):
         run = list(same)
@@ -243,6 +246,13 @@ def _noisier(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArgument
     """The steps before which what is kept is forgotten."""
     restarts = guidance.reuses and hasattr(getattr(pipe, "scheduler", None), "restarts")
     return _ahead(pipe, adapter, call, steps, steps_back) if restarts else ()
+
+
+def _models(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, steps: int) -> Sequence[str]:
+    """The denoiser of every step, where what is kept is that of one of two."""
+    two = guidance.reuses and adapter.second_below(pipe) is not None
+    known: Sequence[str] = _ahead(pipe, adapter, call, steps, adapter.called) if two else [""] * steps
+    return known
 
 
 def _ahead(pipe: Any, adapter: Adapter, call: CallArguments, steps: int, known: Callable[[Any, int], Any]) -> Any:

@@ -29,6 +29,7 @@ KEPT = {
     "integrations/test_families.py::test_blur_equals_the_plain_method": FIRST,
     "integrations/test_families.py::test_equals_the_plain_method": f"attention, .*|.*-({FIRST})",
     "integrations/test_families.py::test_explain_counts_what_runs": FIRST,
+    "integrations/test_families.py::test_explain_counts_what_runs_where_.*": FIRST,
     "integrations/test_families.py::test_no_history_runs_twice": FIRST,
     "integrations/test_families.py::test_no_worse_than_the_plain_method": FEW,
     "integrations/test_families.py::test_scale_0_and_restore_leave_the_stock_result": FIRST,

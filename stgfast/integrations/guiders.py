@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from stgfast.errors import SettingsError
 from stgfast.formulas import COND, UNCOND
 from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Adapter, Announced, Passes, nothing_missing
-from stgfast.integrations.steps import CallArguments
+from stgfast.integrations.steps import CallArguments, schedule_of_call, steps_of_call
 from stgfast.kinds import ATTENTION, BLUR, RESIDUAL
 from stgfast.perturbation import Perturbation
 from stgfast.schedules import Moment
@@ -58,13 +58,17 @@ def guided_by(adapter: Adapter, pipeline: str, **changes: Any) -> Adapter:
 
 
 def steps_of_modular_call(call: CallArguments) -> int:
+    return steps_of_call(_given_to(call))
+
+
+def schedule_of_modular_call(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
+    return schedule_of_call(pipe, _given_to(call))
+
+
+def _given_to(call: CallArguments) -> dict[str, Any]:
     """A modular pipeline's call names no arguments: what is left out has the default of the pipeline's blocks."""
-    given = call["kwargs"]
-    own = next((given[name] for name in ("timesteps", "sigmas") if given.get(name) is not None), None)
-    if own is not None:
-        return len(own)
-    inputs = {each.name: each.default for each in call["self"].blocks.inputs}
-    return int(given.get("num_inference_steps", inputs["num_inference_steps"]))
+    defaults = {each.name: each.default for each in call["self"].blocks.inputs}
+    return {"num_inference_steps": defaults["num_inference_steps"], **call["kwargs"]}
 
 
 def name_of(guider: Any) -> str:

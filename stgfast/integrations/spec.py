@@ -74,6 +74,10 @@ def always(pipe: Any) -> bool:
     return True
 
 
+def never(pipe: Any) -> float | None:
+    return None
+
+
 def nothing_within(pipe: Any) -> AbstractContextManager[None]:
     return nullcontext()
 
@@ -162,6 +166,7 @@ class Adapter:
     own_solver   why its steps cannot be made by another solver over the same sigmas, if so
     within       what has to hold around a whole call
     denoisers    the pipeline's components that are called for steps; those that are None are not
+    second_below the time below which the second of two denoisers is called, where there are two
     sample       the argument of a denoiser that has what is to be denoised
     """
 
@@ -189,6 +194,7 @@ class Adapter:
     own_solver: str = ""
     within: Callable[[Any], AbstractContextManager[None]] = nothing_within
     denoisers: tuple[str, ...] = ("transformer",)
+    second_below: Callable[[Any], float | None] = never
     sample: str = "hidden_states"
 
     def __post_init__(self) -> None:
@@ -217,6 +223,12 @@ class Adapter:
         steps = self.steps_asked(call)
         restarts = getattr(getattr(pipe, "scheduler", None), "restarts", None)
         return steps if restarts is None else steps + int(restarts(**self.schedule(pipe, call)))
+
+    def called(self, pipe: Any, steps: int) -> list[str]:
+        """The denoiser of each of the so many steps to come, once the scheduler has its timesteps."""
+        below = self.second_below(pipe)
+        times = [float(time) for time in pipe.scheduler.timesteps[-steps:]]
+        return [self.denoisers[below is not None and time < below] for time in times]
 
     def on(self, pipe: Any) -> Fitted:
         """This adapter on one pipeline."""

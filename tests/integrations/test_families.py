@@ -160,6 +160,24 @@ def test_explain_counts_what_runs(family):
 
 
 @every
+def test_explain_counts_what_runs_where_branches_are_carried_on(family):
+    cfg = family.cfg is not None
+    weak = Perturbation([family.layers[1]], kind=family.kinds[0])
+    guidance = Guidance(weak, reuse=2, reuse_cfg=2 if cfg else 1, reuse_order=0)
+    stock, pipe = family.pipe(), stgfast.accelerate(family.pipe(), guidance)
+    with family.counted(stock) as plain:
+        family.run(stock, cfg=cfg)
+    with family.counted(pipe) as rows:
+        family.run(pipe, cfg=cfg)
+    explained = stgfast.explain(pipe, **family.arguments(1, cfg=cfg))
+    exact = stgfast.explain(pipe, **family.arguments(1, cfg=cfg), stg=guidance.exact)
+    # In parts of what the layer computes without guidance, which is known in block-rows.
+    parts = [made / per for made, per in zip(rows, plain, strict=True)]
+    assert explained.block_rows == pytest.approx(explained.cfg_alone * sum(parts) / len(parts))
+    assert explained.block_rows < exact.block_rows or len(family.denoisers(pipe)) > 1  # each begins anew
+
+
+@every
 def test_a_call_without_the_cfg_that_its_guidance_needs_is_told_how_to_ask_for_it(family):
     pipe = family.pipe()
     guiders = [name for name in ("guider", "guider_2") if getattr(pipe, name, None) is not None]

@@ -357,3 +357,4 @@ def test_the_two_models_of_wan_keep_nothing_for_one_another():
     assert rows[depth - 1] > 1
     assert rows[2 * depth - 1] > 1
     assert rows[depth - 1] + rows[2 * depth - 1] == 2 * 6 + 2  # cond and uncond in every step, weak once for each
+    assert stgfast.explain(pipe, **family.arguments(1) | {"num_inference_steps": 6}).block_rows == sum(rows)

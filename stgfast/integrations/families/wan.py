@@ -12,8 +12,8 @@ from torch import nn
 from stgfast.batching.arguments import unwrapped
 from stgfast.batching.layout import Blocks, Grid, Unit
 from stgfast.guidance import Guidance
-from stgfast.integrations.guiders import guided_by, steps_of_modular_call
-from stgfast.integrations.spec import ONE, Adapter, Clips, patches
+from stgfast.integrations.guiders import guided_by, schedule_of_modular_call, steps_of_modular_call
+from stgfast.integrations.spec import ONE, Adapter, Clips, never, patches
 from stgfast.integrations.steps import CallArguments, steps_of_call
 from stgfast.presets import PRESETS
 
@@ -24,6 +24,11 @@ def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
         return None
     second = call.get("guidance_scale_2") if denoiser == "transformer_2" else None
     return float(call["guidance_scale"] if second is None else second)
+
+
+def second_below(pipe: Any) -> float | None:
+    ratio = pipe.config.get("boundary_ratio")
+    return None if ratio is None else float(ratio) * pipe.scheduler.config.num_train_timesteps
 
 
 def fps(config: Mapping[str, Any]) -> float:
@@ -57,6 +62,7 @@ WAN = Adapter(
         grid=Grid(patches),
     ),
     denoisers=("transformer", "transformer_2"),
+    second_below=second_below,
     live=live,
     unsupported=unsupported,
     defaults=Guidance.preset("wan"),
@@ -68,6 +74,7 @@ WAN_VIDEO = replace(
     WAN,
     pipeline="WanVideoToVideoPipeline",
     denoisers=("transformer",),
+    second_below=never,
     steps_asked=functools.partial(steps_of_call, strength="strength"),
 )
 WAN_VACE = replace(
@@ -81,5 +88,5 @@ WAN_VACE = replace(
         full=True,  # a hint is added after some of the blocks
     ),
 )
-WAN_MODULAR = guided_by(WAN, "WanModularPipeline", steps_asked=steps_of_modular_call)
+WAN_MODULAR = guided_by(WAN, "WanModularPipeline", steps_asked=steps_of_modular_call, schedule=schedule_of_modular_call)
 WAN_22_MODULAR = replace(WAN_MODULAR, pipeline="Wan22ModularPipeline")
