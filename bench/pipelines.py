@@ -30,10 +30,15 @@ from stgfast.integrations import ADAPTERS
 from stgfast.integrations.open_sora import MODELS as OPEN_SORA
 from stgfast.integrations.spec import Adapter
 from stgfast.schedules import Moment
+from stgfast.spacing import thinning
 
 PAGE = readme.README.parent / "stgfast" / "integrations" / "README.md"
 HEAD = ("model", "pipelines", "called", "layers", "settings", "from", "block-rows: plain, stgfast, CFG alone", "saved")
-SHORT = ("", "weakened, where nothing else is said", "plainly", "stgfast")
+SHORT = ("", "weakened, where nothing else is said", "plainly", "stgfast", "by a recipe")
+USUAL_STEPS = 50
+RECIPE = thinning(20, 4, 0.1)  # of 20 steps those that compute all branches
+FLOW = "FlowMatchEulerDiscreteScheduler"
+OWN_UNIPC = ("WanPipeline", "WanVACEPipeline", "SkyReelsV2Pipeline")  # as they are released
 FIRST = Moment(0, 1)
 SOME_CFG = 4.0
 
@@ -213,11 +218,12 @@ def arguments_of(name: str) -> dict[str, Any]:
 
 
 class Counted(NamedTuple):
-    """Block-rows of a guided step."""
+    """Block-rows of a step, guided or not."""
 
     plain: int
     shared: int
     cfg: int  # alone
+    cond: int  # alone
 
 
 @functools.cache
@@ -230,7 +236,9 @@ def counted(model: Model) -> tuple[Counted, Adapter, int]:
         plans = plans_of(name, adapter, denoiser)
         weak = sum(branch.name != branch.source for plan in plans for branch in plan.branches)
         branches, depth = sum(len(plan.branches) for plan in plans), len(plans[0].steps)
-        counts.add(Counted(branches * depth, sum(sum(plan.computed) for plan in plans), (branches - weak) * depth))
+        counts.add(
+            Counted(branches * depth, sum(sum(plan.computed) for plan in plans), (branches - weak) * depth, depth)
+        )
     (count, *differing), first = counts, next(iter(adapters.values()))
     assert not differing, f"pipelines of {model.name} that are not alike: {counts}"
     return count, first, first.blocks.of(denoiser).layers
@@ -246,7 +254,7 @@ def row(model: Model) -> list[str]:
         str(layers),
         own_settings(model.pipelines[0]) if first.protocol == "announced" else str(first.defaults),
         first.source,
-        ", ".join(map(str, count)),
+        ", ".join(map(str, count[:3])),
         f"{1 - count.shared / count.plain:.1%}",
     ]
 
@@ -254,7 +262,18 @@ def row(model: Model) -> list[str]:
 def short(model: Model) -> list[str]:
     count, first, _ = counted(model)
     settings = "as its pipeline has it" if first.protocol == "announced" else str(first.defaults).partition(";")[0]
-    return [model.name, settings, *(f"{each / count.cfg - 1:+.0%}" for each in (count.plain, count.shared))]
+    clip = len(RECIPE) * count.shared + (20 - len(RECIPE)) * count.cond
+    made = f"{clip / (USUAL_STEPS * count.cfg) - 1:+.0%}" if takes_a_solver(model.pipelines[0], first) else ""
+    return [model.name, settings, *(f"{each / count.cfg - 1:+.0%}" for each in (count.plain, count.shared)), made]
+
+
+def takes_a_solver(name: str, adapter: Adapter) -> bool:
+    """Whether it is released with Euler steps of flow matching that another solver can make, or with UniPC."""
+    made = inspect.signature(getattr(diffusers, name, object)).parameters.get("scheduler")
+    inverted = name == "MochiPipeline"
+    return name in OWN_UNIPC or (
+        made is not None and FLOW in str(made.annotation) and not adapter.own_solver and not inverted
+    )
 
 
 def own_settings(name: str) -> str:

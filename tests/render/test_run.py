@@ -98,10 +98,17 @@ class Decoder:
         pipe.vae.__class__ = Watched
 
 
-@pytest.mark.parametrize("family", ["wan", "ltx", "mochi", "cogvideox"])
-def test_a_clip_is_the_same_in_any_company(tmp_path, latents, family):
-    pipe = stgfast.accelerate(pipes.pipeline(family), Guidance(Perturbation([1]), rescale=0.5))
-    jobs = some(5, width=32, num_frames=9 if family == "ltx" else 5, steps=3)
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        *(pytest.param(family, {}, id=family) for family in ("wan", "ltx", "mochi", "cogvideox")),
+        pytest.param("ltx", {"reuse": 2, "reuse_cfg": [0, 1, 3]}, id="ltx, carried on"),
+    ],
+)
+def test_a_clip_is_the_same_in_any_company(tmp_path, latents, family, more):
+    steps = 5 if more else 3
+    pipe = stgfast.accelerate(pipes.pipeline(family), Guidance(Perturbation([1]), rescale=0.5, **more))
+    jobs = some(5, width=32, num_frames=9 if family == "ltx" else 5, steps=steps)
     del jobs[4]["pipeline"], jobs[4]["name"]
     jobs[4] |= {"pipeline": {**TEXT["pipeline"], "guidance_scale": 2.0}, "name": "k4"}
     events = []
@@ -114,7 +121,7 @@ def test_a_clip_is_the_same_in_any_company(tmp_path, latents, family):
     plain = pipe(  # as anybody would call it
         **{key: value for key, value in jobs[1].items() if key not in ("seed", "name", "steps", "pipeline")},
         max_sequence_length=16,
-        num_inference_steps=3,
+        num_inference_steps=steps,
         generator=torch.Generator().manual_seed(1),
         output_type="np",
     ).frames[0]
