@@ -35,7 +35,7 @@ KEPT = {
     "integrations/test_families.py::test_scale_0_and_restore_leave_the_stock_result": FIRST,
     "integrations/test_guiders.py::test_shared_passes_are_the_guiders_own": ".*(original formulation|part.*|CFG)",
     "integrations/test_ltx2.py::test_equals_its_own_four_passes": "2.0-its defaults|2.3-(its|two|CFG).*",
-    "integrations/test_methods.py::test_reuse": "Mochi-(both.*|with.*)|Wan-(both|against.*)|.*Diffusion-rescaled",
+    "integrations/test_methods.py::test_reuse": "Mochi-(both.*|with.*|in .*)|Wan-(both|against.*)|.*Diffusion-rescaled",
     "integrations/test_methods.py::test_two_terms": "0.0-False-Latte|0.7-True-.*",
     "kernels/test_combination.py::test_every_count_as_it_is_cut": "bf16-.*|.*-8",
     "kernels/test_combination.py::test_projected": "orthogonal-.*|along (a sum|the base, but.*)-bf16.*",

@@ -262,8 +262,8 @@ FAULTS = [
     Fault(
         "differences kept one step too long",
         "reuse.py",
-        "step - computed[-1] >= self.every[name]",
-        "step - computed[-1] > self.every[name]",
+        "else step - computed[-1] >= spacing",
+        "else step - computed[-1] > spacing",
         "tests/integrations/test_methods.py -k reuse",
     ),
     Fault(
@@ -283,8 +283,8 @@ FAULTS = [
     Fault(
         "refreshes that are not staggered",
         "reuse.py",
-        "WARM + number % self.every[name]",
-        "WARM",
+        "return WARM + number % spacing",
+        "return WARM",
         "tests/integrations/test_methods.py -k reuse",
     ),
     Fault(
@@ -307,6 +307,77 @@ FAULTS = [
         "if model != self.model:",
         "if not self.model:",
         "tests/integrations/test_methods.py -k two_models",
+    ),
+    Fault(
+        "a pass of LTX-2 that is kept as another's",
+        "announced.py",
+        "return KeptDifferences(guidance, dict.fromkeys(announced.weak, COND))",
+        "return KeptDifferences(guidance, dict.fromkeys(announced.weak[:1], COND))",
+        "tests/integrations/test_ltx2.py -k reuse",
+    ),
+    Fault(
+        "a plain copy that is taken for a difference",
+        "integrations/spec.py",
+        "alike = {COND, *(name for name, part in self.weak.items() if part is None)}",
+        "alike = {COND}",
+        "tests/integrations/test_ltx2.py -k reuse",
+    ),
+    Fault(
+        "named steps that are every step",
+        "reuse.py",
+        "return step in spacing if isinstance(spacing, tuple)",
+        "return True if isinstance(spacing, tuple)",
+        "tests/integrations/test_methods.py -k 'reuse or named'",
+    ),
+    Fault(
+        "the wrong one of two denoisers",
+        "integrations/spec.py",
+        "below is not None and time < below",
+        "False",
+        "tests/integrations/test_methods.py -k two_models",
+    ),
+    # Recipes
+    Fault(
+        "a recipe for another model",
+        "recipes.py",
+        "self._check(model_of(pipe, adapter))",
+        "pass",
+        "tests/test_recipes.py",
+    ),
+    Fault(
+        "a recipe for other steps",
+        "recipes.py",
+        "if asked != self.steps:",
+        "if False:",
+        "tests/test_recipes.py",
+    ),
+    Fault(
+        "a solver of a recipe that stays",
+        "install.py",
+        "if before is not None and before.recipe is not None:",
+        "if False:",
+        "tests/test_recipes.py",
+    ),
+    Fault(
+        "clips of a recipe that are taken for others",
+        "render/models.py",
+        '"revision": self.revision, "solver": solver}',
+        '"revision": self.revision}',
+        "tests/test_recipes.py",
+    ),
+    Fault(
+        "a recipe that is given up too soon",
+        "tune/search.py",
+        "other.cost <= trial.cost and _ratio(other, trial) < MUCH",
+        "_ratio(other, trial) < MUCH",
+        "tests/tune/test_search.py",
+    ),
+    Fault(
+        "a search that forgets",
+        "tune/run.py",
+        "if key not in self.known.rows:",
+        "if True:",
+        "tests/tune/test_run.py -k goes_on",
     ),
     # Kernels
     Fault(
@@ -475,7 +546,7 @@ FAULTS = [
     ),
     Fault(
         "a seed that is another job's",
-        "render/worker.py",
+        "render/calls.py",
         "torch.Generator().manual_seed(job.seed) for job in jobs",
         "torch.Generator().manual_seed(jobs[0].seed) for job in jobs",
         "tests/render/test_run.py -k 'pipeline_itself or company or nothing or together or alone or depend'",

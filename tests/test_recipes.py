@@ -174,6 +174,8 @@ def test_a_folder_of_clips_by_a_recipe(tmp_path):
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Made by a recipe, approximately: unipc, 6 steps, reuse 2" in page
     assert '"approximate": "reuse 2; reuse_cfg but in steps 0, 1, 2, 4; order 1"' in page
+    other = dataclasses.replace(recipe, solver="dpm++")
+    assert stgfast.render("toy", jobs[:1], tmp_path / "out", format="npz", recipe=other).rendered == 1
     # A pipeline that was accelerated with one makes the same clips, and by another solver others.
     pipe = stgfast.accelerate(toy.pipeline(), toy.GUIDANCE, recipe=recipe)
     assert stgfast.render(pipe, [{**jobs[0], **toy.JOB, "steps": 6}], tmp_path / "mine", format="npz").rendered == 1

@@ -341,6 +341,7 @@ def test_named_steps_are_what_explain_counts(family):
     explained = stgfast.explain(pipe, **family.arguments(1) | steps)
     cfg = 1 if family.cfg is None else 2
     assert explained.block_rows == sum(8 * cfg * made / per for made, per in zip(rows, one, strict=True))
+    assert explained.block_rows < stgfast.explain(pipe, **family.arguments(1) | steps, stg=EXACT).block_rows
     assert "base - perturbed computed in steps 0, 1, 4, carried on by a parabola in the others" in str(explained)
     with pytest.raises(
         stgfast.SettingsError, match="reuse_cfg: got step 7, expected those of a run of 7 steps, from 0"
