@@ -18,6 +18,7 @@ from typing import Any
 import readme
 
 RESULTS = Path(__file__).parent / "results" / "front.jsonl"
+JUDGED = RESULTS.with_name("judged.json")
 PLOT = RESULTS.with_suffix(".svg")
 PAGE = Path(__file__).parent / "README.md"
 BASE = "Euler, 48 steps"
@@ -82,6 +83,33 @@ def short(rows: Sequence[Row]) -> str:
         if row["distance"] > base["distance"] and (not number or chosen[number - 1]["distance"] <= base["distance"]):
             lines.append("| *not as close at any cost that was tried:* | | | |")
         lines.append(f"| {row['way']} | {figures(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+NUMBERS = {  # of the judge: by what they are multiplied, and their digits
+    "right": ("all right, %", 100, 1),
+    "Fréchet": ("Fréchet distance", 1, 3),
+    "diversity": ("diversity", 1, 4),
+    "speed": ("speed, pixels", 1, 3),
+    "jerk": ("jerk, pixels", 1, 4),
+    "flicker": ("flicker, 1/1000", 1000, 2),
+    "saturation": ("saturation", 1, 4),
+}
+
+
+def judged(found: Mapping[str, Any]) -> str:
+    """What a recipe's clips are less exact ones, by the judge."""
+    lines = [
+        f"What {found['clips']} clips by a recipe are, less the same by {found['than']} steps with every branch:",
+        "",
+    ]
+    lines += [f"| by | {' | '.join(name for name, _, _ in NUMBERS.values())} |", "| --- " * (len(NUMBERS) + 1) + "|"]
+    for recipe, numbers in found["found"].items():
+        cells = []
+        for name, (_, times, digits) in NUMBERS.items():
+            value, half = (times * numbers[name][part] for part in ("value", "half"))
+            cells.append(f"{value:+.{digits}f} ± {half:.{digits}f}")
+        lines.append(f"| {recipe} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -162,7 +190,8 @@ def main() -> int:
     elif sys.argv[1:] == ["--check"] and PLOT.read_text(encoding="utf-8") != plot(rows):
         print(f"{PLOT} is another plot; python bench/fronts.py --write")
         return 1
-    return readme.main("fronts.py", __doc__, {readme.README: short(rows), PAGE: table(rows)})
+    found = json.loads(JUDGED.read_text(encoding="utf-8"))
+    return readme.main("fronts.py", __doc__, {readme.README: short(rows), PAGE: f"{table(rows)}\n{judged(found)}"})
 
 
 if __name__ == "__main__":

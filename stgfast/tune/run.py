@@ -143,8 +143,7 @@ class Search:
 
     def _steps(self) -> int:
         """Of a usual clip."""
-        call = {**self._call(self.jobs[0]), "prompt": self.jobs[0].prompt}
-        return sum(phase.steps for phase in explain(self.pipe, **call).phases)
+        return sum(phase.steps for phase in explain(self.pipe, **self._call(self.jobs[0])).phases)
 
     def _takes(self, solver: str) -> bool:
         try:
@@ -210,13 +209,14 @@ class Search:
         accelerate(self.pipe, self.given, recipe=recipe)
         begun = time.monotonic()
         with torch.no_grad():
-            made = self.pipe(**self._call(self.jobs[number], recipe))[0]
-        if not isinstance(made, Tensor):
+            made = self.pipe(**self._call(self.jobs[number], recipe)).to_tuple()
+        latents = [part.double().cpu().flatten() for part in made if isinstance(part, Tensor)]  # sound too
+        if not isinstance(made[0], Tensor):
             raise SettingsError(
-                f"latents of {self.adapter.pipeline}: got {type(made).__name__}, expected a tensor, which "
+                f"latents of {self.adapter.pipeline}: got {type(made[0]).__name__}, expected a tensor, which "
                 f"output_type='latent' gives of other pipelines"
             )
-        return made.detach().double().cpu(), time.monotonic() - begun
+        return torch.cat(latents), time.monotonic() - begun
 
     def _show(self, tuned: Tuned) -> None:
         """The page, with clips of the first prompts: usual, by the recipe, and converged."""
