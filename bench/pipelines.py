@@ -203,7 +203,7 @@ def plans_of(name: str, adapter: Adapter, denoiser: nn.Module) -> list[Plan]:
         vars(pipe).update(transformer=denoiser)
         adapter.announced.preview(pipe, call, FIRST)
         asked = adapter.announced.passes(pipe, call, Guidance(), FIRST, adapter.denoisers[0])
-        return [plan_of(asked, turn, (), layout) for turn in asked.turns if asked.computed_in(turn, ())]
+        return [plan_of(asked, turn, (), False, layout) for turn in asked.turns if asked.computed_in(turn, ())]
     cfg = None if adapter.protocol == "embedded" else SOME_CFG
     weighed = frozenset(dataclasses.replace(adapter.defaults, start=0.0, stop=1.0).weights(FIRST, cfg))
     return [

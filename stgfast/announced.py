@@ -14,10 +14,11 @@ from torch import Tensor
 
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.layout import Layout
-from stgfast.batching.plan import Branch, Plan, make_plan
+from stgfast.batching.plan import Branch, Plan, make_plan, passing
 from stgfast.batching.rows import join
 from stgfast.batching.seam import Call
 from stgfast.engine import Run
+from stgfast.forecast import KeptBlocks
 from stgfast.formulas import COND
 from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Announced, Passes
@@ -31,14 +32,17 @@ class Answering:
     def __init__(self, announced: Announced, guidance: Guidance):
         self.announced, self.guidance = announced, guidance
         self.memory: Memory = memory_for(announced, guidance)
+        self.blocks = KeptBlocks(guidance)
 
     def begin(self, run: Run, name: str) -> AnsweringStep:
         moment = run.moment()
         passes = self.announced.passes(run.pipe, run.call, self.guidance, moment, name)
         if self.guidance.reuses and moment.step in run.noisier:
             self.memory.forget()
+            self.blocks.forget()
         recalled = self.memory.recalled(passes.differing, moment.step, name)
-        return AnsweringStep(run, name, passes, self.memory, recalled)
+        skips = self.blocks.skips(passes.branches, moment.step, name)
+        return AnsweringStep(run, name, passes, self.memory, recalled, self.blocks, skips)
 
     def weak_layers(self, layout: Layout) -> Collection[int | None]:
         return {unit.layer for unit in layout.units}  # what will be asked for is known only later
@@ -47,17 +51,26 @@ class Answering:
 class AnsweringStep:
     """One step while it lasts."""
 
-    def __init__(self, run: Run, name: str, passes: Passes, memory: Memory, recalled: frozenset[str]):
+    def __init__(
+        self,
+        run: Run,
+        name: str,
+        passes: Passes,
+        memory: Memory,
+        recalled: frozenset[str],
+        blocks: KeptBlocks,
+        skips: bool,
+    ):
         self.run, self.name, self.passes, self.calls = run, name, passes, passes.turns
-        self.memory, self.recalled = memory, recalled
+        self.memory, self.recalled, self.blocks, self.skips = memory, recalled, blocks, skips
         self.held: dict[str, Any] = {}  # the output for every branch that is known and not asked for yet
         self.cond: tuple[Tensor, ...] = ()
 
     def answer(self, turn: int, plain: Call, arguments: Arguments) -> Any:
         asked = self.calls[turn]
         if not set(asked) <= self.held.keys():
-            plan = plan_of(self.passes, asked, self.recalled, self.run.layouts[self.name])
-            output = self.run.compute(self.name, plain, arguments, asked, plan)
+            plan = plan_of(self.passes, asked, self.recalled, self.skips, self.run.layouts[self.name])
+            output = self.run.compute(self.name, plain, arguments, asked, plan, self.blocks)
             self._hold(output, [branch.name for branch in plan.branches])
         return _mapped(lambda *parts: join(parts), *(self.held.pop(branch) for branch in asked))
 
@@ -76,13 +89,13 @@ def memory_for(announced: Announced, guidance: Guidance) -> KeptDifferences:
     return KeptDifferences(guidance, dict.fromkeys(announced.weak, COND))
 
 
-def plan_of(passes: Passes, asked: Sequence[str], recalled: Collection[str], layout: Layout) -> Plan:
+def plan_of(passes: Passes, asked: Sequence[str], recalled: Collection[str], skips: bool, layout: Layout) -> Plan:
     """The plan of a pass: what it asks for, and with the conditional branch all that are weak copies of it."""
     branches = [Branch(name, name) for name in asked]
     if COND in asked:
         branches += [Branch(name, COND, layout.marks(part) if part else {}) for name, part in passes.weak.items()]
     computed = [branch for branch in branches if branch.name not in recalled]
-    return make_plan(computed, layout.depth, full=layout.blocks.full)
+    return passing(make_plan(computed, layout.depth, full=layout.blocks.full), skips)
 
 
 def _part(output: Any, number: int, of: int) -> Any:

@@ -110,6 +110,11 @@ def check(fitted: Fitted, guidance: Guidance, call: CallArguments, *, max_rows: 
         raise SettingsError(f"{needs}: got a call without CFG, expected {adapter.cfg_on}{advice}")
     if any(part.how.grid for part in guidance.perturbations):
         check_tokens(fitted)
+    if guidance.reuse_blocks != EVERY and any(layout.blocks.full for layout in fitted.layouts.values()):
+        raise SettingsError(
+            f"reuse_blocks: got {adapter.pipeline}, whose model works on hidden states between its blocks, expected "
+            f"reuse and reuse_cfg"
+        )
     scheduler = getattr(pipe, "scheduler", None)
     if guidance.by_sigma and getattr(scheduler, "sigmas", None) is None:
         got = "no scheduler" if scheduler is None else type(scheduler).__name__

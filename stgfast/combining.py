@@ -18,10 +18,11 @@ from torch import Tensor
 
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.layout import Layout
-from stgfast.batching.plan import Plan, branches_for, make_plan
+from stgfast.batching.plan import Plan, branches_for, make_plan, passing
 from stgfast.batching.seam import Call
 from stgfast.engine import Run
 from stgfast.errors import SettingsError
+from stgfast.forecast import KeptBlocks
 from stgfast.formulas import COND, GUIDED, UNCOND
 from stgfast.guidance import Guidance
 from stgfast.kernels import Projection, combine
@@ -35,7 +36,8 @@ class Combining:
     def __init__(self, guidance: Guidance):
         self.guidance = guidance
         self.memory: Memory = KeptDifferences(guidance, guidance.bases)
-        self._plans: dict[tuple[str, tuple[str, ...], frozenset[str]], Plan] = {}
+        self.blocks = KeptBlocks(guidance)
+        self._plans: dict[tuple[str, tuple[str, ...], frozenset[str], bool], Plan] = {}
 
     def begin(self, run: Run, name: str) -> CombiningStep:
         return CombiningStep(self, run, name)
@@ -43,11 +45,12 @@ class Combining:
     def weak_layers(self, layout: Layout) -> Collection[int | None]:
         return {layer for part in self.guidance.perturbations if part.how.inside for layer in part.layers}
 
-    def plan(self, name: str, layout: Layout, sources: tuple[str, ...], weighed: frozenset[str], acts: bool) -> Plan:
+    def plan(self, step: CombiningStep, sources: tuple[str, ...], weighed: frozenset[str]) -> Plan:
         """That of a call of the denoiser; the same one for all steps alike."""
-        key = (name, sources, weighed)
+        key = (step.name, sources, weighed, step.skips)
         if key not in self._plans:
-            self._plans[key] = plan_for(self.guidance if acts else Guidance(), sources, weighed, layout)
+            plan = plan_for(self.guidance if step.acts else Guidance(), sources, weighed, step.layout)
+            self._plans[key] = passing(plan, step.skips)
         return self._plans[key]
 
     # A sampler that combines by itself has another way for these three.
@@ -73,7 +76,7 @@ class CombiningStep:
         guidance, moment = strategy.guidance, run.moment()
         self.cfg = cfg = run.adapter.live(run.pipe, run.call, name)
         self.calls = run.adapter.calls(cfg is not None)
-        self.acts = guidance.acts(moment)
+        self.acts, self.skips = guidance.acts(moment), False
         self.predictions: dict[str, Tensor] = {}  # of every branch, as the step's calls give them
         self.handed: list[weakref.ref[Tensor]] = []  # what earlier calls of this step gave
         self.form: Callable[[Tensor], Any] | None = None  # of what the denoiser returns
@@ -86,8 +89,10 @@ class CombiningStep:
             needed = strategy.needed(self)
             if guidance.reuses and moment.step in run.noisier:
                 strategy.memory.forget()
+                strategy.blocks.forget()
             self.recalled = strategy.memory.recalled(needed, moment.step, name)
             self.computed = needed - self.recalled
+            self.skips = strategy.blocks.skips(self.computed, moment.step, name)
 
     def answer(self, turn: int, plain: Call, arguments: Arguments) -> Any:
         run, sources = self.run, self.calls[turn]
@@ -142,14 +147,14 @@ class CombiningStep:
         return self.form(prediction)
 
     def _plan(self, sources: tuple[str, ...], weighed: frozenset[str]) -> Plan:
-        return self.strategy.plan(self.name, self.layout, sources, weighed, self.acts)
+        return self.strategy.plan(self, sources, weighed)
 
     def _predict(self, plain: Call, arguments: Arguments, sources: tuple[str, ...]) -> None:
         """Every branch that starts from the rows of this call."""
         plan = self._plan(sources, self.computed)
         if not plan.branches:
             return
-        output = self.run.compute(self.name, plain, arguments, sources, plan)
+        output = self.run.compute(self.name, plain, arguments, sources, plan, self.strategy.blocks)
         self.form = functools.partial(_in_form_of, output)
         predictions = _prediction_in(output).chunk(len(plan.branches))
         self.predictions |= zip([branch.name for branch in plan.branches], predictions, strict=True)

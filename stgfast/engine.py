@@ -23,7 +23,7 @@ from stgfast.batching.plan import Plan
 from stgfast.batching.room import Room, Rows
 from stgfast.batching.rows import spans, take
 from stgfast.batching.seam import Call, compiled, compiled_calls, handling, held
-from stgfast.batching.stack import Stack
+from stgfast.batching.stack import Ends, Stack
 from stgfast.errors import EngineError
 from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Fitted
@@ -124,7 +124,15 @@ class Run:
         """The steps before which noise is added."""
         return steps_back(self.pipe, self.adapter.steps(self.pipe))
 
-    def compute(self, name: str, plain: Call, arguments: Arguments, sources: tuple[str, ...], plan: Plan) -> Any:
+    def compute(
+        self,
+        name: str,
+        plain: Call,
+        arguments: Arguments,
+        sources: tuple[str, ...],
+        plan: Plan,
+        ends: Ends | None = None,
+    ) -> Any:
         """The denoiser's output for the branches of a plan, given arguments with the rows of their sources."""
         layout, sample = self.layouts[name], arguments[self.adapter.sample]
         rows, device = sample.shape[0], sample.device
@@ -136,7 +144,7 @@ class Run:
         if self.compiles:  # blocks that are CUDA graphs keep what they made until the next call of the denoiser
             torch.compiler.cudagraph_mark_step_begin()
         limit = self.room.rows(rows, len(plan.branches) * prompts, device)
-        stack = Stack(layout, plan, prompts, max_rows=limit, compiled=self.compiled, grid=grid)
+        stack = Stack(layout, plan, prompts, max_rows=limit, compiled=self.compiled, grid=grid, ends=ends)
         with handling(stack.handlers()), self.room.watched(device):
             output = arguments.changed(
                 lambda name, value: take(value, where, rows, name) if name in layout.blocks.rows else value

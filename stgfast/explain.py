@@ -13,10 +13,11 @@ from typing import Any
 
 from stgfast.announced import memory_for, plan_of
 from stgfast.batching.layout import Layout
-from stgfast.batching.plan import Plan
+from stgfast.batching.plan import Plan, passing
 from stgfast.batching.room import ALL, Rows
 from stgfast.call import settings_of
 from stgfast.combining import branches_of, plan_for
+from stgfast.forecast import KeptBlocks
 from stgfast.formulas import COND, UNCOND
 from stgfast.guidance import Guidance
 from stgfast.install import bound_call, installed_on, settled
@@ -173,15 +174,15 @@ def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArgument
     every = frozenset(source for sources in calls for source in sources)
     steps = adapter.steps_of_run(pipe, call)
     sigmas = _ahead(pipe, adapter, call, steps, adapter.sigmas) if guidance.by_sigma else [None] * steps
-    memory = KeptDifferences(guidance, guidance.bases)
-    noisier = _noisier(pipe, adapter, guidance, call, steps)
+    memory, blocks = KeptDifferences(guidance, guidance.bases), KeptBlocks(guidance)
+    models, noisier = _kept_apart(pipe, adapter, guidance, call, steps)
 
-    models = _models(pipe, adapter, guidance, call, steps)
-
-    def computed(needed: frozenset[str], step: int) -> frozenset[str]:
+    def computed(needed: frozenset[str], step: int) -> tuple[frozenset[str], bool]:
         if step in noisier:
             memory.forget()
-        return needed - memory.recalled(needed, step, models[step])
+            blocks.forget()
+        left = needed - memory.recalled(needed, step, models[step])
+        return left, blocks.skips(left, step, models[step])
 
     def phase(step: int) -> tuple[dict[str, float], float, frozenset[str]]:
         moment = Moment(step, steps, sigmas[step])
@@ -196,10 +197,10 @@ def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArgument
         weights, rescale, _ = phase(run[0])
         varies = any(phase(step) != phase(run[0]) for step in run)
         needed = branches_of(weighed)
-        counts = Counter(computed(needed, step) if weights else needed for step in run)
+        counts = Counter(computed(needed, step) if weights else (needed, False) for step in run)
         kinds = tuple(
-            (count, tuple(plan_for(guidance, sources, branches, layout) for sources in calls))
-            for branches, count in counts.items()
+            (count, tuple(passing(plan_for(guidance, sources, branches, layout), skips) for sources in calls))
+            for (branches, skips), count in counts.items()
         )
         phases.append(Phase(run[0], run[-1], weights, rescale, varies, kinds, tuple(sorted(needed))))
     return tuple(phases)
@@ -210,8 +211,8 @@ def _announced(
 ) -> tuple[Phase, ...]:
     """Where the pipeline asks for its weak branches, and combines, itself."""
     steps, seen, layout = fitted.adapter.steps_of_run(fitted.pipe, call), copy.copy(fitted.pipe), fitted.layouts[name]
-    memory, noisier = memory_for(announced, guidance), _noisier(fitted.pipe, fitted.adapter, guidance, call, steps)
-    models = _models(fitted.pipe, fitted.adapter, guidance, call, steps)
+    memory, blocks = memory_for(announced, guidance), KeptBlocks(guidance)
+    models, noisier = _kept_apart(fitted.pipe, fitted.adapter, guidance, call, steps)
     passes, recalled = [], []
     for step in range(steps):
         moment = Moment(step, steps)
@@ -219,13 +220,15 @@ def _announced(
         passes.append(announced.passes(seen, call, guidance, moment, name))
         if step in noisier:
             memory.forget()
-        recalled.append(memory.recalled(passes[step].differing, step, models[step]))
+            blocks.forget()
+        kept = memory.recalled(passes[step].differing, step, models[step])
+        recalled.append((kept, blocks.skips(passes[step].branches, step, models[step])))
     phases = []
     for _, same in itertools.groupby(range(steps), key=lambda step: passes[step]):
         run = list(same)
         one = passes[run[0]]
         kinds = tuple(
-            (count, tuple(plan_of(one, asked, kept, layout) for asked in one.turns if one.computed_in(asked, kept)))
+            (count, tuple(plan_of(one, asked, *kept, layout) for asked in one.turns if one.computed_in(asked, kept[0])))
             for kept, count in Counter(recalled[step] for step in run).items()
         )
         phases.append(Phase(run[0], run[-1], {}, 0.0, False, kinds, tuple(itertools.chain(*one.turns)), announced=True))
@@ -242,17 +245,14 @@ def _formula(phase: Phase) -> str:
     return f"g = {terms}{rescaled}" + (f" at step {phase.first}, then by schedule" if phase.varies else "")
 
 
-def _noisier(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, steps: int) -> Collection[int]:
-    """The steps before which what is kept is forgotten."""
-    restarts = guidance.reuses and hasattr(getattr(pipe, "scheduler", None), "restarts")
-    return _ahead(pipe, adapter, call, steps, steps_back) if restarts else ()
-
-
-def _models(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, steps: int) -> Sequence[str]:
-    """The denoiser of every step, where what is kept is that of one of two."""
+def _kept_apart(
+    pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, steps: int
+) -> tuple[Sequence[str], Collection[int]]:
+    """The denoiser of every step, if there are two, and the steps before which all that is kept is forgotten."""
     two = guidance.reuses and adapter.second_below(pipe) is not None
-    known: Sequence[str] = _ahead(pipe, adapter, call, steps, adapter.called) if two else [""] * steps
-    return known
+    restarts = guidance.reuses and hasattr(getattr(pipe, "scheduler", None), "restarts")
+    models = _ahead(pipe, adapter, call, steps, adapter.called) if two else [""] * steps
+    return models, _ahead(pipe, adapter, call, steps, steps_back) if restarts else ()
 
 
 def _ahead(pipe: Any, adapter: Adapter, call: CallArguments, steps: int, known: Callable[[Any, int], Any]) -> Any:
@@ -267,15 +267,18 @@ def _rows(plans: Sequence[Plan]) -> tuple[int, ...]:
 
 
 def _reused(guidance: Guidance, branches: Collection[str]) -> list[str]:
-    """What is carried on from step to step, and how many predictions are kept for it."""
-    weak = len({*branches} - {COND, UNCOND})
-    reused = {"base - perturbed": (guidance.reuse, weak), "cond - uncond": (guidance.reuse_cfg, 1)}
+    """What is carried on from step to step, and how much is kept for it."""
+    weak, values = len({*branches} - {COND, UNCOND}), (guidance.reuse_order or 0) + 1
+    reused = {
+        "base - perturbed": (guidance.reuse, f"{weak * values} of every prompt's predictions" if weak else ""),
+        "cond - uncond": (guidance.reuse_cfg, f"{values} of every prompt's predictions"),
+        "what the blocks add": (guidance.reuse_blocks, f"{len(branches) * values} of every prompt's hidden states"),
+    }
     how = ("held", "carried on by a line", "carried on by a parabola")[guidance.reuse_order or 0]
     return [
-        f"approximately: {what} computed in {when(spacing)}, {how} in the others; "
-        f"kept for it: {count * ((guidance.reuse_order or 0) + 1)} of every prompt's predictions"
-        for what, (spacing, count) in reused.items()
-        if spacing != EVERY and count
+        f"approximately: {what} computed in {when(spacing)}, {how} in the others; kept for it: {kept}"
+        for what, (spacing, kept) in reused.items()
+        if spacing != EVERY and kept
     ]
 
 
@@ -284,7 +287,7 @@ def _blocks(rows: Sequence[int]) -> list[str]:
     for count, same in itertools.groupby(rows):
         last = first + len(list(same)) - 1
         where = f"blocks {first} to {last}" if last > first else f"block {first}"
-        lines.append(f"{where}: {count} row{'s' if count > 1 else ''}")
+        lines.append(f"{where}: {count} row{'s' if count != 1 else ''}")
         first = last + 1
     return lines
 

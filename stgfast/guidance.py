@@ -23,9 +23,8 @@ from stgfast.formulas import COND, GUIDED, UNCOND, Formula
 from stgfast.perturbation import Perturbation
 from stgfast.presets import PRESETS
 from stgfast.schedules import BySigma, Moment, Schedule, checked, finite, in_words, plain, set_frozen, value
-from stgfast.spacing import Spacing
+from stgfast.spacing import ORDER, REUSE, Spacing
 
-REUSE = ("reuse", "reuse_cfg")
 MOST = 5  # perturbations: with cond, uncond and the CFG result, the eight predictions that a kernel combines
 # A pipeline's CFG scale: none, a number, or a number for every frame in whatever form the pipeline has it.
 Scale = None | float | Any
@@ -48,6 +47,7 @@ class Guidance:
     reuse          an approximation, off at 1: the differences `base_i - p_i` are computed in every `reuse`-th step, or
                    in the steps of these numbers, and carried on to the others
     reuse_cfg      the same for `c - u`
+    reuse_blocks   the same for what all blocks together add, to every branch: in the other steps none of them runs
     reuse_order    how: 0 holds the last difference, 1 goes on by a line through the last two, 2 by a parabola through
                    the last three; 2 where it is left out and something is reused
     """
@@ -61,6 +61,7 @@ class Guidance:
     eta: float = 0.0
     reuse: Spacing = spacing.EVERY
     reuse_cfg: Spacing = spacing.EVERY
+    reuse_blocks: Spacing = spacing.EVERY
     reuse_order: int | None = None
 
     if TYPE_CHECKING:  # what the constructor takes is wider than what the fields hold afterwards
@@ -76,6 +77,7 @@ class Guidance:
             eta: float = 0.0,
             reuse: int | Sequence[int] = spacing.EVERY,
             reuse_cfg: int | Sequence[int] = spacing.EVERY,
+            reuse_blocks: int | Sequence[int] = spacing.EVERY,
             reuse_order: int | None = None,
         ) -> None: ...
 
@@ -91,9 +93,8 @@ class Guidance:
         if not 0 <= self.start < self.stop <= 1:
             raise wrong("start and stop", (self.start, self.stop), "fractions of the run with 0 <= start < stop <= 1")
         self._check_projection()
-        for name in REUSE:
-            set_frozen(self, name, spacing.checked(name, getattr(self, name)))
-        set_frozen(self, "reuse_order", spacing.checked_order(self.reuse_order, reuses=self.reuses))
+        for name, setting in spacing.settled({name: getattr(self, name) for name in (*REUSE, ORDER)}).items():
+            set_frozen(self, name, setting)
 
     def _check_projection(self) -> None:
         known = formulas.FORMULAS
@@ -148,17 +149,17 @@ class Guidance:
     @property
     def reuses(self) -> bool:
         """Whether anything is carried on from step to step."""
-        return any(getattr(self, name) != spacing.EVERY for name in REUSE)
+        return self.reuse_order is not None
 
     @property
     def exact(self) -> Guidance:
         """The same, with nothing carried on."""
-        return replace(self, reuse=spacing.EVERY, reuse_cfg=spacing.EVERY, reuse_order=None)
+        return replace(self, reuse=spacing.EVERY, reuse_cfg=spacing.EVERY, reuse_blocks=spacing.EVERY, reuse_order=None)
 
     @property
     def changes_cfg(self) -> bool:
         """Whether CFG alone is not the pipeline's own."""
-        return self.cfg is not None or self.projects_cfg or self.reuse_cfg != spacing.EVERY
+        return self.cfg is not None or self.projects_cfg or {self.reuse_cfg, self.reuse_blocks} != {spacing.EVERY}
 
     @property
     def formula(self) -> Formula | None:

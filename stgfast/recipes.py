@@ -15,12 +15,12 @@ from typing import Any
 from stgfast import spacing
 from stgfast.batching.arguments import unwrapped
 from stgfast.errors import SettingsError, wrong
-from stgfast.guidance import REUSE, Guidance
+from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Adapter
 from stgfast.integrations.steps import CallArguments
 from stgfast.schedules import set_frozen
 from stgfast.solvers import own_solver, solver
-from stgfast.spacing import Spacing
+from stgfast.spacing import ORDER, REUSE, Spacing
 
 STEPS = "num_inference_steps"
 
@@ -32,7 +32,7 @@ class Recipe:
     model        what it was found for, as `model_of` says it
     steps        of every clip
     solver       of `stgfast.solver`; "" is the pipeline's own
-    reuse, reuse_cfg, reuse_order   as of a `Guidance`
+    reuse, reuse_cfg, reuse_blocks, reuse_order   as of a `Guidance`
     found        what was measured of it, as plain data
     """
 
@@ -41,6 +41,7 @@ class Recipe:
     solver: str = ""
     reuse: Spacing = spacing.EVERY
     reuse_cfg: Spacing = spacing.EVERY
+    reuse_blocks: Spacing = spacing.EVERY
     reuse_order: int | None = None
     found: Mapping[str, Any] = field(default_factory=dict)
 
@@ -51,9 +52,8 @@ class Recipe:
             raise wrong("steps of a recipe", self.steps, "how many steps a clip takes, 1 or more")
         if not isinstance(self.solver, str):
             raise wrong("solver of a recipe", self.solver, "a name, or '' for the pipeline's own")
-        reused = Guidance(reuse=self.reuse, reuse_cfg=self.reuse_cfg, reuse_order=self.reuse_order)
-        for name in (*REUSE, "reuse_order"):
-            set_frozen(self, name, getattr(reused, name))
+        for name, setting in spacing.settled({name: getattr(self, name) for name in (*REUSE, ORDER)}).items():
+            set_frozen(self, name, setting)
         for name in REUSE:
             spacing.check_steps(f"{name} of a recipe", getattr(self, name), self.steps)
 
@@ -94,7 +94,7 @@ class Recipe:
 
     def applied(self, guidance: Guidance) -> Guidance:
         """A guidance with what is carried on by the recipe."""
-        own = {name: getattr(self, name) for name in (*REUSE, "reuse_order")}
+        own = {name: getattr(self, name) for name in (*REUSE, ORDER)}
         made = replace(guidance.exact, **own)
         if guidance.reuses and guidance != made:
             raise SettingsError("reuse of a Guidance beside a recipe: got both, expected one of them")
@@ -117,7 +117,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain data; what is off is left out."""
         mine = {each.name: getattr(self, each.name) for each in fields(self)}
-        off = {"solver": "", "reuse": spacing.EVERY, "reuse_cfg": spacing.EVERY, "reuse_order": None, "found": {}}
+        off: dict[str, Any] = {"solver": "", **dict.fromkeys(REUSE, spacing.EVERY), ORDER: None, "found": {}}
         return {
             name: list(value) if isinstance(value, tuple) else value
             for name, value in mine.items()

@@ -63,12 +63,15 @@ class KeptDifferences:
     ) -> None:
         for name, base in self.base.items():
             if name in recalled:
-                there, kept = self._of(base, predictions, scale), self._carried_on(name)
+                there, kept = self._of(base, predictions, scale), self._kept(name)
                 predictions[name] = tuple(one - other for one, other in zip(there, kept, strict=True))
             elif name in self.spacings and name in predictions:
                 pairs = zip(self._of(base, predictions, scale), predictions[name], strict=True)
                 known = self.differences.get(name, [])
                 self.differences[name] = [*known, tuple(one - other for one, other in pairs)][-self.order - 1 :]
+
+    def _kept(self, name: str) -> tuple[Tensor, ...]:
+        return carried_on(self.computed[name], self.differences[name], self.step)
 
     def _first(self, number: int) -> int:
         """How many steps compute the branch of this number before it is carried on."""
@@ -83,13 +86,6 @@ class KeptDifferences:
             return True
         return step in spacing if isinstance(spacing, tuple) else step - computed[-1] >= spacing
 
-    def _carried_on(self, name: str) -> tuple[Tensor, ...]:
-        known = self.differences[name]
-        if len(known) == 1:
-            return known[0]
-        weights = polynomial(self.computed[name][-len(known) :], self.step)
-        return tuple(_weighed(weights, values) for values in zip(*known, strict=True))
-
     def _of(self, base: str, predictions: Mapping[str, tuple[Tensor, ...]], scale: Scale) -> tuple[Tensor, ...]:
         if base != GUIDED:
             return predictions[base]
@@ -97,6 +93,14 @@ class KeptDifferences:
             return predictions[COND]
         pairs = zip(predictions[UNCOND], predictions[COND], strict=True)
         return tuple(uncond + cast(Tensor, scale) * (cond - uncond) for uncond, cond in pairs)
+
+
+def carried_on(computed: Sequence[int], known: Sequence[tuple[Tensor, ...]], step: int) -> tuple[Tensor, ...]:
+    """Values of the last of these steps, as they go on to another."""
+    if len(known) == 1:
+        return known[0]
+    weights = polynomial(computed[-len(known) :], step)
+    return tuple(_weighed(weights, values) for values in zip(*known, strict=True))
 
 
 def polynomial(steps: Sequence[int], step: int) -> list[float]:

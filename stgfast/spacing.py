@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from stgfast.errors import SettingsError, wrong
 
 Spacing = int | tuple[int, ...]  # 1 is off: every step computes
 EVERY = 1
-DEFAULT_ORDER = 2
+REUSE = BRANCHES, CFG, BLOCKS = ("reuse", "reuse_cfg", "reuse_blocks")
+ORDER = "reuse_order"
 
 
 def checked(name: str, given: object) -> Spacing:
@@ -22,15 +24,19 @@ def checked(name: str, given: object) -> Spacing:
     raise wrong(name, given, "a number of steps, 1 (off) or more, or the numbers of the steps that compute, rising")
 
 
-def checked_order(given: object, *, reuses: bool) -> int | None:
-    """Of the polynomial by which values are carried on; none where nothing is."""
-    if given is None:
-        return DEFAULT_ORDER if reuses else None
-    if isinstance(given, bool) or not isinstance(given, int) or not 0 <= given <= 2:
-        raise wrong("reuse_order", given, "0, 1 or 2")
-    if not reuses:
-        raise wrong("reuse_order", given, "reuse or reuse_cfg above 1 beside it")
-    return given
+def settled(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of reuse, with the order of the polynomial by which values are carried on; none where nothing is."""
+    made: dict[str, Any] = {name: checked(name, given[name]) for name in REUSE}
+    reused, order = [name for name in REUSE if made[name] != EVERY], given[ORDER]
+    if BLOCKS in reused and len(reused) > 1:
+        raise SettingsError(f"{BLOCKS} beside {' and '.join(reused[:-1])}: got both, expected one of them")
+    if order is None:
+        return {**made, ORDER: (1 if BLOCKS in reused else 2) if reused else None}
+    if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= 2:
+        raise wrong(ORDER, order, "0, 1 or 2")
+    if not reused:
+        raise wrong(ORDER, order, f"{', '.join(REUSE[:-1])} or {REUSE[-1]} above 1 beside it")
+    return {**made, ORDER: order}
 
 
 def check_steps(name: str, spacing: Spacing, steps: int) -> None:

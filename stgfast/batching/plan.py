@@ -100,6 +100,15 @@ def make_plan(branches: Sequence[Branch], depth: int, *, full: bool = False) -> 
     return Plan(tuple(branches), tuple(steps))
 
 
+def passing(plan: Plan, skips: bool) -> Plan:
+    """The plan itself, or where a step skips its blocks the same branches, whose rows pass all of them."""
+    if not skips:
+        return plan
+    every = tuple(range(len(plan.branches)))
+    step = Step(before=len(every), run=(), marks=(), keep=every, order=every, rows_of=())
+    return Plan(plan.branches, (step,) * len(plan.steps))
+
+
 def branches_for(
     guidance: Guidance,
     sources: Sequence[str],

@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -20,11 +20,21 @@ from stgfast.errors import EngineError
 from stgfast.kinds import Mark, kind_of
 
 
+class Ends(Protocol):
+    """What is kept from pass to pass of the hidden states before the first block and after the last one; they have as
+    many rows for every branch."""
+
+    def seen(self, branches: Sequence[str], before: Sequence[Tensor], after: Sequence[Tensor]) -> None: ...
+
+    def carried(self, branches: Sequence[str], before: Sequence[Tensor]) -> Sequence[Tensor]: ...
+
+
 class Stack:
     """One pass of a model's blocks, in which every block computes the rows that its step of the plan says.
 
     The blocks are entered, and left, with `prompts` rows for every branch, in the order of the plan's branches.
     `max_rows` bounds the rows that a block sees at once; `compiled` has calls to make in place of some blocks' own;
+    `ends` keeps what all blocks together did, and says it where none of them runs.
     `grid` says how many (frames, height, width) of tokens there are in a block that is called with these arguments.
     """
 
@@ -37,9 +47,11 @@ class Stack:
         max_rows: int | None = None,
         compiled: Mapping[nn.Module, Call] = MappingProxyType({}),
         grid: Callable[[Arguments], Tokens] | None = None,
+        ends: Ends | None = None,
     ):
         self.layout, self.plan, self.prompts, self.max_rows, self.compiled = layout, plan, prompts, max_rows, compiled
-        self.inside = Inside(layout, grid)
+        self.inside, self.ends = Inside(layout, grid), ends
+        self._entered: list[Tensor] = []
         self._done = 0
         self._taken: dict[tuple[str, tuple[int, ...], int], tuple[Any, Any]] = {}
 
@@ -69,8 +81,24 @@ class Stack:
         else:
             computed = [None] * len(before)
         self._done = number + 1
-        both = itertools.zip_longest(computed, before)
-        return as_given([self._after(step, new, old) for new, old in both], wrapped=unit.wrapped)
+        left = [self._after(step, new, old) for new, old in itertools.zip_longest(computed, before)]
+        if self.ends is not None:
+            if number == 0:
+                self._entered = [arguments[name] for name in state]
+            if self._done == self.layout.depth:
+                left = self._end(self.ends, left)
+        return as_given(left, wrapped=unit.wrapped)
+
+    def _end(self, ends: Ends, left: list[Any]) -> list[Any]:
+        """What the last block leaves behind: seen, or where no block ran, carried on from earlier passes."""
+        names = [branch.name for branch in self.plan.branches]
+        there = [number for number, tensor in enumerate(left) if tensor is not None]
+        entered = [self._entered[number] for number in there]
+        if any(self.plan.computed):
+            ends.seen(names, entered, [left[number] for number in there])
+            return left
+        carried = dict(zip(there, ends.carried(names, entered), strict=True))
+        return [carried.get(number) for number in range(len(left))]
 
     def _chosen(self, step: Step, arguments: Arguments, state: tuple[str, ...]) -> Arguments:
         """The arguments of a block for the groups that it computes."""

@@ -51,6 +51,10 @@ class Passes(NamedTuple):
     weak: Mapping[str, Perturbation | None]
 
     @property
+    def branches(self) -> frozenset[str]:
+        return frozenset(branch for turn in self.turns for branch in turn)
+
+    @property
     def differing(self) -> frozenset[str]:
         """The branches that may be told by how far they are from the conditional one: it is known as they are asked
         for."""

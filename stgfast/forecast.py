@@ -1,0 +1,80 @@
+"""What a model's blocks add to the hidden states, computed in some steps and carried on to the others.
+
+An approximation, and off by default. In a step that is carried on no block runs: what all of them together add to a
+branch is taken from a polynomial through the last steps that computed it, and added to what the first block would be
+given, which is known. What comes before the blocks and after them runs as ever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from stgfast.errors import EngineError
+from stgfast.guidance import Guidance
+from stgfast.reuse import WARM, carried_on
+from stgfast.spacing import EVERY
+
+
+class KeptBlocks:
+    """A memory of what the blocks added, by branch.
+
+    One decision a step holds for all branches. It is made before the step, and not by a look at numbers.
+    """
+
+    def __init__(self, guidance: Guidance):
+        self.spacing, self.order = guidance.reuse_blocks, guidance.reuse_order or 0
+        self.model, self.step = "", 0
+        self.asked: dict[str, int] = {}  # the last step that needed a branch
+        self.computed: dict[str, list[int]] = {}  # the steps in which it was computed
+        self.added: dict[str, list[tuple[Tensor, ...]]] = {}  # the last of what was added, oldest first
+
+    def skips(self, branches: Collection[str], step: int, model: str) -> bool:
+        """Whether no block runs in this step, which needs these branches."""
+        if self.spacing == EVERY:
+            return False
+        if model != self.model:
+            self.forget()
+        self.model, self.step = model, step
+        for name in branches:
+            if self.asked.get(name, step) < step - 1:  # it was left out for a while
+                self.computed.pop(name, None)
+                self.added.pop(name, None)
+            self.asked[name] = step
+        due = any(self._due(self.computed.get(name, [])) for name in branches)
+        for name in branches if due else ():
+            self.computed.setdefault(name, []).append(step)
+        return not due
+
+    def forget(self) -> None:
+        self.asked, self.computed, self.added = {}, {}, {}
+
+    def seen(self, branches: Sequence[str], before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+        """Keep what the blocks added: to the hidden states before them, with as many rows for every branch."""
+        if self.spacing == EVERY:
+            return
+        for one, other in zip(before, after, strict=True):
+            if one.shape != other.shape:
+                raise EngineError(
+                    f"hidden states of reuse_blocks: got {tuple(one.shape)} before the blocks and {tuple(other.shape)} "
+                    f"after them, expected the same; reuse and reuse_cfg need no such thing"
+                )
+        added = [(other - one).chunk(len(branches)) for one, other in zip(before, after, strict=True)]
+        for name, parts in zip(branches, zip(*added, strict=True), strict=True):
+            self.added[name] = [*self.added.get(name, []), tuple(parts)][-self.order - 1 :]
+
+    def carried(self, branches: Sequence[str], before: Sequence[Tensor]) -> list[Tensor]:
+        """What the blocks would leave behind."""
+        made = [carried_on(self.computed[name], self.added[name], self.step) for name in branches]
+        return [
+            (rows.unflatten(0, (len(branches), -1)) + torch.stack(parts)).flatten(0, 1)
+            for rows, parts in zip(before, zip(*made, strict=True), strict=True)
+        ]
+
+    def _due(self, computed: Sequence[int]) -> bool:
+        if isinstance(self.spacing, tuple):
+            return not computed or self.step in self.spacing
+        warm = WARM if self.order else 1
+        return len(computed) < warm or self.step - computed[-1] >= self.spacing
