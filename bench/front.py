@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import logging
 import statistics
 import sys
@@ -34,7 +35,7 @@ from stgfast import Guidance, toy
 from stgfast.bench.measure import result, saved, significant
 from stgfast.evaluate.study import EARLY
 from stgfast.solvers import own_solver
-from stgfast.spacing import Spacing, in_words
+from stgfast.spacing import Spacing, in_words, spaced, thinning
 from stgfast.toy import videos
 
 log = logging.getLogger(__name__)
@@ -53,28 +54,24 @@ class Way(NamedTuple):
     steps: int
     reuse: Spacing = 1  # in which steps the weak branch is computed, and cond - uncond
     order: int | None = None
+    blocks: Spacing = 1  # in which steps the model's blocks run
     peer: str = ""  # which cache of another library, with passes made one after another
 
     def __str__(self) -> str:
-        how = f", reuse {in_words(self.reuse)} by order {self.order}" if self.reuse != 1 else ""
+        reused = {"reuse": self.reuse, "reuse_blocks": self.blocks}
+        how = "".join(f", {name} {in_words(each)} by order {self.order}" for name, each in reused.items() if each != 1)
         return f"{self.solver}, {self.steps} steps{how}{f', {self.peer}' if self.peer else ''}"
 
     def guidance(self, exact: Guidance) -> Guidance:
-        return replace(exact, reuse=self.reuse, reuse_cfg=self.reuse, reuse_order=self.order)
-
-
-def thinning(steps: int, first: int, growth: float) -> tuple[int, ...]:
-    """Steps that compute: so many at the beginning, then every second one, then less and less often."""
-    found, gap = list(range(first)), 2.0
-    at = first - 1 + gap
-    while at < steps:
-        found.append(round(at))
-        gap *= 1 + growth
-        at += gap
-    return tuple(dict.fromkeys(step for step in found if step < steps))
+        reused = {"reuse": self.reuse, "reuse_cfg": self.reuse, "reuse_blocks": self.blocks}
+        return replace(exact, **reused, reuse_order=self.order)
 
 
 BASE = Way("Euler", 48)
+SPACED = (
+    *((16, 5, 2), (20, 5, 2), (20, 5, 3), (24, 5, 2), (24, 5, 3), (30, 5, 3), (30, 6, 2), (36, 6, 2), (36, 6, 3)),
+    *((48, 7, 2), (48, 7, 3), (48, 7, 4), (64, 9, 3)),
+)
 # The caches that came nearest with Euler steps, to be seen with a better solver.
 WITH_A_SOLVER = (
     *(f"cache-dit with TaylorSeer, {threshold}" for threshold in (0.04, 0.08, 0.16)),
@@ -93,6 +90,8 @@ WAYS = (
         for steps in (18, 20, 22, 24, 30)
         for growth in (0.0, 0.1, 0.2)
     ),
+    *(Way("UniPC", steps, blocks=spaced(steps, first, gap), order=1) for steps, first, gap in SPACED),
+    *(Way("Euler", 48, blocks=spaced(48, 7, gap), order=1) for gap in (3, 4)),
     *(Way("Euler", 48, peer=peer) for peer in (*peers.PEERS, *peers.MAG)),
     *(Way("UniPC", 30, peer=peer) for peer in WITH_A_SOLVER),
 )
@@ -184,12 +183,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--save", type=Path, help="a file to put the results in, one line of JSON each")
+    parser.add_argument("--only", default="", metavar="WORD", help="measure those ways anew whose names have this word")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    made = list(rows(options.clips, EARLY, WAYS))
+    made = list(rows(options.clips, EARLY, [way for way in WAYS if options.only in str(way)]))
     if options.save:
-        options.save.write_text("")
+        anew = {row["way"] for row in made}
+        there = options.save.read_text(encoding="utf-8").splitlines() if options.only else []
+        kept = [line for line in there if json.loads(line)["way"] not in anew]
+        options.save.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     for row in made:
         saved(row, options.save)
         print(f"{row['way']:64} cost {row['cost']:<7} seconds {row['seconds']:<7} distance {row['distance']:<8}")

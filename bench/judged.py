@@ -28,6 +28,7 @@ from stgfast.evaluate.study import EARLY, SEEDS
 from stgfast.integrations import ADAPTERS
 from stgfast.recipes import model_of
 from stgfast.render.jobs import Job
+from stgfast.spacing import spaced, thinning
 from stgfast.toy import videos
 
 SEED = 505  # of prompts and of noise
@@ -47,10 +48,11 @@ def sides() -> tuple[Side, ...]:
     """Exact Euler steps, and what the front says to be as near to the converged clip for the least work."""
     pipe = toy.pipeline()
     model = model_of(pipe, ADAPTERS[type(pipe).__name__])
-    steps = front.thinning(20, 4, 0.1)
+    steps = thinning(20, 4, 0.1)
     named = Recipe(model=model, steps=20, solver="unipc", reuse=steps, reuse_cfg=steps, reuse_order=1)
     every = Recipe(model=model, steps=24, solver="unipc", reuse=2, reuse_cfg=2, reuse_order=2)
-    return Side("exact", front.BASE.steps), *(Side(str(each), each.steps, each) for each in (named, every))
+    blocks = Recipe(model=model, steps=24, solver="unipc", reuse_blocks=spaced(24, 5, 3), reuse_order=1)
+    return Side("exact", front.BASE.steps), *(Side(str(each), each.steps, each) for each in (named, every, blocks))
 
 
 def made(side: Side, clips: int, out: Path, judged: Measure) -> Setting:

@@ -70,7 +70,7 @@ class AnsweringStep:
         asked = self.calls[turn]
         if not set(asked) <= self.held.keys():
             plan = plan_of(self.passes, asked, self.recalled, self.skips, self.run.layouts[self.name])
-            output = self.run.compute(self.name, plain, arguments, asked, plan, self.blocks)
+            output = self.run.compute(self.name, plain, arguments, asked, plan, self.blocks.ends)
             self._hold(output, [branch.name for branch in plan.branches])
         return _mapped(lambda *parts: join(parts), *(self.held.pop(branch) for branch in asked))
 

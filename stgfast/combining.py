@@ -154,7 +154,7 @@ class CombiningStep:
         plan = self._plan(sources, self.computed)
         if not plan.branches:
             return
-        output = self.run.compute(self.name, plain, arguments, sources, plan, self.strategy.blocks)
+        output = self.run.compute(self.name, plain, arguments, sources, plan, self.strategy.blocks.ends)
         self.form = functools.partial(_in_form_of, output)
         predictions = _prediction_in(output).chunk(len(plan.branches))
         self.predictions |= zip([branch.name for branch in plan.branches], predictions, strict=True)

@@ -31,6 +31,11 @@ class KeptBlocks:
         self.computed: dict[str, list[int]] = {}  # the steps in which it was computed
         self.added: dict[str, list[tuple[Tensor, ...]]] = {}  # the last of what was added, oldest first
 
+    @property
+    def ends(self) -> KeptBlocks | None:
+        """This memory, where there is anything to keep."""
+        return None if self.spacing == EVERY else self
+
     def skips(self, branches: Collection[str], step: int, model: str) -> bool:
         """Whether no block runs in this step, which needs these branches."""
         if self.spacing == EVERY:
@@ -53,8 +58,6 @@ class KeptBlocks:
 
     def seen(self, branches: Sequence[str], before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
         """Keep what the blocks added: to the hidden states before them, with as many rows for every branch."""
-        if self.spacing == EVERY:
-            return
         for one, other in zip(before, after, strict=True):
             if one.shape != other.shape:
                 raise EngineError(

@@ -56,6 +56,11 @@ def when(spacing: Spacing) -> str:
     return f"steps {', '.join(map(str, spacing))}"
 
 
+def spaced(steps: int, first: int, gap: int) -> tuple[int, ...]:
+    """Of so many steps those that compute: the first few, then one of so many, and the last one."""
+    return tuple(sorted({*range(min(first, steps)), *range(first - 1 + gap, steps, gap), steps - 1}))
+
+
 def thinning(steps: int, first: int, growth: float) -> tuple[int, ...]:
     """Of so many steps those that compute: the first few, then every second one, then less and less often."""
     found, gap, at = list(range(min(first, steps))), 2.0, first + 1.0
