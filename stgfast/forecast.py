@@ -27,6 +27,7 @@ class KeptBlocks:
     def __init__(self, guidance: Guidance):
         self.spacing, self.order = guidance.reuse_blocks, guidance.reuse_order or 0
         self.model, self.step = "", 0
+        self.left: tuple[bool, ...] = ()  # which of the hidden states the last block leaves behind
         self.asked: dict[str, int] = {}  # the last step that needed a branch
         self.computed: dict[str, list[int]] = {}  # the steps in which it was computed
         self.added: dict[str, list[tuple[Tensor, ...]]] = {}  # the last of what was added, oldest first
@@ -56,25 +57,25 @@ class KeptBlocks:
     def forget(self) -> None:
         self.asked, self.computed, self.added = {}, {}, {}
 
-    def seen(self, branches: Sequence[str], before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+    def seen(self, branches: Sequence[str], before: Sequence[Tensor], after: Sequence[Tensor | None]) -> None:
         """Keep what the blocks added: to the hidden states before them, with as many rows for every branch."""
-        for one, other in zip(before, after, strict=True):
+        there = [(one, other) for one, other in zip(before, after, strict=True) if other is not None]
+        self.left = tuple(other is not None for other in after)
+        for one, other in there:
             if one.shape != other.shape:
                 raise EngineError(
                     f"hidden states of reuse_blocks: got {tuple(one.shape)} before the blocks and {tuple(other.shape)} "
                     f"after them, expected the same; reuse and reuse_cfg need no such thing"
                 )
-        added = [(other - one).chunk(len(branches)) for one, other in zip(before, after, strict=True)]
+        added = [(other - one).chunk(len(branches)) for one, other in there]
         for name, parts in zip(branches, zip(*added, strict=True), strict=True):
             self.added[name] = [*self.added.get(name, []), tuple(parts)][-self.order - 1 :]
 
-    def carried(self, branches: Sequence[str], before: Sequence[Tensor]) -> list[Tensor]:
+    def carried(self, branches: Sequence[str], before: Sequence[Tensor]) -> list[Tensor | None]:
         """What the blocks would leave behind."""
         made = [carried_on(self.computed[name], self.added[name], self.step) for name in branches]
-        return [
-            (rows.unflatten(0, (len(branches), -1)) + torch.stack(parts)).flatten(0, 1)
-            for rows, parts in zip(before, zip(*made, strict=True), strict=True)
-        ]
+        added = iter(torch.cat(parts) for parts in zip(*made, strict=True))
+        return [rows + next(added) if left else None for rows, left in zip(before, self.left, strict=True)]
 
     def _due(self, computed: Sequence[int]) -> bool:
         if isinstance(self.spacing, tuple):

@@ -336,6 +336,34 @@ FAULTS = [
         "False",
         "tests/integrations/test_methods.py -k two_models",
     ),
+    Fault(
+        "blocks that are carried on from another branch",
+        "forecast.py",
+        "added = iter(torch.cat(parts) for parts in zip(*made, strict=True))",
+        "added = iter(torch.cat(parts[::-1]) for parts in zip(*made, strict=True))",
+        "tests/integrations/test_forecast.py -k apart",
+    ),
+    Fault(
+        "blocks that some branches are carried on of",
+        "forecast.py",
+        "due = any(self._due",
+        "due = all(self._due",
+        "tests/integrations/test_forecast.py -k while",
+    ),
+    Fault(
+        "blocks of a branch that was off",
+        "forecast.py",
+        "if self.asked.get(name, step) < step - 1:",
+        "if False:",
+        "tests/integrations/test_forecast.py",
+    ),
+    Fault(
+        "hidden states that are kept for nothing",
+        "forecast.py",
+        "return None if self.spacing == EVERY else self",
+        "return self",
+        "tests/integrations/test_forecast.py -k held",
+    ),
     # Recipes
     Fault(
         "a recipe for another model",

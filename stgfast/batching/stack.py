@@ -21,12 +21,12 @@ from stgfast.kinds import Mark, kind_of
 
 
 class Ends(Protocol):
-    """What is kept from pass to pass of the hidden states before the first block and after the last one; they have as
-    many rows for every branch."""
+    """What is kept from pass to pass of the hidden states before the first block and after the last one, which may
+    leave out some; they have as many rows for every branch."""
 
-    def seen(self, branches: Sequence[str], before: Sequence[Tensor], after: Sequence[Tensor]) -> None: ...
+    def seen(self, branches: Sequence[str], before: Sequence[Tensor], after: Sequence[Tensor | None]) -> None: ...
 
-    def carried(self, branches: Sequence[str], before: Sequence[Tensor]) -> Sequence[Tensor]: ...
+    def carried(self, branches: Sequence[str], before: Sequence[Tensor]) -> list[Tensor | None]: ...
 
 
 class Stack:
@@ -92,13 +92,10 @@ class Stack:
     def _end(self, ends: Ends, left: list[Any]) -> list[Any]:
         """What the last block leaves behind: seen, or where no block ran, carried on from earlier passes."""
         names = [branch.name for branch in self.plan.branches]
-        there = [number for number, tensor in enumerate(left) if tensor is not None]
-        entered = [self._entered[number] for number in there]
-        if any(self.plan.computed):
-            ends.seen(names, entered, [left[number] for number in there])
-            return left
-        carried = dict(zip(there, ends.carried(names, entered), strict=True))
-        return [carried.get(number) for number in range(len(left))]
+        if not any(self.plan.computed):
+            return ends.carried(names, self._entered)
+        ends.seen(names, self._entered, left)
+        return left
 
     def _chosen(self, step: Step, arguments: Arguments, state: tuple[str, ...]) -> Arguments:
         """The arguments of a block for the groups that it computes."""

@@ -138,7 +138,8 @@ class Search:
         plain = self._explained(self.usual.recipe)
         self.block_rows = plain.block_rows
         branches = {name for phase in plain.phases for name in phase.branches}
-        self.weak, self.cfg = bool(branches - {COND, UNCOND}), UNCOND in branches
+        whole = any(layout.blocks.full for layout in self.adapter.layouts(self.pipe).values())
+        self.carried = {"weak": bool(branches - {COND, UNCOND}), "cfg": UNCOND in branches, "blocks": not whole}
         self.known = Kept(out, {"model": self.usual.recipe.model, "jobs": [job.to_dict() for job in jobs]})
 
     def _steps(self) -> int:
@@ -172,7 +173,7 @@ class Search:
         return tuned
 
     def _candidates(self, aim: Aim) -> Iterator[Trial]:
-        for recipe in candidates(self.usual.recipe, self.solvers, weak=self.weak, cfg=self.cfg):
+        for recipe in candidates(self.usual.recipe, self.solvers, **self.carried):
             cost = self._explained(recipe).block_rows / self.block_rows
             if cost <= (1.0 if aim.cost is None else aim.cost):
                 yield Trial(recipe, cost)

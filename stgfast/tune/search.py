@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from stgfast.errors import SettingsError, wrong
 from stgfast.recipes import Recipe
-from stgfast.spacing import EVERY, Spacing, thinning
+from stgfast.spacing import EVERY, Spacing, spaced, thinning
 
 SHARES = (1.0, 0.8, 0.65, 0.5, 0.4, 0.33, 0.25)  # of the usual steps
 FEWEST = 4  # steps
@@ -37,10 +37,10 @@ class Trial:
         return statistics.median(both) if both else math.nan
 
 
-def candidates(usual: Recipe, solvers: Sequence[str], *, weak: bool, cfg: bool) -> Iterator[Recipe]:
+def candidates(usual: Recipe, solvers: Sequence[str], *, weak: bool, cfg: bool, blocks: bool) -> Iterator[Recipe]:
     """Recipes for a model whose usual clip is `usual`: by these solvers, the best guesses first.
 
-    `weak`, `cfg`: whether there are weak branches, and an unconditional one, that can be carried on.
+    `weak`, `cfg`, `blocks`: whether there are weak branches, an unconditional one, and blocks, to be carried on.
     """
     counts = sorted({max(FEWEST, round(usual.steps * share)) for share in SHARES}, reverse=True)
     for solver in sorted({*solvers, usual.solver}, key=lambda name: (name != "unipc", name)):
@@ -48,6 +48,9 @@ def candidates(usual: Recipe, solvers: Sequence[str], *, weak: bool, cfg: bool) 
             exact = replace(usual, solver=solver, steps=steps)
             if exact != usual:
                 yield exact
+            if blocks and steps > FIRST + 2:
+                for first, gap in ((FIRST + 1, 3), (FIRST + 2, 2)):
+                    yield replace(exact, reuse_blocks=spaced(steps, first, gap), reuse_order=1)
             if not (weak or cfg) or steps <= FIRST:
                 continue
             thinned = dict.fromkeys(thinning(steps, FIRST, growth) for growth in (0.1, 0.2))

@@ -16,7 +16,7 @@ def trial(cost, *distances, steps=9):
 
 
 def test_candidates_are_all_there_is_and_none_twice():
-    tried = list(candidates(USUAL, ["", "unipc"], weak=True, cfg=True))
+    tried = list(candidates(USUAL, ["", "unipc"], weak=True, cfg=True, blocks=True))
     assert len({str(recipe) for recipe in tried}) == len(tried)
     assert USUAL not in tried
     assert tried[0].solver == "unipc"
@@ -24,12 +24,13 @@ def test_candidates_are_all_there_is_and_none_twice():
     assert max(recipe.steps for recipe in tried) == 30
     assert {recipe.reuse_order for recipe in tried} == {None, 1, 2}
     assert all(recipe.reuse == recipe.reuse_cfg for recipe in tried)
+    assert any(recipe.reuse_blocks == (0, 1, 2, 3, 4, 7, 10, 13, 16, 19, 22, 25, 28, 29) for recipe in tried)
 
 
 def test_only_what_there_is_is_carried_on():
-    assert all(recipe.reuse == 1 for recipe in candidates(USUAL, [""], weak=False, cfg=True))
-    assert all(recipe.reuse_cfg == 1 for recipe in candidates(USUAL, [""], weak=True, cfg=False))
-    assert all(recipe.reuse_order is None for recipe in candidates(USUAL, [""], weak=False, cfg=False))
+    assert all(recipe.reuse == 1 for recipe in candidates(USUAL, [""], weak=False, cfg=True, blocks=False))
+    assert all(recipe.reuse_cfg == 1 for recipe in candidates(USUAL, [""], weak=True, cfg=False, blocks=False))
+    assert all(recipe.reuse_order is None for recipe in candidates(USUAL, [""], weak=False, cfg=False, blocks=False))
 
 
 def test_steps_thin_out():
