@@ -17,6 +17,7 @@ import argparse
 import functools
 import json
 import logging
+import re
 import statistics
 import sys
 import time
@@ -35,7 +36,7 @@ from stgfast import Guidance, toy
 from stgfast.bench.measure import result, saved, significant
 from stgfast.evaluate.study import EARLY
 from stgfast.solvers import own_solver
-from stgfast.spacing import Spacing, in_words, spaced, thinning
+from stgfast.spacing import Spacing, eased, in_words, spaced, thinning
 from stgfast.toy import videos
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ WAYS = (
         for growth in (0.0, 0.1, 0.2)
     ),
     *(Way("UniPC", steps, blocks=spaced(steps, first, gap), order=1) for steps, first, gap in SPACED),
+    *(Way("UniPC", steps, blocks=eased(steps, first, 3), order=1) for steps, first in ((24, 5), (30, 5), (36, 6))),
     *(Way("Euler", 48, blocks=spaced(48, 7, gap), order=1) for gap in (3, 4)),
     *(Way("Euler", 48, peer=peer) for peer in (*peers.PEERS, *peers.MAG)),
     *(Way("UniPC", 30, peer=peer) for peer in WITH_A_SOLVER),
@@ -183,14 +185,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=64)
     parser.add_argument("--save", type=Path, help="a file to put the results in, one line of JSON each")
-    parser.add_argument("--only", default="", metavar="WORD", help="measure those ways anew whose names have this word")
+    parser.add_argument("--only", default=".*", metavar="PATTERN", help="measure those ways anew whose names match")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(1)
-    made = list(rows(options.clips, EARLY, [way for way in WAYS if options.only in str(way)]))
+    made = list(rows(options.clips, EARLY, [way for way in WAYS if re.fullmatch(options.only, str(way))]))
     if options.save:
         anew = {row["way"] for row in made}
-        there = options.save.read_text(encoding="utf-8").splitlines() if options.only else []
+        there = options.save.read_text(encoding="utf-8").splitlines() if options.only != ".*" else []
         kept = [line for line in there if json.loads(line)["way"] not in anew]
         options.save.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     for row in made:

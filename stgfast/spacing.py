@@ -61,6 +61,16 @@ def spaced(steps: int, first: int, gap: int) -> tuple[int, ...]:
     return tuple(sorted({*range(min(first, steps)), *range(first - 1 + gap, steps, gap), steps - 1}))
 
 
+def eased(steps: int, first: int, gap: int) -> tuple[int, ...]:
+    """As `spaced`, with gaps that grow to that size one by one."""
+    found, at, growing = set(range(min(first, steps))), first - 1, 1
+    while at < steps:
+        found.add(at)
+        growing = min(growing + 1, gap)
+        at += growing
+    return tuple(sorted({*found, steps - 1}))
+
+
 def thinning(steps: int, first: int, growth: float) -> tuple[int, ...]:
     """Of so many steps those that compute: the first few, then every second one, then less and less often."""
     found, gap, at = list(range(min(first, steps))), 2.0, first + 1.0

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from stgfast.errors import SettingsError, wrong
 from stgfast.recipes import Recipe
-from stgfast.spacing import EVERY, Spacing, spaced, thinning
+from stgfast.spacing import EVERY, Spacing, eased, thinning
 
 SHARES = (1.0, 0.8, 0.65, 0.5, 0.4, 0.33, 0.25)  # of the usual steps
 FEWEST = 4  # steps
@@ -50,7 +50,7 @@ def candidates(usual: Recipe, solvers: Sequence[str], *, weak: bool, cfg: bool, 
                 yield exact
             if blocks and steps > FIRST + 2:
                 for first, gap in ((FIRST + 1, 3), (FIRST + 2, 2)):
-                    yield replace(exact, reuse_blocks=spaced(steps, first, gap), reuse_order=1)
+                    yield replace(exact, reuse_blocks=eased(steps, first, gap), reuse_order=1)
             if not (weak or cfg) or steps <= FIRST:
                 continue
             thinned = dict.fromkeys(thinning(steps, FIRST, growth) for growth in (0.1, 0.2))

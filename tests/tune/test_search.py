@@ -5,7 +5,7 @@ import math
 import pytest
 
 from stgfast import Recipe, SettingsError
-from stgfast.spacing import thinning
+from stgfast.spacing import eased, spaced, thinning
 from stgfast.tune.search import Aim, Trial, candidates, front, given_up
 
 USUAL = Recipe(model={"pipeline": "P"}, steps=30)
@@ -24,7 +24,7 @@ def test_candidates_are_all_there_is_and_none_twice():
     assert max(recipe.steps for recipe in tried) == 30
     assert {recipe.reuse_order for recipe in tried} == {None, 1, 2}
     assert all(recipe.reuse == recipe.reuse_cfg for recipe in tried)
-    assert any(recipe.reuse_blocks == (0, 1, 2, 3, 4, 7, 10, 13, 16, 19, 22, 25, 28, 29) for recipe in tried)
+    assert any(recipe.reuse_blocks == (0, 1, 2, 3, 4, 6, 9, 12, 15, 18, 21, 24, 27, 29) for recipe in tried)
 
 
 def test_only_what_there_is_is_carried_on():
@@ -37,6 +37,14 @@ def test_steps_thin_out():
     assert thinning(20, 4, 0.0) == (0, 1, 2, 3, 5, 7, 9, 11, 13, 15, 17, 19)
     assert thinning(20, 4, 0.1) == (0, 1, 2, 3, 5, 7, 10, 12, 15, 18)
     assert thinning(3, 4, 0.1) == (0, 1, 2)
+
+
+def test_steps_are_spaced():
+    assert spaced(12, 3, 3) == (0, 1, 2, 5, 8, 11)
+    assert spaced(13, 3, 3) == (0, 1, 2, 5, 8, 11, 12)
+    assert eased(13, 3, 3) == (0, 1, 2, 4, 7, 10, 12)
+    assert eased(13, 3, 2) == spaced(13, 3, 2) == (0, 1, 2, 4, 6, 8, 10, 12)
+    assert spaced(2, 3, 3) == eased(2, 3, 3) == (0, 1)
 
 
 def test_given_up_is_what_is_beaten_for_no_more_work():
