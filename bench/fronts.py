@@ -31,6 +31,7 @@ KINDS = {
     "DPM++": ("#2e7d4f", "#74c796"),
     "reuse": ("#b8237a", "#ff8fcb"),
     "caches": ("#b3531e", "#f0a06a"),
+    "blocks": ("#6a2fc9", "#b79bff"),
 }
 W, H, LEFT, RIGHT, TOP, BOTTOM = 760, 430, 56, 14, 12, 62
 WIDEST = 1.05  # of the costs that are drawn
@@ -52,7 +53,16 @@ def best_of(rows: Sequence[Row]) -> list[Row]:
 
 
 def kind_of(row: Row) -> str:
-    return "caches" if row["peer"] else "reuse" if row["order"] is not None else row["solver"]
+    if row["peer"]:
+        return "caches"
+    return "blocks" if row.get("blocks", 1) != 1 else "reuse" if row["order"] is not None else row["solver"]
+
+
+def brief(row: Row) -> str:
+    """Its name, with the number of the steps that are named."""
+    named = next((row.get(name) for name in ("reuse", "blocks") if isinstance(row.get(name), list)), [])
+    steps = ", ".join(map(str, named))
+    return row["way"].replace(f" but in steps {steps}", f", {len(named)} of them whole") if named else row["way"]
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -71,7 +81,7 @@ def short(rows: Sequence[Row]) -> str:
     kinds: dict[str, list[Row]] = {}
     for row in rows:
         peer = row["peer"].partition(",")[0] if row["peer"] else ""
-        name = f"{peer}, {row['solver']}" if peer else f"{row['solver']}{', reuse' if kind_of(row) == 'reuse' else ''}"
+        name = f"{row['solver']}, {peer or kind_of(row)}"
         kinds.setdefault(name, []).append(row)
     chosen = [
         next((row for row in kind if row["distance"] <= base["distance"]), min(kind, key=lambda row: row["distance"]))
@@ -82,7 +92,7 @@ def short(rows: Sequence[Row]) -> str:
     for number, row in enumerate(chosen):
         if row["distance"] > base["distance"] and (not number or chosen[number - 1]["distance"] <= base["distance"]):
             lines.append("| *not as close at any cost that was tried:* | | | |")
-        lines.append(f"| {row['way']} | {figures(row)} |")
+        lines.append(f"| {brief(row)} | {figures(row)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -149,7 +159,7 @@ def plot(rows: Sequence[Row]) -> str:
             place = f'cx="{x(row["cost"])}" cy="{y(row["distance"])}"'
             yield f'<circle class="{named(kind_of(row))}" {place} r="3.5">{title}</circle>'
         for number, (kind, said) in enumerate(SAID.items()):
-            across = LEFT + (0, 88, 176, 284, 480)[number]
+            across = LEFT + (0, 70, 145, 255, 415, 580)[number]
             yield f'<circle class="{named(kind)}" cx="{across}" cy="{H - 14}" r="4"/>'
             yield f'<text x="{across + 9}" y="{H - 10}">{said}</text>'
         yield "</svg>"
@@ -161,8 +171,9 @@ SAID = {
     "Euler": "Euler",
     "UniPC": "UniPC",
     "DPM++": "DPM-Solver++",
-    "reuse": "with differences carried on",
+    "reuse": "differences carried on",
     "caches": "caches of other libraries",
+    "blocks": "blocks carried on",
 }
 
 
@@ -174,7 +185,7 @@ def _style(number: int, ground: str, line: str, ink: str) -> str:
     kinds = "".join(
         f".{named(kind)}{{fill:{colours[number]};stroke:{colours[number]}}}" for kind, colours in KINDS.items()
     )
-    return f".ground{{fill:{ground}}}.line{{stroke:{line}}}text{{fill:{ink}}}{kinds}polyline{{fill:none}}"
+    return f".ground{{fill:{ground}}}.line{{stroke:{line}}}text{{fill:{ink}}}{kinds}polyline[points]{{fill:none}}"
 
 
 STYLE = (
