@@ -162,9 +162,8 @@ def explain(pipe: Any, **arguments: Any) -> Explanation:
         cfg, phases = None, _announced(fitted, adapter.announced, guidance, call, name)
     else:
         cfg, phases = adapter.requested(call), _weighed(pipe, adapter, guidance, call, layout)
-    return Explanation(
-        adapter.pipeline, adapter.protocol, layout.depth, cfg, guidance, installed.recipe, installed.max_rows, phases
-    )
+    about = adapter.pipeline, adapter.protocol, layout.depth, cfg, guidance
+    return Explanation(*about, installed.recipe, installed.max_rows, phases)
 
 
 def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, layout: Layout) -> tuple[Phase, ...]:
@@ -213,7 +212,7 @@ def _announced(
     steps, seen, layout = fitted.adapter.steps_of_run(fitted.pipe, call), copy.copy(fitted.pipe), fitted.layouts[name]
     memory, blocks = memory_for(announced, guidance), KeptBlocks(guidance)
     models, noisier = _kept_apart(fitted.pipe, fitted.adapter, guidance, call, steps)
-    passes, recalled = [], []
+    passes, recalled, phases = [], [], []
     for step in range(steps):
         moment = Moment(step, steps)
         announced.preview(seen, call, moment)
@@ -223,7 +222,6 @@ def _announced(
             blocks.forget()
         kept = memory.recalled(passes[step].differing, step, models[step])
         recalled.append((kept, blocks.skips(passes[step].branches, step, models[step])))
-    phases = []
     for _, same in itertools.groupby(range(steps), key=lambda step: passes[step]):
         run = list(same)
         one = passes[run[0]]

@@ -34,6 +34,8 @@ KEPT = {
     "integrations/test_families.py::test_no_worse_than_the_plain_method": FEW,
     "integrations/test_families.py::test_scale_0_and_restore_leave_the_stock_result": FIRST,
     "integrations/test_forecast.py::test_explain_counts_what_runs_or_says_why_not": FIRST,
+    "integrations/test_forecast.py::test_ltx2_too": "line",
+    "integrations/test_ltx2.py::test_reuse": "1",
     "integrations/test_guiders.py::test_shared_passes_are_the_guiders_own": ".*(original formulation|part.*|CFG)",
     "integrations/test_ltx2.py::test_equals_its_own_four_passes": "2.0-its defaults|2.3-(its|two|CFG).*",
     "integrations/test_methods.py::test_reuse": "Mochi-(both.*|with.*|in .*)|Wan-(both|against.*)|.*Diffusion-rescaled",

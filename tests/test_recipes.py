@@ -125,7 +125,10 @@ def test_is_for_its_model_alone():
 WRONG = {
     "no steps": (lambda ok: ok | {"steps": 0}, "steps of a recipe: got 0"),
     "steps that there are not": (lambda ok: ok | {"reuse": [0, 6]}, "reuse of a recipe: got step 6, expected those"),
-    "an order of nothing": (lambda ok: ok | {"reuse": 1, "reuse_cfg": 1}, "reuse_order: got 1, expected reuse or"),
+    "an order of nothing": (
+        lambda ok: ok | {"reuse": 1, "reuse_cfg": 1},
+        "reuse_order: got 1, expected reuse, reuse_cfg or reuse_bl",
+    ),
     "an unknown field": (lambda ok: ok | {"cost": 1}, "recipe: got .*, expected model and steps, and some of solver"),
     "no model": (lambda ok: {"steps": 6}, "recipe: got .'steps'., expected model and steps"),
     "a model's name": (lambda ok: ok | {"model": "ltx"}, "model of a recipe: got 'ltx'"),
