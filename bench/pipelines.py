@@ -30,13 +30,13 @@ from stgfast.integrations import ADAPTERS
 from stgfast.integrations.open_sora import MODELS as OPEN_SORA
 from stgfast.integrations.spec import Adapter
 from stgfast.schedules import Moment
-from stgfast.spacing import spaced
+from stgfast.spacing import eased
 
 PAGE = readme.README.parent / "stgfast" / "integrations" / "README.md"
 HEAD = ("model", "pipelines", "called", "layers", "settings", "from", "block-rows: plain, stgfast, CFG alone", "saved")
 SHORT = ("", "weakened, where nothing else is said", "plainly", "stgfast", "by a recipe")
 USUAL_STEPS = 50
-RECIPE = spaced(24, 5, 2)  # of 24 steps those in which blocks run
+RECIPE = eased(30, 5, 3)  # of 30 steps those in which blocks run
 FLOW = "FlowMatchEulerDiscreteScheduler"
 OWN_UNIPC = ("WanPipeline", "WanVACEPipeline", "SkyReelsV2Pipeline")  # as they are released
 FIRST = Moment(0, 1)
