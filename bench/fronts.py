@@ -109,18 +109,15 @@ NUMBERS = {  # of the judge: by what they are multiplied, and their digits
 
 def judged(found: Mapping[str, Any]) -> str:
     """What a recipe's clips are less exact ones, by the judge."""
-    lines = [
-        f"What {found['clips']} clips by a recipe are, less the same by {found['than']} steps with every branch:",
-        "",
-    ]
-    lines += [f"| by | {' | '.join(name for name, _, _ in NUMBERS.values())} |", "| --- " * (len(NUMBERS) + 1) + "|"]
+    said = f"What {found['clips']} clips by a recipe are, less the same by {found['than']} steps with every branch:"
+    rows = []
     for recipe, numbers in found["found"].items():
-        cells = []
+        cells = [recipe]
         for name, (_, times, digits) in NUMBERS.items():
             value, half = (times * numbers[name][part] for part in ("value", "half"))
             cells.append(f"{value:+.{digits}f} ± {half:.{digits}f}")
-        lines.append(f"| {recipe} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return f"{said}\n\n{readme.table(['by', *(name for name, _, _ in NUMBERS.values())], rows)}"
 
 
 def figures(row: Row) -> str:

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -279,12 +279,8 @@ def own_settings(name: str) -> str:
     return ", ".join(f"`{name}` {call[name]}" for name in names)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
-
-
 def main() -> int:
-    made = {readme.README: table(SHORT, map(short, MODELS)), PAGE: table(HEAD, map(row, MODELS))}
+    made = {readme.README: readme.table(SHORT, map(short, MODELS)), PAGE: readme.table(HEAD, map(row, MODELS))}
     return readme.main("pipelines.py", __doc__, made)
 
 

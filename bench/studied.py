@@ -55,9 +55,8 @@ def cell(setting: Mapping[str, Any], name: str) -> str:
 
 
 def table(settings: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
-    lines = [["", *(COLUMNS[name][0] for name in columns)], ["---"] * (len(columns) + 1)]
-    lines += [[label(setting), *(cell(setting, name) for name in columns)] for setting in settings]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    rows = ([label(setting), *(cell(setting, name) for name in columns)] for setting in settings)
+    return readme.table(["", *(COLUMNS[name][0] for name in columns)], rows)
 
 
 def main() -> int:

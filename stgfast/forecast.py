@@ -15,7 +15,7 @@ from torch import Tensor
 from stgfast.errors import EngineError
 from stgfast.guidance import Guidance
 from stgfast.reuse import WARM, carried_on
-from stgfast.spacing import EVERY
+from stgfast.spacing import EVERY, due
 
 
 class KeptBlocks:
@@ -26,6 +26,7 @@ class KeptBlocks:
 
     def __init__(self, guidance: Guidance):
         self.spacing, self.order = guidance.reuse_blocks, guidance.reuse_order or 0
+        self.warm = WARM if self.order and not isinstance(self.spacing, tuple) else 1
         self.model, self.step = "", 0
         self.left: tuple[bool, ...] = ()  # which of the hidden states the last block leaves behind
         self.asked: dict[str, int] = {}  # the last step that needed a branch
@@ -49,10 +50,10 @@ class KeptBlocks:
                 self.computed.pop(name, None)
                 self.added.pop(name, None)
             self.asked[name] = step
-        due = any(self._due(self.computed.get(name, [])) for name in branches)
-        for name in branches if due else ():
+        computes = any(due(self.spacing, self.computed.get(name, []), step, self.warm) for name in branches)
+        for name in branches if computes else ():
             self.computed.setdefault(name, []).append(step)
-        return not due
+        return not computes
 
     def forget(self) -> None:
         self.asked, self.computed, self.added = {}, {}, {}
@@ -76,9 +77,3 @@ class KeptBlocks:
         made = [carried_on(self.computed[name], self.added[name], self.step) for name in branches]
         added = iter(torch.cat(parts) for parts in zip(*made, strict=True))
         return [rows + next(added) if left else None for rows, left in zip(before, self.left, strict=True)]
-
-    def _due(self, computed: Sequence[int]) -> bool:
-        if isinstance(self.spacing, tuple):
-            return not computed or self.step in self.spacing
-        warm = WARM if self.order else 1
-        return len(computed) < warm or self.step - computed[-1] >= self.spacing

@@ -17,7 +17,7 @@ from stgfast.batching.arguments import unwrapped
 from stgfast.errors import SettingsError, wrong
 from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Adapter
-from stgfast.integrations.steps import CallArguments
+from stgfast.integrations.steps import CallArguments, steps_of_call
 from stgfast.schedules import set_frozen
 from stgfast.solvers import own_solver, solver
 from stgfast.spacing import ORDER, REUSE, Spacing
@@ -108,9 +108,7 @@ class Recipe:
 
     def check_steps(self, call: CallArguments) -> None:
         """That a call asks for the recipe's steps."""
-        given = call if STEPS in call else call["kwargs"]
-        own = next((given[name] for name in ("timesteps", "sigmas") if given.get(name) is not None), None)
-        asked = given[STEPS] if own is None else len(own)
+        asked = steps_of_call(call if STEPS in call else call["kwargs"])
         if asked != self.steps:
             raise SettingsError(f"steps beside a recipe: got {asked}, expected the {self.steps} that it was found for")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stgfast.formulas import COND, GUIDED, UNCOND
 from stgfast.guidance import Guidance, Scale
-from stgfast.spacing import EVERY, Spacing
+from stgfast.spacing import EVERY, Spacing, due
 
 WARM = 2  # steps that are computed first, where values are carried on and not only held
 
@@ -81,10 +81,7 @@ class KeptDifferences:
         return WARM + number % spacing
 
     def _due(self, name: str, step: int) -> bool:
-        computed, spacing = self.computed.get(name, []), self.spacings[name]
-        if len(computed) < self.warm[name]:
-            return True
-        return step in spacing if isinstance(spacing, tuple) else step - computed[-1] >= spacing
+        return due(self.spacings[name], self.computed.get(name, []), step, self.warm[name])
 
     def _of(self, base: str, predictions: Mapping[str, tuple[Tensor, ...]], scale: Scale) -> tuple[Tensor, ...]:
         if base != GUIDED:

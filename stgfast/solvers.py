@@ -54,15 +54,6 @@ def check_solver(pipe: Any, name: str) -> None:
             raise SettingsError(f"scheduler of {type(pipe).__name__}: got {setting}=True, which {name} cannot follow")
 
 
-def solver_of(pipe: Any) -> str:
-    """The solver that a pipeline was given; nothing where it has its own."""
-    if REPLACED not in vars(pipe):
-        return ""
-    given = vars(pipe)["scheduler"]
-    made = type(given).__mro__[1].__name__, given.config.solver_order
-    return next(name for name, known in SOLVERS.items() if known == made)
-
-
 def own_solver(pipe: Any) -> None:
     """Give a pipeline its own scheduler back, if it has another solver."""
     if REPLACED in vars(pipe):

@@ -45,6 +45,13 @@ def check_steps(name: str, spacing: Spacing, steps: int) -> None:
         raise SettingsError(f"{name}: got step {spacing[-1]}, expected those of a run of {steps} steps, from 0")
 
 
+def due(spacing: Spacing, computed: Sequence[int], step: int, warm: int) -> bool:
+    """Whether a step computes, after these that did; the first so many all do."""
+    if len(computed) < warm:
+        return True
+    return step in spacing if isinstance(spacing, tuple) else step - computed[-1] >= spacing
+
+
 def in_words(spacing: Spacing) -> str:
     return f"{spacing}" if isinstance(spacing, int) else f"but in steps {', '.join(map(str, spacing))}"
 

@@ -261,7 +261,7 @@ FAULTS = [
     ),
     Fault(
         "differences kept one step too long",
-        "reuse.py",
+        "spacing.py",
         "else step - computed[-1] >= spacing",
         "else step - computed[-1] > spacing",
         "tests/integrations/test_methods.py -k reuse",
@@ -324,7 +324,7 @@ FAULTS = [
     ),
     Fault(
         "named steps that are every step",
-        "reuse.py",
+        "spacing.py",
         "return step in spacing if isinstance(spacing, tuple)",
         "return True if isinstance(spacing, tuple)",
         "tests/integrations/test_methods.py -k 'reuse or named'",
@@ -346,8 +346,8 @@ FAULTS = [
     Fault(
         "blocks that some branches are carried on of",
         "forecast.py",
-        "due = any(self._due",
-        "due = all(self._due",
+        "computes = any(due(",
+        "computes = all(due(",
         "tests/integrations/test_forecast.py -k while",
     ),
     Fault(
