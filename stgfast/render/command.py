@@ -42,11 +42,11 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Which model, how it is had, and what all clips have."""
     parser.add_argument(
         "--model", required=True, metavar="NAME_OR_PATH", help="a model's folder, or its name on the hub"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder for clips and their state")
     parser.add_argument(
         "--set",
         dest="defaults",
@@ -55,13 +55,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         metavar="FIELD=VALUE",
         help="what every job has that does not say otherwise, such as steps=30",
     )
-    parser.add_argument("--format", choices=("mp4", "gif", "png", "npz"), default="mp4")
-    parser.add_argument("--fps", type=float, help="frames in a second; the model's own where left out")
-    parser.add_argument("--crf", type=int, default=18, help="quality of MP4, from 0 (without loss) to 51")
-    parser.add_argument("--max-batch", type=int, default=8, help="clips that are rendered at once at most")
-    parser.add_argument("--skip-bad", action="store_true", help="go on without jobs that are wrong")
-    parser.add_argument("--retry-failed", action="store_true", help="try jobs again that failed in an earlier run")
-    parser.add_argument("--plan", action="store_true", help="check and list the jobs, and render nothing")
     parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
     parser.add_argument(
@@ -69,6 +62,19 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         choices=("text", "model", "group"),
         help="what is on the device only while it computes, for memory: the text encoders, every model, every layer",
     )
+    parser.add_argument("--trust", metavar="NAME", help="the model's name again, for one that brings code of its own")
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder for clips and their state")
+    parser.add_argument("--format", choices=("mp4", "gif", "png", "npz"), default="mp4")
+    parser.add_argument("--fps", type=float, help="frames in a second; the model's own where left out")
+    parser.add_argument("--crf", type=int, default=18, help="quality of MP4, from 0 (without loss) to 51")
+    parser.add_argument("--max-batch", type=int, default=8, help="clips that are rendered at once at most")
+    parser.add_argument("--skip-bad", action="store_true", help="go on without jobs that are wrong")
+    parser.add_argument("--retry-failed", action="store_true", help="try jobs again that failed in an earlier run")
+    parser.add_argument("--plan", action="store_true", help="check and list the jobs, and render nothing")
     parser.add_argument(
         "--vae-tiling", action="store_true", help="decode in tiles, for memory: not quite the same pixels"
     )
@@ -76,7 +82,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe", type=Path, metavar="FILE", help="make all clips by what stgfast tune found: an approximation"
     )
-    parser.add_argument("--trust", metavar="NAME", help="the model's name again, for one that brings code of its own")
     parser.add_argument(
         "--ray", metavar="ADDRESS", help="render on the GPUs of a Ray cluster: local (this machine), auto, or host:port"
     )

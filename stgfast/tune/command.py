@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
+from stgfast.render.command import add_model, defaults_of, prompts_of
+
 FOUND, NONE, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -18,9 +20,7 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "prompts", nargs="*", metavar="PROMPT", help="like those that are to be rendered; or a .txt file of them"
     )
-    parser.add_argument(
-        "--model", required=True, metavar="NAME_OR_PATH", help="a model's folder, or its name on the hub"
-    )
+    add_model(parser)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder for the recipe and its page")
     aim = parser.add_mutually_exclusive_group()
     aim.add_argument("--distance", type=float, metavar="D", help="the cheapest within this distance of converged clips")
@@ -28,24 +28,11 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clips", type=int, default=8, help="by which a recipe is judged")
     parser.add_argument("--minutes", type=float, help="after which no further clip is begun")
     parser.add_argument("--seed", type=int, default=0, help="of the first noise")
-    parser.add_argument(
-        "--set",
-        dest="defaults",
-        action="append",
-        default=[],
-        metavar="FIELD=VALUE",
-        help="what every clip has, such as steps=30",
-    )
-    parser.add_argument("--device", help="cuda where there is one, else cpu")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
-    parser.add_argument("--offload", choices=("text", "model", "group"), help="as for render")
-    parser.add_argument("--trust", metavar="NAME", help="the model's name again, for one that brings code of its own")
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
 def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
     from stgfast.errors import DeviceError, SettingsError, UnsupportedPipelineError
-    from stgfast.render.command import defaults_of, prompts_of
     from stgfast.render.store import StoreError
     from stgfast.tune.run import PAGE, RECIPE, tune
 
@@ -54,7 +41,7 @@ def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Tex
     try:
         tuned = tune(
             arguments.model,
-            prompts_for(arguments, prompts_of),
+            prompts_for(arguments),
             arguments.out,
             distance=arguments.distance,
             cost=arguments.cost,
@@ -87,13 +74,13 @@ def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Tex
     return FOUND
 
 
-def prompts_for(arguments: argparse.Namespace, prompts_of: Any) -> list[str]:
+def prompts_for(arguments: argparse.Namespace) -> list[str]:
     """Those that were given, or those that come with a model."""
     from stgfast import toy
     from stgfast.errors import SettingsError
 
     if arguments.prompts:
-        return list(prompts_of(arguments.prompts))
+        return prompts_of(arguments.prompts)
     if arguments.model == "toy":
         return list(toy.PROMPTS)
     raise SettingsError("prompts: got none, expected some like those that are to be rendered, or a .txt file of them")
