@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from stgfast.schedules import BySigma
     from stgfast.solvers import solver
     from stgfast.tune.run import tune
+    from stgfast.verify import verify
 
 # Where each name is. A name is imported when it is first asked for: reading settings needs no torch.
 _HOME = {
@@ -43,6 +44,7 @@ _HOME = {
     "schedules": ("BySigma",),
     "solvers": ("solver",),
     "tune.run": ("tune",),
+    "verify": ("verify",),
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _HOME.items() for name in names}
 
@@ -68,6 +70,7 @@ __all__ = [
     "restore",
     "solver",
     "tune",
+    "verify",
 ]
 
 

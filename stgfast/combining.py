@@ -7,7 +7,6 @@ last call of a step      g, which the pipeline then combines with itself
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.layout import Layout
+from stgfast.batching.outputs import prediction_in, with_prediction
 from stgfast.batching.plan import Plan, branches_for, make_plan, passing
 from stgfast.batching.seam import Call
 from stgfast.engine import Run
@@ -155,8 +155,8 @@ class CombiningStep:
         if not plan.branches:
             return
         output = self.run.compute(self.name, plain, arguments, sources, plan, self.strategy.blocks.ends)
-        self.form = functools.partial(_in_form_of, output)
-        predictions = _prediction_in(output).chunk(len(plan.branches))
+        self.form = functools.partial(with_prediction, output)
+        predictions = prediction_in(output).chunk(len(plan.branches))
         self.predictions |= zip([branch.name for branch in plan.branches], predictions, strict=True)
 
     def _hand_out(self) -> Any:
@@ -183,18 +183,3 @@ def projection(guidance: Guidance, names: Sequence[str]) -> Projection | None:
     if lost is None:
         return None
     return Projection(names.index(lost.of), tuple(lost.along.get(name, 0.0) for name in names), lost.left)
-
-
-def _prediction_in(output: Any) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    return cast(Tensor, output[0] if isinstance(output, tuple) else output.sample)
-
-
-def _in_form_of(output: Any, prediction: Tensor) -> Any:
-    """A denoiser's output with another prediction in it."""
-    if isinstance(output, Tensor):
-        return prediction
-    if isinstance(output, tuple):
-        return (prediction, *output[1:])
-    return dataclasses.replace(output, sample=prediction)

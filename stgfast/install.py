@@ -15,7 +15,7 @@ from stgfast.batching.seam import Call, handling
 from stgfast.call import check, check_call, check_forwards, check_layers, check_max_rows, settings_of, settle
 from stgfast.combining import Combining
 from stgfast.engine import Run
-from stgfast.errors import SettingsError, wrong
+from stgfast.errors import EngineError, SettingsError, wrong
 from stgfast.guidance import Guidance
 from stgfast.integrations import adapter_for
 from stgfast.integrations.spec import Adapter, Fitted
@@ -38,6 +38,7 @@ class Installed:
     compilation: Mapping[str, Any] | None  # the arguments of torch.compile, where blocks are to be compiled
     recipe: Recipe | None
     original: Any  # the class of the pipeline before it was accelerated
+    verified: set[Any] | None = None  # the kinds of guidance that were verified; None where none are to be
 
     def guidance(self, pipe: Any) -> Guidance:
         """What was given, or the default: nothing where the pipeline asks for weak branches itself."""
@@ -52,6 +53,7 @@ def accelerate(
     compile: bool | Mapping[str, Any] = False,
     recipe: Recipe | str | Path | None = None,
     adapter: Adapter | None = None,
+    verify: bool | None = None,
 ) -> Pipe:
     """Guide every call of this diffusers pipeline by `guidance`, or by the default settings for its model.
 
@@ -60,10 +62,13 @@ def accelerate(
     `compile` compiles the model's blocks, those that are not compiled yet, with these arguments of `torch.compile`, or
     its defaults where it is True; steps and schedules do not compile anew. `recipe`, or its file, says in how many
     steps, by which solver and with what carried on every call makes its clips: an approximation. `adapter` has the
-    facts of a pipeline that stgfast does not know. Accelerating again replaces all of it. The pipeline itself is
+    facts of a pipeline that stgfast does not know. `verify` compares the first guided call, before it runs, with the
+    plain method, as `stgfast.verify` does, and raises where they differ; left out, that is done for facts that were
+    given. Accelerating again replaces all of it. The pipeline itself is
     returned, changed in place; `restore` undoes it.
     """
     original = original_class(type(pipe))
+    verified = set[Any]() if verify or (verify is None and adapter is not None) else None
     if adapter is None:
         adapter = adapter_for(pipe, original)
     elif adapter.pipeline not in (cls.__name__ for cls in original.__mro__):
@@ -75,7 +80,7 @@ def accelerate(
     if not isinstance(compile, bool | Mapping):
         raise wrong("compile", compile, "True, False, or arguments of torch.compile such as {'dynamic': True}")
     compilation = None if compile is False else {} if compile is True else dict(compile)
-    installed = Installed(adapter, guidance, max_rows, compilation, taken(recipe), original)
+    installed = Installed(adapter, guidance, max_rows, compilation, taken(recipe), original, verified)
     fitted = adapter.on(pipe)
     check_layers(fitted, installed.guidance(pipe), default=guidance is None)
     check_forwards(fitted)
@@ -178,6 +183,7 @@ def guided_call(pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[s
     bound = bound_call(installed, inspect.signature(original).bind, pipe, *args, **kwargs)
     call = bound.arguments
     fitted, guidance = settled(pipe, installed, call, given)
+    verify_once(installed, fitted, guidance, call)
     announced = installed.adapter.announced if installed.adapter.announces(pipe) else None
     as_it_is = installed.max_rows is None and installed.compilation is None and announced is None
     if guidance.inert and as_it_is:
@@ -188,6 +194,25 @@ def guided_call(pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[s
     strategy = Combining(guidance) if announced is None else Answering(announced, guidance)
     run = Run(fitted, guidance, call, strategy, max_rows=installed.max_rows, compilation=installed.compilation)
     return run.whole(functools.partial(original, *bound.args, **bound.kwargs))
+
+
+def verify_once(installed: Installed, fitted: Fitted, guidance: Guidance, call: CallArguments) -> None:
+    """Raise where a guided call is not what the plain method gives; calls that are alike are checked once."""
+    if installed.verified is None or guidance.inert:
+        return
+    kinds = {(part.kind, part.axis, part.of) for part in guidance.perturbations}
+    alike = frozenset(kinds), installed.adapter.requested(call) is None
+    if alike in installed.verified:
+        return
+    from stgfast.proof.check import Accelerated, check
+
+    given = Accelerated(fitted, installed.original, guidance, call, installed.max_rows, installed.compilation)
+    verdict = check(given)
+    if not verdict.ok:
+        raise EngineError(
+            f"the facts of {installed.original.__name__} do not give the plain method's result: {verdict.reason}"
+        )
+    installed.verified.add(alike)
 
 
 def _outside(callback: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,22 +1,26 @@
 """The plain method: every branch on its own, through every block, combined as the formula is written.
 
-It shares no code with the package. It drives a stock pipeline: what the pipeline calls its denoiser with is recorded,
-and what it hands its scheduler is replaced by guidance computed branch by branch from the recorded calls.
+Branches and formula are those of `stgfast/proof/plain.py`, which shares nothing with the engine, and facts are those
+written here, apart from the adapters. This drives a stock pipeline through all its steps: what the pipeline calls its
+denoiser with is recorded, and what it hands its scheduler is replaced by guidance computed from the recorded calls.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
+
+from stgfast import Perturbation
+from stgfast.batching.arguments import Arguments
+from stgfast.proof import plain
+from stgfast.proof.plain import Part
 
 STACKS = ("transformer_blocks", "single_transformer_blocks", "blocks")
 
@@ -46,15 +50,6 @@ class Plainly:
     rescale: Sequence[float]
     acts: Sequence[bool]
     formula: Callable[..., torch.Tensor] | None = None
-
-
-@dataclass(frozen=True)
-class Part:
-    """What a model runs, one after the other: a block, its layer's number if it has one, its self-attentions."""
-
-    module: Any
-    layer: int | None
-    attentions: dict[str, Any] = field(default_factory=dict)
 
 
 def blocks_of(model: Any) -> list[torch.nn.Module]:
@@ -107,77 +102,17 @@ class Facts:
     query: str = "to_q"
 
 
-@contextmanager
 def weakened(
     facts: Facts, model: Any, layers: Sequence[int], kind: str, axis: str = "", sigma: float | None = None
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """The model with some layers perturbed, for all rows."""
-    with ExitStack() as stack:
-        for part in facts.parts(model):
-            if part.layer not in layers:
-                continue
-            attentions = [module for name, module in part.attentions.items() if axis in ("", name)]
-            if kind == "attention":
-                for attention in attentions:
-                    stack.enter_context(mock.patch.object(attention, "forward", _identity(attention.forward)))
-            elif kind == "blur":
-                for name, attention in part.attentions.items():
-                    if name != "temporal":
-                        query = getattr(attention, facts.query)
-                        stack.enter_context(mock.patch.object(query, "forward", _blurred(facts, query.forward, sigma)))
-            elif attentions:
-                stack.enter_context(mock.patch.object(part.module, "forward", _skipped(facts)))
-        yield
 
+    def unchanged(part: Part, arguments: Arguments) -> Any:
+        named = [arguments.kwargs[name] for name in facts.passed if name in arguments.kwargs]
+        return facts.unchanged([*arguments.args, *named])
 
-def _skipped(facts: Facts) -> Callable[..., Any]:
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        return facts.unchanged([*args, *(kwargs[name] for name in facts.passed if name in kwargs)])
-
-    return forward
-
-
-def _identity(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Attention scores that pick every token itself, whatever else the module does."""
-
-    def attention(*args: Any, **kwargs: Any) -> Any:
-        with mock.patch("torch.nn.functional.scaled_dot_product_attention", _value):
-            return forward(*args, **kwargs)
-
-    return attention
-
-
-def _blurred(facts: Facts, forward: Callable[..., Any], sigma: float | None) -> Callable[..., Any]:
-    """Queries with every frame blurred."""
-
-    def queries(*args: Any, **kwargs: Any) -> Any:
-        made = forward(*args, **kwargs).clone()
-        start, (frames, height, width) = facts.lies(made.shape[1])
-        for number in range(frames):
-            frame = slice(start + number * height * width, start + (number + 1) * height * width)
-            made[:, frame] = blurred(made[:, frame].unflatten(1, (height, width)), sigma).flatten(1, 2)
-        return made
-
-    return queries
-
-
-def blurred(images: torch.Tensor, sigma: float) -> torch.Tensor:
-    """(rows, height, width, channels), by a Gaussian of three sigma to each side, where there are so many tokens."""
-    if sigma == math.inf:
-        return images.mean(dim=(1, 2), keepdim=True).expand_as(images)
-    down, across = (min(math.ceil(6 * sigma) // 2, size // 2, size - 1) for size in images.shape[1:3])
-    padded = F.pad(images.movedim(3, 1), (across, across, down, down), mode="reflect").movedim(1, 3)
-    result, total = torch.zeros_like(images), 0.0
-    for i in range(-down, down + 1):
-        for j in range(-across, across + 1):
-            weight = math.exp(-(i**2 + j**2) / (2 * sigma**2))
-            rows, columns = slice(down + i, down + i + images.shape[1]), slice(across + j, across + j + images.shape[2])
-            result, total = result + weight * padded[:, rows, columns], total + weight
-    return result / total
-
-
-def _value(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-    return value
+    how = Perturbation(layers, kind=kind, axis=axis, sigma=sigma)
+    return plain.weakened(facts.parts(model), how, unchanged=unchanged, lies=facts.lies, query=facts.query)
 
 
 def _kept(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -187,12 +122,6 @@ def _kept(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def _noise(facts: Facts, prediction: torch.Tensor) -> torch.Tensor:
     return prediction.chunk(2, dim=1)[0] if facts.half else prediction
-
-
-def rescale(cond: torch.Tensor, guided: torch.Tensor, phi: float) -> None:
-    """In place."""
-    for c, g in zip(cond, guided, strict=True) if phi else ():
-        g.mul_(phi * c.std() / g.std() + 1 - phi)
 
 
 @contextmanager
@@ -240,17 +169,11 @@ def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNa
             weak = [noise(predict(weak.of, weak)) for weak in plainly.weak]
             result = plainly.formula(noise(cond), None if uncond is None else noise(uncond), weak, state.step)
             return torch.cat([result, cond[:, result.shape[1] :]], dim=1)  # whatever is no noise is cond's
-        plain = {"cond": cond, "guided": cond}
-        if plainly.cfg is not None:
-            uncond = predict("uncond")
-            scale = plainly.cfg(pipe, calls[0][0]) if callable(plainly.cfg) else plainly.cfg
-            plain |= {"uncond": uncond, "guided": uncond + scale * (cond - uncond)}
-        result = plain["guided"]
-        for weak in plainly.weak:
-            if weak.scales[state.step]:
-                result = result + weak.scales[state.step] * (plain[weak.base] - predict(weak.of, weak))
-        rescale(noise(cond), noise(result), plainly.rescale[state.step])
-        return result
+        scale = plainly.cfg(pipe, calls[0][0]) if callable(plainly.cfg) else plainly.cfg
+        weighed = [(weak, weak.scales[state.step]) for weak in plainly.weak if weak.scales[state.step]]
+        weak = [(number, weak.base, predict(weak.of, weak)) for weak, number in weighed]
+        uncond = None if plainly.cfg is None else predict("uncond")
+        return plain.guided(cond, uncond, scale, weak, plainly.rescale[state.step], half=facts.half)
 
     @functools.wraps(step)  # pipelines look at its signature
     def guided_step(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -47,6 +47,13 @@ def handling(handlers: Mapping[nn.Module, Handler] | None) -> Iterator[None]:
 
 
 @contextmanager
+def handling_also(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
+    """The same, beside the handlers that are there already."""
+    with handling({**(_handlers.get() or {}), **handlers}):
+        yield
+
+
+@contextmanager
 def held(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Within the block, stand-ins are in place for these modules."""
     if not hasattr(nn.Module, ATTRIBUTE):

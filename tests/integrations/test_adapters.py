@@ -6,10 +6,11 @@ import inspect
 import pytest
 import torch
 
+from stgfast.batching.arguments import Arguments
 from stgfast.integrations import ADAPTERS
+from stgfast.proof.plain import values_alone
 from tests import models
 from tests.integrations.test_families import FAMILIES
-from tests.oracle import _identity as oracle_identity
 
 every = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
@@ -64,7 +65,7 @@ def test_identity_attention_is_attention_that_returns_values(family):
 
             def compare(*args, attention=attention, forward=forward, **kwargs):
                 mine = identity(attention, *args, **kwargs)
-                theirs = oracle_identity(forward)(*args, **kwargs)
+                theirs = values_alone(forward, Arguments(attention, args, kwargs))
                 both = zip(mine, theirs, strict=True) if isinstance(mine, tuple) else [(mine, theirs)]
                 for one, other in both:
                     torch.testing.assert_close(one, other)
@@ -91,7 +92,7 @@ def test_attend_is_the_models_own_attention():
         forward = attention.forward
 
         def compare(*args, attention=attention, forward=forward, **kwargs):
-            plain, values = forward(*args, **kwargs), oracle_identity(forward)(*args, **kwargs)
+            plain, values = forward(*args, **kwargs), values_alone(forward, Arguments(attention, args, kwargs))
             masked, source = [False, True, True, False], [1, 0, 1, 0]
             mine = adapter.blocks.attend(attention, masked, source, *args, **kwargs)
             for one, both in zip(mine, zip(plain, values, strict=True), strict=True):

@@ -10,11 +10,11 @@ from stgfast import Guidance, Perturbation, SettingsError
 from stgfast.batching.layout import Grid
 from stgfast.errors import EngineError
 from stgfast.integrations import ADAPTERS
+from stgfast.proof.plain import blurred
 from tests.integrations import test_ltx2
 from tests.integrations.families import kandinsky5
 from tests.integrations.family import with_blocks
 from tests.integrations.test_families import FAMILIES
-from tests.oracle import blurred
 from tests.precision import distance, same
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -13,8 +13,9 @@ from diffusers.hooks.smoothed_energy_guidance_utils import SmoothedEnergyGuidanc
 import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.errors import SettingsError
+from stgfast.proof.plain import blurred
 from tests.integrations.families.hunyuan_video15 import FACTS, FAMILIES, arguments, build
-from tests.oracle import blurred, weakened
+from tests.oracle import weakened
 from tests.precision import distance, same
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -1,0 +1,23 @@
+"""What a denoiser returns: a tensor, a tuple that begins with one, or an object with a `sample`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, cast
+
+from torch import Tensor
+
+
+def prediction_in(output: Any) -> Tensor:
+    if isinstance(output, Tensor):
+        return output
+    return cast(Tensor, output[0] if isinstance(output, tuple) else output.sample)
+
+
+def with_prediction(output: Any, prediction: Tensor) -> Any:
+    """A denoiser's output with another prediction in it."""
+    if isinstance(output, Tensor):
+        return prediction
+    if isinstance(output, tuple):
+        return (prediction, *output[1:])
+    return dataclasses.replace(output, sample=prediction)

@@ -1,0 +1,290 @@
+"""Accelerated guidance against the plain method, on one pipeline and one call of it.
+
+1. How the pipeline combines, measured without its model, against what the adapter says of it: for all steps.
+2. For each denoiser one step: every branch alone, through the whole model, against the engine's prediction; and
+   what the scheduler is sent, against what it would be sent for the plain method's result.
+3. At scale 0, what the scheduler is sent is the pipeline's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+
+from stgfast.announced import Answering
+from stgfast.batching.arguments import Arguments
+from stgfast.batching.room import Rows
+from stgfast.batching.seam import Call
+from stgfast.combining import Combining
+from stgfast.engine import Run, Strategy
+from stgfast.formulas import COND
+from stgfast.guidance import Guidance, Scale
+from stgfast.integrations.spec import Adapter, Fitted
+from stgfast.integrations.steps import CallArguments
+from stgfast.kinds import RESIDUAL
+from stgfast.proof.measure import LINEAR, Combined, Stand, measured
+from stgfast.proof.plain import KINDS
+from stgfast.proof.steps import EngineStep, PlainStep, allowed, apart, epsilon
+from stgfast.proof.suspects import suspects
+from stgfast.proof.verdict import Line, Verdict
+from stgfast.proof.watch import Watch
+from stgfast.schedules import Moment
+
+
+class Accelerated(NamedTuple):
+    """A pipeline as it is accelerated, and one call of it.
+
+    cls  the pipeline's own class
+    """
+
+    fitted: Fitted
+    cls: type[Any]
+    guidance: Guidance
+    call: Mapping[str, Any]
+    max_rows: Rows = None
+    compilation: Mapping[str, Any] | None = None
+
+
+class Claimed(NamedTuple):
+    """What the adapter says of one step: the scale of CFG, and the branches of every call."""
+
+    scale: Scale
+    calls: tuple[tuple[str, ...], ...]
+
+    @property
+    def branches(self) -> list[str]:
+        return [branch for turn in self.calls for branch in turn]
+
+
+def check(given: Accelerated) -> Verdict:
+    """Whether accelerated guidance is what it claims to be, here. Nothing is left behind on the pipeline."""
+    checking = Checking(given)
+    with torch.no_grad():
+        try:
+            if given.fitted.adapter.announces(given.fitted.pipe):
+                checking.announced()
+            else:
+                checking.combining()
+        except Exception as error:  # whatever wrong facts lead to
+            checking.wrong.append(f"it cannot be run, {type(error).__name__}: {error}")
+    return Verdict(given.cls.__name__, tuple(checking.lines), tuple(checking.wrong), tuple(checking.notes))
+
+
+class Checking:
+    """One check while it lasts."""
+
+    def __init__(self, given: Accelerated):
+        self.given = given
+        self.adapter: Adapter = given.fitted.adapter
+        self.lines: list[Line] = []
+        self.wrong: list[str] = []
+        self.notes: list[str] = []
+        self.guidance = self._plain(given.guidance)
+        denoisers = {name: layout.denoiser for name, layout in given.fitted.layouts.items()}
+        self.watch = Watch(given.fitted.pipe, given.cls, given.call, denoisers, self.adapter.sample)
+        self.stand = Stand(self.watch)
+
+    def _plain(self, guidance: Guidance) -> Guidance:
+        """What of a guidance the plain method has. What is carried on from step to step is an approximation, and a
+        projection is no matter of facts."""
+        other = {part.kind for part in guidance.perturbations if part.kind not in KINDS}
+        for kind in sorted(other):
+            self.notes.append(
+                f"The plain method has no kind {kind!r}: residual, in the same layers, was checked instead."
+            )
+        parts = [
+            replace(part, kind=RESIDUAL, axis="", sigma=None) if part.kind in other else part
+            for part in guidance.perturbations
+        ]
+        return replace(guidance.exact, perturbations=parts, project="", eta=0.0)
+
+    # Pipelines that combine
+
+    def combining(self) -> None:
+        with torch.compiler.set_stance("force_eager"):
+            self.combined = measured(self.watch, self.stand)
+            self.claimed = self._claims()
+        made = len(self.watch.steps)
+        if made != self.steps:
+            self.wrong.append(f"steps: the adapter says {self.steps}, the pipeline makes {made}")
+        for step, (combined, claimed) in enumerate(zip(self.combined, self.claimed, strict=False)):
+            if not self.wrong:
+                self._compare(step, combined, claimed)
+        for name in () if self.wrong else self.given.fitted.layouts:
+            self._step(name)
+
+    def _claims(self) -> list[Claimed]:
+        """What the adapter says, asked for while the steps run, as the engine asks."""
+        claims: dict[int, Claimed] = {}
+        stub = self.stub()
+
+        def answer(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
+            if step not in claims:
+                scale = self.adapter.live(self.watch.copy, self.watch.copied_call, name)
+                claims[step] = Claimed(scale, self.adapter.calls(scale is not None))
+            return stub(step, turn, name, plain, arguments)
+
+        self.watch.run(answer)
+        self.steps = self.adapter.steps(self.watch.copy)
+        return [claims[step] for step in sorted(claims)]
+
+    def _compare(self, step: int, combined: Combined, claimed: Claimed) -> None:
+        """What the adapter says of a step, and what was measured."""
+        groups = tuple(map(len, claimed.calls))
+        if combined.groups != groups:
+            self.wrong.append(
+                f"protocol: the adapter says {self.adapter.protocol!r}, {_calls(groups)} in step {step + 1}; the "
+                f"pipeline makes {_calls(combined.groups)}"
+            )
+            return
+        said = claimed.branches.index(COND)
+        scale = torch.as_tensor(1.0 if claimed.scale is None else claimed.scale).double().cpu()
+        weights = [scale if number == said else 1 - scale for number in range(len(combined.weights))]
+        if _alike(weights, combined.weights):
+            return
+        if _alike(weights[::-1], combined.weights):
+            self.wrong.append(
+                f"order: the adapter says {', '.join(claimed.branches)}; the pipeline takes them the other way around"
+            )
+        else:
+            self.wrong.append(
+                f"live: the adapter says that step {step + 1} combines with a scale of {_numbers(scale)}; the pipeline "
+                f"does with {_numbers(combined.weights[said])}"
+            )
+
+    def _step(self, name: str) -> None:
+        """One step of one denoiser, by the plain method and by the engine."""
+        step = self._step_of(name)
+        if step is None:
+            self.notes.append(f"pipe.{name} was not checked: no step of this call that is guided calls it.")
+            return
+        layout, combined, moment = self.given.fitted.layouts[name], self.combined[step], self._moment(step)
+        plain = PlainStep(self.watch, self.stub(), layout, self.guidance, combined, moment)
+        self.notes += plain.notes
+        if plain.links.mistaken:
+            self.wrong.append(plain.links.mistaken)
+        where = f"step {step + 1} of {self.steps}, pipe.{name}"
+        made = self._against(plain, self.adapter, where)
+        own = self._engine(step, Guidance(), self.adapter)
+        if isinstance(own, EngineStep):
+            exact = self.given.max_rows is None and self.given.compilation is None
+            error, budget = apart(own.seen.combined, plain.own), 0.0 if exact else plain.budget * plain.grown
+            made.append(Line(f"{where}: the same at scale 0", error, budget))
+        self.lines += made
+        if not self.wrong and not all(line.ok for line in made):
+            self._suspect(plain, where)
+
+    def _against(self, plain: PlainStep, adapter: Adapter, where: str) -> list[Line]:
+        """A step by the engine, with the facts of an adapter, against the plain method."""
+        engine = self._engine(plain.moment.step, plain.guidance, adapter)
+        if not isinstance(engine, EngineStep):
+            return [Line(f"{where}: the engine fails, {type(engine).__name__}: {engine}", math.inf, plain.budget)]
+        errors = {
+            branch: apart([engine.predictions[branch]], [prediction])
+            for branch, prediction in plain.predictions.items()
+            if branch in engine.predictions
+        }
+        made = []
+        for branch, error in errors.items():
+            words, budget = self._in_words(branch, plain.guidance), plain.told(branch, errors[COND])
+            if budget is None and adapter is self.adapter:
+                self.notes.append(f"{where}: roundings hide whether {words} is weak at all.")
+            made.append(Line(f"{where}: {words}", error, plain.budget if budget is None else budget))
+        error = apart(engine.seen.combined, plain.sent)
+        return [*made, Line(f"{where}: what the scheduler is sent", error, plain.budget * plain.grown)]
+
+    def _suspect(self, plain: PlainStep, where: str) -> None:
+        """The facts with which the step would be right, and the layers at which it is not."""
+        for words, adapter in suspects(self.adapter, plain.links, self.combined[0].rows):
+            if all(line.ok for line in self._against(plain, adapter, where)):
+                self.wrong.append(f"{words} gives the right result")
+        if self.wrong or any(math.isinf(line.error) for line in self.lines):
+            return
+        several = [part for part in plain.guidance.perturbations if len(part.layers) > 1]
+        for part, layer in ((part, layer) for part in several for layer in part.layers):
+            guidance = Guidance(replace(part, layers=[layer]))
+            alone = PlainStep(self.watch, self.stub(), plain.layout, guidance, plain.combined, plain.moment)
+            if not all(line.ok for line in self._against(alone, self.adapter, where)):
+                self.wrong.append(f"{where}: {part.kind} at layer {layer} is not what it should be")
+
+    def _step_of(self, name: str) -> int | None:
+        """The step of a denoiser in which most branches count."""
+        best, most = None, 0
+        for step, (combined, claimed) in enumerate(zip(self.combined, self.claimed, strict=False)):
+            if combined.names[0] != name or not self.guidance.acts(self._moment(step)):
+                continue
+            weighed = len(self.guidance.weights(self._moment(step), claimed.scale))
+            if weighed > most:
+                best, most = step, weighed
+        return best
+
+    def _moment(self, step: int) -> Moment:
+        if not self.guidance.by_sigma:
+            return Moment(step, self.steps)
+        return Moment(step, self.steps, self.adapter.sigmas(self.watch.copy, self.steps)[step])
+
+    def _in_words(self, branch: str, guidance: Guidance) -> str:
+        parts = dict(zip(guidance.names, guidance.perturbations, strict=True))
+        return str(Guidance(replace(parts[branch], scale=1.0))) if branch in parts else branch
+
+    # Pipelines that ask for their weak branches themselves
+
+    def announced(self) -> None:
+        """Whatever they ask for, they get what their model gives."""
+        if not self.guidance.inert:
+            self.notes.append("Checked with the weak passes of the pipeline, and not with those of the guidance.")
+
+        def own(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
+            return arguments.given_to(plain)
+
+        with torch.compiler.set_stance("force_eager"):
+            stock = self.watch.run(own, steps=1)[0]
+        engine = self._engine(0, Guidance(), self.adapter)
+        if isinstance(engine, Exception):
+            self.wrong.append(f"the engine fails, {type(engine).__name__}: {engine}")
+        else:
+            depth = max(layout.depth for layout in self.given.fitted.layouts.values())
+            budget = allowed(depth * epsilon(dtype := stock.sent[0].dtype), dtype)
+            self.lines.append(Line("step 1: what the scheduler is sent", apart(engine.seen.sent, stock.sent), budget))
+
+    # Both
+
+    def stub(self) -> Any:
+        """Answers for steps that do not count."""
+        rows = self.combined[0].rows
+        return self.stand.answer(lambda shape, group: torch.ones(shape), rows)
+
+    def _engine(self, step: int, guidance: Guidance, adapter: Adapter) -> EngineStep | Exception:
+        """A step by the engine, or how it fails: whatever wrong facts lead to is part of the verdict."""
+        given = self.given
+
+        def make(pipe: Any, call: CallArguments) -> Run:
+            announced = adapter.announced if adapter.announces(pipe) else None
+            strategy: Strategy = Combining(guidance) if announced is None else Answering(announced, guidance)
+            fitted = adapter.on(pipe)
+            return Run(fitted, guidance, call, strategy, max_rows=given.max_rows, compilation=given.compilation)
+
+        try:
+            return EngineStep(self.watch, None if step == 0 else self.stub(), step, make)
+        except Exception as error:
+            return error
+
+
+def _alike(one: Any, other: Any) -> bool:
+    return len(one) == len(other) and all(
+        bool(((a - b).abs() <= LINEAR * (1 + b.abs())).all()) for a, b in zip(one, other, strict=True)
+    )
+
+
+def _numbers(scale: torch.Tensor) -> str:
+    numbers = sorted({round(float(number), 4) for number in scale.flatten()})
+    return f"{numbers[0]:g}" if len(numbers) == 1 else f"{numbers[0]:g} to {numbers[-1]:g}"
+
+
+def _calls(groups: tuple[int, ...]) -> str:
+    each = " and ".join(f"{count} prediction{'s' if count > 1 else ''}" for count in groups)
+    return f"{len(groups)} call{'s' if len(groups) > 1 else ''} ({each})"

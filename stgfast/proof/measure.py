@@ -1,0 +1,157 @@
+"""How a pipeline combines the predictions of a step, measured without running its model.
+
+The denoiser is given random numbers for predictions. Whatever a pipeline does to a prediction before the scheduler has
+it, cut it or turn its sign, it does alike to all of them, so that what is sent for different predictions is compared
+with what is sent where all of them are equal:
+
+    sent(all a) - sent(all b)         one unit
+    sent(one a, others b) - sent(all b)   the weight of that one prediction, in these units
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stgfast.batching.arguments import Arguments
+from stgfast.batching.outputs import prediction_in, with_prediction
+from stgfast.batching.seam import Call
+from stgfast.errors import EngineError
+from stgfast.proof.watch import Seen, Watch
+
+LINEAR = 1e-3  # what a pipeline may send beside a weighted sum, by rounding: it may combine in bfloat16
+
+
+class Combined(NamedTuple):
+    """How one step combines.
+
+    names    the denoiser of every call
+    rows     samples in a prediction
+    groups   how many predictions every call makes, each for all samples: 2 for `[uncond | cond]`
+    weights  the weight of every prediction in what the scheduler is sent, in the order in which they are made: one
+             number, or one for every index along a dimension, such as frames
+    off      what is sent beside this weighted sum, in parts of it: 0 where the pipeline does nothing else
+    """
+
+    names: tuple[str, ...]
+    rows: int
+    groups: tuple[int, ...]
+    weights: tuple[Tensor, ...]
+    off: float
+
+    @property
+    def cond(self) -> int:
+        """The number of the conditional prediction: whatever the scale of CFG, it weighs most."""
+        return max(range(len(self.weights)), key=lambda number: float(self.weights[number].max()))
+
+
+class Forms(NamedTuple):
+    """What a denoiser returned, to put other predictions in."""
+
+    output: Any
+    samples: int  # rows of the sample argument of that call
+
+    def filled(self, prediction: Tensor) -> Any:
+        return with_prediction(self.output, prediction)
+
+    def shape(self, samples: int) -> torch.Size:
+        """The shape of a prediction for so many rows of the sample argument."""
+        made = prediction_in(self.output)
+        return torch.Size([len(made) * samples // self.samples, *made.shape[1:]])
+
+
+class Stand:
+    """Answers for a pipeline's denoisers that cost nothing: `fill(shape, number of the prediction's group)`.
+
+    Every denoiser runs once, where it is first called, so that the form of its output is known.
+    """
+
+    def __init__(self, watch: Watch):
+        self.watch = watch
+        self.forms: dict[str, Forms] = {}
+
+    def answer(self, fill: Callable[[Any, int], Tensor], rows: int) -> Callable[..., Any]:
+        def answer(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
+            samples = len(arguments[self.watch.sample])
+            if name not in self.forms:
+                self.forms[name] = Forms(arguments.given_to(plain), samples)
+            form = self.forms[name]
+            shape = form.shape(samples)
+            done = sum(len(prediction_in(asked.output)) for asked in self.watch.steps[step].asked) // (rows or shape[0])
+            each = torch.Size([rows or shape[0], *shape[1:]])
+            parts = [fill(each, done + number) for number in range(shape[0] // each[0])]
+            like = prediction_in(form.output)
+            return form.filled(torch.cat(parts).to(like.device, like.dtype))
+
+        return answer
+
+
+def measured(watch: Watch, stand: Stand) -> list[Combined]:
+    """How every step of the call combines."""
+    made = _random()
+    first = watch.run(stand.answer(lambda shape, group: made(shape, 0), 0))
+    if not first or not first[0].sent:
+        raise EngineError("the call makes no step that a scheduler is sent, or that another one follows")
+    rows = len(first[0].combined[0])
+    most = max(sum(_groups(step, rows)) for step in first)
+    zero = watch.run(stand.answer(lambda shape, group: made(shape, 0), rows))
+    one = watch.run(stand.answer(lambda shape, group: made(shape, 1), rows))
+    each = [
+        watch.run(stand.answer(lambda shape, group, n=n: made(shape, int(group == n)), rows)) for n in range(most - 1)
+    ]
+    steps = len(zero) if watch.still else 1
+    return [_combined(zero[k], one[k], [run[k] for run in each], rows) for k in range(steps)]
+
+
+def _combined(zero: Seen, one: Seen, each: Sequence[Seen], rows: int) -> Combined:
+    groups = _groups(zero, rows)
+    unit = _difference(one, zero)
+    weights, off = [], 0.0
+    for run in each[: sum(groups) - 1]:
+        weight, beside = _weight(_difference(run, zero), unit)
+        weights.append(weight)
+        off = max(off, beside)
+    last = torch.ones(()).double() - sum(weights)
+    return Combined(tuple(asked.name for asked in zero.asked), rows, groups, (*weights, last), off)
+
+
+def _weight(moved: Sequence[Tensor], unit: Sequence[Tensor]) -> tuple[Tensor, float]:
+    """The number by which `unit` is nearest to `moved`, or a number for every index along one dimension where that is
+    nearer, and how far it is then."""
+    best, off = torch.ones(()).double(), float("inf")
+    for dim in [None, *range(1, unit[0].ndim)]:
+        others = [d for d in range(unit[0].ndim) if d != dim]
+        if dim is not None and (off < LINEAR or len({part.shape[dim] for part in unit}) > 1):
+            break
+        product = sum((m * u).sum(others, keepdim=dim is not None) for m, u in zip(moved, unit, strict=True))
+        square = sum((u * u).sum(others, keepdim=dim is not None) for u in unit)
+        weight = product / square
+        left = sum(float((m - weight * u).square().sum()) for m, u in zip(moved, unit, strict=True))
+        beside = (left / sum(float(u.square().sum()) for u in unit)) ** 0.5
+        if beside < 0.5 * off:
+            best, off = weight, beside
+    return best, off
+
+
+def _groups(step: Seen, rows: int) -> tuple[int, ...]:
+    return tuple(len(prediction_in(asked.output)) // rows for asked in step.asked)
+
+
+def _difference(one: Seen, other: Seen) -> list[Tensor]:
+    return [a.double() - b.double() for a, b in zip(one.combined, other.combined, strict=True)]
+
+
+def _random() -> Callable[[torch.Size, int], Tensor]:
+    """Random numbers by shape and number, the same in every run."""
+    made: dict[tuple[Any, int], Tensor] = {}
+
+    def draw(shape: torch.Size, number: int) -> Tensor:
+        key = (shape, number)
+        if key not in made:
+            made[key] = torch.randn(shape, generator=torch.Generator().manual_seed(number))
+        return made[key]
+
+    return draw

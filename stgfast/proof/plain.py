@@ -1,0 +1,164 @@
+"""The plain method: every branch alone, through every block of the model, combined as the formula is written.
+
+It knows nothing of plans and stacks. A weak branch is the model's own call with some of its parts replaced:
+
+    residual    a block returns its input
+    attention   scaled dot product attention returns its values
+    blur        the part of an attention that makes queries returns them blurred within every frame
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from stgfast.batching.arguments import Arguments
+from stgfast.batching.seam import Call, Handler, handling_also, held
+from stgfast.errors import EngineError
+from stgfast.formulas import COND, GUIDED, UNCOND
+from stgfast.kinds import ATTENTION, BLUR, RESIDUAL, TEMPORAL
+from stgfast.perturbation import Perturbation
+
+KINDS = (RESIDUAL, ATTENTION, BLUR)  # that the plain method has
+Lies = Callable[[int], tuple[int, tuple[int, int, int]]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of what a model runs in order: a block, its layer's number if it has one, its self-attentions by axis."""
+
+    module: Any
+    layer: int | None
+    attentions: Mapping[str, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def weakened(
+    parts: Sequence[Part],
+    how: Perturbation,
+    *,
+    unchanged: Callable[[Part, Arguments], Any],
+    lies: Lies | None = None,
+    query: str = "to_q",
+    values: Handler | None = None,
+) -> Iterator[None]:
+    """Within the block, the model is perturbed for all rows of a call.
+
+    unchanged  what a block returns that does nothing, of its arguments
+    lies       by how many tokens queries are made of: which of them is the video's first, and its (frames, height,
+               width); needed for a blur alone
+    query      the part of a self-attention that makes the queries
+    values     a call of a self-attention with output = V; needed where it does not call torch's own attention
+    """
+    handlers: dict[nn.Module, Handler] = {}
+    for part in parts:
+        if part.layer not in how.layers:
+            continue
+        attentions = [module for axis, module in part.attentions.items() if how.axis in ("", axis)]
+        if how.kind == ATTENTION:
+            handlers |= dict.fromkeys(attentions, values or values_alone)
+        elif how.kind == BLUR:
+            blur = functools.partial(_blurred, lies, how.sigma)
+            spatial = [module for axis, module in part.attentions.items() if axis != TEMPORAL]
+            handlers |= {getattr(module, query): blur for module in spatial}
+        elif how.kind == RESIDUAL and (attentions or not part.attentions):
+            handlers[part.module] = functools.partial(_passed, unchanged, part)
+    with held(handlers), handling_also(handlers):
+        yield
+
+
+def guided(
+    cond: Tensor,
+    uncond: Tensor | None,
+    scale: Any,
+    weak: Sequence[tuple[float, str, Tensor]] = (),
+    phi: float = 0.0,
+    *,
+    half: bool = False,
+) -> Tensor:
+    """The formula. `weak` has for every weak branch its scale, what it is held against, and its prediction; with
+    `half`, only the first half of the channels is noise, and has a deviation to be rescaled to."""
+    plain = {COND: cond, GUIDED: cond}
+    if uncond is not None:
+        plain |= {UNCOND: uncond, GUIDED: uncond + scale * (cond - uncond)}
+    result = plain[GUIDED].clone()
+    for number, base, prediction in weak:
+        result += number * (plain[base] - prediction)
+    if phi:
+        channels = cond.shape[1] // 2 if half else cond.shape[1]
+        for c, g in zip(cond[:, :channels], result[:, :channels], strict=True):
+            g.mul_(phi * c.std() / g.std() + 1 - phi)
+    return result
+
+
+def blurred(images: Tensor, sigma: float) -> Tensor:
+    """(rows, height, width, channels), by a Gaussian of three sigma to each side, where there are so many tokens."""
+    if sigma == math.inf:
+        return images.mean(dim=(1, 2), keepdim=True).expand_as(images)
+    down, across = (min(math.ceil(6 * sigma) // 2, size // 2, size - 1) for size in images.shape[1:3])
+    padded = F.pad(images.movedim(3, 1), (across, across, down, down), mode="reflect").movedim(1, 3)
+    result, total = torch.zeros_like(images), 0.0
+    for i in range(-down, down + 1):
+        for j in range(-across, across + 1):
+            weight = math.exp(-(i**2 + j**2) / (2 * sigma**2))
+            rows, columns = slice(down + i, down + i + images.shape[1]), slice(across + j, across + j + images.shape[2])
+            result, total = result + weight * padded[:, rows, columns], total + weight
+    return result / total
+
+
+def values_alone(plain: Call, arguments: Arguments) -> Any:
+    """A call of an attention module in which scores pick every token itself, whatever else the module does."""
+    values = _Values()
+    with values:
+        output = arguments.given_to(plain)
+    if not values.seen:
+        raise UnseenError(
+            f"{type(arguments.module).__name__} calls no torch.nn.functional.scaled_dot_product_attention, so that its "
+            f"attention cannot be made the identity from outside"
+        )
+    return output
+
+
+class UnseenError(EngineError):
+    """An attention was computed in a way that the plain method does not see."""
+
+
+class _Values(TorchFunctionMode):
+    """Attention returns its values; a mode of this thread alone."""
+
+    seen = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        self.seen += 1
+        query, _, value = (
+            args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key", "value"))
+        )
+        return value.repeat_interleave(query.shape[-3] // value.shape[-3], -3) if kwargs.get("enable_gqa") else value
+
+
+def _passed(unchanged: Callable[[Part, Arguments], Any], part: Part, plain: Call, arguments: Arguments) -> Any:
+    return unchanged(part, arguments)
+
+
+def _blurred(lies: Lies | None, sigma: float, plain: Call, arguments: Arguments) -> Any:
+    """Queries with every frame blurred."""
+    if lies is None:
+        raise EngineError("a blur of queries: where tokens lie is not known")
+    made = arguments.given_to(plain).clone()
+    start, (frames, height, width) = lies(made.shape[1])
+    for number in range(frames):
+        frame = slice(start + number * height * width, start + (number + 1) * height * width)
+        made[:, frame] = blurred(made[:, frame].unflatten(1, (height, width)), sigma).flatten(1, 2)
+    return made

@@ -1,0 +1,253 @@
+"""One step of a call, by the plain method and by the engine."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stgfast.batching.arguments import Arguments
+from stgfast.batching.layout import Layout
+from stgfast.batching.outputs import prediction_in, with_prediction
+from stgfast.batching.seam import Call, Handler, handling_also, held
+from stgfast.engine import Run, Step, Strategy
+from stgfast.formulas import COND, UNCOND
+from stgfast.guidance import Guidance, value
+from stgfast.integrations.steps import CallArguments
+from stgfast.perturbation import Perturbation
+from stgfast.proof.links import Links, named
+from stgfast.proof.measure import Combined
+from stgfast.proof.plain import Part, UnseenError, guided, weakened
+from stgfast.proof.watch import Answer, Asked, Watch
+from stgfast.schedules import Moment
+
+# How far two right predictions may be apart, in parts of what changes where every block's output is rounded once more:
+# roundings of the model's own numbers, and those of sums, which are taken in float32 and in another order. Over all
+# families, two right predictions were 0.4 of these apart in bfloat16, and 15 in float32.
+ROUNDINGS, SUMS = 2.0, 40.0
+
+
+class PlainStep:
+    """One step by the plain method.
+
+    watch     the call; `stub` answers its other steps
+    combined  how the pipeline combines in this step
+
+    predictions  by branch, in float64
+    own          what the scheduler is sent by the pipeline itself
+    sent         what it is sent for the plain method's result
+    """
+
+    def __init__(
+        self, watch: Watch, stub: Answer, layout: Layout, guidance: Guidance, combined: Combined, moment: Moment
+    ):
+        self.watch, self.layout, self.guidance, self.combined, self.moment = watch, layout, guidance, combined, moment
+        self.predictions: dict[str, Tensor] = {}
+        self.links = Links(layout)
+        self.jitter = 0.0
+        self.notes: list[str] = []
+
+        def alone(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
+            if step != moment.step:
+                return stub(step, turn, name, plain, arguments)
+            return self._branches(turn, plain, arguments)
+
+        with torch.compiler.set_stance("force_eager"):
+            step = watch.run(alone, steps=moment.step + 1)[moment.step]
+        outputs, self.own = [asked.output for asked in step.asked], step.combined
+        self.dtype = prediction_in(outputs[0]).dtype
+        self.result = self._guided()
+
+        def together(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
+            if step != moment.step:
+                return stub(step, turn, name, plain, arguments)
+            copies = len(prediction_in(outputs[turn])) // combined.rows
+            return with_prediction(outputs[turn], torch.cat([self.result.to(self.dtype)] * copies))
+
+        self.sent = watch.run(together, steps=moment.step + 1)[moment.step].combined
+
+    @property
+    def budget(self) -> float:
+        """How far roundings may move a prediction."""
+        return allowed(max(self.jitter, epsilon(self.dtype)), self.dtype)
+
+    def told(self, branch: str, far: float) -> float | None:
+        """How far a weak branch may be off so that it is still told from the branch that it is made of; None where
+        roundings, which move a right one as `far`, hide the difference."""
+        of = dict(zip(self.guidance.names, (part.of for part in self.guidance.perturbations), strict=True)).get(branch)
+        if of is None:
+            return self.budget
+        effect = apart([self.predictions[of]], [self.predictions[branch]])
+        return min(self.budget, effect / 2) if effect > 8 * far else None
+
+    @property
+    def grown(self) -> float:
+        """How much further they may move the result: weights of several times 1 let them grow."""
+        scale = 1.0 if len(self.combined.weights) == 1 else float(self.combined.weights[self.combined.cond].abs().max())
+        weak = sum(abs(value(part.scale, self.moment)) for part in self.guidance.perturbations)
+        largest = max(float(prediction.norm()) for prediction in self.predictions.values())
+        return (2 * scale + 2 * weak + 1) * largest / float(self.result.norm())
+
+    def _branches(self, turn: int, plain: Call, arguments: Arguments) -> Any:
+        """The pipeline's own call, and the same with every perturbation of a branch that is in it."""
+        names = self._names(turn)
+        self.links.arguments.append(named(arguments))
+        with held([unit.module for unit in self.layout.units]), handling_also(self.links.handlers()):
+            output = arguments.given_to(plain)
+        self.predictions |= dict(zip(names, self._split(output), strict=True))
+        if COND in names:
+            self.jitter = self._jittered(plain, arguments, output)
+        for name, part in zip(self.guidance.names, self.guidance.perturbations, strict=True):
+            if part.of in names and value(part.scale, self.moment):
+                weak = self._weak(part, plain, arguments)
+                self.predictions[name] = self._split(weak)[names.index(part.of)]
+        return output
+
+    def _names(self, turn: int) -> list[str]:
+        """The branches of a call, by how they are combined and not by what the adapter says."""
+        before = sum(self.combined.groups[:turn])
+        numbers = range(before, before + self.combined.groups[turn])
+        return [COND if number == self.combined.cond else UNCOND for number in numbers]
+
+    def _split(self, output: Any) -> Sequence[Tensor]:
+        return prediction_in(output).double().split(self.combined.rows)
+
+    def _weak(self, part: Perturbation, plain: Call, arguments: Arguments) -> Any:
+        parts = [
+            Part(unit.module, unit.layer, {axis: module})
+            for unit in self.layout.units
+            for axis, module in unit.attentions or (("", None),)
+        ]
+        grid, links = self.layout.blocks.grid, self.links
+
+        def lies(tokens: int) -> tuple[int, tuple[int, int, int]]:
+            assert grid is not None
+            assert links.given is not None
+            size = grid.size(self.watch.copied_call, arguments, links.given)
+            return (tokens - math.prod(size) if grid.last else 0), size
+
+        whole = {unit.module: links.noted for unit in self.layout.units}
+        query = "" if grid is None else grid.query
+
+        def run(values: Handler | None) -> Any:
+            weak = weakened(parts, part, unchanged=links.unchanged, lies=lies, query=query, values=values)
+            with held(whole), handling_also(whole), weak:
+                return arguments.given_to(plain)
+
+        try:
+            return run(None)
+        except UnseenError as error:
+            self.notes.append(f"{error}: the adapter's own identity was taken as it is.")
+            return run(self._identity)
+
+    def _identity(self, plain: Call, arguments: Arguments) -> Any:
+        return arguments.given_to(functools.partial(self.layout.blocks.identity, arguments.module))
+
+    def _jittered(self, plain: Call, arguments: Arguments, output: Any) -> float:
+        """How far the prediction moves where the samples and every block's output are rounded once more."""
+        generator = torch.Generator().manual_seed(0)
+
+        def rounded(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            signs = torch.rand(value.shape, generator=generator).round().to(value.device, value.dtype) * 2 - 1
+            return value * (1 + torch.finfo(value.dtype).eps * signs)
+
+        def handler(plain: Call, arguments: Arguments) -> Any:
+            made = arguments.given_to(plain)
+            return tuple(map(rounded, made)) if isinstance(made, tuple) else rounded(made)
+
+        units = {unit.module: handler for unit in self.layout.units}
+        moved = arguments.replaced({self.watch.sample: rounded(arguments[self.watch.sample])})
+        with held(units), handling_also(units):
+            return apart([prediction_in(moved.given_to(plain))], [prediction_in(output)])
+
+    def _guided(self) -> Tensor:
+        cond, uncond = self.predictions[COND], self.predictions.get(UNCOND)
+        scale: Any = self.combined.weights[self.combined.cond].to(cond.device)
+        if self.guidance.cfg is not None:
+            scale = value(self.guidance.cfg, self.moment)
+        named = zip(self.guidance.names, self.guidance.perturbations, strict=True)
+        weak = [
+            (value(part.scale, self.moment), part.base, self.predictions[name])
+            for name, part in named
+            if name in self.predictions
+        ]
+        half = self.own[0].shape[1] * 2 == cond.shape[1]
+        return guided(cond, uncond, scale, weak, self.guidance.phi(self.moment), half=half)
+
+
+class EngineStep:
+    """The same step by the engine: predictions by branch where it combines, and what the scheduler is sent.
+
+    make  the run of a copy of the pipeline with a call's arguments
+    """
+
+    def __init__(self, watch: Watch, stub: Answer, step: int, make: Callable[[Any, CallArguments], Run]):
+        self.strategy: _Watched | None = None
+
+        def act(pipe: Any, call: CallArguments) -> None:
+            run = make(pipe, call)
+            run.strategy = self.strategy = _Watched(run.strategy, watch, stub, step)
+            run.whole(watch.given(call))
+
+        self.seen = watch.act(act)[step]
+        inner: Any = self.strategy.inner if self.strategy is not None else None
+        self.predictions: dict[str, Tensor] = getattr(inner, "predictions", {})
+
+
+class _Watched:
+    """A strategy whose steps are recorded; those before the one that counts run no model."""
+
+    def __init__(self, strategy: Strategy, watch: Watch, stub: Answer, step: int):
+        self.strategy, self.watch, self.stub, self.step = strategy, watch, stub, step
+        self.inner: Step | None = None  # the step that counts
+
+    def begin(self, run: Run, name: str) -> Step:
+        number = run.steps_done
+        if number == self.step:
+            self.inner = self.strategy.begin(run, name)
+            return _Recorded(self, name, self.inner.calls, self.inner.answer)
+        calls = run.adapter.calls(run.adapter.live(run.pipe, run.call, name) is not None)
+
+        def answer(turn: int, plain: Call, arguments: Arguments) -> Any:
+            return self.stub(number, turn, name, plain, arguments)
+
+        return _Recorded(self, name, calls, answer)
+
+    def weak_layers(self, layout: Layout) -> Collection[int | None]:
+        return self.strategy.weak_layers(layout)
+
+
+class _Recorded:
+    """A step that the watch sees."""
+
+    def __init__(self, by: _Watched, name: str, calls: tuple[tuple[str, ...], ...], answer: Callable[..., Any]):
+        self.by, self.name, self.calls, self._answer = by, name, calls, answer
+
+    def answer(self, turn: int, plain: Call, arguments: Arguments) -> Any:
+        watch = self.by.watch
+        watch.begin(arguments, self.by.step + 1)
+        output = self._answer(turn, plain, arguments)
+        watch.steps[-1].asked.append(Asked(self.name, arguments, output))
+        return output
+
+
+def apart(made: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """How far results are apart, in parts of the expected ones."""
+    far = sum(float((one.double() - other.double()).square().sum()) for one, other in zip(made, expected, strict=True))
+    return math.sqrt(far / sum(float(other.double().square().sum()) for other in expected))
+
+
+def allowed(moved: float, dtype: torch.dtype) -> float:
+    """How far results may be apart that one more rounding moves so much."""
+    return moved * (ROUNDINGS + SUMS * torch.finfo(torch.float32).eps / epsilon(dtype))
+
+
+def epsilon(dtype: torch.dtype) -> float:
+    """One rounding; of float32 at least, as models in float64 compute some of their parts in it."""
+    return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)

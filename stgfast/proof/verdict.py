@@ -1,0 +1,56 @@
+"""What a check found."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Line(NamedTuple):
+    """One comparison: how far two results are apart, in parts of the second, and how far roundings explain."""
+
+    what: str
+    error: float
+    budget: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.budget  # NaN is not
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether accelerated guidance is what it claims to be on one pipeline.
+
+    lines  every comparison that was made
+    wrong  facts that are not what was seen, and what else keeps the engine from running
+    notes  what was not checked, and why
+    """
+
+    pipeline: str
+    lines: tuple[Line, ...]
+    wrong: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.lines) and not self.wrong and all(line.ok for line in self.lines)
+
+    @property
+    def reason(self) -> str:
+        """What is wrong, in one line; "" where nothing is."""
+        apart = [f"{line.what}: {line.error:.2g} apart, roundings explain {line.budget:.2g}" for line in self.failed]
+        return "; ".join([*self.wrong, *apart]) or ("" if self.ok else "no step of this call is guided")
+
+    @property
+    def failed(self) -> list[Line]:
+        return [line for line in self.lines if not line.ok]
+
+    def __str__(self) -> str:
+        width = max([len("comparison"), *(len(line.what) for line in self.lines)])
+        table = [f"{'comparison':{width}}      error  explained"]
+        for line in self.lines:
+            table.append(f"{line.what:{width}}  {line.error:9.2g}  {line.budget:9.2g}{'' if line.ok else '  WRONG'}")
+        said = "equal to the plain method" if self.ok else "NOT equal to the plain method"
+        words = [f"{self.pipeline}: accelerated guidance is {said}.", "", *(table if self.lines else [])]
+        return "\n".join([*words, *(f"Wrong: {each}" for each in self.wrong), *self.notes])
