@@ -20,7 +20,7 @@ from stgfast.combining import branches_of, plan_for
 from stgfast.forecast import KeptBlocks
 from stgfast.formulas import COND, UNCOND
 from stgfast.guidance import Guidance
-from stgfast.install import bound_call, installed_on, settled
+from stgfast.installed import bound_call, installed_on, settled
 from stgfast.integrations.spec import Adapter, Announced, Fitted
 from stgfast.integrations.steps import CallArguments, scheduled, steps_back
 from stgfast.perturbation import Perturbation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -12,37 +11,19 @@ from typing import Any, TypeVar
 from stgfast.announced import Answering
 from stgfast.batching.room import Rows
 from stgfast.batching.seam import Call, handling
-from stgfast.call import check, check_call, check_forwards, check_layers, check_max_rows, settings_of, settle
+from stgfast.call import check_call, check_forwards, check_layers, check_max_rows, settings_of
 from stgfast.combining import Combining
 from stgfast.engine import Run
-from stgfast.errors import EngineError, SettingsError, wrong
+from stgfast.errors import wrong
+from stgfast.facts import may_be_found, sure
 from stgfast.guidance import Guidance
+from stgfast.installed import INSTALLED, ORIGINAL, Installed, bound_call, installed_on, original_class
 from stgfast.integrations import adapter_for
-from stgfast.integrations.spec import Adapter, Fitted
-from stgfast.integrations.steps import CallArguments
+from stgfast.integrations.spec import Adapter
 from stgfast.recipes import Recipe, taken
 from stgfast.solvers import own_solver
 
 Pipe = TypeVar("Pipe")
-INSTALLED = "_stgfast"  # the one attribute that an accelerated pipeline has more than others
-ORIGINAL = "_stgfast_original"  # of the class of an accelerated pipeline: the class that it had before
-
-
-@dataclasses.dataclass(frozen=True)
-class Installed:
-    """What `accelerate` leaves on a pipeline."""
-
-    adapter: Adapter
-    given: Guidance | None
-    max_rows: Rows
-    compilation: Mapping[str, Any] | None  # the arguments of torch.compile, where blocks are to be compiled
-    recipe: Recipe | None
-    original: Any  # the class of the pipeline before it was accelerated
-    verified: set[Any] | None = None  # the kinds of guidance that were verified; None where none are to be
-
-    def guidance(self, pipe: Any) -> Guidance:
-        """What was given, or the default: nothing where the pipeline asks for weak branches itself."""
-        return self.given or (Guidance() if self.adapter.announces(pipe) else self.adapter.defaults)
 
 
 def accelerate(
@@ -64,40 +45,42 @@ def accelerate(
     steps, by which solver and with what carried on every call makes its clips: an approximation. `adapter` has the
     facts of a pipeline that stgfast does not know. `verify` compares the first guided call, before it runs, with the
     plain method, as `stgfast.verify` does, and raises where they differ; left out, that is done for facts that were
-    given. Accelerating again replaces all of it. The pipeline itself is
-    returned, changed in place; `restore` undoes it.
+    given. Facts that are neither known nor given are found at the first guided call, verified, and said once.
+    Accelerating again replaces all of it. The pipeline itself is returned, changed in place; `restore` undoes it.
     """
     original = original_class(type(pipe))
-    verified = set[Any]() if verify or (verify is None and adapter is not None) else None
-    if adapter is None:
+    unknown = adapter is None and may_be_found(pipe, original)
+    verified = set[Any]() if verify or unknown or (verify is None and adapter is not None) else None
+    if adapter is None and not unknown:
         adapter = adapter_for(pipe, original)
-    elif adapter.pipeline not in (cls.__name__ for cls in original.__mro__):
-        raise wrong("adapter", adapter.pipeline, f"one for {original.__name__}")
-    check_call(original, adapter)
+    if adapter is not None:
+        if adapter.pipeline not in (cls.__name__ for cls in original.__mro__):
+            raise wrong("adapter", adapter.pipeline, f"one for {original.__name__}")
+        check_call(original, adapter)
     if guidance is not None and not isinstance(guidance, Guidance):
         raise wrong("guidance", guidance, "a stgfast.Guidance, or None for the paper's settings")
     check_max_rows(max_rows)
     if not isinstance(compile, bool | Mapping):
         raise wrong("compile", compile, "True, False, or arguments of torch.compile such as {'dynamic': True}")
     compilation = None if compile is False else {} if compile is True else dict(compile)
-    installed = Installed(adapter, guidance, max_rows, compilation, taken(recipe), original, verified)
-    fitted = adapter.on(pipe)
-    check_layers(fitted, installed.guidance(pipe), default=guidance is None)
-    check_forwards(fitted)
+    installed = Installed(adapter, guidance, max_rows, compilation, taken(recipe), original, verified, unknown)
+    if adapter is not None:
+        fitted = adapter.on(pipe)
+        check_layers(fitted, installed.guidance(pipe), default=guidance is None)
+        check_forwards(fitted)
     before: Installed | None = pipe.__dict__.get(INSTALLED)
     if before is not None and before.recipe is not None:
         own_solver(pipe)
     if installed.recipe is not None:
+        if adapter is None:
+            raise wrong(
+                "recipe", "one for a pipeline whose facts are not known", "an adapter, or a pipeline of the table"
+            )
         installed.recipe.applied(installed.guidance(pipe))  # which says what does not go with it
         installed.recipe.put_on(pipe, adapter)
     pipe.__dict__[INSTALLED] = installed
     pipe.__class__ = _guided_class(original)
     return pipe
-
-
-def original_class(cls: type[Any]) -> Any:
-    """The class of a pipeline before it was accelerated."""
-    return vars(cls).get(ORIGINAL, cls)
 
 
 def restore(pipe: Pipe) -> Pipe:
@@ -107,13 +90,6 @@ def restore(pipe: Pipe) -> Pipe:
     if installed is not None:
         pipe.__class__ = installed.original
     return pipe
-
-
-def installed_on(pipe: Any) -> Installed:
-    installed: Installed | None = getattr(pipe, INSTALLED, None)
-    if installed is None:
-        raise SettingsError(f"{type(pipe).__name__} is not accelerated: call stgfast.accelerate(pipe) first")
-    return installed
 
 
 def _guided_class(original: Any) -> Any:
@@ -156,34 +132,15 @@ def _remade(original: Any) -> Any:
     return pipe
 
 
-def settled(pipe: Any, installed: Installed, call: CallArguments, given: Mapping[str, Any]) -> tuple[Fitted, Guidance]:
-    """The pipeline with its blocks as they are now, and the guidance of a call, found to be right."""
-    adapter = installed.adapter
-    own_rescale = None if adapter.announces(pipe) else adapter.own_rescale(call)
-    fitted, guidance = adapter.on(pipe), settle(installed.guidance(pipe), own_rescale, given)
-    if installed.recipe is not None:
-        installed.recipe.check_steps(call)
-        guidance = installed.recipe.applied(guidance)
-    check(fitted, guidance, call, max_rows=installed.max_rows)
-    return fitted, guidance
-
-
-def bound_call(installed: Installed, bind: Callable[..., inspect.BoundArguments], *args: Any, **kwargs: Any) -> Any:
-    """The arguments of a call by name, defaults filled in; the steps of a recipe come before the pipeline's own."""
-    bound = bind(*args, **kwargs)
-    if installed.recipe is not None:
-        installed.recipe.fill_in(bound)
-    bound.apply_defaults()
-    return bound
-
-
 def guided_call(pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
     """One call of an accelerated pipeline."""
     installed = installed_on(pipe)
     bound = bound_call(installed, inspect.signature(original).bind, pipe, *args, **kwargs)
     call = bound.arguments
-    fitted, guidance = settled(pipe, installed, call, given)
-    verify_once(installed, fitted, guidance, call)
+    known = sure(pipe, installed, call, given)
+    if known is None:
+        return original(pipe, *args, **kwargs)
+    installed, fitted, guidance = known
     announced = installed.adapter.announced if installed.adapter.announces(pipe) else None
     as_it_is = installed.max_rows is None and installed.compilation is None and announced is None
     if guidance.inert and as_it_is:
@@ -194,25 +151,6 @@ def guided_call(pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[s
     strategy = Combining(guidance) if announced is None else Answering(announced, guidance)
     run = Run(fitted, guidance, call, strategy, max_rows=installed.max_rows, compilation=installed.compilation)
     return run.whole(functools.partial(original, *bound.args, **bound.kwargs))
-
-
-def verify_once(installed: Installed, fitted: Fitted, guidance: Guidance, call: CallArguments) -> None:
-    """Raise where a guided call is not what the plain method gives; calls that are alike are checked once."""
-    if installed.verified is None or guidance.inert:
-        return
-    kinds = {(part.kind, part.axis, part.of) for part in guidance.perturbations}
-    alike = frozenset(kinds), installed.adapter.requested(call) is None
-    if alike in installed.verified:
-        return
-    from stgfast.proof.check import Accelerated, check
-
-    given = Accelerated(fitted, installed.original, guidance, call, installed.max_rows, installed.compilation)
-    verdict = check(given)
-    if not verdict.ok:
-        raise EngineError(
-            f"the facts of {installed.original.__name__} do not give the plain method's result: {verdict.reason}"
-        )
-    installed.verified.add(alike)
 
 
 def _outside(callback: Callable[..., Any]) -> Callable[..., Any]:

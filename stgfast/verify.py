@@ -7,7 +7,7 @@ from typing import Any
 
 from stgfast.call import settings_of
 from stgfast.errors import SettingsError
-from stgfast.install import INSTALLED, Installed, bound_call, original_class, settled
+from stgfast.installed import INSTALLED, Installed, bound_call, original_class, settled
 from stgfast.integrations import adapter_for
 from stgfast.proof.check import Accelerated, check
 from stgfast.proof.verdict import Verdict
@@ -30,9 +30,7 @@ def verify(pipe: Any, *args: Any, **kwargs: Any) -> Verdict:
     for its model; nothing is left behind on it.
     """
     original = original_class(type(pipe))
-    installed = vars(pipe).get(INSTALLED)
-    if installed is None:
-        installed = Installed(adapter_for(pipe, original), None, None, None, None, original)
+    installed = vars(pipe).get(INSTALLED) or Installed(adapter_for(pipe, original), None, None, None, None, original)
     given = {name: kwargs.pop(name) for name in settings_of(original) if name in kwargs}
     call = bound_call(installed, inspect.signature(original.__call__).bind, pipe, *args, **kwargs).arguments
     fitted, guidance = settled(pipe, installed, call, given)

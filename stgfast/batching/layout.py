@@ -69,7 +69,7 @@ class Blocks:
 
     rows       the arguments, of denoiser, block or attention, that have a row for every sample
     lists      where the blocks are, in the order in which they run
-    attention  the self-attention of a block
+    attention  the self-attention of a block; "" where it has none to be weakened
     units      in place of `lists` and `attention`, where blocks are not alike: what runs, in order, of a denoiser
     state      the arguments that a block passes on, in the order in which it returns them
     packed     those of a block that have the tokens of all samples one after another along dimension 1, each with the
@@ -118,6 +118,8 @@ class Blocks:
 
     def _listed(self, denoiser: nn.Module) -> list[Unit]:
         blocks = [block for path in self.lists for block in denoiser.get_submodule(path).children()]
+        if not self.attention:
+            return [Unit(block, i) for i, block in enumerate(blocks)]
         return [Unit(block, i, (("", block.get_submodule(self.attention)),)) for i, block in enumerate(blocks)]
 
 

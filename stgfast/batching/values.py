@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from stgfast.batching.seam import handling
 
 
 def identity_attention(
@@ -26,6 +30,28 @@ def identity_attention(
         return video, project(getattr(attn, "to_out", None), values(attn, encoder_hidden_states))
     added = values(attn, encoder_hidden_states, "to_added_qkv", "add_v_proj")
     return video, project(getattr(attn, "to_add_out", None), added)
+
+
+def identity_of_scores(attn: Any, *args: Any, **named: Any) -> Any:
+    """The same, for an attention module of any kind that calls torch's own attention: it runs as it is, queries and
+    keys too, and only the attention itself returns its values."""
+    with handling(None), ValuesAlone():
+        return attn(*args, **named)
+
+
+class ValuesAlone(TorchFunctionMode):
+    """Within it, and in this thread alone, torch's attention returns its values."""
+
+    seen = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        self.seen += 1
+        given = [*args[:3], *(kwargs[name] for name in ("query", "key", "value")[len(args) :])]
+        heads, value = given[0].shape[-3], given[2]
+        return value.repeat_interleave(heads // value.shape[-3], -3) if kwargs.get("enable_gqa") else value
 
 
 def values(attn: Any, tokens: Tensor, fused: str = "to_qkv", alone: str = "to_v") -> Tensor:

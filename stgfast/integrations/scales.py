@@ -18,6 +18,37 @@ def live_scale(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
     return float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else None
 
 
+def live_scale_of_call(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
+    """The scale of a call, which stays what it was when the call began, where there is CFG at all."""
+    return float(call["guidance_scale"]) if pipe.guidance_scale > 1 else None
+
+
+def live_scale_of_second(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
+    """The same, where a second denoiser, for low noise, may have a scale of its own."""
+    if not pipe.do_classifier_free_guidance:
+        return None
+    second = call.get("guidance_scale_2") if denoiser.endswith("_2") else None
+    return float(call["guidance_scale"] if second is None else second)
+
+
+def requested_excess(call: CallArguments) -> float | None:
+    """Of pipelines that combine as `c + s (c - u)`: the scale of CFG as it is written here is then `1 + s`."""
+    return 1 + float(call["guidance_scale"]) if call["guidance_scale"] > 1 else None
+
+
+def live_excess(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
+    return 1 + float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else None
+
+
+def no_scale(call: CallArguments) -> float | None:
+    """Of pipelines without CFG."""
+    return None
+
+
+def no_live_scale(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
+    return None
+
+
 def true_cfg_scale(call: CallArguments) -> float | None:
     """`guidance_scale` is an input of a distilled model; CFG proper is `true_cfg_scale`, with a negative prompt."""
     negative = call["negative_prompt"] is not None or (

@@ -16,6 +16,10 @@ def steps_of_pipe(pipe: Any) -> int:
     return int(pipe.num_timesteps)
 
 
+def steps_of_scheduler(pipe: Any) -> int:
+    return len(pipe.scheduler.timesteps)
+
+
 def steps_of_call(call: CallArguments, strength: str = "") -> int:
     """The steps that a call asks for; where the argument named by `strength` says how much of them, only so many."""
     own = next((call[name] for name in ("timesteps", "sigmas") if call.get(name) is not None), None)

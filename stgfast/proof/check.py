@@ -71,7 +71,9 @@ def check(given: Accelerated) -> Verdict:
                 checking.combining()
         except Exception as error:  # whatever wrong facts lead to
             checking.wrong.append(f"it cannot be run, {type(error).__name__}: {error}")
-    return Verdict(given.cls.__name__, tuple(checking.lines), tuple(checking.wrong), tuple(checking.notes))
+    return Verdict(
+        given.cls.__name__, tuple(checking.lines), tuple(checking.wrong), tuple(checking.notes), checking.instead
+    )
 
 
 class Checking:
@@ -83,6 +85,7 @@ class Checking:
         self.lines: list[Line] = []
         self.wrong: list[str] = []
         self.notes: list[str] = []
+        self.instead: Adapter | None = None
         self.guidance = self._plain(given.guidance)
         denoisers = {name: layout.denoiser for name, layout in given.fitted.layouts.items()}
         self.watch = Watch(given.fitted.pipe, given.cls, given.call, denoisers, self.adapter.sample)
@@ -96,7 +99,7 @@ class Checking:
             self.notes.append(
                 f"The plain method has no kind {kind!r}: residual, in the same layers, was checked instead."
             )
-        parts = [
+        parts: Any = [
             replace(part, kind=RESIDUAL, axis="", sigma=None) if part.kind in other else part
             for part in guidance.perturbations
         ]
@@ -202,14 +205,15 @@ class Checking:
         for words, adapter in suspects(self.adapter, plain.links, self.combined[0].rows):
             if all(line.ok for line in self._against(plain, adapter, where)):
                 self.wrong.append(f"{words} gives the right result")
+                self.instead = self.instead or adapter
         if self.wrong or any(math.isinf(line.error) for line in self.lines):
             return
         several = [part for part in plain.guidance.perturbations if len(part.layers) > 1]
-        for part, layer in ((part, layer) for part in several for layer in part.layers):
-            guidance = Guidance(replace(part, layers=[layer]))
+        for one in [replace(part, layers=[layer]) for part in several for layer in part.layers]:
+            guidance = Guidance(one)
             alone = PlainStep(self.watch, self.stub(), plain.layout, guidance, plain.combined, plain.moment)
             if not all(line.ok for line in self._against(alone, self.adapter, where)):
-                self.wrong.append(f"{where}: {part.kind} at layer {layer} is not what it should be")
+                self.wrong.append(f"{where}: {one.kind} at layer {one.layers[0]} is not what it should be")
 
     def _step_of(self, name: str) -> int | None:
         """The step of a denoiser in which most branches count."""

@@ -78,7 +78,7 @@ class Links:
 
     def _link(self, arguments: Arguments, outputs: tuple[Any, ...], given: Mapping[str, Any]) -> None:
         own = named(arguments)
-        names = [_found(output, given) for output in outputs]
+        names = [found_in(output, given) for output in outputs]
         if None in names:
             self.changed.append(arguments.module)
         names = [name if name in own else None for name in names]
@@ -101,7 +101,7 @@ def named(arguments: Arguments) -> dict[str, Any]:
     return found
 
 
-def _found(output: Any, given: Mapping[str, Any]) -> str | None:
+def found_in(output: Any, given: Mapping[str, Any]) -> str | None:
     return next((name for name, value in given.items() if _same(output, value)), None)
 
 

@@ -48,7 +48,7 @@ class Combined(NamedTuple):
         return max(range(len(self.weights)), key=lambda number: float(self.weights[number].max()))
 
 
-class Forms(NamedTuple):
+class Form(NamedTuple):
     """What a denoiser returned, to put other predictions in."""
 
     output: Any
@@ -71,13 +71,13 @@ class Stand:
 
     def __init__(self, watch: Watch):
         self.watch = watch
-        self.forms: dict[str, Forms] = {}
+        self.forms: dict[str, Form] = {}
 
     def answer(self, fill: Callable[[Any, int], Tensor], rows: int) -> Callable[..., Any]:
         def answer(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
             samples = len(arguments[self.watch.sample])
             if name not in self.forms:
-                self.forms[name] = Forms(arguments.given_to(plain), samples)
+                self.forms[name] = Form(arguments.given_to(plain), samples)
             form = self.forms[name]
             shape = form.shape(samples)
             done = sum(len(prediction_in(asked.output)) for asked in self.watch.steps[step].asked) // (rows or shape[0])
@@ -99,9 +99,11 @@ def measured(watch: Watch, stand: Stand) -> list[Combined]:
     most = max(sum(_groups(step, rows)) for step in first)
     zero = watch.run(stand.answer(lambda shape, group: made(shape, 0), rows))
     one = watch.run(stand.answer(lambda shape, group: made(shape, 1), rows))
-    each = [
-        watch.run(stand.answer(lambda shape, group, n=n: made(shape, int(group == n)), rows)) for n in range(most - 1)
-    ]
+
+    def one_of(number: int) -> list[Seen]:
+        return watch.run(stand.answer(lambda shape, group: made(shape, int(group == number)), rows))
+
+    each = [one_of(number) for number in range(most - 1)]
     steps = len(zero) if watch.still else 1
     return [_combined(zero[k], one[k], [run[k] for run in each], rows) for k in range(steps)]
 
@@ -126,8 +128,8 @@ def _weight(moved: Sequence[Tensor], unit: Sequence[Tensor]) -> tuple[Tensor, fl
         others = [d for d in range(unit[0].ndim) if d != dim]
         if dim is not None and (off < LINEAR or len({part.shape[dim] for part in unit}) > 1):
             break
-        product = sum((m * u).sum(others, keepdim=dim is not None) for m, u in zip(moved, unit, strict=True))
-        square = sum((u * u).sum(others, keepdim=dim is not None) for u in unit)
+        product: Any = sum((m * u).sum(others, keepdim=dim is not None) for m, u in zip(moved, unit, strict=True))
+        square: Any = sum((u * u).sum(others, keepdim=dim is not None) for u in unit)
         weight = product / square
         left = sum(float((m - weight * u).square().sum()) for m, u in zip(moved, unit, strict=True))
         beside = (left / sum(float(u.square().sum()) for u in unit)) ** 0.5

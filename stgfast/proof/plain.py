@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.seam import Call, Handler, handling_also, held
+from stgfast.batching.values import ValuesAlone
 from stgfast.errors import EngineError
 from stgfast.formulas import COND, GUIDED, UNCOND
 from stgfast.kinds import ATTENTION, BLUR, RESIDUAL, TEMPORAL
@@ -67,7 +67,7 @@ def weakened(
         if how.kind == ATTENTION:
             handlers |= dict.fromkeys(attentions, values or values_alone)
         elif how.kind == BLUR:
-            blur = functools.partial(_blurred, lies, how.sigma)
+            blur = functools.partial(_blurred, lies, how.sigma or math.inf)
             spatial = [module for axis, module in part.attentions.items() if axis != TEMPORAL]
             handlers |= {getattr(module, query): blur for module in spatial}
         elif how.kind == RESIDUAL and (attentions or not part.attentions):
@@ -117,7 +117,7 @@ def blurred(images: Tensor, sigma: float) -> Tensor:
 
 def values_alone(plain: Call, arguments: Arguments) -> Any:
     """A call of an attention module in which scores pick every token itself, whatever else the module does."""
-    values = _Values()
+    values = ValuesAlone()
     with values:
         output = arguments.given_to(plain)
     if not values.seen:
@@ -130,22 +130,6 @@ def values_alone(plain: Call, arguments: Arguments) -> Any:
 
 class UnseenError(EngineError):
     """An attention was computed in a way that the plain method does not see."""
-
-
-class _Values(TorchFunctionMode):
-    """Attention returns its values; a mode of this thread alone."""
-
-    seen = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        self.seen += 1
-        query, _, value = (
-            args[i] if i < len(args) else kwargs[name] for i, name in enumerate(("query", "key", "value"))
-        )
-        return value.repeat_interleave(query.shape[-3] // value.shape[-3], -3) if kwargs.get("enable_gqa") else value
 
 
 def _passed(unchanged: Callable[[Part, Arguments], Any], part: Part, plain: Call, arguments: Arguments) -> Any:

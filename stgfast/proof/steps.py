@@ -16,14 +16,14 @@ from stgfast.batching.outputs import prediction_in, with_prediction
 from stgfast.batching.seam import Call, Handler, handling_also, held
 from stgfast.engine import Run, Step, Strategy
 from stgfast.formulas import COND, UNCOND
-from stgfast.guidance import Guidance, value
+from stgfast.guidance import Guidance
 from stgfast.integrations.steps import CallArguments
 from stgfast.perturbation import Perturbation
 from stgfast.proof.links import Links, named
 from stgfast.proof.measure import Combined
 from stgfast.proof.plain import Part, UnseenError, guided, weakened
 from stgfast.proof.watch import Answer, Asked, Watch
-from stgfast.schedules import Moment
+from stgfast.schedules import Moment, value
 
 # How far two right predictions may be apart, in parts of what changes where every block's output is rounded once more:
 # roundings of the model's own numbers, and those of sums, which are taken in float32 and in another order. Over all
@@ -114,7 +114,7 @@ class PlainStep:
         return [COND if number == self.combined.cond else UNCOND for number in numbers]
 
     def _split(self, output: Any) -> Sequence[Tensor]:
-        return prediction_in(output).double().split(self.combined.rows)
+        return list(torch.split(prediction_in(output).double(), self.combined.rows))
 
     def _weak(self, part: Perturbation, plain: Call, arguments: Arguments) -> Any:
         parts = [
@@ -187,7 +187,7 @@ class EngineStep:
     make  the run of a copy of the pipeline with a call's arguments
     """
 
-    def __init__(self, watch: Watch, stub: Answer, step: int, make: Callable[[Any, CallArguments], Run]):
+    def __init__(self, watch: Watch, stub: Answer | None, step: int, make: Callable[[Any, CallArguments], Run]):
         self.strategy: _Watched | None = None
 
         def act(pipe: Any, call: CallArguments) -> None:
@@ -203,7 +203,7 @@ class EngineStep:
 class _Watched:
     """A strategy whose steps are recorded; those before the one that counts run no model."""
 
-    def __init__(self, strategy: Strategy, watch: Watch, stub: Answer, step: int):
+    def __init__(self, strategy: Strategy, watch: Watch, stub: Answer | None, step: int):
         self.strategy, self.watch, self.stub, self.step = strategy, watch, stub, step
         self.inner: Step | None = None  # the step that counts
 
@@ -215,6 +215,7 @@ class _Watched:
         calls = run.adapter.calls(run.adapter.live(run.pipe, run.call, name) is not None)
 
         def answer(turn: int, plain: Call, arguments: Arguments) -> Any:
+            assert self.stub is not None
             return self.stub(number, turn, name, plain, arguments)
 
         return _Recorded(self, name, calls, answer)

@@ -22,18 +22,19 @@ def suspects(adapter: Adapter, links: Links, rows: int) -> Iterator[tuple[str, A
     blocks = adapter.blocks
     for name in FLAGS:
         other = not getattr(adapter, name)
-        yield f"{name}={other}", replace(adapter, **{name: other})
+        changed: dict[str, Any] = {name: other}
+        yield f"{name}={other}", replace(adapter, **changed)
     yield f"full={not blocks.full}", replace(adapter, blocks=replace(blocks, full=not blocks.full))
-    seen = {names for names in links.passed.values() if names and None not in names} - {tuple(blocks.state)}
-    for names in sorted(seen, key=str):
-        state: Any = names
-        yield f"state={names}", replace(adapter, blocks=replace(blocks, state=state))
+    passed: set[Any] = {names for names in links.passed.values() if names and None not in names}
+    seen = passed - {tuple(blocks.state)}
+    for state in sorted(seen, key=str):
+        yield f"state={state}", replace(adapter, blocks=replace(blocks, state=state))
     # Arguments by name whose first dimension is that of the samples of one prediction, or of several.
     counts = {name: value for given in links.arguments for name, value in given.items() if has_rows(value, rows)}
     missing = sorted(counts.keys() - blocks.rows)
-    if missing:
-        everything = blocks.rows | set(missing)
-        yield f"rows with {', '.join(missing)} too", replace(adapter, blocks=replace(blocks, rows=everything))
+    for names in [*([name] for name in missing), *([missing] if len(missing) > 1 else [])]:
+        everything = blocks.rows | set(names)
+        yield f"rows with {', '.join(names)} too", replace(adapter, blocks=replace(blocks, rows=everything))
     for name in sorted(blocks.rows - counts.keys()):
         yield f"rows without {name}", replace(adapter, blocks=replace(blocks, rows=blocks.rows - {name}))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Line(NamedTuple):
@@ -25,12 +25,14 @@ class Verdict:
     lines  every comparison that was made
     wrong  facts that are not what was seen, and what else keeps the engine from running
     notes  what was not checked, and why
+    instead  facts with which it would be right, where one of them is wrong alone and was found
     """
 
     pipeline: str
     lines: tuple[Line, ...]
     wrong: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    instead: Any = None
 
     @property
     def ok(self) -> bool:

@@ -139,7 +139,7 @@ class Watch:
             self.steps[-1].sent.append(now[:half] if twice else now)
 
     def given(self, call: Mapping[str, Any]) -> Callable[[], Any]:
-        bound = inspect.BoundArguments(inspect.signature(self.cls.__call__), dict(call))  # type: ignore[arg-type]
+        bound = inspect.BoundArguments(inspect.signature(self.cls.__call__), dict(call))
         return functools.partial(self.cls.__call__, *bound.args, **bound.kwargs)
 
     def _copied(self) -> Any:

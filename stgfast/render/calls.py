@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from stgfast.install import installed_on
+from stgfast.installed import installed_on
 from stgfast.integrations.spec import EACH
 from stgfast.render.jobs import Job, read_image
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError, wrong
 from stgfast.guidance import Guidance
-from stgfast.install import INSTALLED, accelerate, installed_on
+from stgfast.install import accelerate
+from stgfast.installed import INSTALLED, installed_on
 from stgfast.recipes import Recipe
 from stgfast.render.batches import is_out_of_memory
 from stgfast.render.texts import encoders_of

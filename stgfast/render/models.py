@@ -15,7 +15,8 @@ from typing import Any
 from stgfast import toy
 from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
 from stgfast.guidance import Guidance
-from stgfast.install import INSTALLED, accelerate
+from stgfast.install import accelerate
+from stgfast.installed import INSTALLED
 from stgfast.integrations import ADAPTERS
 from stgfast.integrations.spec import Adapter
 from stgfast.recipes import Recipe

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from stgfast.install import installed_on
+from stgfast.installed import installed_on
 from stgfast.render.batches import Batch, Task, free, is_out_of_memory
 from stgfast.render.calls import arguments_of
 from stgfast.render.files import Form, discard, heard, pixels, write

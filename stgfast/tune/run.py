@@ -20,7 +20,8 @@ from stgfast.errors import SettingsError, wrong
 from stgfast.explain import explain
 from stgfast.extras import require
 from stgfast.formulas import COND, UNCOND
-from stgfast.install import accelerate, installed_on
+from stgfast.install import accelerate
+from stgfast.installed import installed_on
 from stgfast.recipes import Recipe, model_of
 from stgfast.render.calls import arguments_of
 from stgfast.render.jobs import Bad, Job, checked

@@ -7,7 +7,7 @@ import pytest
 import stgfast
 from stgfast import Guidance, Perturbation, SettingsError
 from stgfast.combining import Combining
-from stgfast.install import installed_on
+from stgfast.installed import installed_on
 from tests.integrations import test_ltx2 as ltx2
 from tests.integrations.test_families import FAMILIES
 from tests.integrations.test_methods import newton

@@ -13,17 +13,10 @@ import numpy as np
 
 from stgfast.batching.layout import Blocks, Grid
 from stgfast.guidance import Guidance
+from stgfast.integrations.scales import live_excess, requested_excess
 from stgfast.integrations.spec import EACH, Adapter, patches
 from stgfast.integrations.steps import CallArguments
 from stgfast.perturbation import Perturbation
-
-
-def requested(call: CallArguments) -> float | None:
-    return 1 + float(call["guidance_scale"]) if call["guidance_scale"] > 1 else None
-
-
-def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
-    return 1 + float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else None
 
 
 def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
@@ -51,8 +44,8 @@ COSMOS = Adapter(
         ),
         grid=Grid(patches),
     ),
-    requested=requested,
-    live=live,
+    requested=requested_excess,
+    live=live_excess,
     # 70% of the depth of the smaller models, which have 28 blocks; the 14B ones have 36. Predict 1 and 2 agree in this.
     defaults=Guidance(Perturbation([19], scale=1.0)),
 )

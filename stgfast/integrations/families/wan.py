@@ -13,17 +13,10 @@ from stgfast.batching.arguments import unwrapped
 from stgfast.batching.layout import Blocks, Grid, Unit
 from stgfast.guidance import Guidance
 from stgfast.integrations.guiders import guided_by, schedule_of_modular_call, steps_of_modular_call
+from stgfast.integrations.scales import live_scale_of_second
 from stgfast.integrations.spec import ONE, Adapter, Clips, never, patches
-from stgfast.integrations.steps import CallArguments, steps_of_call
+from stgfast.integrations.steps import steps_of_call
 from stgfast.presets import PRESETS
-
-
-def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
-    """The scales of a call stay what they were when it began; the model for low noise may have one of its own."""
-    if not pipe.do_classifier_free_guidance:
-        return None
-    second = call.get("guidance_scale_2") if denoiser == "transformer_2" else None
-    return float(call["guidance_scale"] if second is None else second)
 
 
 def second_below(pipe: Any) -> float | None:
@@ -63,7 +56,7 @@ WAN = Adapter(
     ),
     denoisers=("transformer", "transformer_2"),
     second_below=second_below,
-    live=live,
+    live=live_scale_of_second,
     unsupported=unsupported,
     defaults=Guidance.preset("wan"),
     source=PRESETS["wan"].source,

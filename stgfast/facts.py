@@ -1,0 +1,110 @@
+"""Facts of a pipeline that are not in the table: found at a guided call where nobody gave them, verified where somebody
+did. Both run on a copy of the pipeline before the call itself begins."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from stgfast.batching.arguments import unwrapped
+from stgfast.call import settle
+from stgfast.errors import EngineError
+from stgfast.guidance import Guidance
+from stgfast.installed import INSTALLED, Installed, original_class, settled
+from stgfast.integrations import ADAPTERS
+from stgfast.integrations.spec import Adapter, Fitted
+from stgfast.integrations.steps import CallArguments
+from stgfast.perturbation import Perturbation
+from stgfast.proof.check import Accelerated, check
+from stgfast.proof.find import found, proposed
+from stgfast.proof.look import lists_of
+from stgfast.proof.written import written
+
+log = logging.getLogger("stgfast")
+
+
+def sure(
+    pipe: Any, installed: Installed, call: CallArguments, given: Mapping[str, Any]
+) -> tuple[Installed, Fitted, Guidance] | None:
+    """What a call is run with, once its facts are found and verified where they have to be; None where the pipeline's
+    facts are not known, and the call is not guided."""
+    if installed.found:
+        if settle(installed.given or Guidance(Perturbation([0])), None, given).inert:
+            return None
+        installed = _find(pipe, installed, call, given)
+    fitted, guidance = settled(pipe, installed, call, given)
+    if installed.verified is not None and not installed.found and not guidance.inert:
+        _verify(installed, fitted, guidance, call)
+    return installed, fitted, guidance
+
+
+def may_be_found(pipe: Any, cls: type[Any]) -> bool:
+    """Whether a pipeline is of no class in the table, and looks like one whose facts can be found."""
+    if any(parent.__name__ in ADAPTERS for parent in cls.__mro__):
+        return False
+    models = [part for part in vars(pipe).values() if isinstance(part, nn.Module)]
+    return hasattr(getattr(pipe, "scheduler", None), "step") and any(lists_of(unwrapped(model)) for model in models)
+
+
+def proposal(pipe: Any, *args: Any, **kwargs: Any) -> Adapter:
+    """The facts of a pipeline as the first step of this call shows them; they are not verified."""
+    original = original_class(type(pipe))
+    bound = inspect.signature(original.__call__).bind(pipe, *args, **kwargs)
+    bound.apply_defaults()
+    return proposed(pipe, original, bound.arguments)
+
+
+def _find(pipe: Any, installed: Installed, call: CallArguments, given: Mapping[str, Any]) -> Installed:
+    """With the facts of calls that are like this one."""
+    assert installed.verified is not None
+    kind = _outline(call), _kinds(settle(installed.given or Guidance(Perturbation([0])), None, given))
+    if kind in installed.verified:
+        return installed
+
+    def guided(adapter: Adapter) -> Guidance:
+        return settle(installed.given or adapter.defaults, adapter.own_rescale(call), given)
+
+    adapter = found(pipe, installed.original, call, guided, installed.max_rows, installed.compilation)
+    if adapter != installed.known:
+        known = adapter.pipeline, written(adapter)
+        log.warning("%s is not in the table: its facts were found and verified.\n%s", *known)
+    installed.verified.add(kind)
+    installed = dataclasses.replace(installed, known=adapter)
+    vars(pipe)[INSTALLED] = installed
+    return installed
+
+
+def _verify(installed: Installed, fitted: Fitted, guidance: Guidance, call: CallArguments) -> None:
+    """Raise where a guided call is not what the plain method gives; calls that are alike are checked once."""
+    assert installed.verified is not None
+    kind = _kinds(guidance), installed.adapter.requested(call) is None
+    if kind in installed.verified:
+        return
+    given = Accelerated(fitted, installed.original, guidance, call, installed.max_rows, installed.compilation)
+    verdict = check(given)
+    if not verdict.ok:
+        raise EngineError(
+            f"the facts of {installed.original.__name__} do not give the plain method's result: {verdict.reason}"
+        )
+    installed.verified.add(kind)
+
+
+def _kinds(guidance: Guidance) -> frozenset[Any]:
+    return frozenset((part.kind, part.axis, part.of) for part in guidance.perturbations)
+
+
+def _outline(value: Any, name: str = "") -> Any:
+    """What calls have in common that make the same steps of the same shapes: everything but texts, seeds and pixels."""
+    if isinstance(value, Mapping):
+        return tuple((key, _outline(part, str(key))) for key, part in value.items() if key != "self")
+    if isinstance(value, list | tuple):
+        return type(value).__name__, len(value), tuple({_outline(part, name) for part in value})
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    known = isinstance(value, bool | int | float | str) and "prompt" not in name
+    return value if known or value is None else (type(value).__name__, getattr(value, "size", None))

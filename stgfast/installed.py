@@ -1,0 +1,79 @@
+"""What `accelerate` leaves on a pipeline, and how a call of it is read."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from stgfast.batching.room import Rows
+from stgfast.call import check, settle
+from stgfast.errors import SettingsError
+from stgfast.guidance import Guidance
+from stgfast.integrations.spec import Adapter, Fitted
+from stgfast.integrations.steps import CallArguments
+from stgfast.recipes import Recipe
+
+INSTALLED = "_stgfast"  # the one attribute that an accelerated pipeline has more than others
+ORIGINAL = "_stgfast_original"  # of the class of an accelerated pipeline: the class that it had before
+
+
+@dataclasses.dataclass(frozen=True)
+class Installed:
+    """What `accelerate` leaves on a pipeline."""
+
+    known: Adapter | None  # None until its facts are found
+    given: Guidance | None
+    max_rows: Rows
+    compilation: Mapping[str, Any] | None  # the arguments of torch.compile, where blocks are to be compiled
+    recipe: Recipe | None
+    original: Any  # the class of the pipeline before it was accelerated
+    verified: set[Any] | None = None  # the calls that were verified, by what they have in common; None for no need
+    found: bool = False  # its facts are to be found, or were
+
+    @property
+    def adapter(self) -> Adapter:
+        if self.known is None:
+            raise SettingsError(
+                f"{self.original.__name__} is not in the table of pipelines: its facts are found at its first guided "
+                f"call; call it first, or give them in accelerate(pipe, adapter=stgfast.Adapter.of(pipe, ...))"
+            )
+        return self.known
+
+    def guidance(self, pipe: Any) -> Guidance:
+        """What was given, or the default: nothing where the pipeline asks for weak branches itself."""
+        return self.given or (Guidance() if self.adapter.announces(pipe) else self.adapter.defaults)
+
+
+def original_class(cls: type[Any]) -> Any:
+    """The class of a pipeline before it was accelerated."""
+    return vars(cls).get(ORIGINAL, cls)
+
+
+def installed_on(pipe: Any) -> Installed:
+    installed: Installed | None = getattr(pipe, INSTALLED, None)
+    if installed is None:
+        raise SettingsError(f"{type(pipe).__name__} is not accelerated: call stgfast.accelerate(pipe) first")
+    return installed
+
+
+def settled(pipe: Any, installed: Installed, call: CallArguments, given: Mapping[str, Any]) -> tuple[Fitted, Guidance]:
+    """The pipeline with its blocks as they are now, and the guidance of a call, found to be right."""
+    adapter = installed.adapter
+    own_rescale = None if adapter.announces(pipe) else adapter.own_rescale(call)
+    fitted, guidance = adapter.on(pipe), settle(installed.guidance(pipe), own_rescale, given)
+    if installed.recipe is not None:
+        installed.recipe.check_steps(call)
+        guidance = installed.recipe.applied(guidance)
+    check(fitted, guidance, call, max_rows=installed.max_rows)
+    return fitted, guidance
+
+
+def bound_call(installed: Installed, bind: Callable[..., inspect.BoundArguments], *args: Any, **kwargs: Any) -> Any:
+    """The arguments of a call by name, defaults filled in; the steps of a recipe come before the pipeline's own."""
+    bound = bind(*args, **kwargs)
+    if installed.recipe is not None:
+        installed.recipe.fill_in(bound)
+    bound.apply_defaults()
+    return bound

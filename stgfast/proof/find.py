@@ -1,0 +1,291 @@
+"""The facts of a pipeline that nobody wrote down: proposed from one observed step, then verified.
+
+What is seen says most of it: which model denoises, on how many rows and in how many calls, how the predictions are
+combined, what the blocks pass on. Where the package has several ways to read a call, each is held against what was
+seen in all steps, and the first that agrees is taken.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stgfast.batching.layout import Blocks
+from stgfast.batching.outputs import prediction_in
+from stgfast.batching.room import Rows
+from stgfast.batching.values import identity_attention, identity_of_scores
+from stgfast.errors import UnsupportedPipelineError
+from stgfast.formulas import COND, UNCOND
+from stgfast.guidance import Guidance
+from stgfast.integrations import guiders, scales, steps, unet
+from stgfast.integrations.spec import Adapter
+from stgfast.perturbation import Perturbation
+from stgfast.proof.check import Accelerated, check
+from stgfast.proof.links import named
+from stgfast.proof.look import Block, Look, lists_of, look, size_of
+from stgfast.proof.measure import LINEAR, Combined, Stand, measured
+from stgfast.proof.watch import Watch
+
+SAMPLES = ("hidden_states", "sample", "x", "latents")  # what denoisers call what is to be denoised
+ATTEMPTS = 3  # a proposal may be put right so often, less one
+DEEP = 0.7  # how far through the model the layer of the default settings lies
+
+
+class Scaled(NamedTuple):
+    """A way to read the scale of CFG: from a call, and from a pipeline while it runs."""
+
+    requested: Callable[..., Any]
+    live: Callable[..., Any]
+    words: str
+
+
+SCALES = (
+    Scaled(scales.requested_scale, scales.live_scale, "guidance_scale above 1"),
+    Scaled(scales.requested_scale, scales.live_scale_of_call, "guidance_scale above 1"),
+    Scaled(scales.requested_scale, scales.live_scale_of_second, "guidance_scale above 1"),
+    Scaled(scales.requested_excess, scales.live_excess, "guidance_scale above 1"),
+    Scaled(scales.true_cfg_scale, scales.live_true_cfg_scale, "true_cfg_scale above 1 and a negative prompt"),
+    Scaled(guiders.requested, guiders.live, "a guider that is enabled, with guidance_scale above 1"),
+    Scaled(scales.no_scale, scales.no_live_scale, "nothing: it has no CFG"),
+)
+ASKED = (
+    steps.steps_of_call,
+    functools.partial(steps.steps_of_call, strength="strength"),
+    functools.partial(steps.steps_of_call, strength="denoise_strength"),
+    guiders.steps_of_modular_call,
+)
+MADE = (steps.steps_of_pipe, guiders.steps, steps.steps_of_scheduler)
+
+
+class Finding:
+    """The facts of one pipeline class, as one call shows them."""
+
+    def __init__(self, pipe: Any, cls: type[Any], call: Mapping[str, Any]):
+        self.pipe, self.cls, self.call = pipe, cls, call
+        self.seen: Look = look(pipe, cls, call)
+        assert self.seen.arguments is not None
+        self.denoiser = self.seen.arguments.module
+        given = named(self.seen.arguments)
+        known = [name for name in SAMPLES if isinstance(given.get(name), Tensor)]
+        tensors = [name for name, value in given.items() if isinstance(value, Tensor) and value.ndim > 2]
+        if not known and not tensors:
+            raise self.unknown("its denoiser takes no tensor of samples by name")
+        self.sample = (known or tensors)[0]
+        self.rows = len(given[self.sample])
+        self.watch = Watch(pipe, cls, call, {name: getattr(pipe, name) for name in self.denoisers}, self.sample)
+        stand = Stand(self.watch)
+        assert self.seen.form is not None
+        stand.forms[self.seen.denoiser] = self.seen.form._replace(samples=self.rows)
+        with torch.no_grad():
+            self.combined = measured(self.watch, stand)
+            self.scaled, self.made = self._read(stand)
+
+    def unknown(self, why: str) -> UnsupportedPipelineError:
+        return UnsupportedPipelineError(
+            f"pipeline: got {self.cls.__name__}, whose facts are not known and were not found: {why}; give them in "
+            f"accelerate(pipe, adapter=stgfast.Adapter(...))"
+        )
+
+    @property
+    def denoisers(self) -> tuple[str, ...]:
+        """The one that was seen, and a second one for other steps where there is one."""
+        first = self.seen.denoiser.removesuffix("_2")
+        names = (first, f"{first}_2")
+        return tuple(name for name in names if getattr(self.pipe, name, None) is not None)
+
+    def adapter(self) -> Adapter:
+        blocks, depth = self.blocks()
+        groups = self.combined[0].groups
+        if sum(groups) > 2:
+            raise self.unknown(f"it combines {sum(groups)} predictions in a step, and guides by more than CFG itself")
+        if groups == (2,):
+            protocol, order = "stacked", (UNCOND, COND) if self.combined[0].cond == 1 else (COND, UNCOND)
+        else:
+            protocol, order = "sequential", (UNCOND, COND)
+            if len(groups) == 2 and self.combined[0].cond == 1:
+                raise self.unknown("it calls its model for uncond first, and for cond after it")
+        sent, prediction = self.first_sent, prediction_in(self.seen.form.output)  # type: ignore[union-attr]
+        halves = sent.ndim == prediction.ndim and sent.shape[1] * 2 == prediction.shape[1]
+        asked = next((each for each in ASKED if _says(each, self.watch.copied_call) == len(self.combined)), None)
+        if asked is None:
+            raise self.unknown(f"it makes {len(self.combined)} steps, which no argument of the call says")
+        return Adapter(
+            pipeline=self.cls.__name__,
+            protocol=protocol,
+            blocks=blocks,
+            defaults=Guidance(Perturbation([int(DEEP * depth)])),
+            source="found",
+            order=order,
+            float32=sent.dtype is torch.float32 and prediction.dtype is not torch.float32,
+            learned_sigma=halves,
+            requested=self.scaled.requested,
+            cfg_on=self.scaled.words,
+            live=self.scaled.live,
+            steps=self.made,
+            steps_asked=asked,
+            own_solver="its facts were found, and not what it tells its scheduler",
+            denoisers=self.denoisers,
+            sample=self.sample,
+        )
+
+    # How the scale of CFG and the number of steps are read
+
+    def _read(self, stand: Stand) -> tuple[Scaled, Callable[..., Any]]:
+        """The ways that say in every step what was measured."""
+        left = list(SCALES)
+        answers = stand.answer(lambda shape, group: torch.ones(shape), self.combined[0].rows)
+
+        def answer(step: int, turn: int, name: str, plain: Any, arguments: Any) -> Any:
+            if turn == 0 and step < len(self.combined):
+                combined = self.combined[step]
+                left[:] = [each for each in left if self._agrees(each, combined, name)]
+            return answers(step, turn, name, plain, arguments)
+
+        run = self.watch.run(answer)
+        self.first_sent = run[0].combined[0]
+        if not left:
+            weights = ", ".join(f"{float(weight.max()):g}" for weight in self.combined[0].weights)
+            raise self.unknown(
+                f"it combines its predictions with {weights}, which nothing that it was called with says"
+            )
+        made = next((each for each in MADE if _says(each, self.watch.copy) == len(run)), None)
+        if made is None:
+            raise self.unknown(f"it makes {len(run)} steps, which nothing on the pipeline says")
+        return left[0], made
+
+    def _agrees(self, scaled: Scaled, combined: Combined, name: str) -> bool:
+        scale = _says(scaled.live, self.watch.copy, self.watch.copied_call, name)
+        asked = _says(scaled.requested, self.watch.copied_call)
+        if scale is NOTHING or asked is NOTHING or (scale is None) != (len(combined.weights) == 1):
+            return False
+        measured = combined.weights[combined.cond]
+        wanted = torch.as_tensor(1.0 if scale is None else scale).double().cpu()
+        return bool(((wanted - measured).abs() <= LINEAR * (1 + measured.abs())).all())
+
+    # The blocks
+
+    def blocks(self) -> tuple[Blocks, int]:
+        """Their facts, and how many layers there are."""
+        if hasattr(self.denoiser, "down_blocks"):
+            return self._of_unet()
+        chain = self._chain()
+        paths = list(dict.fromkeys(block.path for block in chain))
+        listed = [module for path in paths for module in lists_of(self.denoiser)[path]]
+        if [block.module for block in chain] != listed:
+            raise self.unknown(f"the blocks of {', '.join(paths)} do not run one after the other")
+        states = {block.state for block in chain if block.state and None not in block.state}
+        changed = [block for block in chain[:-1] if None in block.state]
+        if len(states) > 1 or (not states and len(chain) > 1):
+            raise self.unknown(
+                f"its blocks pass on {' or '.join(map(str, states)) or 'nothing that the next one takes'}"
+            )
+        state: Any = states.pop() if states else ("hidden_states",)
+        attentions = {self.seen.attention.get(path, "") for path in paths}
+        standard = all(self.seen.identity.get(path, False) for path in paths)
+        blocks = Blocks(
+            lists=tuple(paths),
+            attention=attentions.pop() if len(attentions) == 1 else "",
+            state=state,
+            rows=frozenset(self._rows(chain)),
+            full=bool(changed),
+            identity=identity_attention if standard else identity_of_scores,
+        )
+        return blocks, len(listed)
+
+    def _chain(self) -> list[Block]:
+        """The blocks that ran last, and those before that pass on to them what they pass on themselves."""
+        blocks = self.seen.blocks
+        start = len(blocks) - 1
+        if start > 0 and blocks[start - 1].path == blocks[start].path:
+            passed = set(blocks[start - 1].state) - {None}
+        else:
+            passed = set(blocks[start - 1].state) - {None} if start else set()
+        for before, after in reversed(list(pairwise(blocks))):
+            alike = before.path == after.path or (passed and set(before.state) == passed)
+            if not alike:
+                break
+            start -= 1
+        return blocks[start:]
+
+    def _of_unet(self) -> tuple[Blocks, int]:
+        """UNets are built of the same parts, whatever they are for."""
+        first = next(
+            part
+            for part in self.denoiser.modules()
+            if hasattr(part, "temporal_transformer_blocks") or (hasattr(part, "transformer_blocks"))
+        )
+        temporal = hasattr(first, "temporal_transformer_blocks")
+        names = ("transformer_blocks", "temporal_transformer_blocks")
+        lists = dict(zip(("spatial", "temporal"), names, strict=True)) if temporal else {"": "transformer_blocks"}
+        units = functools.partial(unet.units, lists=lists)
+        forwards = [inspect.signature(type(part.module).forward).parameters for part in units(self.denoiser)]
+        parts = {name for forward in forwards for name in forward}
+        own = {name for name, size in _sizes(self.seen).items() if size is not None}
+        rows = (parts | own) - {"self", "num_frames", "return_dict"}
+        blocks = Blocks(units=units, rows=frozenset(rows), full=True)
+        return blocks, len({part.layer for part in units(self.denoiser)} - {None})
+
+    def _rows(self, chain: Sequence[Block]) -> Iterator[str]:
+        """The arguments that have as many rows as the samples, or as the blocks have, or several for each."""
+        inner = next(size for size in chain[0].given.values() if size is not None)
+        for given in (_sizes(self.seen), *(block.given for block in chain), self.seen.given):
+            for name, size in given.items():
+                masks = name.endswith("mask") and size is not None and size % self.rows == 0
+                if size in (self.rows, inner) or masks:
+                    yield name
+
+
+NOTHING = object()
+
+
+def _says(read: Callable[..., Any], *given: Any) -> Any:
+    """What a way to read says; NOTHING where the pipeline has no such thing."""
+    try:
+        return read(*given)
+    except (AttributeError, LookupError, TypeError, StopIteration, ValueError, RuntimeError):
+        return NOTHING
+
+
+def _sizes(seen: Look) -> dict[str, Any]:
+    assert seen.arguments is not None
+    return {name: size_of(value) for name, value in named(seen.arguments).items()}
+
+
+def proposed(pipe: Any, cls: type[Any], call: Mapping[str, Any]) -> Adapter:
+    """The facts of a pipeline as one step shows them; not verified."""
+    return Finding(pipe, cls, call).adapter()
+
+
+def found(
+    pipe: Any,
+    cls: type[Any],
+    call: Mapping[str, Any],
+    guided: Callable[[Adapter], Guidance],
+    max_rows: Rows = None,
+    compilation: Mapping[str, Any] | None = None,
+) -> Adapter:
+    """The facts of a pipeline, proposed and verified for one call of it.
+
+    guided  the guidance of that call, which may be the proposal's own
+    """
+    adapter = proposed(pipe, cls, call)
+    tried = ""
+    for _ in range(ATTEMPTS):
+        given = Accelerated(adapter.on(pipe), cls, guided(adapter), call, max_rows, compilation)
+        verdict = check(given)
+        if verdict.ok:
+            return adapter
+        tried = tried or verdict.reason
+        if verdict.instead is None:
+            break
+        adapter = verdict.instead
+    raise UnsupportedPipelineError(
+        f"pipeline: got {cls.__name__}, whose facts are not known; those that were found do not give the plain "
+        f"method's result: {tried}; give them in accelerate(pipe, adapter=stgfast.Adapter(...))"
+    )
