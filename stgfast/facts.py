@@ -9,6 +9,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stgfast.batching.arguments import unwrapped
@@ -102,6 +103,9 @@ def _outline(value: Any, name: str = "") -> Any:
     """What calls have in common that make the same steps of the same shapes: everything but texts, seeds and pixels."""
     if isinstance(value, Mapping):
         return tuple((key, _outline(part, str(key))) for key, part in value.items() if key != "self")
+    parts = value if isinstance(value, list) else [value]
+    if any(isinstance(part, torch.Generator) for part in parts):
+        return None
     if isinstance(value, list | tuple):
         return type(value).__name__, len(value), tuple({_outline(part, name) for part in value})
     if isinstance(value, Tensor):

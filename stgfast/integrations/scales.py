@@ -40,6 +40,19 @@ def live_excess(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
     return 1 + float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else None
 
 
+def requested_over_frames(call: CallArguments) -> float | None:
+    """The scale of the last frame, by which a pipeline with one for every frame decides whether there is CFG."""
+    return float(call["max_guidance_scale"]) if call["max_guidance_scale"] > 1 else None
+
+
+def live_over_frames(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
+    """A scale for every frame, as a tensor that goes with a prediction.
+
+    Whether there is CFG is not asked of the pipeline, which would look at the tensor, and wait for the device.
+    """
+    return pipe.guidance_scale if requested_over_frames(call) is not None else None
+
+
 def no_scale(call: CallArguments) -> float | None:
     """Of pipelines without CFG."""
     return None

@@ -212,6 +212,18 @@ class Adapter:
         for name in ("order", "denoisers"):
             _tuple(f"{name} of an adapter", getattr(self, name))
 
+    @staticmethod
+    def of(pipe: Any, *args: Any, **call: Any) -> Adapter:
+        """The facts of a pipeline that is in no table, as the first step of this call of it shows them:
+
+            adapter = stgfast.Adapter.of(pipe, "a prompt", num_frames=49)
+
+        A proposal, for reading and changing; it is verified at the first call that it guides.
+        """
+        from stgfast.facts import proposal
+
+        return proposal(pipe, *args, **call)
+
     def announces(self, pipe: Any) -> bool:
         """Whether a pipeline instance asks for its weak branches itself."""
         return self.announced is not None and self.announced.when(pipe)

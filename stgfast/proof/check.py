@@ -260,7 +260,7 @@ class Checking:
     def stub(self) -> Any:
         """Answers for steps that do not count."""
         rows = self.combined[0].rows
-        return self.stand.answer(lambda shape, group: torch.ones(shape), rows)
+        return self.stand.answer(lambda shape, group: torch.ones(shape), rows, own=True)
 
     def _engine(self, step: int, guidance: Guidance, adapter: Adapter) -> EngineStep | Exception:
         """A step by the engine, or how it fails: whatever wrong facts lead to is part of the verdict."""

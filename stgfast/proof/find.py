@@ -8,27 +8,24 @@ seen in all steps, and the first that agrees is taken.
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from stgfast.batching.layout import Blocks
 from stgfast.batching.outputs import prediction_in
 from stgfast.batching.room import Rows
-from stgfast.batching.values import identity_attention, identity_of_scores
 from stgfast.errors import UnsupportedPipelineError
 from stgfast.formulas import COND, UNCOND
 from stgfast.guidance import Guidance
-from stgfast.integrations import guiders, scales, steps, unet
+from stgfast.integrations import guiders, scales, steps
 from stgfast.integrations.spec import Adapter
 from stgfast.perturbation import Perturbation
+from stgfast.proof.blocks import UnseenBlocksError, blocks_of
 from stgfast.proof.check import Accelerated, check
 from stgfast.proof.links import named
-from stgfast.proof.look import Block, Look, lists_of, look, size_of
+from stgfast.proof.look import Look, look
 from stgfast.proof.measure import LINEAR, Combined, Stand, measured
 from stgfast.proof.watch import Watch
 
@@ -52,6 +49,7 @@ SCALES = (
     Scaled(scales.requested_excess, scales.live_excess, "guidance_scale above 1"),
     Scaled(scales.true_cfg_scale, scales.live_true_cfg_scale, "true_cfg_scale above 1 and a negative prompt"),
     Scaled(guiders.requested, guiders.live, "a guider that is enabled, with guidance_scale above 1"),
+    Scaled(scales.requested_over_frames, scales.live_over_frames, "max_guidance_scale above 1"),
     Scaled(scales.no_scale, scales.no_live_scale, "nothing: it has no CFG"),
 )
 ASKED = (
@@ -84,6 +82,9 @@ class Finding:
         stand.forms[self.seen.denoiser] = self.seen.form._replace(samples=self.rows)
         with torch.no_grad():
             self.combined = measured(self.watch, stand)
+            most = max(sum(combined.groups) for combined in self.combined)
+            if most > 2:
+                raise self.unknown(f"it combines {most} predictions in a step, and guides by more than CFG itself")
             self.scaled, self.made = self._read(stand)
 
     def unknown(self, why: str) -> UnsupportedPipelineError:
@@ -100,10 +101,11 @@ class Finding:
         return tuple(name for name in names if getattr(self.pipe, name, None) is not None)
 
     def adapter(self) -> Adapter:
-        blocks, depth = self.blocks()
+        try:
+            blocks, depth = blocks_of(self.seen, self.rows)
+        except UnseenBlocksError as error:
+            raise self.unknown(str(error)) from error
         groups = self.combined[0].groups
-        if sum(groups) > 2:
-            raise self.unknown(f"it combines {sum(groups)} predictions in a step, and guides by more than CFG itself")
         if groups == (2,):
             protocol, order = "stacked", (UNCOND, COND) if self.combined[0].cond == 1 else (COND, UNCOND)
         else:
@@ -139,7 +141,7 @@ class Finding:
     def _read(self, stand: Stand) -> tuple[Scaled, Callable[..., Any]]:
         """The ways that say in every step what was measured."""
         left = list(SCALES)
-        answers = stand.answer(lambda shape, group: torch.ones(shape), self.combined[0].rows)
+        answers = stand.answer(lambda shape, group: torch.ones(shape), self.combined[0].rows, own=True)
 
         def answer(step: int, turn: int, name: str, plain: Any, arguments: Any) -> Any:
             if turn == 0 and step < len(self.combined):
@@ -168,78 +170,6 @@ class Finding:
         wanted = torch.as_tensor(1.0 if scale is None else scale).double().cpu()
         return bool(((wanted - measured).abs() <= LINEAR * (1 + measured.abs())).all())
 
-    # The blocks
-
-    def blocks(self) -> tuple[Blocks, int]:
-        """Their facts, and how many layers there are."""
-        if hasattr(self.denoiser, "down_blocks"):
-            return self._of_unet()
-        chain = self._chain()
-        paths = list(dict.fromkeys(block.path for block in chain))
-        listed = [module for path in paths for module in lists_of(self.denoiser)[path]]
-        if [block.module for block in chain] != listed:
-            raise self.unknown(f"the blocks of {', '.join(paths)} do not run one after the other")
-        states = {block.state for block in chain if block.state and None not in block.state}
-        changed = [block for block in chain[:-1] if None in block.state]
-        if len(states) > 1 or (not states and len(chain) > 1):
-            raise self.unknown(
-                f"its blocks pass on {' or '.join(map(str, states)) or 'nothing that the next one takes'}"
-            )
-        state: Any = states.pop() if states else ("hidden_states",)
-        attentions = {self.seen.attention.get(path, "") for path in paths}
-        standard = all(self.seen.identity.get(path, False) for path in paths)
-        blocks = Blocks(
-            lists=tuple(paths),
-            attention=attentions.pop() if len(attentions) == 1 else "",
-            state=state,
-            rows=frozenset(self._rows(chain)),
-            full=bool(changed),
-            identity=identity_attention if standard else identity_of_scores,
-        )
-        return blocks, len(listed)
-
-    def _chain(self) -> list[Block]:
-        """The blocks that ran last, and those before that pass on to them what they pass on themselves."""
-        blocks = self.seen.blocks
-        start = len(blocks) - 1
-        if start > 0 and blocks[start - 1].path == blocks[start].path:
-            passed = set(blocks[start - 1].state) - {None}
-        else:
-            passed = set(blocks[start - 1].state) - {None} if start else set()
-        for before, after in reversed(list(pairwise(blocks))):
-            alike = before.path == after.path or (passed and set(before.state) == passed)
-            if not alike:
-                break
-            start -= 1
-        return blocks[start:]
-
-    def _of_unet(self) -> tuple[Blocks, int]:
-        """UNets are built of the same parts, whatever they are for."""
-        first = next(
-            part
-            for part in self.denoiser.modules()
-            if hasattr(part, "temporal_transformer_blocks") or (hasattr(part, "transformer_blocks"))
-        )
-        temporal = hasattr(first, "temporal_transformer_blocks")
-        names = ("transformer_blocks", "temporal_transformer_blocks")
-        lists = dict(zip(("spatial", "temporal"), names, strict=True)) if temporal else {"": "transformer_blocks"}
-        units = functools.partial(unet.units, lists=lists)
-        forwards = [inspect.signature(type(part.module).forward).parameters for part in units(self.denoiser)]
-        parts = {name for forward in forwards for name in forward}
-        own = {name for name, size in _sizes(self.seen).items() if size is not None}
-        rows = (parts | own) - {"self", "num_frames", "return_dict"}
-        blocks = Blocks(units=units, rows=frozenset(rows), full=True)
-        return blocks, len({part.layer for part in units(self.denoiser)} - {None})
-
-    def _rows(self, chain: Sequence[Block]) -> Iterator[str]:
-        """The arguments that have as many rows as the samples, or as the blocks have, or several for each."""
-        inner = next(size for size in chain[0].given.values() if size is not None)
-        for given in (_sizes(self.seen), *(block.given for block in chain), self.seen.given):
-            for name, size in given.items():
-                masks = name.endswith("mask") and size is not None and size % self.rows == 0
-                if size in (self.rows, inner) or masks:
-                    yield name
-
 
 NOTHING = object()
 
@@ -250,11 +180,6 @@ def _says(read: Callable[..., Any], *given: Any) -> Any:
         return read(*given)
     except (AttributeError, LookupError, TypeError, StopIteration, ValueError, RuntimeError):
         return NOTHING
-
-
-def _sizes(seen: Look) -> dict[str, Any]:
-    assert seen.arguments is not None
-    return {name: size_of(value) for name, value in named(seen.arguments).items()}
 
 
 def proposed(pipe: Any, cls: type[Any], call: Mapping[str, Any]) -> Adapter:

@@ -22,7 +22,7 @@ from stgfast.batching.seam import Call
 from stgfast.errors import EngineError
 from stgfast.proof.watch import Seen, Watch
 
-LINEAR = 1e-3  # what a pipeline may send beside a weighted sum, by rounding: it may combine in bfloat16
+LINEAR = 1e-3  # what a pipeline may send beside a weighted sum, by rounding
 
 
 class Combined(NamedTuple):
@@ -66,14 +66,15 @@ class Form(NamedTuple):
 class Stand:
     """Answers for a pipeline's denoisers that cost nothing: `fill(shape, number of the prediction's group)`.
 
-    Every denoiser runs once, where it is first called, so that the form of its output is known.
+    Every denoiser runs once, where it is first called, so that the form of its output is known. Predictions are in
+    float32, or in the denoiser's own type with `own`.
     """
 
     def __init__(self, watch: Watch):
         self.watch = watch
         self.forms: dict[str, Form] = {}
 
-    def answer(self, fill: Callable[[Any, int], Tensor], rows: int) -> Callable[..., Any]:
+    def answer(self, fill: Callable[[Any, int], Tensor], rows: int, *, own: bool = False) -> Callable[..., Any]:
         def answer(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
             samples = len(arguments[self.watch.sample])
             if name not in self.forms:
@@ -84,7 +85,8 @@ class Stand:
             each = torch.Size([rows or shape[0], *shape[1:]])
             parts = [fill(each, done + number) for number in range(shape[0] // each[0])]
             like = prediction_in(form.output)
-            return form.filled(torch.cat(parts).to(like.device, like.dtype))
+            dtype = like.dtype if own else torch.promote_types(like.dtype, torch.float32)
+            return form.filled(torch.cat(parts).to(like.device, dtype))
 
         return answer
 

@@ -7,7 +7,7 @@ import torch
 
 import stgfast
 from stgfast import Guidance, Perturbation, SettingsError
-from stgfast.integrations.families.latte import LATTE, units
+from stgfast.integrations.families.latte import LATTE
 from tests.integrations.families.latte import FAMILIES, build, transformer
 from tests.precision import distance, same
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def test_a_layer_is_a_pair_of_blocks():
-    found = units(transformer())
+    found = LATTE.blocks.units(transformer())
     assert [unit.layer for unit in found] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [unit.axes for unit in found] == [{"spatial"}, {"temporal"}] * 4
     assert {part.axis for part in LATTE.defaults.perturbations} == {"spatial", "temporal"}

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
-from stgfast.batching.layout import Blocks, Grid, Unit
+from stgfast.batching.layout import Blocks, Grid
 from stgfast.guidance import Guidance
 from stgfast.integrations.scales import requested_scale
 from stgfast.integrations.spec import Adapter, Clips, patches
 from stgfast.integrations.steps import CallArguments
+from stgfast.integrations.turns import units
 from stgfast.kinds import ATTENTION, AXES
 from stgfast.perturbation import Perturbation
 
@@ -20,18 +18,6 @@ from stgfast.perturbation import Perturbation
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
     """The pipeline combines with what it was called with, whatever a callback sets."""
     return requested_scale(call)
-
-
-def units(transformer: nn.Module) -> Sequence[Unit]:
-    """A layer is a pair of blocks, one along each axis."""
-    lists = (
-        transformer.get_submodule(name).children() for name in ("transformer_blocks", "temporal_transformer_blocks")
-    )
-    return [
-        Unit(block, layer, ((axis, block.get_submodule("attn1")),))
-        for layer, pair in enumerate(zip(*lists, strict=True))
-        for axis, block in zip(AXES, pair, strict=True)
-    ]
 
 
 def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
@@ -45,7 +31,9 @@ LATTE = Adapter(
     protocol="stacked",
     clips=Clips(fps=8.0),
     blocks=Blocks(
-        units=units,
+        units=functools.partial(
+            units, lists={"spatial": "transformer_blocks", "temporal": "temporal_transformer_blocks"}
+        ),
         rows=frozenset({"hidden_states", "timestep", "encoder_hidden_states"}),
         full=True,  # tokens are turned from space to time and back between blocks
         grid=Grid(functools.partial(patches, dims=(3, 4))),  # every frame is a row of its own

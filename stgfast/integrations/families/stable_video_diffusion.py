@@ -6,24 +6,12 @@ import functools
 from typing import Any
 
 from stgfast.batching.layout import Blocks
-from stgfast.guidance import Guidance, Scale
+from stgfast.guidance import Guidance
+from stgfast.integrations.scales import live_over_frames, requested_over_frames
 from stgfast.integrations.spec import EACH, Adapter, Clips
 from stgfast.integrations.steps import CallArguments
 from stgfast.integrations.unet import GRID, units
 from stgfast.presets import PRESETS
-
-
-def requested(call: CallArguments) -> float | None:
-    """The scale of the last frame, by which the pipeline decides whether there is CFG."""
-    return float(call["max_guidance_scale"]) if call["max_guidance_scale"] > 1 else None
-
-
-def live(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
-    """A scale for every frame, as a tensor that goes with a prediction.
-
-    Whether there is CFG is not asked of the pipeline, which would look at the tensor, and wait for the device.
-    """
-    return pipe.guidance_scale if requested(call) is not None else None
 
 
 def steps_asked(call: CallArguments) -> int:
@@ -50,9 +38,9 @@ STABLE_VIDEO_DIFFUSION = Adapter(
         full=True,  # every block's output is kept for the way up
         grid=GRID,
     ),
-    requested=requested,
+    requested=requested_over_frames,
     cfg_on="max_guidance_scale above 1",
-    live=live,
+    live=live_over_frames,
     steps_asked=steps_asked,
     unfit=unfit,
     denoisers=("unet",),
