@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from stgfast.schedules import BySigma
     from stgfast.solvers import solver
     from stgfast.tune.run import tune
-    from stgfast.verify import verify
+    from stgfast.verify.run import verify
 
 # Where each name is. A name is imported when it is first asked for: reading settings needs no torch.
 _HOME = {
@@ -44,7 +44,7 @@ _HOME = {
     "schedules": ("BySigma",),
     "solvers": ("solver",),
     "tune.run": ("tune",),
-    "verify": ("verify",),
+    "verify.run": ("verify",),
 }
 _MODULES = {name: f"{__name__}.{module}" for module, names in _HOME.items() for name in names}
 

@@ -12,6 +12,7 @@ from stgfast.bench import command as bench
 from stgfast.evaluate import command as evaluate
 from stgfast.render import command as render
 from stgfast.tune import command as tune
+from stgfast.verify import command as verify
 from stgfast.version import __version__
 
 NEEDS = {
@@ -20,6 +21,7 @@ NEEDS = {
     "sweep": "render",
     "evaluate": "render",
     "tune": "render",
+    "verify": "render",
 }  # extras, by command
 
 
@@ -36,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     render.add_sweep(commands.add_parser("sweep", help="render one prompt at several layers and scales"))
     evaluate.add_evaluate(commands.add_parser("evaluate", help="measure the clips of a folder"))
     tune.add_tune(commands.add_parser("tune", help="find the cheapest recipe for a model: solver, steps, reuse"))
+    verify.add_verify(commands.add_parser("verify", help="compare accelerated guidance with the plain method"))
     bench.add_bench(commands.add_parser("bench", help="what guidance costs, beside what would otherwise be run"))
     arguments = parser.parse_args(argv)
     try:
@@ -78,6 +81,7 @@ RUN: dict[str, Callable[[argparse.Namespace], int]] = {
     "render": render.main,
     "sweep": render.main,
     "tune": tune.run,
+    "verify": verify.run,
 }
 
 

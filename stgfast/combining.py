@@ -37,7 +37,7 @@ class Combining:
         self.guidance = guidance
         self.memory: Memory = KeptDifferences(guidance, guidance.bases)
         self.blocks = KeptBlocks(guidance)
-        self._plans: dict[tuple[str, tuple[str, ...], frozenset[str], bool], Plan] = {}
+        self.plans: dict[tuple[str, tuple[str, ...], frozenset[str], bool], Plan] = {}
 
     def begin(self, run: Run, name: str) -> CombiningStep:
         return CombiningStep(self, run, name)
@@ -48,10 +48,10 @@ class Combining:
     def plan(self, step: CombiningStep, sources: tuple[str, ...], weighed: frozenset[str]) -> Plan:
         """That of a call of the denoiser; the same one for all steps alike."""
         key = (step.name, sources, weighed, step.skips)
-        if key not in self._plans:
+        if key not in self.plans:
             plan = plan_for(self.guidance if step.acts else Guidance(), sources, weighed, step.layout)
-            self._plans[key] = passing(plan, step.skips)
-        return self._plans[key]
+            self.plans[key] = passing(plan, step.skips)
+        return self.plans[key]
 
     # A sampler that combines by itself has another way for these three.
 

@@ -39,7 +39,7 @@ MAY = {
     "proof": COMMON | {"announced", "batching", "combining", "engine", "integrations"},
     "installed": COMMON | {"batching", "call", "integrations", "recipes"},
     "facts": COMMON | {"batching", "call", "installed", "integrations", "proof"},
-    "verify": COMMON | {"call", "installed", "integrations", "proof"},
+    "verify": COMMON | {"call", "installed", "integrations", "proof", "render"},
     "install": COMMON
     | {"announced", "batching", "call", "combining", "engine", "facts", "installed", "integrations", "recipes"}
     | {"solvers"},
@@ -55,7 +55,7 @@ MAY = {
     | {"explain", "extras", "install", "installed", "pages", "recipes", "render", "solvers", "toy", "version"},
     "demo": {"explain", "install", "render", "toy"},
     "bench": COMMON | {"batching", "explain", "install", "integrations", "kernels", "pages", "version"},
-    "cli": {"extras", "bench", "version", "demo", "doctor", "evaluate", "render", "toy", "tune"},
+    "cli": {"extras", "bench", "version", "demo", "doctor", "evaluate", "render", "toy", "tune", "verify"},
     "": {
         "batching",
         "errors",

@@ -1,8 +1,16 @@
 """Whether the facts of a pipeline are right, and what they are where nobody wrote them down.
 
-watch.py    runs one call of a pipeline on a copy of it, step by step, with other answers in place of the denoiser's
-combine.py  how the pipeline combines the predictions of a step, measured without its model
-plain.py    the plain method: every branch alone, through the whole model
-check.py    accelerated guidance against the plain method
-find.py     the facts of a pipeline that nobody wrote down, from one observed step
+watch.py     runs one call of a pipeline on a copy of it, step by step, with other answers in place of the denoiser's
+measure.py   how the pipeline combines the predictions of a step, measured without its model
+claims.py    what an adapter says of that
+links.py     what blocks pass on to each other
+plain.py     the plain method: every branch alone, through the whole model
+steps.py     one step by the plain method, and by the engine
+check.py     one against the other
+suspects.py  which fact is wrong where they differ
+verdict.py   what a check found
+look.py      one step of a pipeline that nobody described
+blocks.py    the facts of its blocks
+find.py      all its facts, proposed and verified
+written.py   facts as Python
 """

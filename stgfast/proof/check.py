@@ -22,11 +22,12 @@ from stgfast.batching.seam import Call
 from stgfast.combining import Combining
 from stgfast.engine import Run, Strategy
 from stgfast.formulas import COND
-from stgfast.guidance import Guidance, Scale
+from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Adapter, Fitted
 from stgfast.integrations.steps import CallArguments
 from stgfast.kinds import RESIDUAL
-from stgfast.proof.measure import LINEAR, Combined, Stand, measured
+from stgfast.proof.claims import claims_of
+from stgfast.proof.measure import Stand, measured
 from stgfast.proof.plain import KINDS
 from stgfast.proof.steps import EngineStep, PlainStep, allowed, apart, epsilon
 from stgfast.proof.suspects import suspects
@@ -47,17 +48,6 @@ class Accelerated(NamedTuple):
     call: Mapping[str, Any]
     max_rows: Rows = None
     compilation: Mapping[str, Any] | None = None
-
-
-class Claimed(NamedTuple):
-    """What the adapter says of one step: the scale of CFG, and the branches of every call."""
-
-    scale: Scale
-    calls: tuple[tuple[str, ...], ...]
-
-    @property
-    def branches(self) -> list[str]:
-        return [branch for turn in self.calls for branch in turn]
 
 
 def check(given: Accelerated) -> Verdict:
@@ -86,6 +76,7 @@ class Checking:
         self.wrong: list[str] = []
         self.notes: list[str] = []
         self.instead: Adapter | None = None
+        self.engine: EngineStep | Exception | None = None  # what ran last
         self.guidance = self._plain(given.guidance)
         denoisers = {name: layout.denoiser for name, layout in given.fitted.layouts.items()}
         self.watch = Watch(given.fitted.pipe, given.cls, given.call, denoisers, self.adapter.sample)
@@ -110,54 +101,16 @@ class Checking:
     def combining(self) -> None:
         with torch.compiler.set_stance("force_eager"):
             self.combined = measured(self.watch, self.stand)
-            self.claimed = self._claims()
+            self.claimed, self.steps = claims_of(self.watch, self.stub(), self.adapter)
         made = len(self.watch.steps)
         if made != self.steps:
             self.wrong.append(f"steps: the adapter says {self.steps}, the pipeline makes {made}")
         for step, (combined, claimed) in enumerate(zip(self.combined, self.claimed, strict=False)):
-            if not self.wrong:
-                self._compare(step, combined, claimed)
+            mistaken = "" if self.wrong else claimed.mistaken(step, combined, self.adapter)
+            if mistaken:
+                self.wrong.append(mistaken)
         for name in () if self.wrong else self.given.fitted.layouts:
             self._step(name)
-
-    def _claims(self) -> list[Claimed]:
-        """What the adapter says, asked for while the steps run, as the engine asks."""
-        claims: dict[int, Claimed] = {}
-        stub = self.stub()
-
-        def answer(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
-            if step not in claims:
-                scale = self.adapter.live(self.watch.copy, self.watch.copied_call, name)
-                claims[step] = Claimed(scale, self.adapter.calls(scale is not None))
-            return stub(step, turn, name, plain, arguments)
-
-        self.watch.run(answer)
-        self.steps = self.adapter.steps(self.watch.copy)
-        return [claims[step] for step in sorted(claims)]
-
-    def _compare(self, step: int, combined: Combined, claimed: Claimed) -> None:
-        """What the adapter says of a step, and what was measured."""
-        groups = tuple(map(len, claimed.calls))
-        if combined.groups != groups:
-            self.wrong.append(
-                f"protocol: the adapter says {self.adapter.protocol!r}, {_calls(groups)} in step {step + 1}; the "
-                f"pipeline makes {_calls(combined.groups)}"
-            )
-            return
-        said = claimed.branches.index(COND)
-        scale = torch.as_tensor(1.0 if claimed.scale is None else claimed.scale).double().cpu()
-        weights = [scale if number == said else 1 - scale for number in range(len(combined.weights))]
-        if _alike(weights, combined.weights):
-            return
-        if _alike(weights[::-1], combined.weights):
-            self.wrong.append(
-                f"order: the adapter says {', '.join(claimed.branches)}; the pipeline takes them the other way around"
-            )
-        else:
-            self.wrong.append(
-                f"live: the adapter says that step {step + 1} combines with a scale of {_numbers(scale)}; the pipeline "
-                f"does with {_numbers(combined.weights[said])}"
-            )
 
     def _step(self, name: str) -> None:
         """One step of one denoiser, by the plain method and by the engine."""
@@ -172,6 +125,8 @@ class Checking:
             self.wrong.append(plain.links.mistaken)
         where = f"step {step + 1} of {self.steps}, pipe.{name}"
         made = self._against(plain, self.adapter, where)
+        if not any(math.isinf(line.error) for line in made):
+            self._count(plain, where)
         own = self._engine(step, Guidance(), self.adapter)
         if isinstance(own, EngineStep):
             exact = self.given.max_rows is None and self.given.compilation is None
@@ -184,6 +139,7 @@ class Checking:
     def _against(self, plain: PlainStep, adapter: Adapter, where: str) -> list[Line]:
         """A step by the engine, with the facts of an adapter, against the plain method."""
         engine = self._engine(plain.moment.step, plain.guidance, adapter)
+        self.engine = engine
         if not isinstance(engine, EngineStep):
             return [Line(f"{where}: the engine fails, {type(engine).__name__}: {engine}", math.inf, plain.budget)]
         errors = {
@@ -199,6 +155,18 @@ class Checking:
             made.append(Line(f"{where}: {words}", error, plain.budget if budget is None else budget))
         error = apart(engine.seen.combined, plain.sent)
         return [*made, Line(f"{where}: what the scheduler is sent", error, plain.budget * plain.grown)]
+
+    def _count(self, plain: PlainStep, where: str) -> None:
+        """What the blocks ran on, against the plan."""
+        assert isinstance(self.engine, EngineStep)
+        if not self.engine.rows:
+            return
+        ran, branches = plain.block_rows(self.engine.rows), len(plain.predictions)
+        planned = sum(sum(plan.computed) for plan in self.engine.plans)
+        if round(ran, 3) != planned:
+            self.wrong.append(f"{where}: the plan has {planned} block-rows, {ran:g} ran")
+        whole = branches * plain.layout.depth
+        self.notes.append(f"{where}: {ran:g} block-rows ran, {whole} without sharing.")
 
     def _suspect(self, plain: PlainStep, where: str) -> None:
         """The facts with which the step would be right, and the layers at which it is not."""
@@ -276,19 +244,3 @@ class Checking:
             return EngineStep(self.watch, None if step == 0 else self.stub(), step, make)
         except Exception as error:
             return error
-
-
-def _alike(one: Any, other: Any) -> bool:
-    return len(one) == len(other) and all(
-        bool(((a - b).abs() <= LINEAR * (1 + b.abs())).all()) for a, b in zip(one, other, strict=True)
-    )
-
-
-def _numbers(scale: torch.Tensor) -> str:
-    numbers = sorted({round(float(number), 4) for number in scale.flatten()})
-    return f"{numbers[0]:g}" if len(numbers) == 1 else f"{numbers[0]:g} to {numbers[-1]:g}"
-
-
-def _calls(groups: tuple[int, ...]) -> str:
-    each = " and ".join(f"{count} prediction{'s' if count > 1 else ''}" for count in groups)
-    return f"{len(groups)} call{'s' if len(groups) > 1 else ''} ({each})"

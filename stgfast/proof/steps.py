@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.layout import Layout
 from stgfast.batching.outputs import prediction_in, with_prediction
+from stgfast.batching.plan import Plan
 from stgfast.batching.seam import Call, Handler, handling_also, held
 from stgfast.engine import Run, Step, Strategy
 from stgfast.formulas import COND, UNCOND
@@ -50,6 +53,7 @@ class PlainStep:
         self.links = Links(layout)
         self.jitter = 0.0
         self.notes: list[str] = []
+        self.alone: dict[nn.Module, float] = {}  # rows of one branch, by block
 
         def alone(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
             if step != moment.step:
@@ -75,6 +79,10 @@ class PlainStep:
         """How far roundings may move a prediction."""
         return allowed(max(self.jitter, epsilon(self.dtype)), self.dtype)
 
+    def block_rows(self, rows: Mapping[nn.Module, int]) -> float:
+        """Rows that blocks ran on, in parts of those that one branch of one step has."""
+        return sum(rows[module] / alone for module, alone in self.alone.items())
+
     def told(self, branch: str, far: float) -> float | None:
         """How far a weak branch may be off so that it is still told from the branch that it is made of; None where
         roundings, which move a right one as `far`, hide the difference."""
@@ -99,6 +107,7 @@ class PlainStep:
         with held([unit.module for unit in self.layout.units]), handling_also(self.links.handlers()):
             output = arguments.given_to(plain)
         self.predictions |= dict(zip(names, self._split(output), strict=True))
+        self.alone |= {module: rows / len(names) for module, rows in self.links.rows.items()}
         if COND in names:
             self.jitter = self._jittered(plain, arguments, output)
         for name, part in zip(self.guidance.names, self.guidance.perturbations, strict=True):
@@ -185,19 +194,44 @@ class EngineStep:
     """The same step by the engine: predictions by branch where it combines, and what the scheduler is sent.
 
     make  the run of a copy of the pipeline with a call's arguments
+    rows  counted by hooks on the blocks themselves, by block
     """
 
     def __init__(self, watch: Watch, stub: Answer | None, step: int, make: Callable[[Any, CallArguments], Run]):
         self.strategy: _Watched | None = None
 
+        self.rows: Counter[nn.Module] = Counter()
+
         def act(pipe: Any, call: CallArguments) -> None:
             run = make(pipe, call)
             run.strategy = self.strategy = _Watched(run.strategy, watch, stub, step)
-            run.whole(watch.given(call))
+            units = [unit.module for layout in run.layouts.values() for unit in layout.units]
+            with self._counted([] if run.compiles else units):
+                run.whole(watch.given(call))
 
         self.seen = watch.act(act)[step]
         inner: Any = self.strategy.inner if self.strategy is not None else None
         self.predictions: dict[str, Tensor] = getattr(inner, "predictions", {})
+
+    @property
+    def plans(self) -> list[Plan]:
+        """Those of the step's calls."""
+        made = self.strategy.strategy if self.strategy is not None else None
+        return list(getattr(made, "plans", {}).values())
+
+    @contextmanager
+    def _counted(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """Hooks on compiled blocks would have them compiled again, so that these are not counted."""
+
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            self.rows[module] += next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+        hooks = [module.register_forward_pre_hook(count, with_kwargs=True) for module in modules]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 class _Watched:

@@ -23,8 +23,8 @@ from stgfast.formulas import COND, UNCOND
 from stgfast.install import accelerate
 from stgfast.installed import installed_on
 from stgfast.recipes import Recipe, model_of
-from stgfast.render.calls import arguments_of
-from stgfast.render.jobs import Bad, Job, checked
+from stgfast.render.calls import arguments_of, jobs_of
+from stgfast.render.jobs import Job
 from stgfast.render.loading import Loading, given_to
 from stgfast.render.models import Model, described
 from stgfast.render.run import render
@@ -112,17 +112,6 @@ def tune(
         loading.check_handed_over()
     search = Search(known, jobs, Path(out), loading, listener or (lambda event: None))
     return search.run(aim, None if minutes is None else time.monotonic() + 60 * minutes)
-
-
-def jobs_of(model: Model, prompts: Sequence[str], clips: int, seed: int, defaults: Mapping[str, Any]) -> Iterator[Job]:
-    for number in range(clips):
-        given = {"prompt": prompts[number % len(prompts)], "seed": seed + number // len(prompts)}
-        line = checked(number + 1, given, base=Path(), defaults={**model.defaults_with(None), **defaults})
-        if isinstance(line, Bad):
-            raise SettingsError(line.why)
-        for job in line.jobs:
-            model.check(job)
-            yield model.settled(job)
 
 
 class Search:

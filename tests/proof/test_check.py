@@ -46,6 +46,9 @@ def test_every_family_passes(family):
             if line.budget:
                 precision.within(line.error, line.budget)
         assert len(verdict.lines) >= (4 if family.cfg is None else 5)
+        counted = [note for note in verdict.notes if "block-rows ran" in note]
+        wanted = sum(family.histories(pipe, guidance_for(family), family.cfg is not None))
+        assert sum(int(note.split(": ")[1].split()[0]) for note in counted) == wanted
         assert vars(pipe) == before
         for model in family.denoisers(pipe):
             assert all("_compiled_call_impl" not in vars(module) for module in model.modules())

@@ -1,0 +1,74 @@
+"""What an adapter says of the steps of a call, against how they were seen to combine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from stgfast.batching.arguments import Arguments
+from stgfast.batching.seam import Call
+from stgfast.formulas import COND
+from stgfast.guidance import Scale
+from stgfast.integrations.spec import Adapter
+from stgfast.proof.measure import LINEAR, Combined
+from stgfast.proof.watch import Answer, Watch
+
+
+class Claimed(NamedTuple):
+    """What the adapter says of one step: the scale of CFG, and the branches of every call."""
+
+    scale: Scale
+    calls: tuple[tuple[str, ...], ...]
+
+    def mistaken(self, step: int, combined: Combined, adapter: Adapter) -> str:
+        """Which fact is not what was measured, and how; "" where all are."""
+        groups = tuple(map(len, self.calls))
+        if combined.groups != groups:
+            said, seen = _calls(groups), _calls(combined.groups)
+            return (
+                f"protocol: the adapter says {adapter.protocol!r}, {said} in step {step + 1}; the pipeline makes {seen}"
+            )
+        branches = [branch for turn in self.calls for branch in turn]
+        said_cond = branches.index(COND)
+        scale = torch.as_tensor(1.0 if self.scale is None else self.scale).double().cpu()
+        weights = [scale if number == said_cond else 1 - scale for number in range(len(combined.weights))]
+        if _alike(weights, combined.weights):
+            return ""
+        if _alike(weights[::-1], combined.weights):
+            return f"order: the adapter says {', '.join(branches)}; the pipeline takes them the other way around"
+        return (
+            f"live: the adapter says that step {step + 1} combines with a scale of {_numbers(scale)}; the pipeline does "
+            f"with {_numbers(combined.weights[said_cond])}"
+        )
+
+
+def claims_of(watch: Watch, stub: Answer, adapter: Adapter) -> tuple[list[Claimed], int]:
+    """What the adapter says of every step, asked for while the steps run, as the engine asks; and how many it says
+    there are."""
+    claims: dict[int, Claimed] = {}
+
+    def answer(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
+        if step not in claims:
+            scale = adapter.live(watch.copy, watch.copied_call, name)
+            claims[step] = Claimed(scale, adapter.calls(scale is not None))
+        return stub(step, turn, name, plain, arguments)
+
+    watch.run(answer)
+    return [claims[step] for step in sorted(claims)], adapter.steps(watch.copy)
+
+
+def _alike(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return all(bool(((a - b).abs() <= LINEAR * (1 + b.abs())).all()) for a, b in zip(one, other, strict=True))
+
+
+def _numbers(scale: Tensor) -> str:
+    numbers = sorted({round(float(number), 4) for number in scale.flatten()})
+    return f"{numbers[0]:g}" if len(numbers) == 1 else f"{numbers[0]:g} to {numbers[-1]:g}"
+
+
+def _calls(groups: tuple[int, ...]) -> str:
+    each = " and ".join(f"{count} prediction{'s' if count > 1 else ''}" for count in groups)
+    return f"{len(groups)} call{'s' if len(groups) > 1 else ''} ({each})"
