@@ -41,6 +41,10 @@ def sure(
     fitted, guidance = settled(pipe, installed, call, given)
     if installed.verified is not None and not installed.found and not guidance.inert:
         _verify(installed, fitted, guidance, call)
+    notice = installed.adapter.notice(call)
+    if notice and notice not in installed.told:
+        log.warning("%s: %s", installed.original.__name__, notice)
+        installed.told.add(notice)
     return installed, fitted, guidance
 
 

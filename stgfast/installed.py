@@ -31,6 +31,7 @@ class Installed:
     original: Any  # the class of the pipeline before it was accelerated
     verified: set[Any] | None = None  # the calls that were verified, by what they have in common; None for no need
     found: bool = False  # its facts are to be found, or were
+    told: set[str] = dataclasses.field(default_factory=set)  # notices that were given
 
     @property
     def adapter(self) -> Adapter:

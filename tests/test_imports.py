@@ -43,8 +43,10 @@ MAY = {
     "install": COMMON
     | {"announced", "batching", "call", "combining", "engine", "facts", "installed", "integrations", "recipes"}
     | {"solvers"},
+    "explained": COMMON | {"batching", "recipes"},
     "explain": COMMON
-    | {"announced", "batching", "call", "forecast", "combining", "installed", "integrations", "recipes", "reuse"},
+    | {"announced", "batching", "call", "combining", "explained", "forecast", "installed", "integrations", "recipes"}
+    | {"reuse"},
     "toy": {"guidance", "perturbation"},
     "extras": {"errors"},
     "doctor": {"kernels", "version"},
@@ -54,7 +56,7 @@ MAY = {
     "tune": COMMON
     | {"explain", "extras", "install", "installed", "pages", "recipes", "render", "solvers", "toy", "version"},
     "demo": {"explain", "install", "render", "toy"},
-    "bench": COMMON | {"batching", "explain", "install", "integrations", "kernels", "pages", "version"},
+    "bench": COMMON | {"batching", "explain", "explained", "install", "integrations", "kernels", "pages", "version"},
     "cli": {"extras", "bench", "version", "demo", "doctor", "evaluate", "render", "toy", "tune", "verify"},
     "": {
         "batching",
@@ -156,6 +158,7 @@ CORE = (
         "combining",
         "engine",
         "explain",
+        "explained",
         "forecast",
         "formulas",
         "guidance",

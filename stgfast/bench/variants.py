@@ -37,7 +37,8 @@ from stgfast.batching.room import ALL, Rows
 from stgfast.bench.measure import Arithmetic, Stopwatch, arithmetic, by_module, in_turns, medians
 from stgfast.bench.models import Clip, Model
 from stgfast.errors import wrong
-from stgfast.explain import Explanation, explain
+from stgfast.explain import explain
+from stgfast.explained import Explanation
 from stgfast.guidance import Guidance
 from stgfast.install import accelerate, restore
 from stgfast.integrations import ADAPTERS

@@ -74,6 +74,10 @@ def nothing_missing(pipe: Any) -> str | None:
     return None
 
 
+def nothing_else(call: CallArguments) -> str:
+    return ""
+
+
 def always(pipe: Any) -> bool:
     return True
 
@@ -167,6 +171,7 @@ class Adapter:
                  a scheduler from `stgfast.restart` adds
     unsupported  what a pipeline instance has that is not supported, if anything
     unfit        what of a guidance, or of a call with it, the pipeline cannot do, if anything
+    notice       what a call gets that it seems not to ask for, if anything
     own_solver   why its steps cannot be made by another solver over the same sigmas, if so
     within       what has to hold around a whole call
     denoisers    the pipeline's components that are called for steps; those that are None are not
@@ -195,6 +200,7 @@ class Adapter:
     sigmas: Callable[[Any, int], list[float]] = last_sigmas
     unsupported: Callable[[Any], str | None] = nothing_missing
     unfit: Callable[[Any, Guidance, CallArguments], str | None] = all_fits
+    notice: Callable[[CallArguments], str] = nothing_else
     own_solver: str = ""
     within: Callable[[Any], AbstractContextManager[None]] = nothing_within
     denoisers: tuple[str, ...] = ("transformer",)

@@ -40,8 +40,8 @@ class Claimed(NamedTuple):
         if _alike(weights[::-1], combined.weights):
             return f"order: the adapter says {', '.join(branches)}; the pipeline takes them the other way around"
         return (
-            f"live: the adapter says that step {step + 1} combines with a scale of {_numbers(scale)}; the pipeline does "
-            f"with {_numbers(combined.weights[said_cond])}"
+            f"live: the adapter says that step {step + 1} combines with a scale of {_numbers(scale)}; the pipeline "
+            f"does with {_numbers(combined.weights[said_cond])}"
         )
 
 

@@ -84,7 +84,7 @@ def call(pipe, prompts=1, **changes):
     with torch.no_grad():
         out = pipe(**{**made, **sizes, **given, **changes})
     assert out.frames.isfinite().all()
-    return out.frames, out.audio
+    return (out.frames,) if out.audio is None else (out.frames, out.audio)
 
 
 def rows_of(pipe, **changes):
@@ -150,6 +150,62 @@ def test_with_an_image_too(cls):
     made = call(stgfast.accelerate(build(cls)), **given)
     for one, other in zip(made, expected, strict=True):
         same(one, other)
+
+
+def reference(cls):
+    """A video that the clip follows, as further tokens."""
+    from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
+    from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
+
+    frames = torch.rand(9, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    condition = LTX2ReferenceCondition if cls == "LTX2InContextPipeline" else LTX2HDRReferenceCondition
+    return {"reference_conditions": [condition(frames=frames, strength=0.8)]}
+
+
+ALL_OF_IT = {"guidance_scale": 3.0, "stg_scale": 1.0, "modality_scale": 3.0, "guidance_rescale": 0.7}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("prompts", [1, 2])
+@pytest.mark.parametrize("cls", ["LTX2InContextPipeline", "LTX2HDRPipeline"])
+def test_with_a_reference_too(cls, prompts, masked):
+    given = {**reference(cls), **ALL_OF_IT}
+    if masked:
+        if cls == "LTX2HDRPipeline":
+            pytest.skip("it has no mask")
+        given["conditioning_attention_strength"] = 0.5
+    expected = call(build(cls), prompts, **given)
+    pipe = stgfast.accelerate(build(cls))
+    for one, other in zip(call(pipe, prompts, **given), expected, strict=True):
+        same(one, other)
+    assert rows_of(build(cls), **given) == [2 * 4] * DEPTH
+    assert rows_of(pipe, **given) == [2 * 3] * 3 + [2 * 4] * 2
+    weak = Guidance(Perturbation([3], kind="attention", scale=0.5))
+    expected = call(build(cls), **given | {"stg_scale": 0.5, "modality_scale": 1.0, **audio_off(cls)})
+    for one, other in zip(call(stgfast.accelerate(build(cls), weak), **given), expected, strict=True):
+        same(one, other)
+    assert all(map(torch.equal, call(stgfast.restore(pipe), **given), call(build(cls), **given)))
+
+
+def audio_off(cls):
+    return {} if cls == "LTX2HDRPipeline" else {"audio_stg_scale": 0.5, "audio_modality_scale": 1.0}
+
+
+def test_a_pass_that_audio_leaves_on_is_told(caplog):
+    """A scale of video alone does not switch it off."""
+    pipe, sizes = stgfast.accelerate(build()), {"spatio_temporal_guidance_blocks": [3], "num_frames": 9}
+    explained = stgfast.explain(pipe, **sizes, guidance_scale=1.0, modality_scale=1.0)
+    assert "guidance_scale=1 leaves its pass on, for audio_guidance_scale=7: set both to 1" in explained.notice
+    assert "modality_scale=1 leaves its pass on, for audio_modality_scale=3" in str(explained)
+    assert "stg_scale" not in explained.notice
+    assert not stgfast.explain(pipe, **sizes).notice
+    for _ in range(2):
+        call(pipe, guidance_scale=1.0)
+    said = [record.getMessage() for record in caplog.records if record.name == "stgfast"]
+    assert len(said) == 1
+    assert said[0].startswith("LTX2Pipeline: guidance_scale=1 leaves its pass on")
+    off = {"guidance_scale": 1.0, "audio_guidance_scale": 1.0}
+    assert not stgfast.explain(pipe, **sizes, **off).notice
 
 
 def test_no_history_runs_twice():

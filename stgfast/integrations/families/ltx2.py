@@ -41,7 +41,7 @@ def identity(attn: Any, hidden_states: Tensor, *others: Any, **named: Any) -> Te
 def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
     depth = len(pipe.transformer.transformer_blocks)
     blocks = call["spatio_temporal_guidance_blocks"] or []
-    stg = call["stg_scale"] > 0 or (call["audio_stg_scale"] or 0) > 0
+    stg = call["stg_scale"] > 0 or (call.get("audio_stg_scale") or 0) > 0
     if guidance.exact.inert and stg and any(not 0 <= block < depth for block in blocks):
         return f"spatio_temporal_guidance_blocks: got {list(blocks)}, expected numbers from 0 to {depth - 1}"
     if guidance.cfg is not None or guidance.rescale != 0.0:
@@ -57,8 +57,19 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
 
 
 def requested(call: CallArguments) -> float | None:
-    scale = max(call["guidance_scale"], call["audio_guidance_scale"] or 0.0)
+    scale = max(call["guidance_scale"], call.get("audio_guidance_scale") or 0.0)
     return float(scale) if scale > 1 else None
+
+
+def notice(call: CallArguments) -> str:
+    """Audio has scales of its own: with these left as they are, a pass that was switched off for video still runs."""
+    off = {"guidance_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0}
+    left = {name: call.get(f"audio_{name}") for name, none in off.items() if call[name] <= none}
+    return "; ".join(
+        f"{name}={call[name]:g} leaves its pass on, for audio_{name}={scale:g}: set both to {off[name]:g} for none"
+        for name, scale in left.items()
+        if scale is not None and scale > off[name]
+    )
 
 
 def passes(pipe: Any, call: CallArguments, guidance: Guidance, moment: Moment, denoiser: str) -> Passes:
@@ -73,8 +84,8 @@ def passes(pipe: Any, call: CallArguments, guidance: Guidance, moment: Moment, d
             scale = value(part.scale, moment) if guidance.acts(moment) else 0.0
             scales[ISOLATE if part.kind == ISOLATE else RESIDUAL] = scale
             weak, isolated = (weak, part) if part.kind == ISOLATE else (part, isolated)
-        pipe._stg_scale = pipe._audio_stg_scale = scales[RESIDUAL]
-        pipe._modality_scale = pipe._audio_modality_scale = 1.0 + scales[ISOLATE]
+        _set(pipe, "stg_scale", scales[RESIDUAL])
+        _set(pipe, "modality_scale", 1.0 + scales[ISOLATE])
     turns: list[tuple[str, ...]] = [(UNCOND, COND) if pipe.do_classifier_free_guidance else (COND,)]
     branches: dict[str, Perturbation | None] = {}
     later = bool(guidance.perturbations) and moment.step == 0
@@ -91,17 +102,25 @@ def passes(pipe: Any, call: CallArguments, guidance: Guidance, moment: Moment, d
 
 def _switch_off(pipe: Any, call: CallArguments) -> None:
     """0 is off: the pipeline takes an audio scale of 0 for one that was left out, and a modality scale of 0 for -1."""
-    if call["audio_stg_scale"] == 0:
+    if call.get("audio_stg_scale") == 0:
         pipe._audio_stg_scale = 0.0
     for name in ("modality_scale", "audio_modality_scale"):
-        if call[name] == 0:
+        if call.get(name) == 0:
             setattr(pipe, f"_{name}", 1.0)
+
+
+def _set(pipe: Any, name: str, scale: float) -> None:
+    """Of video, and of audio where the pipeline has a scale for that."""
+    for each in (f"_{name}", f"_audio_{name}"):
+        if hasattr(pipe, each):
+            setattr(pipe, each, scale)
 
 
 def preview(pipe: Any, call: CallArguments, moment: Moment) -> None:
     for name in ("guidance_scale", "stg_scale", "modality_scale"):
         setattr(pipe, f"_{name}", call[name])
-        setattr(pipe, f"_audio_{name}", call[f"audio_{name}"] or call[name])
+        if f"audio_{name}" in call:
+            setattr(pipe, f"_audio_{name}", call[f"audio_{name}"] or call[name])
 
 
 def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
@@ -132,6 +151,7 @@ LTX2 = Adapter(
     announced=Announced(weak=(WEAK, ISOLATED), passes=passes, preview=preview),
     unfit=unfit,
     requested=requested,
+    notice=notice,
     schedule=schedule,
     # The pipeline's own arguments are its settings: STG 1 at layer 28, modality 3, rescale 0.7.
     defaults=Guidance(),
@@ -139,3 +159,6 @@ LTX2 = Adapter(
 )
 LTX2_IMAGE = dataclasses.replace(LTX2, pipeline="LTX2ImageToVideoPipeline")
 LTX2_CONDITION = dataclasses.replace(LTX2, pipeline="LTX2ConditionPipeline")
+# A reference video comes as further tokens, and a mask says which tokens attend to them.
+LTX2_IN_CONTEXT = dataclasses.replace(LTX2, pipeline="LTX2InContextPipeline")
+LTX2_HDR = dataclasses.replace(LTX2, pipeline="LTX2HDRPipeline")  # of video alone
