@@ -246,6 +246,8 @@ class _Watched:
         if number == self.step:
             self.inner = self.strategy.begin(run, name)
             return _Recorded(self, name, self.inner.calls, self.inner.answer)
+        if self.inner is not None:  # this step is the end of the run
+            return _Recorded(self, name, self.inner.calls, self.inner.answer)
         calls = run.adapter.calls(run.adapter.live(run.pipe, run.call, name) is not None)
 
         def answer(turn: int, plain: Call, arguments: Arguments) -> Any:

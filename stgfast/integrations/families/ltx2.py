@@ -1,9 +1,14 @@
-"""LTX-2: video and audio together. Its pipelines ask for their weak branches themselves and combine in x0 space."""
+"""LTX-2: video and audio together. Its pipelines ask for their weak branches themselves and combine in x0 space.
+
+Its modular pipelines have a guider for video and one for audio, and make every pass that one of the two asks for.
+"""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +19,8 @@ from stgfast.batching.values import project
 from stgfast.batching.values import values as values_of
 from stgfast.formulas import COND, UNCOND
 from stgfast.guidance import Guidance
-from stgfast.integrations.spec import Adapter, Announced, Passes
+from stgfast.integrations.guiders import name_of, schedule_of_modular_call, steps_of_modular_call
+from stgfast.integrations.spec import Adapter, Announced, Passes, nothing_else
 from stgfast.integrations.steps import CallArguments, even_sigmas, latent_tokens, shifted
 from stgfast.kinds import ATTENTION, ISOLATE, RESIDUAL
 from stgfast.perturbation import Perturbation
@@ -162,3 +168,79 @@ LTX2_CONDITION = dataclasses.replace(LTX2, pipeline="LTX2ConditionPipeline")
 # A reference video comes as further tokens, and a mask says which tokens attend to them.
 LTX2_IN_CONTEXT = dataclasses.replace(LTX2, pipeline="LTX2InContextPipeline")
 LTX2_HDR = dataclasses.replace(LTX2, pipeline="LTX2HDRPipeline")  # of video alone
+
+
+# Modular pipelines
+
+PASSES = {"pred_cond": COND, "pred_uncond": UNCOND, "pred_cond_stg": WEAK, "pred_cond_modality": ISOLATED}
+GUIDER, GUIDERS = "LTX2Guidance", ("guider", "audio_guider")
+
+
+def guiders(pipe: Any) -> list[Any]:
+    return [getattr(pipe, name) for name in GUIDERS]
+
+
+def asked_of_guiders(call: CallArguments) -> float | None:
+    scales = [float(guider.guidance_scale) for guider in guiders(call["self"]) if guider.is_cfg_enabled()]
+    return max(scales) if scales else None
+
+
+def steps_of_guiders(pipe: Any) -> int:
+    return int(pipe.guider._num_inference_steps)
+
+
+def passes_of_guiders(pipe: Any, call: CallArguments, guidance: Guidance, moment: Moment, denoiser: str) -> Passes:
+    """Those of the video guider, then what audio's asks for beside them; each is a call of its own."""
+    asked = dict.fromkeys(PASSES[name] for guider in guiders(pipe) for name in guider.active_predictions())
+    depth = len(pipe.transformer.transformer_blocks)
+    every = {
+        WEAK: Perturbation(pipe.guider.spatio_temporal_guidance_blocks or [0], kind=ATTENTION),
+        ISOLATED: Perturbation(range(depth), kind=ISOLATE),
+    }
+    return Passes(tuple((name,) for name in asked), {name: every[name] for name in every if name in asked})
+
+
+def preview_guiders(pipe: Any, call: CallArguments, moment: Moment) -> None:
+    for name in GUIDERS:
+        vars(pipe)[name] = copy.copy(getattr(pipe, name))
+        getattr(pipe, name).set_state(step=moment.step, num_inference_steps=moment.steps, timestep=None)
+
+
+def unfit_guiders(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
+    others = [name_of(guider) for guider in guiders(pipe) if name_of(guider) != GUIDER]
+    if others:
+        return f"guider: got {', '.join(others)}, expected {GUIDER} for video and for audio"
+    if not guidance.exact.inert:
+        return "a Guidance: expected none, as its guiders say all of it: set stg_scale and more of pipe.guider"
+    depth = len(pipe.transformer.transformer_blocks)
+    blocks = pipe.guider.spatio_temporal_guidance_blocks or []
+    stg = any(guider.is_stg_enabled() for guider in guiders(pipe))
+    if stg and any(not 0 <= block < depth for block in blocks):
+        return f"spatio_temporal_guidance_blocks: got {list(blocks)}, expected numbers from 0 to {depth - 1}"
+    if hasattr(pipe.scheduler, "restarts"):
+        return "a scheduler from stgfast.restart: a modular pipeline's guider does not count repeated steps"
+    return None
+
+
+@contextmanager
+def beginning(pipe: Any) -> Iterator[None]:
+    for guider in guiders(pipe):
+        guider._num_inference_steps = None  # what a former call had is not this one's
+    yield
+
+
+LTX2_MODULAR = dataclasses.replace(
+    LTX2,
+    pipeline="LTX2ModularPipeline",
+    announced=Announced(weak=(WEAK, ISOLATED), passes=passes_of_guiders, preview=preview_guiders),
+    unfit=unfit_guiders,
+    requested=asked_of_guiders,
+    cfg_on="a guider that is enabled, with guidance_scale other than 1",
+    notice=nothing_else,
+    steps=steps_of_guiders,
+    steps_asked=steps_of_modular_call,
+    schedule=schedule_of_modular_call,
+    within=beginning,
+    source="its guiders' own",
+)
+LTX25_MODULAR = dataclasses.replace(LTX2_MODULAR, pipeline="LTX25ModularPipeline")
