@@ -63,6 +63,11 @@ PRESETS = {
     "wan-usual": Preset(
         "the paper's formula with its code's layer and scale", {"perturbations": [{"layers": [2], "scale": 2.0}]}
     ),
+    # The unconditional branch itself skips a layer, and no branch is added: g = u' + 5 (c - u'), for a CFG scale of 5.
+    "wan-slg": Preset(
+        "skip-layer guidance as ComfyUI-WanVideoWrapper has it, for CFG 5",
+        {"perturbations": [{"layers": [9], "scale": 4.0, "of": "uncond", "base": "cond"}], "cfg": 1.0},
+    ),
     "sd3.5-medium": Preset(
         "skip-layer guidance as published with the model",
         {"perturbations": [{"layers": [7, 8, 9], "scale": 2.8}], "start": 0.01, "stop": 0.2},

@@ -1,6 +1,8 @@
 """Guiders with weak passes: their own passes, shared, and right where diffusers' are not."""
 
+import inspect
 import math
+import sys
 
 import diffusers
 import pytest
@@ -221,3 +223,26 @@ def test_wrong_guiders_say_so(name):
     pipe = stgfast.accelerate(build(guider=guider), guidance)
     with pytest.raises(SettingsError, match=message):
         HUNYUAN.run(pipe)
+
+
+NEEDS_KORNIA = "FrequencyDecoupledGuidance"  # to be made; its name is all that is looked at
+
+
+def test_every_guider_of_diffusers_is_shared_or_refused_by_name():
+    """None runs unshared, or combined in another way, without a word."""
+    known = {"ClassifierFreeGuidance", "SkipLayerGuidance", "PerturbedAttentionGuidance", "SmoothedEnergyGuidance"}
+    modules = [sys.modules[name] for name in sys.modules if name.startswith("diffusers.guiders.")]
+    base = diffusers.guiders.guider_utils.BaseGuidance
+    found = {
+        cls for module in modules for cls in vars(module).values() if isinstance(cls, type) and issubclass(cls, base)
+    } - {base}
+    assert known < {cls.__name__ for cls in found}
+    for cls in found:
+        if cls.__name__ in known:
+            continue
+        needs = {"guidance_scales": [4.0, 2.0], "auto_guidance_layers": [1], "dropout": 0.1}
+        given = {name: value for name, value in needs.items() if name in inspect.signature(cls).parameters}
+        guider = object.__new__(cls) if cls.__name__ == NEEDS_KORNIA else cls(**given)
+        pipe = stgfast.accelerate(build(guider=guider), Guidance(Perturbation([1])))
+        with pytest.raises(SettingsError, match=f"guider: got {cls.__name__}, expected ClassifierFreeGuidance"):
+            pipe(**arguments(1))

@@ -1,6 +1,7 @@
 """What is special to Wan: two transformers, two images, a part of a video, hints between the blocks."""
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -103,3 +104,20 @@ def test_hints_are_made_once_for_branches_that_differ_later():
     pipe = stgfast.accelerate(family.build(), GUIDANCE)
     explained = stgfast.explain(pipe, **family.arguments(1))
     assert explained.phases[0].rows == (2, 2, 2, 2, 3, 3)  # two hints, four blocks
+
+
+def test_the_unconditional_branch_itself_weakened_costs_nothing():
+    """g = u' + s (c - u'): of the blocks, one runs on a row less than with CFG alone."""
+    family, preset = FAMILIES["Wan"], Guidance.preset("wan-slg")
+    (part,) = preset.perturbations
+    guidance = replace(preset, perturbations=(replace(part, layers=(2,)),))  # the tiny model has 4 layers
+
+    def formula(cond, uncond, weak, step):
+        return weak[0] + (part.scale + 1) * (cond - weak[0])
+
+    pipe = stgfast.accelerate(family.pipe(), guidance)
+    with family.counted(pipe) as rows:
+        made = family.run(pipe, 2)
+    same(made, family.plain(guidance, 2, formula=formula))
+    assert rows == [8, 8, 4, 8]  # two prompts, two steps
+    assert stgfast.explain(pipe, **family.arguments(1)).block_rows == 2 * (2 * 4 - 1)
