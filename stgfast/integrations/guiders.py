@@ -105,7 +105,7 @@ def _scale(guider: Any) -> float:
 
 
 def own_rescale(call: CallArguments) -> float | None:
-    return float(call["self"].guider.guidance_rescale) or None
+    return float(getattr(call["self"].guider, "guidance_rescale", 0.0)) or None  # some have none, and are refused
 
 
 def steps(pipe: Any) -> int:
