@@ -93,7 +93,8 @@ class Run:
         """A run that ended without interruption has made all its steps: one of another model, or around the model's
         call, was not guided."""
         steps = self.adapter.steps(self.pipe)
-        if (self.steps_done, self.turn) != (steps, 0) and not getattr(self.pipe, "interrupt", False):
+        done = steps if self.adapter.windowed and self.steps_done and not self.steps_done % steps else self.steps_done
+        if (done, self.turn) != (steps, 0) and not getattr(self.pipe, "interrupt", False):
             made = f"{self.steps_done} steps" + (f" and {self.turn} calls of another" if self.turn else "")
             raise EngineError(
                 f"guided steps: got {made}, expected {steps}; was pipe.{next(iter(self.layouts))} exchanged during the "
@@ -111,18 +112,19 @@ class Run:
     def moment(self) -> Moment:
         """Where the run stands, as the step begins."""
         steps = self.adapter.steps(self.pipe)
-        if self.steps_done >= steps:
+        number = self.steps_done % steps if self.adapter.windowed else self.steps_done
+        if number >= steps:
             raise EngineError(f"denoising steps: got one more than the {steps} that the scheduler has")
         if not self.guidance.by_sigma:
-            return Moment(self.steps_done, steps)
-        if self.sigmas is None:
+            return Moment(number, steps)
+        if self.sigmas is None or number == 0:
             self.sigmas = self.adapter.sigmas(self.pipe, steps)
-        return Moment(self.steps_done, steps, self.sigmas[self.steps_done])
+        return Moment(number, steps, self.sigmas[number])
 
     @functools.cached_property
     def noisier(self) -> frozenset[int]:
-        """The steps before which noise is added."""
-        return steps_back(self.pipe, self.adapter.steps(self.pipe))
+        """The steps before which noise is added, or that begin another part of a longer clip."""
+        return steps_back(self.pipe, self.adapter.steps(self.pipe)) | ({0} if self.adapter.windowed else set())
 
     def compute(
         self,

@@ -36,7 +36,7 @@ MAY = {
     "guided": COMMON | {"batching", "call", "combining", "engine", "integrations", "kernels"},
     "solvers": {"errors", "integrations"},
     "recipes": COMMON | {"batching", "integrations", "solvers"},
-    "proof": COMMON | {"announced", "batching", "combining", "engine", "integrations"},
+    "proof": COMMON | {"announced", "batching", "call", "combining", "engine", "integrations"},
     "installed": COMMON | {"batching", "call", "integrations", "recipes"},
     "facts": COMMON | {"batching", "call", "installed", "integrations", "proof"},
     "verify": COMMON | {"call", "installed", "integrations", "proof", "render"},

@@ -165,6 +165,7 @@ class Adapter:
     live         the CFG scale that the pipeline will combine this step with, as seen by one of its denoisers
     own_rescale  the rescale that a call asks for by the pipeline's own means, if any
     steps        how many steps the pipeline is about to make, once it runs
+    windowed     it goes through all of these steps anew for every part of a longer clip
     steps_asked  how many steps a call asks for, before it runs
     sigmas       the noise levels of the so many steps to come, once the scheduler has its timesteps
     schedule     what the pipeline gives its scheduler's `set_timesteps`, device aside: by it the steps are counted that
@@ -195,6 +196,7 @@ class Adapter:
     live: Callable[[Any, CallArguments, str], Scale] = live_scale
     own_rescale: Callable[[CallArguments], float | None] = rescale_of_call
     steps: Callable[[Any], int] = steps_of_pipe
+    windowed: bool = False
     steps_asked: Callable[[CallArguments], int] = steps_of_call
     schedule: Callable[[Any, CallArguments], Mapping[str, Any]] = schedule_of_call
     sigmas: Callable[[Any, int], list[float]] = last_sigmas

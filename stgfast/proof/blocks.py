@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Iterator, Sequence
@@ -43,6 +44,13 @@ def blocks_of(seen: Look, rows: int) -> tuple[Blocks, int]:
     ran = [block.module for block in chain]
     if ran == [module for listed in lists for module in listed]:
         return facts(lists=tuple(paths), attention=attention, state=_state(chain)), len(ran)
+    main = max(paths, key=lambda path: len(lists_of(denoiser)[path]))
+    own = [block for block in chain if block.path == main]
+    if [block.module for block in own] == lists_of(denoiser)[main] and len(own) > len(chain) / 2:
+        # Others run between them, for all rows.
+        between = dataclasses.replace(seen, blocks=own, attention={main: seen.attention.get(main, "")})
+        found, layers = blocks_of(between, rows)
+        return dataclasses.replace(found, full=True), layers
     in_turns = [module for turn in zip(*lists, strict=False) for module in turn]
     if len(paths) == len(AXES) and attention and ran == in_turns:
         axes = sorted(AXES, key=lambda axis: axis in paths[0], reverse=True)
@@ -77,6 +85,8 @@ def _state(chain: Sequence[Block]) -> tuple[str, ...]:
 
 def _rows(seen: Look, chain: Sequence[Block], rows: int) -> Iterator[str]:
     """The arguments that have as many rows as the samples, or as the blocks have, or several for each."""
+    # A model may make a mask only for several samples, which were not there.
+    yield from (name for name in chain[0].given if name.endswith("mask"))
     inner = next(size for size in chain[0].given.values() if size is not None)
     for given in (_sizes(seen), *(block.given for block in chain), seen.given):
         for name, size in given.items():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from stgfast.batching.outputs import prediction_in
 from stgfast.batching.room import Rows
+from stgfast.call import check_layers
 from stgfast.errors import UnsupportedPipelineError
 from stgfast.formulas import COND, UNCOND
 from stgfast.guidance import Guidance
@@ -114,9 +115,9 @@ class Finding:
                 raise self.unknown("it calls its model for uncond first, and for cond after it")
         sent, prediction = self.first_sent, prediction_in(self.seen.form.output)  # type: ignore[union-attr]
         halves = sent.ndim == prediction.ndim and sent.shape[1] * 2 == prediction.shape[1]
-        asked = next((each for each in ASKED if _says(each, self.watch.copied_call) == len(self.combined)), None)
+        asked = next((each for each in ASKED if _says(each, self.watch.copied_call) == self.steps), None)
         if asked is None:
-            raise self.unknown(f"it makes {len(self.combined)} steps, which no argument of the call says")
+            raise self.unknown(f"it makes {self.steps} steps, which no argument of the call says")
         return Adapter(
             pipeline=self.cls.__name__,
             protocol=protocol,
@@ -130,6 +131,7 @@ class Finding:
             cfg_on=self.scaled.words,
             live=self.scaled.live,
             steps=self.made,
+            windowed=len(self.combined) > self.steps,
             steps_asked=asked,
             own_solver="its facts were found, and not what it tells its scheduler",
             denoisers=self.denoisers,
@@ -140,13 +142,15 @@ class Finding:
 
     def _read(self, stand: Stand) -> tuple[Scaled, Callable[..., Any]]:
         """The ways that say in every step what was measured."""
-        left = list(SCALES)
+        left, times = list(SCALES), list[Any]()
         answers = stand.answer(lambda shape, group: torch.ones(shape), self.combined[0].rows, own=True)
 
         def answer(step: int, turn: int, name: str, plain: Any, arguments: Any) -> Any:
             if turn == 0 and step < len(self.combined):
                 combined = self.combined[step]
                 left[:] = [each for each in left if self._agrees(each, combined, name)]
+                time = named(arguments).get("timestep")
+                times.append(time.tolist() if isinstance(time, Tensor) else time)
             return answers(step, turn, name, plain, arguments)
 
         run = self.watch.run(answer)
@@ -156,10 +160,12 @@ class Finding:
             raise self.unknown(
                 f"it combines its predictions with {weights}, which nothing that it was called with says"
             )
-        made = next((each for each in MADE if _says(each, self.watch.copy) == len(run)), None)
-        if made is None:
-            raise self.unknown(f"it makes {len(run)} steps, which nothing on the pipeline says")
-        return left[0], made
+        for made in MADE:
+            steps = _says(made, self.watch.copy)
+            if steps == len(run) or (steps is not NOTHING and steps and times == times[:steps] * (len(run) // steps)):
+                self.steps = int(steps)
+                return left[0], made
+        raise self.unknown(f"it makes {len(run)} steps, which nothing on the pipeline says")
 
     def _agrees(self, scaled: Scaled, combined: Combined, name: str) -> bool:
         scale = _says(scaled.live, self.watch.copy, self.watch.copied_call, name)
@@ -202,8 +208,9 @@ def found(
     adapter = proposed(pipe, cls, call)
     tried = ""
     for _ in range(ATTEMPTS):
-        given = Accelerated(adapter.on(pipe), cls, guided(adapter), call, max_rows, compilation)
-        verdict = check(given)
+        fitted, guidance = adapter.on(pipe), guided(adapter)
+        check_layers(fitted, guidance)
+        verdict = check(Accelerated(fitted, cls, guidance, call, max_rows, compilation))
         if verdict.ok:
             return adapter
         tried = tried or verdict.reason

@@ -63,14 +63,14 @@ def weakened(
     for part in parts:
         if part.layer not in how.layers:
             continue
-        attentions = [module for axis, module in part.attentions.items() if how.axis in ("", axis)]
+        attentions = [module for axis, module in part.attentions.items() if module and how.axis in ("", axis)]
         if how.kind == ATTENTION:
             handlers |= dict.fromkeys(attentions, values or values_alone)
         elif how.kind == BLUR:
             blur = functools.partial(_blurred, lies, how.sigma or math.inf)
             spatial = [module for axis, module in part.attentions.items() if axis != TEMPORAL]
             handlers |= {getattr(module, query): blur for module in spatial}
-        elif how.kind == RESIDUAL and (attentions or not part.attentions):
+        elif how.kind == RESIDUAL and (attentions or not any(part.attentions.values())):
             handlers[part.module] = functools.partial(_passed, unchanged, part)
     with held(handlers), handling_also(handlers):
         yield
