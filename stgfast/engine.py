@@ -79,6 +79,7 @@ class Run:
         every = [unit.module for layout in self.layouts.values() for unit in layout.units]
         self.compiles = bool(self.compiled) or any(map(compiled, every))
         self.steps_done = 0
+        self.part_began = self.part_ends = 0  # steps of the run, where a longer clip is made part by part
         self.turn = 0  # calls of the denoiser done in this step
         self.step: Step | None = None  # nothing of a step is held while the scheduler works
         self.sigmas: list[float] | None = None
@@ -93,7 +94,7 @@ class Run:
         """A run that ended without interruption has made all its steps: one of another model, or around the model's
         call, was not guided."""
         steps = self.adapter.steps(self.pipe)
-        done = steps if self.adapter.windowed and self.steps_done and not self.steps_done % steps else self.steps_done
+        done = self.steps_done - self.part_began
         if (done, self.turn) != (steps, 0) and not getattr(self.pipe, "interrupt", False):
             made = f"{self.steps_done} steps" + (f" and {self.turn} calls of another" if self.turn else "")
             raise EngineError(
@@ -112,7 +113,9 @@ class Run:
     def moment(self) -> Moment:
         """Where the run stands, as the step begins."""
         steps = self.adapter.steps(self.pipe)
-        number = self.steps_done % steps if self.adapter.windowed else self.steps_done
+        if self.adapter.windowed and self.steps_done == self.part_ends:
+            self.part_began, self.part_ends = self.steps_done, self.steps_done + steps
+        number = self.steps_done - self.part_began
         if number >= steps:
             raise EngineError(f"denoising steps: got one more than the {steps} that the scheduler has")
         if not self.guidance.by_sigma:

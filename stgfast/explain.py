@@ -38,7 +38,8 @@ def explain(pipe: Any, **arguments: Any) -> Explanation:
     else:
         cfg, phases = adapter.requested(call), _weighed(pipe, adapter, guidance, call, layout)
     about = adapter.pipeline, adapter.protocol, layout.depth, cfg, guidance
-    return Explanation(*about, installed.recipe, installed.max_rows, phases, adapter.notice(call))
+    notice = adapter.notice(call) or ("the steps of one part of a longer clip" if adapter.windowed else "")
+    return Explanation(*about, installed.recipe, installed.max_rows, phases, notice)
 
 
 def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, layout: Layout) -> tuple[Phase, ...]:

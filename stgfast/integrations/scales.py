@@ -18,6 +18,11 @@ def live_scale(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
     return float(pipe.guidance_scale) if pipe.do_classifier_free_guidance else None
 
 
+def live_requested(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
+    """Of a pipeline that combines with what it was called with, whatever a callback does to its `guidance_scale`."""
+    return requested_scale(call)
+
+
 def live_scale_of_call(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
     """The scale of a call, which stays what it was when the call began, where there is CFG at all."""
     return float(call["guidance_scale"]) if pipe.guidance_scale > 1 else None

@@ -102,7 +102,7 @@ def _of_unet(seen: Look, denoiser: nn.Module) -> tuple[Blocks, int]:
     lists = dict(zip(AXES, names, strict=True)) if temporal else {"": names[0]}
     units = functools.partial(unet.units, lists=lists)
     forwards = [inspect.signature(type(part.module).forward).parameters for part in units(denoiser)]
-    parts = {name for forward in forwards for name in forward}
+    parts = {one.name for forward in forwards for one in forward.values() if one.kind is one.POSITIONAL_OR_KEYWORD}
     own = {name for name, size in _sizes(seen).items() if size is not None}
     blocks = Blocks(units=units, rows=frozenset((parts | own) - {"self", "num_frames", "return_dict"}), full=True)
     return blocks, len({part.layer for part in units(denoiser)} - {None})

@@ -26,7 +26,7 @@ from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Adapter, Fitted
 from stgfast.integrations.steps import CallArguments
 from stgfast.kinds import RESIDUAL
-from stgfast.proof.claims import claims_of
+from stgfast.proof.claims import claims_of, end_of_parts
 from stgfast.proof.measure import Stand, measured
 from stgfast.proof.plain import KINDS
 from stgfast.proof.steps import EngineStep, PlainStep, allowed, apart, epsilon
@@ -101,9 +101,10 @@ class Checking:
     def combining(self) -> None:
         with torch.compiler.set_stance("force_eager"):
             self.combined = measured(self.watch, self.stand)
-            self.claimed, self.steps = claims_of(self.watch, self.stub(), self.adapter)
-        made = len(self.watch.steps)
-        if made % self.steps if self.adapter.windowed else made != self.steps:
+            self.claimed = claims_of(self.watch, self.stub(), self.adapter)
+        self.steps, made = self.claimed[0].steps, len(self.claimed)
+        said = end_of_parts([claimed.steps for claimed in self.claimed]) if self.adapter.windowed else self.steps
+        if made != said:
             self.wrong.append(f"steps: the adapter says {self.steps}, the pipeline makes {made}")
         for step, (combined, claimed) in enumerate(zip(self.combined, self.claimed, strict=False)):
             mistaken = "" if self.wrong else claimed.mistaken(step, combined, self.adapter)

@@ -18,8 +18,9 @@ from stgfast.proof.watch import Answer, Watch
 
 
 class Claimed(NamedTuple):
-    """What the adapter says of one step: the scale of CFG, and the branches of every call."""
+    """What the adapter says of one step: how many there are, the scale of CFG, and the branches of every call."""
 
+    steps: int
     scale: Scale
     calls: tuple[tuple[str, ...], ...]
 
@@ -45,19 +46,27 @@ class Claimed(NamedTuple):
         )
 
 
-def claims_of(watch: Watch, stub: Answer, adapter: Adapter) -> tuple[list[Claimed], int]:
-    """What the adapter says of every step, asked for while the steps run, as the engine asks; and how many it says
-    there are."""
+def claims_of(watch: Watch, stub: Answer, adapter: Adapter) -> list[Claimed]:
+    """What the adapter says of every step, asked for while the steps run, as the engine asks."""
     claims: dict[int, Claimed] = {}
 
     def answer(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
         if step not in claims:
             scale = adapter.live(watch.copy, watch.copied_call, name)
-            claims[step] = Claimed(scale, adapter.calls(scale is not None))
+            claims[step] = Claimed(adapter.steps(watch.copy), scale, adapter.calls(scale is not None))
         return stub(step, turn, name, plain, arguments)
 
     watch.run(answer)
-    return [claims[step] for step in sorted(claims)], adapter.steps(watch.copy)
+    return [claims[step] for step in sorted(claims)]
+
+
+def end_of_parts(steps: Sequence[int]) -> int:
+    """Where the parts of a clip end that begin one after the other, by how many steps there are in the part of every
+    step."""
+    end = 0
+    while end < len(steps):
+        end += max(steps[end], 1)
+    return end
 
 
 def _alike(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

@@ -8,7 +8,8 @@ seen in all steps, and the first that agrees is taken.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +47,7 @@ class Scaled(NamedTuple):
 SCALES = (
     Scaled(scales.requested_scale, scales.live_scale, "guidance_scale above 1"),
     Scaled(scales.requested_scale, scales.live_scale_of_call, "guidance_scale above 1"),
+    Scaled(scales.requested_scale, scales.live_requested, "guidance_scale above 1"),
     Scaled(scales.requested_scale, scales.live_scale_of_second, "guidance_scale above 1"),
     Scaled(scales.requested_excess, scales.live_excess, "guidance_scale above 1"),
     Scaled(scales.true_cfg_scale, scales.live_true_cfg_scale, "true_cfg_scale above 1 and a negative prompt"),
@@ -80,7 +82,7 @@ class Finding:
         self.watch = Watch(pipe, cls, call, {name: getattr(pipe, name) for name in self.denoisers}, self.sample)
         stand = Stand(self.watch)
         assert self.seen.form is not None
-        stand.forms[self.seen.denoiser] = self.seen.form._replace(samples=self.rows)
+        stand.forms[self.seen.denoiser] = self.seen.form._replace(samples=given[self.sample].shape)
         with torch.no_grad():
             self.combined = measured(self.watch, stand)
             most = max(sum(combined.groups) for combined in self.combined)
@@ -142,15 +144,17 @@ class Finding:
 
     def _read(self, stand: Stand) -> tuple[Scaled, Callable[..., Any]]:
         """The ways that say in every step what was measured."""
-        left, times = list(SCALES), list[Any]()
+        left, times, said = list(SCALES), list[float](), {made: list[Any]() for made in MADE}
         answers = stand.answer(lambda shape, group: torch.ones(shape), self.combined[0].rows, own=True)
 
         def answer(step: int, turn: int, name: str, plain: Any, arguments: Any) -> Any:
             if turn == 0 and step < len(self.combined):
                 combined = self.combined[step]
                 left[:] = [each for each in left if self._agrees(each, combined, name)]
-                time = named(arguments).get("timestep")
-                times.append(time.tolist() if isinstance(time, Tensor) else time)
+                time = torch.as_tensor(named(arguments).get("timestep", -step))
+                times.append(float(time.max()))
+                for made in MADE:
+                    said[made].append(_says(made, self.watch.copy))
             return answers(step, turn, name, plain, arguments)
 
         run = self.watch.run(answer)
@@ -161,11 +165,22 @@ class Finding:
                 f"it combines its predictions with {weights}, which nothing that it was called with says"
             )
         for made in MADE:
-            steps = _says(made, self.watch.copy)
-            if steps == len(run) or (steps is not NOTHING and steps and times == times[:steps] * (len(run) // steps)):
-                self.steps = int(steps)
+            if self._steps_are(said[made], times):
+                self.steps = int(said[made][0])
                 return left[0], made
         raise self.unknown(f"it makes {len(run)} steps, which nothing on the pipeline says")
+
+    def _steps_are(self, said: Sequence[Any], times: Sequence[float]) -> bool:
+        """Whether there are as many steps as is said in each, or in each of a part where time begins anew."""
+        if NOTHING in said:
+            return False
+        if set(said) == {len(said)}:
+            return True
+        begins = {number for number, (before, time) in enumerate(pairwise(times), 1) if time > before}
+        starts, end = set[int](), 0
+        while end < len(said):
+            starts, end = starts | {end}, end + max(int(said[end]), 1)
+        return end == len(said) and starts - {0} == begins
 
     def _agrees(self, scaled: Scaled, combined: Combined, name: str) -> bool:
         scale = _says(scaled.live, self.watch.copy, self.watch.copied_call, name)

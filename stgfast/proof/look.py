@@ -78,7 +78,7 @@ def look(pipe: Any, cls: type[Any], call: Mapping[str, Any]) -> Look:
         with held(handlers), handling({**outer, **handlers}):
             output = arguments.given_to(plain)
         if name not in calls:
-            seen.form = Form(output, 0)
+            seen.form = Form(output, torch.Size())
             calls[name] = seen
         return output
 

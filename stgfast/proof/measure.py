@@ -49,18 +49,23 @@ class Combined(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What a denoiser returned, to put other predictions in."""
+    """What a denoiser returned, to put other predictions in, and the shape of the samples that it was given."""
 
     output: Any
-    samples: int  # rows of the sample argument of that call
+    samples: torch.Size
 
     def filled(self, prediction: Tensor) -> Any:
         return with_prediction(self.output, prediction)
 
-    def shape(self, samples: int) -> torch.Size:
-        """The shape of a prediction for so many rows of the sample argument."""
-        made = prediction_in(self.output)
-        return torch.Size([len(made) * samples // self.samples, *made.shape[1:]])
+    def shape(self, samples: torch.Size) -> torch.Size:
+        """The shape of a prediction for samples of another shape."""
+        rows, *made = prediction_in(self.output).shape
+        # Where a prediction has the size of the samples, it follows them.
+        if len(self.samples) == len(samples) == len(made) + 1:
+            made = [
+                new if size == old else size for size, old, new in zip(made, self.samples[1:], samples[1:], strict=True)
+            ]
+        return torch.Size([rows * samples[0] // self.samples[0], *made])
 
 
 class Stand:
@@ -76,7 +81,7 @@ class Stand:
 
     def answer(self, fill: Callable[[Any, int], Tensor], rows: int, *, own: bool = False) -> Callable[..., Any]:
         def answer(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
-            samples = len(arguments[self.watch.sample])
+            samples = arguments[self.watch.sample].shape
             if name not in self.forms:
                 self.forms[name] = Form(arguments.given_to(plain), samples)
             form = self.forms[name]
@@ -97,7 +102,7 @@ def measured(watch: Watch, stand: Stand) -> list[Combined]:
     first = watch.run(stand.answer(lambda shape, group: made(shape, 0), 0))
     if not first or not first[0].sent:
         raise EngineError("the call makes no step that a scheduler is sent, or that another one follows")
-    rows = len(first[0].combined[0])
+    rows = _rows_of(first[0], watch.sample)
     most = max(sum(_groups(step, rows)) for step in first)
     zero = watch.run(stand.answer(lambda shape, group: made(shape, 0), rows))
     one = watch.run(stand.answer(lambda shape, group: made(shape, 1), rows))
@@ -108,6 +113,17 @@ def measured(watch: Watch, stand: Stand) -> list[Combined]:
     each = [one_of(number) for number in range(most - 1)]
     steps = len(zero) if watch.still else 1
     return [_combined(zero[k], one[k], [run[k] for run in each], rows) for k in range(steps)]
+
+
+def _rows_of(step: Seen, sample: str) -> int:
+    """Samples in a prediction: as many as the scheduler is sent, unless it is sent frames one by one."""
+    rows, made = len(step.combined[0]), len(prediction_in(step.asked[0].output))
+    if made % rows == 0:
+        return rows
+    samples = step.asked[0].arguments[sample]
+    half = len(samples) // 2
+    twice = len(samples) % 2 == 0 and torch.equal(samples[:half], samples[half:])
+    return made // 2 if twice else made
 
 
 def _combined(zero: Seen, one: Seen, each: Sequence[Seen], rows: int) -> Combined:

@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from stgfast.batching.layout import Blocks, Grid
 from stgfast.guidance import Guidance
-from stgfast.integrations.scales import requested_scale
+from stgfast.integrations.scales import live_requested
 from stgfast.integrations.spec import Adapter, Clips, patches
-from stgfast.integrations.steps import CallArguments
 from stgfast.perturbation import Perturbation
-
-
-def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
-    """The pipeline combines with what it was called with, whatever a callback does to its `guidance_scale`."""
-    return requested_scale(call)
-
 
 ALLEGRO = Adapter(
     pipeline="AllegroPipeline",
@@ -28,7 +19,7 @@ ALLEGRO = Adapter(
         ),
         grid=Grid(patches),
     ),
-    live=live,
+    live=live_requested,
     # About 70% of the way through its 32 blocks.
     defaults=Guidance(Perturbation([22], scale=1.0)),
 )

@@ -1,4 +1,4 @@
-"""Cosmos Predict 1 and 2: text to world, image or video to world, and text to image.
+"""Cosmos Predict 1, 2 and 2.5: text to world, image or video to world, and text to image.
 
 All of them combine as `c + s (c - u)`, so that the scale of CFG as it is written here, `u + scale (c - u)`, is `1 + s`.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from stgfast.batching.layout import Blocks, Grid
 from stgfast.guidance import Guidance
 from stgfast.integrations.scales import live_excess, requested_excess
-from stgfast.integrations.spec import EACH, Adapter, patches
+from stgfast.integrations.spec import EACH, ONE, Adapter, patches
 from stgfast.integrations.steps import CallArguments
 from stgfast.perturbation import Perturbation
 
@@ -62,4 +62,7 @@ COSMOS2_IMAGE = replace(
 )
 COSMOS2_VIDEO = replace(
     COSMOS2_IMAGE, pipeline="Cosmos2VideoToWorldPipeline", clips=replace(COSMOS2_IMAGE.clips, images=EACH)
+)
+COSMOS25 = replace(
+    COSMOS, pipeline="Cosmos2_5_PredictBasePipeline", early=True, clips=replace(COSMOS.clips, images=ONE)
 )

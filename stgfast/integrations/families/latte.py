@@ -7,17 +7,12 @@ from typing import Any
 
 from stgfast.batching.layout import Blocks, Grid
 from stgfast.guidance import Guidance
-from stgfast.integrations.scales import requested_scale
+from stgfast.integrations.scales import live_requested
 from stgfast.integrations.spec import Adapter, Clips, patches
 from stgfast.integrations.steps import CallArguments
 from stgfast.integrations.turns import units
 from stgfast.kinds import ATTENTION, AXES
 from stgfast.perturbation import Perturbation
-
-
-def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
-    """The pipeline combines with what it was called with, whatever a callback sets."""
-    return requested_scale(call)
 
 
 def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
@@ -39,7 +34,7 @@ LATTE = Adapter(
         grid=Grid(functools.partial(patches, dims=(3, 4))),  # every frame is a row of its own
     ),
     learned_sigma=True,
-    live=live,
+    live=live_requested,
     unfit=unfit,
     # The middle of 28 layers.
     defaults=Guidance([Perturbation([14], kind=ATTENTION, axis=axis) for axis in AXES]),

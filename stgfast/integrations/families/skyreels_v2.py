@@ -1,4 +1,4 @@
-"""SkyReels-V2: text to video and image to video, all frames at once or by diffusion forcing."""
+"""SkyReels-V2: text to video and image to video, video to video, all frames at once or by diffusion forcing."""
 
 from __future__ import annotations
 
@@ -18,22 +18,16 @@ def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
 
 
 def forced_steps(call: CallArguments) -> int:
-    """With `ar_step`, every block of frames sets out so many steps after the one before it; a first image is done."""
-    frames: int = (call["num_frames"] - 1) // 4 + 1 + (call.get("last_image") is not None)
+    """With `ar_step`, every block of frames sets out so many steps after the one before it; a first image is done.
+
+    A longer clip is made part by part: these are the steps of the first.
+    """
+    long = call["overlap_history"] is not None and call["base_num_frames"] is not None
+    pixels = min(call["num_frames"], call["base_num_frames"]) if long else call["num_frames"]
+    frames: int = (pixels - 1) // 4 + 1 + (call.get("last_image") is not None)
     size: int = call["causal_block_size"] or 1
     blocks = frames // size - (call.get("image") is not None) // size
     return steps_of_call(call) + (blocks - 1) * int(call["ar_step"])
-
-
-def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
-    base = call["base_num_frames"]
-    long = call["overlap_history"] is not None and base is not None and call["num_frames"] > base
-    if long and not guidance.inert:
-        return (
-            f"num_frames with overlap_history: got {call['num_frames']}, expected at most base_num_frames, {base}, "
-            f"as the steps of a longer video, made in several runs, are not known beforehand"
-        )
-    return None
 
 
 SKYREELS_V2 = Adapter(
@@ -62,7 +56,7 @@ SKYREELS_V2_FORCED = replace(
     SKYREELS_V2_IMAGE,
     pipeline="SkyReelsV2DiffusionForcingPipeline",
     steps_asked=forced_steps,
-    unfit=unfit,
+    windowed=True,
     clips=replace(SKYREELS_V2_IMAGE.clips, images=""),
 )
 SKYREELS_V2_FORCED_IMAGE = replace(
@@ -70,3 +64,4 @@ SKYREELS_V2_FORCED_IMAGE = replace(
     pipeline="SkyReelsV2DiffusionForcingImageToVideoPipeline",
     clips=replace(SKYREELS_V2_FORCED.clips, images=ONE),
 )
+SKYREELS_V2_FORCED_VIDEO = replace(SKYREELS_V2_FORCED, pipeline="SkyReelsV2DiffusionForcingVideoToVideoPipeline")

@@ -1,4 +1,5 @@
-"""Wan 2.1 and 2.2: text to video, image to video, video to video, and VACE."""
+"""Wan 2.1 and 2.2: text to video, image to video, video to video, VACE, Animate; and models built on Wan: ChronoEdit,
+Lucy Edit, AnyFlow and Helios."""
 
 from __future__ import annotations
 
@@ -13,9 +14,10 @@ from stgfast.batching.arguments import unwrapped
 from stgfast.batching.layout import Blocks, Grid, Unit
 from stgfast.guidance import Guidance
 from stgfast.integrations.guiders import guided_by, schedule_of_modular_call, steps_of_modular_call
-from stgfast.integrations.scales import live_scale_of_second
+from stgfast.integrations.scales import live_scale, live_scale_of_second
 from stgfast.integrations.spec import ONE, Adapter, Clips, never, patches
-from stgfast.integrations.steps import steps_of_call
+from stgfast.integrations.steps import CallArguments, steps_of_call
+from stgfast.perturbation import Perturbation
 from stgfast.presets import PRESETS
 
 
@@ -33,6 +35,12 @@ def unsupported(pipe: Any) -> str | None:
     one, other = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
     if one is not None and other is not None and unwrapped(one) is unwrapped(other):
         return "one model as both transformer and transformer_2, whose scales cannot be told apart,"
+    return None
+
+
+def chrono_unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
+    if call["enable_temporal_reasoning"] and guidance.reuses:
+        return "reuse with enable_temporal_reasoning, whose latents lose frames in the middle of the run: expected none"
     return None
 
 
@@ -80,6 +88,49 @@ WAN_VACE = replace(
         rows=WAN.blocks.rows | {"control_hidden_states"},
         full=True,  # a hint is added after some of the blocks
     ),
+)
+# Faces are put in after some of the blocks; a longer clip is made segment by segment.
+WAN_ANIMATE = replace(
+    WAN,
+    pipeline="WanAnimatePipeline",
+    blocks=replace(WAN.blocks, rows=WAN.blocks.rows | {"pose_hidden_states", "face_pixel_values"}, full=True),
+    denoisers=("transformer",),
+    second_below=never,
+    windowed=True,
+)
+LUCY_EDIT = replace(WAN, pipeline="LucyEditPipeline")
+CHRONO_EDIT = replace(
+    WAN, pipeline="ChronoEditPipeline", denoisers=("transformer",), second_below=never, unfit=chrono_unfit
+)
+TEXT_ALONE = WAN.blocks.rows - {"encoder_hidden_states_image"}
+ANY_FLOW = replace(
+    WAN,
+    pipeline="AnyFlowPipeline",
+    protocol="stacked",
+    blocks=replace(
+        WAN.blocks,
+        rows=TEXT_ALONE | {"r_timestep"},
+        grid=Grid(functools.partial(patches, dims=(1, 3, 4))),
+    ),
+    denoisers=("transformer",),
+    second_below=never,
+    live=live_scale,
+    # 70% of the depth of the larger model, which has 40 blocks.
+    defaults=Guidance(Perturbation([28], scale=1.0)),
+    source="our choice",
+)
+HELIOS_ROWS = {
+    *("indices_hidden_states", "indices_latents_history_short", "indices_latents_history_mid"),
+    *("indices_latents_history_long", "latents_history_short", "latents_history_mid", "latents_history_long"),
+    "rotary_emb",
+}
+HELIOS = replace(
+    ANY_FLOW,
+    pipeline="HeliosPipeline",
+    protocol="sequential",
+    # Tokens of earlier frames come before those of the chunk that is made.
+    blocks=replace(WAN.blocks, rows=TEXT_ALONE | HELIOS_ROWS, grid=None),
+    windowed=True,
 )
 WAN_MODULAR = guided_by(WAN, "WanModularPipeline", steps_asked=steps_of_modular_call, schedule=schedule_of_modular_call)
 WAN_22_MODULAR = replace(WAN_MODULAR, pipeline="Wan22ModularPipeline")

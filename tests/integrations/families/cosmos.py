@@ -49,6 +49,11 @@ def flow(other):
     return diffusers.FlowMatchEulerDiscreteScheduler(**{names[other]: True})
 
 
+def multistep(other):
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    return diffusers.UniPCMultistepScheduler(**flow, flow_shift=3.0 if other else 5.0)
+
+
 def builder(cls, scheduler, **changes):
     def build(other=False):
         parts = {"text_encoder": None, "tokenizer": None, "safety_checker": Unchecked(), "scheduler": scheduler(other)}
@@ -74,6 +79,8 @@ def caller(**more):
 SEQUENTIAL = Facts(stacked=False, oblong={"width": 48}, lies=lambda tokens: (0, (tokens // 6, 2, 3)))
 WITH_MASK = {"in_channels": 17}  # beside the latents, which frames are given
 SHORT = {"num_frames": 9}
+PROJECTED = {"use_crossattn_projection": True, "crossattn_proj_in_channels": 32, "extra_pos_embed_type": None}
+PROJECTED |= {"encoder_hidden_states_channels": 32}
 
 FAMILIES = [
     ByCalls("Cosmos", builder(diffusers.CosmosTextToWorldPipeline, edm), caller(**SHORT), SEQUENTIAL, cfg=4.0),
@@ -105,6 +112,13 @@ FAMILIES = [
         "Cosmos 2 from an image",
         builder(diffusers.Cosmos2VideoToWorldPipeline, flow, **WITH_MASK),
         caller(**SHORT, image=None),
+        SEQUENTIAL,
+        cfg=4.0,
+    ),
+    ByCalls(
+        "Cosmos 2.5",
+        builder(diffusers.Cosmos2_5_PredictBasePipeline, multistep, **WITH_MASK, **PROJECTED),
+        caller(**SHORT),
         SEQUENTIAL,
         cfg=4.0,
     ),

@@ -1,5 +1,7 @@
 """SkyReels-V2: calls for cond and then for uncond; by diffusion forcing, a time and a scheduler for every frame."""
 
+from dataclasses import replace
+
 import diffusers
 
 from tests import models
@@ -29,12 +31,18 @@ def builder(cls, **changes):
 
 
 def forced(**more):
-    return wan.caller(base_num_frames=97, prompt=None, **more)
+    return wan.caller(**{"base_num_frames": 97, "prompt": None, **more})
 
 
 def one_by_one(prompts, cfg=True):
     """A model that is told the frame rate takes one prompt at a time."""
     return forced(fps=16)(1, cfg)
+
+
+def from_video(prompts, cfg=True):
+    """One clip, in two parts."""
+    made = {**forced()(1, cfg), "num_frames": 13, "base_num_frames": 9, "overlap_history": 5}
+    return {**made, "video": wan.frames()[:5], "generator": models.generators(1)[0]}
 
 
 SEQUENTIAL = Facts(stacked=False, oblong={"width": 48}, lies=lying((3, 2, 3)))
@@ -72,5 +80,21 @@ FAMILIES = [
         forced(image=wan.image),
         SEQUENTIAL,
         cfg=4.0,
+    ),
+    ByCalls(
+        "SkyReels-V2 forced from a video",
+        builder(diffusers.SkyReelsV2DiffusionForcingVideoToVideoPipeline),
+        from_video,
+        replace(SEQUENTIAL, lies=None),
+        cfg=4.0,
+        steps=(4, 4),
+    ),
+    ByCalls(
+        "SkyReels-V2 forced, part by part",
+        builder(FORCED),
+        forced(num_frames=13, base_num_frames=9, overlap_history=5),
+        replace(SEQUENTIAL, lies=None),
+        cfg=4.0,
+        steps=(4, 4),
     ),
 ]

@@ -1,5 +1,7 @@
-"""Wan: calls for cond and then for uncond, of one transformer or of two; a timestep for every token; control hints."""
+"""Wan, and models built on it: calls for cond and then for uncond, of one transformer or of two; a timestep for every
+token; control hints; faces; clips made part by part."""
 
+import inspect
 from dataclasses import replace
 
 import diffusers
@@ -17,7 +19,9 @@ TEXT_TOKENS = 512  # the model counts on so many where an image encoder's tokens
 
 def transformer(seed, cls=diffusers.WanTransformer3DModel, **changes):
     torch.manual_seed(seed)
-    model = cls(**{**models.config("wan"), "num_layers": 4, **changes})
+    known = inspect.signature(cls.__init__).parameters
+    config = {name: value for name, value in models.config("wan").items() if name in known}
+    model = cls(**{**config, "num_layers": 4, **changes})
     models.spread(model)
     return model.eval()
 
@@ -97,6 +101,55 @@ def hints_and_blocks(model):
     return [*(Part(block, None, {}) for block in model.vace_blocks), *parts_of(model)]
 
 
+def animated(other=False):
+    faces = {"motion_encoder_channel_sizes": {"4": 16, "8": 16, "16": 16}, "motion_encoder_size": 16, "motion_dim": 4}
+    faces |= {"motion_style_dim": 8, "motion_encoder_dim": 16, "face_encoder_hidden_dim": 16}
+    faces |= {"face_encoder_num_heads": 2, "inject_face_latents_blocks": 2, "latent_channels": 16}
+    return builder(diffusers.WanAnimatePipeline, diffusers.WanAnimateTransformer3DModel, **WITH_IMAGE, **faces)(other)
+
+
+def with_faces(prompts, cfg=True):
+    """Two segments, of one clip."""
+    made = long_prompts(caller(image=image))(1, cfg)
+    del made["num_frames"]
+    frames = [image(seed) for seed in range(7)]
+    segments = {"segment_frame_length": 5, "prev_segment_conditioning_frames": 1}
+    return {**made, **segments, "pose_video": frames, "face_video": frames, "generator": models.generators(1)[0]}
+
+
+def frames():
+    return [image(seed) for seed in range(9)]
+
+
+def edited(prompts, cfg=True):
+    """One clip at a time is all that the pipeline takes."""
+    return {**caller(video=frames)(1, cfg), "generator": models.generators(1)[0]}
+
+
+def flow_map(other=False):
+    pipe = builder(diffusers.AnyFlowPipeline, diffusers.AnyFlowTransformer3DModel)(False)
+    pipe.scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=3.0 if other else 1.0)
+    return pipe
+
+
+def without_cfg_without_negative(prompts, cfg=True):
+    """Negative prompts are stacked on the others even where there is no CFG."""
+    made = caller()(prompts, cfg)
+    return {name: value for name, value in made.items() if cfg or not name.startswith("negative")}
+
+
+def in_chunks(other=False):
+    pipe = builder(diffusers.HeliosPipeline, diffusers.HeliosTransformer3DModel, rope_dim=(4, 4, 4))(False)
+    whole = {"stages": 1, "stage_range": [0, 1]}
+    pipe.scheduler = diffusers.HeliosScheduler(**whole, scheduler_type="euler" if other else "unipc")
+    return pipe
+
+
+def of_chunks(prompts, cfg=True):
+    """Two chunks, of one clip."""
+    return {**caller(num_frames=17, num_latent_frames_per_chunk=3)(1, cfg), "generator": models.generators(1)[0]}
+
+
 SEQUENTIAL = Facts(stacked=False, oblong={"width": 48}, lies=lying((3, 2, 3)))
 BOTH = replace(SEQUENTIAL, denoisers=TWO)
 BOUNDARY = {"boundary_ratio": 0.9}  # between the first step and the second
@@ -158,4 +211,21 @@ FAMILIES = [
         replace(BOTH, parts=hints_and_blocks),
         cfg=two_scales,
     ),
+    Family("Wan Animate", animated, with_faces, replace(SEQUENTIAL, lies=None), cfg=4.0, steps=(4, 4)),
+    Family(
+        "Lucy Edit",
+        builder(diffusers.LucyEditPipeline, in_channels=32),
+        edited,
+        SEQUENTIAL,
+        cfg=4.0,
+    ),
+    Family(
+        "ChronoEdit",
+        builder(diffusers.ChronoEditPipeline, diffusers.ChronoEditTransformer3DModel, **WITH_IMAGE),
+        long_prompts(caller(image=image, num_frames=5)),
+        replace(SEQUENTIAL, lies=lying((2, 2, 3))),
+        cfg=4.0,
+    ),
+    Family("AnyFlow", flow_map, without_cfg_without_negative, replace(SEQUENTIAL, stacked=True), cfg=4.0),
+    Family("Helios", in_chunks, of_chunks, replace(SEQUENTIAL, lies=None), cfg=4.0, steps=(4, 4)),
 ]
