@@ -93,8 +93,16 @@ MODELS = [
     Model(
         "LTX-2",
         diffusers.LTX2VideoTransformer3DModel,
-        ["LTX2Pipeline", "LTX2ImageToVideoPipeline", "LTX2ConditionPipeline"],
+        [
+            "LTX2Pipeline",
+            "LTX2ImageToVideoPipeline",
+            "LTX2ConditionPipeline",
+            "LTX2InContextPipeline",
+            "LTX2ModularPipeline",
+            "LTX25ModularPipeline",
+        ],
     ),
+    Model("LTX-2 HDR, as it is called with nothing", diffusers.LTX2VideoTransformer3DModel, ["LTX2HDRPipeline"]),
     Model(
         "CogVideoX 2B",
         diffusers.CogVideoXTransformer3DModel,
@@ -114,6 +122,11 @@ MODELS = [
         "HunyuanVideo",
         diffusers.HunyuanVideoTransformer3DModel,
         ["HunyuanVideoPipeline", "HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"],
+    ),
+    Model(
+        "HunyuanVideo, frames packed",
+        diffusers.HunyuanVideoFramepackTransformer3DModel,
+        ["HunyuanVideoFramepackPipeline"],
     ),
     Model(
         "HunyuanVideo 1.5",
@@ -137,6 +150,11 @@ MODELS = [
         ],
     ),
     Model("Wan 2.1 VACE 14B", diffusers.WanVACETransformer3DModel, ["WanVACEPipeline"]),
+    Model("Wan 2.2 Animate 14B", diffusers.WanAnimateTransformer3DModel, ["WanAnimatePipeline"]),
+    Model("Lucy Edit 5B", functools.partial(WAN, num_layers=30), ["LucyEditPipeline"]),
+    Model("ChronoEdit 14B", diffusers.ChronoEditTransformer3DModel, ["ChronoEditPipeline"]),
+    Model("AnyFlow 14B", diffusers.AnyFlowTransformer3DModel, ["AnyFlowPipeline"]),
+    Model("Helios 14B", diffusers.HeliosTransformer3DModel, ["HeliosPipeline"]),
     Model(
         "SkyReels-V2 14B",
         functools.partial(diffusers.SkyReelsV2Transformer3DModel, num_layers=40),
@@ -149,17 +167,23 @@ MODELS = [
             "SkyReelsV2ImageToVideoPipeline",
             "SkyReelsV2DiffusionForcingPipeline",
             "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+            "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
         ],
     ),
     Model(
-        "Cosmos Predict 1 and 2, small",
+        "Cosmos Predict 1, 2 and 2.5, small",
         diffusers.CosmosTransformer3DModel,
         [
             "CosmosTextToWorldPipeline",
             "CosmosVideoToWorldPipeline",
             "Cosmos2TextToImagePipeline",
             "Cosmos2VideoToWorldPipeline",
+            "Cosmos2_5_PredictBasePipeline",
         ],
+    ),
+    Model("Sana-Video", diffusers.SanaVideoTransformer3DModel, ["SanaVideoPipeline", "SanaImageToVideoPipeline"]),
+    Model(
+        "Motif Video", diffusers.MotifVideoTransformer3DModel, ["MotifVideoPipeline", "MotifVideoImage2VideoPipeline"]
     ),
     Model("Allegro", diffusers.AllegroTransformer3DModel, ["AllegroPipeline"]),
     Model(
@@ -200,7 +224,7 @@ def plans_of(name: str, adapter: Adapter, denoiser: nn.Module) -> list[Plan]:
     if adapter.announced is not None and adapter.protocol == "announced":
         cls = getattr(diffusers, name)
         pipe, call = cls.__new__(cls), arguments_of(name)
-        vars(pipe).update(transformer=denoiser)
+        vars(pipe).update(transformer=denoiser, **guiders_of(name))
         adapter.announced.preview(pipe, call, FIRST)
         asked = adapter.announced.passes(pipe, call, Guidance(), FIRST, adapter.denoisers[0])
         return [plan_of(asked, turn, (), False, layout) for turn in asked.turns if asked.computed_in(turn, ())]
@@ -209,6 +233,16 @@ def plans_of(name: str, adapter: Adapter, denoiser: nn.Module) -> list[Plan]:
     return [
         plan_for(adapter.defaults, sources, branches_of(weighed), layout) for sources in adapter.calls(cfg is not None)
     ]
+
+
+def guiders_of(name: str) -> dict[str, Any]:
+    """Those that a modular pipeline of LTX-2 has where it is given none."""
+    if not name.endswith("ModularPipeline"):
+        return {}
+    from diffusers.modular_pipelines.ltx2.denoise import LTX2LoopDenoiser
+
+    specs = {spec.name: spec for spec in LTX2LoopDenoiser().expected_components}
+    return {part: specs[part].type_hint(**specs[part].config) for part in ("guider", "audio_guider")}
 
 
 def arguments_of(name: str) -> dict[str, Any]:

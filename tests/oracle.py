@@ -88,6 +88,7 @@ class Facts:
     lies       in that call, by how many tokens queries are made of: which of them is the video's first, and its
                (frames, height, width)
     query      the part of a self-attention that makes the queries
+    repeated   arguments of the denoiser with several rows for every sample
     """
 
     stacked: bool
@@ -100,6 +101,7 @@ class Facts:
     oblong: Mapping[str, Any] = field(default_factory=dict)
     lies: Callable[[int], tuple[int, tuple[int, int, int]]] | None = None
     query: str = "to_q"
+    repeated: tuple[str, ...] = ()
 
 
 def weakened(
@@ -148,12 +150,14 @@ def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNa
             rows = len(args[0] if args else kwargs.get("hidden_states", kwargs.get("sample")))
             half = slice(None, rows // 2) if source == "uncond" else slice(rows // 2, None)
 
-            def mine(value: Any) -> Any:
+            def mine(value: Any, name: str = "") -> Any:
                 if isinstance(value, dict):
                     return {name: mine(part) for name, part in value.items()}
+                if name in facts.repeated:
+                    return value.chunk(2)[source == "cond"]
                 return value[half] if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows else value
 
-            args, kwargs = tuple(map(mine, args)), {name: mine(value) for name, value in kwargs.items()}
+            args, kwargs = tuple(map(mine, args)), {name: mine(value, name) for name, value in kwargs.items()}
         elif source == "uncond":
             name, args, kwargs = calls[1]
         with ExitStack() as stack:

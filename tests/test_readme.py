@@ -7,7 +7,6 @@ from pathlib import Path
 
 import diffusers
 import pytest
-import torch
 
 import stgfast
 from stgfast import Guidance, Perturbation, cli
@@ -16,10 +15,8 @@ from stgfast.call import SETTINGS
 from stgfast.integrations import ADAPTERS
 from stgfast.kinds import Mark
 from stgfast.render.jobs import checked
-from tests import models
-from tests.integrations.family import Family
-from tests.oracle import Facts
 from tests.precision import distance, same
+from tests.proof import untabled
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import fronts
@@ -130,34 +127,12 @@ def test_every_setting_is_named():
         assert name in README
 
 
-def sana(other=False):
-    torch.manual_seed(1)
-    heads = {"num_attention_heads": 2, "attention_head_dim": 16, "num_cross_attention_heads": 2}
-    widths = {"cross_attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": 24, "in_channels": 4}
-    model = diffusers.SanaVideoTransformer3DModel(**heads, **widths, out_channels=4, num_layers=16)
-    models.spread(model, gain=1.0)
-    vae = diffusers.AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    pipe = diffusers.SanaVideoPipeline(None, None, vae, model.eval(), diffusers.FlowMatchEulerDiscreteScheduler())
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def sana_arguments(prompts, cfg=True):
-    generator = torch.Generator().manual_seed(0)
-    made = {"negative_prompt": None, "use_resolution_binning": False, "complex_human_instruction": None}
-    for side in ("", "negative_"):
-        made[f"{side}prompt_embeds"] = torch.randn(prompts, 6, 24, generator=generator)
-        made[f"{side}prompt_attention_mask"] = torch.ones(prompts, 6)
-    sizes = {"height": 32, "width": 64, "frames": 9, "num_inference_steps": 2, "output_type": "latent"}
-    return {**made, **sizes, "guidance_scale": 4.0, "generator": models.generators(prompts)}
-
-
-def test_the_adapter_for_a_pipeline_that_is_not_in_the_table():
-    (code,) = re.findall(r"```python\n(from stgfast import Adapter.*?)```", pipelines.PAGE.read_text(), re.DOTALL)
-    family = Family("Sana-Video", sana, sana_arguments, Facts(stacked=True), cfg=4.0)
-    expected = family.plain(Guidance(Perturbation([14])), 2)
+def test_a_pipeline_that_is_not_in_the_table():
+    (code,) = re.findall(r"```python\n(import stgfast\n.*?)```", pipelines.PAGE.read_text(), re.DOTALL)
+    family = untabled.FOUND["AnimateDiff"]
+    expected = family.plain(Guidance(Perturbation([4])), 2)
     assert family.build().__class__.__name__ not in ADAPTERS
     pipe = family.build()
-    exec(code, {"stgfast": stgfast, "pipe": pipe})
+    exec(code.replace("num_frames=16", "num_frames=4, height=16, width=16, guidance_scale=4.0"), {"pipe": pipe})
     same(family.run(pipe, 2), expected)
-    assert distance(family.run(sana(), 2), expected) > 1e-3
+    assert distance(family.run(family.build(), 2), expected) > 1e-3

@@ -1,0 +1,188 @@
+"""Tiny pipelines of diffusers that no adapter knows: those whose facts are found, and those that are refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import diffusers
+import torch
+import transformers
+
+from tests import models
+from tests.integrations.families import easyanimate, wan
+from tests.integrations.family import Family
+from tests.oracle import Facts, Part
+from tests.render import wholes
+
+
+def tokenizer():
+    made = wholes.clip_tokenizer()
+    made.model_max_length = 16
+    return made
+
+
+def reading():
+    return {"text_encoder": wholes.clip(16), "tokenizer": tokenizer(), "vae": encoder(), "scheduler": ddim()}
+
+
+def encoder():
+    images = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    torch.manual_seed(0)
+    return diffusers.AutoencoderKL(**images, block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4).eval()
+
+
+def ddim():
+    return diffusers.DDIMScheduler(beta_schedule="linear", clip_sample=False)
+
+
+def silent(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def animated(cls, **changes):
+    def build(other=False):
+        torch.manual_seed(1)
+        kinds = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+        kinds["up_block_types"] = ("CrossAttnUpBlock2D", "UpBlock2D")
+        sizes = {"block_out_channels": (16, 32), "layers_per_block": 2, "norm_num_groups": 2, "attention_head_dim": 4}
+        unet = diffusers.UNet2DConditionModel(**kinds, **sizes, sample_size=8, cross_attention_dim=16)
+        motion = {"motion_layers_per_block": 2, "motion_norm_num_groups": 2, "motion_num_attention_heads": 4}
+        adapter = diffusers.MotionAdapter(block_out_channels=(16, 32), **motion, **changes)
+        models.spread(unet)
+        models.spread(adapter)
+        pipe = cls(**reading(), unet=unet, motion_adapter=adapter)
+        pipe.unet.eval()
+        return silent(pipe)
+
+    return build
+
+
+UNET = {
+    **{"block_out_channels": (4, 8), "layers_per_block": 1, "norm_num_groups": 2, "attention_head_dim": 4},
+    **{"down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"), "cross_attention_dim": 16, "sample_size": 8},
+    "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+}
+
+
+def three_dimensional(other=False):
+    torch.manual_seed(1)
+    unet = diffusers.UNet3DConditionModel(**UNET)
+    models.spread(unet)
+    return silent(diffusers.TextToVideoSDPipeline(**reading(), unet=unet.eval()))
+
+
+def from_an_image(other=False):
+    torch.manual_seed(1)
+    unet = diffusers.I2VGenXLUNet(**UNET)
+    models.spread(unet)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPVisionConfig(**sizes, image_size=16, patch_size=8, projection_dim=16)
+    torch.manual_seed(0)
+    seeing = {"image_encoder": transformers.CLIPVisionModelWithProjection(config).eval()}
+    seeing["feature_extractor"] = transformers.CLIPImageProcessor(crop_size=16, size=16)
+    return silent(diffusers.I2VGenXLPipeline(**reading(), **seeing, unet=unet.eval()))
+
+
+def arguments(prompts, cfg=True):
+    sizes = {"height": 16, "width": 16, "num_frames": 4, "num_inference_steps": 2, "output_type": "latent"}
+    given = {"prompt": ["a prompt"] * prompts, "guidance_scale": 4.0 if cfg else 1.0}
+    return {**sizes, **given, "generator": models.generators(prompts)}
+
+
+def one(**more):
+    def given(prompts, cfg=True):
+        made = {name: value() if callable(value) else value for name, value in more.items()}
+        return {**arguments(1, cfg), "prompt": "a prompt", "generator": models.generators(1)[0], **made}
+
+    return given
+
+
+def of_a_video(prompts, cfg=True):
+    made = one(video=lambda: wan.frames()[:4], strength=0.5, num_inference_steps=4)(1, cfg)
+    return {name: value for name, value in made.items() if name not in ("height", "width", "num_frames")}
+
+
+def transformers_of(unet):
+    """In the order in which they run: down, in the middle, up."""
+    parts = (unet.down_blocks, unet.mid_block, unet.up_blocks)
+    kind = diffusers.models.transformers.transformer_2d.Transformer2DModel
+    found = [module for part in parts for module in part.modules() if type(module) is kind]
+    return [Part(module, n, {"": module.transformer_blocks[0].attn1}) for n, module in enumerate(found)]
+
+
+def frames_as_rows(pipe, prediction):
+    return prediction.transpose(1, 2).flatten(0, 1)
+
+
+FACTS = Facts(
+    stacked=True,
+    parts=transformers_of,
+    unchanged=lambda given: (given[0],),
+    denoisers=("unet",),
+    repeated=("encoder_hidden_states",),
+)
+FLAT = replace(FACTS, sent=frames_as_rows)
+FOUND = {
+    family.name: family
+    for family in (
+        Family("AnimateDiff", animated(diffusers.AnimateDiffPipeline), arguments, FACTS, 4.0, layers=(1, 4)),
+        Family(
+            "AnimateDiff from a video",
+            animated(diffusers.AnimateDiffVideoToVideoPipeline),
+            of_a_video,
+            FACTS,
+            4.0,
+            layers=(1, 4),
+        ),
+        Family(
+            "PIA",
+            animated(diffusers.PIAPipeline, conv_in_channels=9),
+            one(image=wan.image),
+            FACTS,
+            4.0,
+            layers=(1, 4),
+        ),
+        Family("Text to video", three_dimensional, one(), FLAT, 4.0, layers=(0, 2)),
+        Family("I2VGen-XL", from_an_image, one(image=wan.image, clip_skip=None), FLAT, 4.0, layers=(0, 2)),
+    )
+}
+
+
+def with_cache(other=False):
+    pipe = wan.builder(diffusers.AnyFlowFARPipeline, diffusers.AnyFlowFARTransformer3DModel)(False)
+    pipe.scheduler = diffusers.FlowMapEulerDiscreteScheduler()
+    return pipe
+
+
+def pyramid(other=False):
+    pipe = wan.builder(diffusers.HeliosPyramidPipeline, diffusers.HeliosTransformer3DModel, rope_dim=(4, 4, 4))(False)
+    pipe.scheduler = diffusers.HeliosScheduler(gamma=0.25)
+    return pipe
+
+
+def of_pyramid(prompts, cfg=True):
+    chunks = {"num_frames": 9, "height": 128, "width": 128, "num_latent_frames_per_chunk": 3}
+    made = wan.caller(**chunks, pyramid_num_inference_steps_list=[2, 2, 2])(1, cfg)
+    return {name: value for name, value in made.items() if name != "num_inference_steps"}
+
+
+def controlled(prompts, cfg=True):
+    return {**easyanimate.arguments(prompts, cfg), "control_video": easyanimate.pixels(prompts)}
+
+
+# What builds one, its call, and what is said.
+REFUSED = {
+    "AnyFlowFARPipeline": (
+        with_cache,
+        wan.caller(num_frames=9, chunk_partition=[1, 2]),
+        "combines 4 predictions in a step",
+    ),
+    "HeliosPyramidPipeline": (pyramid, of_pyramid, "makes 6 steps, which nothing on the pipeline says"),
+    "AnimateDiffPAGPipeline": (
+        animated(diffusers.AnimateDiffPAGPipeline),
+        arguments,
+        "combines 3 predictions in a step",
+    ),
+}
+BROKEN = easyanimate.builder(diffusers.EasyAnimateControlPipeline, in_channels=8), controlled
