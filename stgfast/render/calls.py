@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,18 @@ if TYPE_CHECKING:
     from stgfast.render.models import Model
 
 
+FRAMES = ("num_frames", "video_length", "frames")  # what pipelines call how many frames there are to be
+
+
+def frames_argument(known: Collection[str]) -> str:
+    return next(name for name in FRAMES if name in known)
+
+
 def arguments_of(pipe: Any, jobs: Sequence[Job]) -> dict[str, Any]:
     """Generators begin anew with every call: each job's own, on the CPU, as on any machine."""
     first = jobs[0]
     known = inspect.signature(type(pipe).__call__).parameters
-    frames = "num_frames" if "num_frames" in known else "video_length"
+    frames = frames_argument(known)
     sizes = {"width": first.width, "height": first.height, frames: first.num_frames}
     given = {**sizes, "num_inference_steps": first.steps, "stg": first.guidance}
     call: dict[str, Any] = {name: value for name, value in given.items() if value is not None}

@@ -20,6 +20,7 @@ from stgfast.installed import INSTALLED
 from stgfast.integrations import ADAPTERS
 from stgfast.integrations.spec import Adapter
 from stgfast.recipes import Recipe
+from stgfast.render.calls import FRAMES, frames_argument
 from stgfast.render.jobs import Job
 from stgfast.render.loading import BY_NAME, USUAL, Loading, check_folder, fingerprint, given_to, read_json, recipe_of
 
@@ -51,8 +52,16 @@ class Model:
     def __post_init__(self) -> None:
         self.parameters.update(inspect.signature(self.kind.__call__).parameters)
         missing = {"generator", "output_type", "num_inference_steps"} - set(self.parameters)
-        if missing or not {"num_frames", "video_length"} & set(self.parameters):
+        if missing or not set(FRAMES) & set(self.parameters):
             raise UnsupportedPipelineError(f"pipeline: got {self.kind.__name__}, expected one that makes video")
+        needed = {name for name, parameter in self.parameters.items() if parameter.default is parameter.empty}
+        needed -= {"self", "args", "kwargs", "prompt", "image"}
+        if needed:
+            named = ", ".join(sorted(needed))
+            raise UnsupportedPipelineError(
+                f"pipeline: got {self.kind.__name__}, which begins with {named}, expected one that begins with a "
+                f"prompt or an image"
+            )
 
     def settled(self, job: Job, recipe: Recipe | None = None) -> Job:
         """The job with the guidance that it is rendered with, where it does not say: that of the pipeline, or the
@@ -122,7 +131,7 @@ class Model:
         checks = getattr(self.kind, "check_inputs", None)
         if checks is None:
             return
-        frames = "num_frames" if "num_frames" in self.parameters else "video_length"
+        frames = frames_argument(self.parameters)
         call = {name: p.default for name, p in self.parameters.items() if p.default is not p.empty}
         given = {"width": job.width, "height": job.height, frames: job.num_frames, "num_inference_steps": job.steps}
         call |= {name: value for name, value in given.items() if value is not None}

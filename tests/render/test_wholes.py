@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 
 import diffusers
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 import stgfast
 from stgfast.errors import UnsupportedPipelineError
 from stgfast.integrations import ADAPTERS
+from stgfast.render.calls import frames_argument
 from stgfast.render.files import pixels, read_frames
 from stgfast.render.models import Model
 from stgfast.render.run import render
@@ -63,7 +65,7 @@ def test_a_clip_is_what_the_pipeline_makes(name, tmp_path, monkeypatch):
     pipe.set_progress_bar_config(disable=True)
     if adapter.clips.tiled:
         pipe.vae.enable_tiling()
-    frames = "video_length" if name == "LattePipeline" else "num_frames"
+    frames = frames_argument(inspect.signature(type(pipe).__call__).parameters)
     for job in jobs:
         given = {**whole.size, frames: job["num_frames"], "num_inference_steps": 2, **job["pipeline"]}
         given |= {"image": image} if whole.image else {}

@@ -26,6 +26,8 @@ from tests.integrations.families import (
     latte,
     ltx,
     mochi,
+    motif_video,
+    sana_video,
     skyreels_v2,
     stable_video_diffusion,
     wan,
@@ -220,6 +222,39 @@ def ltx2_pipeline(cls: str) -> Any:
     return test_ltx2.build(cls, text_encoder=pipes.text_encoder(16, "t5"), tokenizer=pipes.tokenizer())
 
 
+def sana_pipeline(cls: Any) -> Callable[[], Any]:
+    return partial(reading, sana_video.builder(cls), 8)
+
+
+def framepack_pipeline() -> Any:
+    made = hunyuan_video.packed()
+    config = made.transformer.config
+    read = {"text_encoder": llama(config.text_embed_dim), "text_encoder_2": clip(config.pooled_projection_dim)}
+    return whole(made, **read, tokenizer=chat_tokenizer(), tokenizer_2=clip_tokenizer())
+
+
+def motif_image_pipeline() -> Any:
+    """Its text encoder has a part that sees."""
+    made = motif_video.builder(diffusers.MotifVideoImage2VideoPipeline, image_embed_dim=8)()
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = pipes.text_encoder(16, "t5")
+    torch.manual_seed(0)
+    config = transformers.SiglipVisionConfig(**sizes, image_size=16, patch_size=8)
+    encoder.vision_tower = transformers.SiglipVisionModel(config).eval()
+    seeing = transformers.SiglipImageProcessor(size={"height": 16, "width": 16})
+    return whole(made, text_encoder=encoder, tokenizer=pipes.tokenizer(), feature_extractor=seeing)
+
+
+def cosmos25_pipeline() -> Any:
+    """The model reads what comes out of all three layers."""
+    width = 16
+    changes = {**cosmos.WITH_MASK, **cosmos.PROJECTED, "crossattn_proj_in_channels": 3 * width}
+    made = cosmos.builder(diffusers.Cosmos2_5_PredictBasePipeline, cosmos.multistep, **changes)()
+    return whole(made, text_encoder=qwen("2.5", width), tokenizer=chat_tokenizer())
+
+
+PLAIN_SANA = {"use_resolution_binning": False, "complex_human_instruction": None, "max_sequence_length": 16}
+WAN_TEXT = models.config("wan")["text_dim"]
 FIRST = Guidance(Perturbation([1]))
 
 
@@ -341,4 +376,33 @@ WHOLES: dict[str, Whole] = {
     "EasyAnimateInpaintPipeline": Whole(
         partial(easyanimate_pipeline, diffusers.EasyAnimateInpaintPipeline, in_channels=12), 9, negative="bad"
     ),
+    "SanaVideoPipeline": Whole(sana_pipeline(diffusers.SanaVideoPipeline), pipeline=PLAIN_SANA),
+    "SanaImageToVideoPipeline": Whole(
+        sana_pipeline(diffusers.SanaImageToVideoPipeline), pipeline=PLAIN_SANA, image=True
+    ),
+    "MotifVideoPipeline": Whole(
+        partial(reading, motif_video.builder(diffusers.MotifVideoPipeline), 16), pipeline=SHORT, saved=False
+    ),
+    "MotifVideoImage2VideoPipeline": Whole(motif_image_pipeline, pipeline=SHORT, image=True, saved=False),
+    "AnyFlowPipeline": Whole(partial(reading, wan.flow_map, WAN_TEXT, "umt5"), pipeline=SHORT),
+    "HeliosPipeline": Whole(
+        partial(reading, wan.in_chunks, WAN_TEXT, "umt5"), 9, pipeline=SHORT | {"num_latent_frames_per_chunk": 3}
+    ),
+    "ChronoEditPipeline": Whole(
+        partial(
+            of_golden,
+            diffusers.ChronoEditPipeline,
+            wan,
+            "wan",
+            model=diffusers.ChronoEditTransformer3DModel,
+            **wan.WITH_IMAGE,
+        ),
+        image=True,
+    ),
+    "HunyuanVideoFramepackPipeline": Whole(
+        framepack_pipeline, 9, pipeline=SHORT | {"latent_window_size": 2}, image=True
+    ),
+    "Cosmos2_5_PredictBasePipeline": Whole(cosmos25_pipeline, 9, pipeline=SHORT, saved=False),
+    "LTX2InContextPipeline": Whole(partial(ltx2_pipeline, "LTX2InContextPipeline"), 9, pipeline=OWN),
+    "LTX2HDRPipeline": Whole(partial(ltx2_pipeline, "LTX2HDRPipeline"), 9, pipeline=OWN),
 }

@@ -7,7 +7,7 @@ from dataclasses import replace
 from stgfast.batching.layout import Blocks, Grid
 from stgfast.guidance import Guidance
 from stgfast.integrations.scales import live_true_cfg_scale, true_cfg_scale
-from stgfast.integrations.spec import EACH, ONE, Adapter, patches
+from stgfast.integrations.spec import EACH, Adapter, patches
 from stgfast.integrations.steps import even_sigmas
 from stgfast.presets import PRESETS
 
@@ -53,12 +53,11 @@ HUNYUAN_SKYREELS_IMAGE = replace(
     HUNYUAN_VIDEO, pipeline="HunyuanSkyreelsImageToVideoPipeline", clips=replace(HUNYUAN_VIDEO.clips, images=EACH)
 )
 
-# What was made before comes as tokens beside those of the part that is made.
+# What was made before comes as tokens beside those of the part that is made; one clip in a call.
 FRAMEPACK_ROWS = {"image_embeds", "latents_clean", "latents_history_2x", "latents_history_4x"}
 HUNYUAN_VIDEO_FRAMEPACK = replace(
     HUNYUAN_VIDEO,
     pipeline="HunyuanVideoFramepackPipeline",
-    clips=replace(HUNYUAN_VIDEO.clips, images=ONE),
     blocks=replace(HUNYUAN_VIDEO.blocks, rows=HUNYUAN_VIDEO.blocks.rows | FRAMEPACK_ROWS, grid=None),
     windowed=True,
 )

@@ -7,7 +7,7 @@ import dataclasses
 from stgfast.batching.layout import Blocks
 from stgfast.guidance import Guidance
 from stgfast.integrations.guiders import guided_by
-from stgfast.integrations.spec import ONE, Adapter
+from stgfast.integrations.spec import Adapter
 from stgfast.perturbation import Perturbation
 
 FACTS = Adapter(
@@ -25,7 +25,6 @@ FACTS = Adapter(
                 "image_embeds",
                 "temb",
                 "attention_mask",
-                "image_embed_seq_len",
             }
         ),
         attention="attn",
@@ -36,8 +35,4 @@ FACTS = Adapter(
     defaults=Guidance(Perturbation([42], scale=1.0)),
 )
 MOTIF_VIDEO = guided_by(FACTS, "MotifVideoPipeline")
-MOTIF_VIDEO_IMAGE = dataclasses.replace(
-    MOTIF_VIDEO,
-    pipeline="MotifVideoImage2VideoPipeline",
-    clips=dataclasses.replace(MOTIF_VIDEO.clips, images=ONE),
-)
+MOTIF_VIDEO_IMAGE = dataclasses.replace(MOTIF_VIDEO, pipeline="MotifVideoImage2VideoPipeline")  # one clip in a call

@@ -9,19 +9,21 @@ from tests.integrations.family import Family
 from tests.oracle import Facts, first_two
 
 
-def builder(cls):
+def builder(cls, **changes):
     def build(other=False):
-        return made(cls, other)
+        return made(cls, other, **changes)
 
     return build
 
 
-def made(cls, other):
+def made(cls, other, **changes):
     torch.manual_seed(1)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "patch_size": 2, "rope_axes_dim": (4, 4, 4)}
     depths = {"num_layers": 2, "num_single_layers": 4, "num_decoder_layers": 2, "text_embed_dim": 16}
     text = {"enable_text_cross_attention_dual": True, "enable_text_cross_attention_single": True}
-    model = diffusers.MotifVideoTransformer3DModel(in_channels=33, out_channels=16, **sizes, **depths, **text)
+    model = diffusers.MotifVideoTransformer3DModel(
+        in_channels=33, out_channels=16, **sizes, **depths, **text, **changes
+    )
     models.spread(model)
     pipe = cls(
         scheduler=diffusers.FlowMatchLCMScheduler() if other else diffusers.FlowMatchEulerDiscreteScheduler(),
