@@ -78,7 +78,7 @@ class Run:
                 self.compiled |= compiled_calls([unit.module for unit in units], make)
         every = [unit.module for layout in self.layouts.values() for unit in layout.units]
         self.compiles = bool(self.compiled) or any(map(compiled, every))
-        self.steps_done = 0
+        self.steps_done = self.steps = 0
         self.part_began = self.part_ends = 0  # steps of the run, where a longer clip is made part by part
         self.turn = 0  # calls of the denoiser done in this step
         self.step: Step | None = None  # nothing of a step is held while the scheduler works
@@ -93,7 +93,8 @@ class Run:
     def finish(self) -> None:
         """A run that ended without interruption has made all its steps: one of another model, or around the model's
         call, was not guided."""
-        steps = self.adapter.steps(self.pipe)
+        # As the last step had it: a guider that the next call shares may have begun anew meanwhile.
+        steps = self.steps if self.steps_done or self.turn else self.adapter.steps(self.pipe)
         done = self.steps_done - self.part_began
         if (done, self.turn) != (steps, 0) and not getattr(self.pipe, "interrupt", False):
             made = f"{self.steps_done} steps" + (f" and {self.turn} calls of another" if self.turn else "")
@@ -112,7 +113,7 @@ class Run:
 
     def moment(self) -> Moment:
         """Where the run stands, as the step begins."""
-        steps = self.adapter.steps(self.pipe)
+        self.steps = steps = self.adapter.steps(self.pipe)
         if self.adapter.windowed and self.steps_done == self.part_ends:
             self.part_began, self.part_ends = self.steps_done, self.steps_done + steps
         number = self.steps_done - self.part_began

@@ -109,7 +109,8 @@ def own_rescale(call: CallArguments) -> float | None:
 
 
 def steps(pipe: Any) -> int:
-    return int(next(g._num_inference_steps for g in guiders(pipe) if g._num_inference_steps is not None))
+    """0 before the first, when no guider has been told."""
+    return int(next((g._num_inference_steps for g in guiders(pipe) if g._num_inference_steps is not None), 0))
 
 
 def passes(

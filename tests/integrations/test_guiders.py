@@ -246,3 +246,21 @@ def test_every_guider_of_diffusers_is_shared_or_refused_by_name():
         pipe = stgfast.accelerate(build(guider=guider), Guidance(Perturbation([1])))
         with pytest.raises(SettingsError, match=f"guider: got {cls.__name__}, expected ClassifierFreeGuidance"):
             pipe(**arguments(1))
+
+
+def test_a_guider_that_the_next_call_begins_anew():
+    """Where clips are decoded while the next one is begun, the guider is the next call's before this one has ended."""
+    guidance, done = Guidance(Perturbation([1])), []
+    pipe = stgfast.accelerate(build(guider=ClassifierFreeGuidance(guidance_scale=4.0)), guidance)
+    expected = pipe(**arguments(1)).frames
+    step = pipe.scheduler.step
+
+    def stepped(*args, **kwargs):
+        done.append(True)
+        if len(done) == 2:
+            pipe.guider._num_inference_steps = None
+        return step(*args, **kwargs)
+
+    pipe.scheduler.step = stepped
+    assert torch.equal(pipe(**arguments(1)).frames, expected)
+    assert len(done) == 2
