@@ -88,7 +88,13 @@ MODELS = [
     Model(
         "LTX-Video 2B",
         diffusers.LTXVideoTransformer3DModel,
-        ["LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline", "LTXModularPipeline"],
+        [
+            "LTXPipeline",
+            "LTXImageToVideoPipeline",
+            "LTXConditionPipeline",
+            "LTXI2VLongMultiPromptPipeline",
+            "LTXModularPipeline",
+        ],
     ),
     Model(
         "LTX-2",

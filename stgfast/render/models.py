@@ -107,7 +107,8 @@ class Model:
     @property
     def needs_image(self) -> bool:
         kind = self.kind.__name__
-        return any(part in kind for part in ("ImageToVideo", "I2V", "StableVideoDiffusion", "VideoToWorld"))
+        named = any(part in kind for part in ("ImageToVideo", "I2V", "StableVideoDiffusion", "VideoToWorld"))
+        return named and "image" in self.parameters
 
     def check(self, job: Job) -> None:
         """What this pipeline cannot do of a job."""

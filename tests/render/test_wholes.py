@@ -24,6 +24,7 @@ ALONE = {
     "LattePipeline": "prompts: got encodings of several lengths, which differ when they are padded",
     "Kandinsky5T2VPipeline": "prompts: got an encoding that has no row for each",
     "WanVACEPipeline": "ValueError: Passing a list of prompts is not yet supported.",
+    "LTXI2VLongMultiPromptPipeline": "RuntimeError: The size of tensor a (32) must match",
 }
 PROMPTS = ("a red kite", "the grey sea over a dog")
 

@@ -290,6 +290,9 @@ WHOLES: dict[str, Whole] = {
     "LTXConditionPipeline": Whole(
         partial(of_golden, diffusers.LTXConditionPipeline, ltx, "ltx"), 9, pipeline=SHORT, image=True
     ),
+    "LTXI2VLongMultiPromptPipeline": Whole(
+        ltx.long, 17, pipeline=SHORT | {"temporal_tile_size": 16, "temporal_overlap": 8}
+    ),
     "LTX2Pipeline": Whole(partial(ltx2_pipeline, "LTX2Pipeline"), 9, pipeline=OWN),
     "LTX2ImageToVideoPipeline": Whole(partial(ltx2_pipeline, "LTX2ImageToVideoPipeline"), 9, pipeline=OWN, image=True),
     "LTX2ConditionPipeline": Whole(partial(ltx2_pipeline, "LTX2ConditionPipeline"), 9, pipeline=OWN),

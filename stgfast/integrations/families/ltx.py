@@ -1,4 +1,4 @@
-"""LTX-Video: from text, from an image, and from images and videos at any frame."""
+"""LTX-Video: from text, from an image, from images and videos at any frame, and long ones from several prompts."""
 
 from __future__ import annotations
 
@@ -75,3 +75,32 @@ LTX_CONDITION = replace(
     own_solver="it has a timestep for every token",
 )
 LTX_MODULAR = guided_by(LTX, "LTXModularPipeline", steps_asked=steps_of_modular_call)
+
+
+def steps_of_window(pipe: Any) -> int:
+    """Its scheduler's last timestep ends a window, and is no step of it."""
+    return len(pipe.scheduler.timesteps) - 1
+
+
+def steps_asked_of_window(call: CallArguments) -> int:
+    return steps_of_call(call) - 1
+
+
+def long_unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
+    skipped = call["skip_steps_sigma_threshold"]
+    if skipped is not None and 0 < skipped < 1 and not guidance.inert:
+        return f"skip_steps_sigma_threshold, which leaves out steps: got {skipped}, expected 1 or None"
+    return None
+
+
+LTX_LONG = replace(
+    LTX,
+    pipeline="LTXI2VLongMultiPromptPipeline",
+    float32=False,
+    blocks=replace(LTX.blocks, grid=None),
+    steps=steps_of_window,
+    steps_asked=steps_asked_of_window,
+    windowed=True,
+    unfit=long_unfit,
+    own_solver="it leaves out the last of its scheduler's timesteps",
+)

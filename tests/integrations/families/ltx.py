@@ -9,6 +9,7 @@ from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from tests import models
 from tests.integrations.family import Family
 from tests.oracle import Facts, lying
+from tests.render import pipes
 
 
 def builder(cls):
@@ -47,6 +48,26 @@ def from_conditions(prompts, cfg=True):
     return {**arguments(prompts, cfg), "conditions": conditions}
 
 
+def long(other=False):
+    pipe = models.pipeline("ltx", models.transformer("ltx", seed=1))
+    if other:
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    torch.manual_seed(0)
+    encoder = pipes.text_encoder(models.config("ltx")["caption_channels"], "t5")
+    read = {"text_encoder": encoder, "tokenizer": pipes.tokenizer()}
+    built = diffusers.LTXI2VLongMultiPromptPipeline(**{**pipe.components, **read})
+    built.set_progress_bar_config(disable=True)
+    return built
+
+
+def of_windows(prompts, cfg=True):
+    """One clip, in windows of two steps each."""
+    windows = {"num_frames": 17, "temporal_tile_size": 16, "temporal_overlap": 8, "max_sequence_length": 16}
+    sizes = {"height": 32, "width": 32, "num_inference_steps": 3, "output_type": "latent"}
+    given = {"prompt": "a red kite | the grey sea", "negative_prompt": "", "guidance_scale": 3.0 if cfg else 1.0}
+    return {**windows, **sizes, **given, "generator": models.generators(1)[0]}
+
+
 def without_first_frame(pipe, prediction):
     """What the pipeline from an image has its scheduler step: all frames but the one that was given."""
     frames, height = (9 - 1) // pipe.vae_temporal_compression_ratio + 1, 32 // pipe.vae_spatial_compression_ratio
@@ -70,4 +91,5 @@ FAMILIES = [
         replace(FACTS, sent=lambda pipe, prediction: -prediction, lies=lying((4, 8, 16))),
         cfg=3.0,
     ),
+    Family("LTX, long", long, of_windows, replace(FACTS, lies=None, oblong={}), cfg=3.0, steps=(4, 4)),
 ]
