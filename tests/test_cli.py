@@ -56,6 +56,5 @@ def test_verify(capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("LTXPipeline: accelerated guidance is equal to the plain method.")
     assert "step 1 of 2, pipe.transformer: 25 block-rows ran, 36 without sharing." in printed
-    assert main(["verify", "--model", "toy", "--set", "stg_scale=0", "--set", "steps=2"]) == 2
-    assert main(["verify", "--model", "nowhere"]) == 2
-    assert "stgfast verify: model: got 'nowhere'" in capsys.readouterr().err
+    assert main(["verify", "--model", "toy", "--set", "nothing=2"]) == 2
+    assert "stgfast verify: " in capsys.readouterr().err

@@ -157,7 +157,7 @@ def reference(cls):
     from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
     from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
 
-    frames = torch.rand(9, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    frames = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(5))
     condition = LTX2ReferenceCondition if cls == "LTX2InContextPipeline" else LTX2HDRReferenceCondition
     return {"reference_conditions": [condition(frames=frames, strength=0.8)]}
 
@@ -165,26 +165,23 @@ def reference(cls):
 ALL_OF_IT = {"guidance_scale": 3.0, "stg_scale": 1.0, "modality_scale": 3.0, "guidance_rescale": 0.7}
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("prompts", [1, 2])
-@pytest.mark.parametrize("cls", ["LTX2InContextPipeline", "LTX2HDRPipeline"])
+@pytest.mark.parametrize(
+    ("cls", "prompts", "masked"),
+    [("LTX2InContextPipeline", 1, False), ("LTX2InContextPipeline", 2, True), ("LTX2HDRPipeline", 1, False)],
+)
 def test_with_a_reference_too(cls, prompts, masked):
-    given = {**reference(cls), **ALL_OF_IT}
-    if masked:
-        if cls == "LTX2HDRPipeline":
-            pytest.skip("it has no mask")
-        given["conditioning_attention_strength"] = 0.5
+    given = {**reference(cls), **ALL_OF_IT, "num_inference_steps": 1 + (prompts == 1)}
+    given |= {"conditioning_attention_strength": 0.5} if masked else {}
     expected = call(build(cls), prompts, **given)
     pipe = stgfast.accelerate(build(cls))
     for one, other in zip(call(pipe, prompts, **given), expected, strict=True):
         same(one, other)
-    assert rows_of(build(cls), **given) == [2 * 4] * DEPTH
-    assert rows_of(pipe, **given) == [2 * 3] * 3 + [2 * 4] * 2
-    weak = Guidance(Perturbation([3], kind="attention", scale=0.5))
-    expected = call(build(cls), **given | {"stg_scale": 0.5, "modality_scale": 1.0, **audio_off(cls)})
-    for one, other in zip(call(stgfast.accelerate(build(cls), weak), **given), expected, strict=True):
-        same(one, other)
-    assert all(map(torch.equal, call(stgfast.restore(pipe), **given), call(build(cls), **given)))
+    if prompts == 1:
+        assert rows_of(pipe, **given) == [2 * 3] * 3 + [2 * 4] * 2
+        weak = Guidance(Perturbation([3], kind="attention", scale=0.5))
+        expected = call(build(cls), **given | {"stg_scale": 0.5, "modality_scale": 1.0, **audio_off(cls)})
+        for one, other in zip(call(stgfast.accelerate(pipe, weak), **given), expected, strict=True):
+            same(one, other)
 
 
 def audio_off(cls):

@@ -50,7 +50,7 @@ def call(pipe, prompts=1, **changes):
             one = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + n)) for n in range(prompts)]
             made[f"{side}connector_{kind}prompt_embeds"] = torch.cat(one)
         made[f"{side}connector_attention_mask"] = torch.ones(prompts, 8).long()
-    sizes = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2, "batch_size": prompts}
+    sizes = {"height": 16, "width": 16, "num_frames": 9, "num_inference_steps": 2, "batch_size": prompts}
     given = {"generator": generators(prompts), "dtype": torch.get_default_dtype()}
     with torch.no_grad():
         out = pipe(**{**made, **sizes, **given, **changes}, output=["latents", "audio_latents"])
@@ -84,11 +84,11 @@ GUIDERS = {
 }
 
 
-@pytest.mark.parametrize("prompts", [1, 2])
-@pytest.mark.parametrize("guiders", GUIDERS.values(), ids=GUIDERS)
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize(
+    ("cls", "guiders", "prompts"), [(tuple(CLASSES)[n % 2], name, 1 + n % 2) for n, name in enumerate(GUIDERS)]
+)
 def test_equals_its_own_passes(cls, guiders, prompts):
-    video, audio, passes, block_rows = guiders
+    video, audio, passes, block_rows = GUIDERS[guiders]
     expected = call(build(cls, video, audio), prompts)
     pipe = stgfast.accelerate(build(cls, video, audio))
     for one, other in zip(call(pipe, prompts), expected, strict=True):

@@ -14,7 +14,7 @@ import numpy as np
 from stgfast.batching.layout import Blocks, Grid
 from stgfast.guidance import Guidance
 from stgfast.integrations.scales import live_excess, requested_excess
-from stgfast.integrations.spec import EACH, ONE, Adapter, patches
+from stgfast.integrations.spec import EACH, Adapter, patches
 from stgfast.integrations.steps import CallArguments
 from stgfast.perturbation import Perturbation
 
@@ -63,6 +63,4 @@ COSMOS2_IMAGE = replace(
 COSMOS2_VIDEO = replace(
     COSMOS2_IMAGE, pipeline="Cosmos2VideoToWorldPipeline", clips=replace(COSMOS2_IMAGE.clips, images=EACH)
 )
-COSMOS25 = replace(
-    COSMOS, pipeline="Cosmos2_5_PredictBasePipeline", early=True, clips=replace(COSMOS.clips, images=ONE)
-)
+COSMOS25 = replace(COSMOS, pipeline="Cosmos2_5_PredictBasePipeline", early=True)

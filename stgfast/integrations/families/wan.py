@@ -100,7 +100,7 @@ WAN_ANIMATE = replace(
 )
 LUCY_EDIT = replace(WAN, pipeline="LucyEditPipeline")
 CHRONO_EDIT = replace(
-    WAN, pipeline="ChronoEditPipeline", denoisers=("transformer",), second_below=never, unfit=chrono_unfit
+    WAN_IMAGE, pipeline="ChronoEditPipeline", denoisers=("transformer",), second_below=never, unfit=chrono_unfit
 )
 TEXT_ALONE = WAN.blocks.rows - {"encoder_hidden_states_image"}
 ANY_FLOW = replace(

@@ -39,7 +39,7 @@ def arguments(prompts, cfg=True):
 
 
 def from_image(prompts, cfg=True):
-    return {**arguments(1, cfg), "image": wan.image()}
+    return {**arguments(prompts, cfg), "image": wan.image()}
 
 
 def parts(model):
