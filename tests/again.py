@@ -46,14 +46,19 @@ KEPT = {
     "kernels/test_compiled.py::test_default_configurations_fit_the_chip": "90",
     "proof/test_check.py::test_a_pipeline_that_was_changed_passes": "LTX-.*|Wan-(compiled|a LoRA)",
     "proof/test_check.py::test_every_family_passes": FIRST,
-    "proof/test_check.py::test_wrong_facts_raise_or_do_no_harm": ".*-residual|the path of attention-.*",
-    "proof/test_find.py::test_what_is_found_gives_the_plain_result": FIRST,
+    "proof/test_check.py::test_wrong_facts_raise_or_do_no_harm": ".*-LTX-residual|the path of attention-.*|state.*residual",
+    "proof/test_find.py::test_what_is_found_gives_the_plain_result": (
+        "CogVideoX|Cosmos 2 from an image|HunyuanVideo|HunyuanVideo15|Kandinsky 5|Latte|LTX|Mochi|modular LTX|"
+        "Stable Video Diffusion|Wan|Wan of two transformers|Wan Animate|Motif Video|HunyuanVideo, frames packed"
+    ),
+    "proof/test_untabled.py::test_found": "AnimateDiff|I2VGen-XL",
+    "integrations/test_ltx2.py::test_with_a_reference_too": "LTX2InContextPipeline-2-True|LTX2HDRPipeline.*",
     "proof/test_find.py::test_what_is_said_is_python_that_makes_it": FEW,
     "render/test_run.py::test_a_clip_is_the_same_in_any_company": "wan|cogvideox|ltx, carried on",
     "render/test_run.py::test_where_there_is_no_memory_for_one_others_like_it_are_not_tried": "1",
     "render/test_wholes.py::test_a_clip_is_what_the_pipeline_makes": (
         "(Mochi|LTX2|LTXImageToVideo|CogVideoXVideoToVideo|EasyAnimate|HunyuanVideo|Wan|WanVACE|Latte|"
-        "StableVideoDiffusion|Kandinsky5T2V|SkyReelsV2DiffusionForcing|Allegro|HunyuanVideoFramepack|SanaVideo)Pipeline"
+        "StableVideoDiffusion|Kandinsky5T2V|SkyReelsV2DiffusionForcing|Allegro|SanaVideo)Pipeline"
     ),
     "test_composition.py::test_a_cache_is_refused_before_anything_runs": "apply_(taylor|faster).*-fun.*|apply_first.*",
     "test_composition.py::test_a_callback_that_changes_tensors": "(stacked, masked text|sequential)-.*",

@@ -279,8 +279,8 @@ def test_where_there_is_no_memory_for_one_others_like_it_are_not_tried(tmp_path,
 
     Decoder(pipe, before)
     events = []
-    report = go(pipe, some(16, height=32), tmp_path, events, max_batch=1)
-    assert (report.done, report.failed, report.waiting) == (8 + fits, 8 - fits, 0)
+    report = go(pipe, some(10, height=32), tmp_path, events, max_batch=1)
+    assert (report.done, report.failed, report.waiting) == (5 + fits, 5 - fits, 0)
     said = [event["error"] for event in told(events, "failed")]
     untried = [
         error for error in said if re.fullmatch(r"not tried: as large as k\d+, which there is no memory for", error)
@@ -291,9 +291,9 @@ def test_where_there_is_no_memory_for_one_others_like_it_are_not_tried(tmp_path,
     if fits:
         assert untried == []
     else:
-        assert len(untried) >= 3  # some were in hand
+        assert untried  # some were in hand
     # Which stay so, until they are to be tried again.
-    assert go(pipe, some(16, height=32), tmp_path).failed == 8 - fits
+    assert go(pipe, some(10, height=32), tmp_path).failed == 5 - fits
 
 
 def test_a_decoder_that_fails_fails_one_clip(tmp_path, pipe):
@@ -656,14 +656,14 @@ def test_models_that_move_are_not_overlapped(tmp_path, pipe):
     class Slow(model):
         def forward(self, *args, **kwargs):
             working.append("denoiser")
-            time.sleep(0.1)
+            time.sleep(0.03)
             made = model.forward(self, *args, **kwargs)
             working.remove("denoiser")
             return made
 
     def before(latents):
         working.append("decoder")
-        time.sleep(0.1)
+        time.sleep(0.03)
         working.remove("decoder")
 
     Reading.__name__ = kind.__name__
