@@ -600,6 +600,63 @@ FAULTS = [
         '"each its own"',
         "tests/render/test_run.py tests/render/test_jobs.py tests/render/test_store.py -k image",
     ),
+    # What is found and verified
+    Fault(
+        "a verdict that is always right",
+        "proof/verdict.py",
+        "return self.error <= self.budget",
+        "return True",
+        "tests/proof/test_check.py -k 'mark or wrong'",
+    ),
+    Fault(
+        "a protocol that is not compared",
+        "proof/claims.py",
+        "if combined.groups != groups:",
+        "if combined.groups != combined.groups:",
+        "tests/proof/test_check.py -k wrong",
+    ),
+    Fault(
+        "wrong facts that are used",
+        "facts.py",
+        "if not verdict.ok:",
+        "if verdict is None:",
+        "tests/proof/test_check.py -k 'wrong or switched'",
+    ),
+    Fault(
+        "facts of another call",
+        "facts.py",
+        "kind = _outline(call), ",
+        "kind = len(call), ",
+        "tests/proof/test_find.py -k 'another_kind'",
+    ),
+    Fault(
+        "parts of a clip taken for one run",
+        "proof/find.py",
+        "windowed=len(self.combined) > self.steps,",
+        "windowed=False,",
+        "tests/proof/test_find.py -k 'Animate or packed'",
+    ),
+    Fault(
+        "a part that begins where the clip began",
+        "engine.py",
+        "self.part_began, self.part_ends = self.steps_done, self.steps_done + steps",
+        "self.part_ends = self.steps_done + steps",
+        "tests/integrations/test_families.py -k 'part and plain'",
+    ),
+    Fault(
+        "another order of a guider's passes",
+        "integrations/families/ltx2.py",
+        "for name in guider.active_predictions())",
+        "for name in reversed(guider.active_predictions()))",
+        "tests/integrations/test_ltx2_modular.py",
+    ),
+    Fault(
+        "a weight of the wrong prediction",
+        "proof/measure.py",
+        "int(group == number)",
+        "int(group != number)",
+        "tests/proof/test_check.py -k 'family and LTX'",
+    ),
 ]
 
 
