@@ -27,7 +27,7 @@ from stgfast.integrations.spec import Adapter, Fitted
 from stgfast.integrations.steps import CallArguments
 from stgfast.kinds import RESIDUAL
 from stgfast.proof.claims import claims_of, end_of_parts
-from stgfast.proof.measure import Stand, measured
+from stgfast.proof.measure import LINEAR, Stand, measured
 from stgfast.proof.plain import KINDS
 from stgfast.proof.steps import EngineStep, PlainStep, allowed, apart, epsilon
 from stgfast.proof.suspects import suspects
@@ -110,6 +110,9 @@ class Checking:
             mistaken = "" if self.wrong else claimed.mistaken(step, combined, self.adapter)
             if mistaken:
                 self.wrong.append(mistaken)
+        # What is said and agrees is more exact than what was measured beside a rescale.
+        pairs = zip(self.combined, self.claimed, strict=False)
+        self.combined = [one._replace(weights=said.weights) if one.off > LINEAR else one for one, said in pairs]
         for name in () if self.wrong else self.given.fitted.layouts:
             self._step(name)
 
@@ -125,6 +128,11 @@ class Checking:
         if plain.links.mistaken:
             self.wrong.append(plain.links.mistaken)
         where = f"step {step + 1} of {self.steps}, pipe.{name}"
+        if combined.off > LINEAR:
+            phi = self.adapter.own_rescale(self.given.call) or 0.0
+            error = apart(plain.own_by_formula(phi), plain.own)
+            words = f"the pipeline's own step, by the formula with rescale {phi:g}"
+            self.lines.append(Line(f"{where}: {words}", error, plain.budget * plain.grown))
         made = self._against(plain, self.adapter, where)
         if not any(math.isinf(line.error) for line in made):
             self._count(plain, where)

@@ -13,7 +13,7 @@ from stgfast.batching.seam import Call
 from stgfast.formulas import COND
 from stgfast.guidance import Scale
 from stgfast.integrations.spec import Adapter
-from stgfast.proof.measure import LINEAR, Combined
+from stgfast.proof.measure import Combined
 from stgfast.proof.watch import Answer, Watch
 
 
@@ -32,18 +32,24 @@ class Claimed(NamedTuple):
             return (
                 f"protocol: the adapter says {adapter.protocol!r}, {said} in step {step + 1}; the pipeline makes {seen}"
             )
-        branches = [branch for turn in self.calls for branch in turn]
-        said_cond = branches.index(COND)
-        scale = torch.as_tensor(1.0 if self.scale is None else self.scale).double().cpu()
-        weights = [scale if number == said_cond else 1 - scale for number in range(len(combined.weights))]
-        if _alike(weights, combined.weights):
+        branches, weights = self.branches, self.weights
+        if _alike(weights, combined):
             return ""
-        if _alike(weights[::-1], combined.weights):
+        if _alike(weights[::-1], combined):
             return f"order: the adapter says {', '.join(branches)}; the pipeline takes them the other way around"
-        return (
-            f"live: the adapter says that step {step + 1} combines with a scale of {_numbers(scale)}; the pipeline "
-            f"does with {_numbers(combined.weights[said_cond])}"
-        )
+        cond = branches.index(COND)
+        said, seen = _numbers(weights[cond]), _numbers(combined.weights[cond])
+        return f"live: the adapter says that step {step + 1} combines with a scale of {said}; the pipeline with {seen}"
+
+    @property
+    def branches(self) -> list[str]:
+        return [branch for turn in self.calls for branch in turn]
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """Of these branches, by CFG with that scale."""
+        scale = torch.as_tensor(1.0 if self.scale is None else self.scale).double().cpu()
+        return tuple(scale if branch == COND else 1 - scale for branch in self.branches)
 
 
 def claims_of(watch: Watch, stub: Answer, adapter: Adapter) -> list[Claimed]:
@@ -69,8 +75,9 @@ def end_of_parts(steps: Sequence[int]) -> int:
     return end
 
 
-def _alike(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return all(bool(((a - b).abs() <= LINEAR * (1 + b.abs())).all()) for a, b in zip(one, other, strict=True))
+def _alike(said: Sequence[Tensor], combined: Combined) -> bool:
+    pairs = zip(said, combined.weights, strict=True)
+    return all(bool(((a - b).abs() <= combined.exactness * (1 + b.abs())).all()) for a, b in pairs)
 
 
 def _numbers(scale: Tensor) -> str:

@@ -28,7 +28,7 @@ from stgfast.proof.blocks import UnseenBlocksError, blocks_of
 from stgfast.proof.check import Accelerated, check
 from stgfast.proof.links import named
 from stgfast.proof.look import Look, look
-from stgfast.proof.measure import LINEAR, Combined, Stand, measured
+from stgfast.proof.measure import Combined, Stand, measured
 from stgfast.proof.watch import Watch
 
 SAMPLES = ("hidden_states", "sample", "x", "latents")  # what denoisers call what is to be denoised
@@ -189,7 +189,7 @@ class Finding:
             return False
         measured = combined.weights[combined.cond]
         wanted = torch.as_tensor(1.0 if scale is None else scale).double().cpu()
-        return bool(((wanted - measured).abs() <= LINEAR * (1 + measured.abs())).all())
+        return bool(((wanted - measured).abs() <= combined.exactness * (1 + measured.abs())).all())
 
 
 NOTHING = object()

@@ -49,6 +49,7 @@ class PlainStep:
         self, watch: Watch, stub: Answer, layout: Layout, guidance: Guidance, combined: Combined, moment: Moment
     ):
         self.watch, self.layout, self.guidance, self.combined, self.moment = watch, layout, guidance, combined, moment
+        self.stub = stub
         self.predictions: dict[str, Tensor] = {}
         self.links = Links(layout)
         self.jitter = 0.0
@@ -62,17 +63,27 @@ class PlainStep:
 
         with torch.compiler.set_stance("force_eager"):
             step = watch.run(alone, steps=moment.step + 1)[moment.step]
-        outputs, self.own = [asked.output for asked in step.asked], step.combined
-        self.dtype = prediction_in(outputs[0]).dtype
+        self.outputs, self.own = [asked.output for asked in step.asked], step.combined
+        self.dtype = prediction_in(self.outputs[0]).dtype
         self.result = self._guided()
 
-        def together(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
-            if step != moment.step:
-                return stub(step, turn, name, plain, arguments)
-            copies = len(prediction_in(outputs[turn])) // combined.rows
-            return with_prediction(outputs[turn], torch.cat([self.result.to(self.dtype)] * copies))
+        self.sent = self._sent(self.result)
 
-        self.sent = watch.run(together, steps=moment.step + 1)[moment.step].combined
+    def _sent(self, result: Tensor) -> list[Tensor]:
+        """What the scheduler is sent where every prediction of the step is this."""
+
+        def together(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
+            if step != self.moment.step:
+                return self.stub(step, turn, name, plain, arguments)
+            copies = len(prediction_in(self.outputs[turn])) // self.combined.rows
+            return with_prediction(self.outputs[turn], torch.cat([result.to(self.dtype)] * copies))
+
+        return self.watch.run(together, steps=self.moment.step + 1)[self.moment.step].combined
+
+    def own_by_formula(self, rescale: float) -> list[Tensor]:
+        """What it is sent for CFG alone and this rescale: the pipeline's own step, if that is all that it does."""
+        scale = self.combined.weights[self.combined.cond].to(self.result.device)
+        return self._sent(self._formed(scale, [], rescale))
 
     @property
     def budget(self) -> float:
@@ -176,8 +187,7 @@ class PlainStep:
             return apart([prediction_in(moved.given_to(plain))], [prediction_in(output)])
 
     def _guided(self) -> Tensor:
-        cond, uncond = self.predictions[COND], self.predictions.get(UNCOND)
-        scale: Any = self.combined.weights[self.combined.cond].to(cond.device)
+        scale: Any = self.combined.weights[self.combined.cond].to(self.predictions[COND].device)
         if self.guidance.cfg is not None:
             scale = value(self.guidance.cfg, self.moment)
         named = zip(self.guidance.names, self.guidance.perturbations, strict=True)
@@ -186,8 +196,12 @@ class PlainStep:
             for name, part in named
             if name in self.predictions
         ]
-        half = self.own[0].shape[1] * 2 == cond.shape[1]
-        return guided(cond, uncond, scale, weak, self.guidance.phi(self.moment), half=half)
+        return self._formed(scale, weak, self.guidance.phi(self.moment))
+
+    def _formed(self, scale: Any, weak: Sequence[tuple[float, str, Tensor]], phi: float) -> Tensor:
+        cond = self.predictions[COND]
+        half = self.own[0].ndim == cond.ndim and self.own[0].shape[1] * 2 == cond.shape[1]
+        return guided(cond, self.predictions.get(UNCOND), scale, weak, phi, half=half)
 
 
 class EngineStep:

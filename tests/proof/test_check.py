@@ -1,6 +1,8 @@
 """`verify`: right facts pass in every number type and however a pipeline is changed; wrong ones are named."""
 
 import contextlib
+import inspect
+import sys
 from dataclasses import replace
 from unittest import mock
 
@@ -122,6 +124,32 @@ def test_a_pipeline_that_was_changed_passes(name, change):
     change(pipe)
     verdict = verdict_on(pipe, family)
     assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("name", ["LTX", "EasyAnimate", "Mochi"])
+def test_a_rescale_of_the_pipelines_own(name):
+    """It is no weighted sum, and the formula with the same rescale is."""
+    family = FAMILIES[name]
+    pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1]), rescale=0.3))
+    takes = "guidance_rescale" in inspect.signature(type(pipe).__call__).parameters
+    verdict = verdict_on(pipe, family, **({"guidance_rescale": 0.7} if takes else {}))
+    assert verdict.ok, verdict
+    assert sum("by the formula with rescale 0.7" in line.what for line in verdict.lines) == takes
+
+
+def test_a_pipeline_that_does_more_than_a_rescale_is_refused():
+    """Here the combined prediction is made as long as the conditional one: guidance would undo that."""
+    family = FAMILIES["LTX"]
+    module = sys.modules[type(family.build()).__module__]
+
+    def normed(combined, cond, guidance_rescale=0.0):
+        return combined * cond.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)
+
+    pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1])))
+    with mock.patch.object(module, "rescale_noise_cfg", normed):
+        verdict = verdict_on(pipe, family, guidance_rescale=0.7)
+    assert not verdict.ok
+    assert "the pipeline's own step, by the formula with rescale 0.7" in verdict.reason
 
 
 @pytest.mark.parametrize("options", [{"max_rows": 1}, {"max_rows": "all"}, {"compile": {"backend": "eager"}}], ids=str)

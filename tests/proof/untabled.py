@@ -7,6 +7,7 @@ from dataclasses import replace
 import diffusers
 import torch
 import transformers
+from diffusers.modular_pipelines.wan.modular_blocks_wan_i2v import WanImage2VideoAutoBlocks
 
 from tests import models
 from tests.integrations.families import easyanimate, wan
@@ -98,6 +99,50 @@ def one(**more):
     return given
 
 
+def klein(other=False):
+    torch.manual_seed(1)
+    sizes = {"patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 3, "joint_attention_dim": 16}
+    heads = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 4, 4, 4)}
+    model = diffusers.Flux2Transformer2DModel(**sizes, **heads, timestep_guidance_channels=16, guidance_embeds=False)
+    models.spread(model)
+    images = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4}
+    vae = diffusers.AutoencoderKLFlux2(**images).eval()
+    parts = {"text_encoder": None, "tokenizer": None, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
+    return silent(diffusers.Flux2KleinPipeline(**parts, vae=vae, transformer=model.eval(), is_distilled=False))
+
+
+def of_embeds(prompts, cfg=True):
+    sizes = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
+    made = {**sizes, "guidance_scale": 4.0 if cfg else 1.0, "generator": models.generators(prompts)}
+    for number, side in enumerate(("", "negative_")):
+        one = [torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(10 * number + n)) for n in range(prompts)]
+        made[f"{side}prompt_embeds"] = torch.cat(one)
+    return made
+
+
+def single_blocks(model):
+    """Blocks of another kind, which come before these, pass on something else, and are not weakened."""
+    return [Part(block, n, {"": block.attn}) for n, block in enumerate(model.single_transformer_blocks)]
+
+
+def modular_from_an_image(other=False):
+    blocks = WanImage2VideoAutoBlocks()
+    for name in ("text_encoder", "decode"):
+        blocks.sub_blocks.pop(name)
+    stock = wan.builder(diffusers.WanImageToVideoPipeline, **wan.WITH_IMAGE)()
+    pipe = diffusers.WanImage2VideoModularPipeline(blocks=blocks)
+    names = ("transformer", "vae", "scheduler", "image_encoder", "image_processor")
+    guider = diffusers.ClassifierFreeGuidance(guidance_scale=4.0)
+    pipe.update_components(**{name: getattr(stock, name) for name in names}, guider=guider)
+    return silent(pipe)
+
+
+def of_an_image(prompts, cfg=True):
+    embeds = {name: value.repeat(1, wan.TEXT_TOKENS // 16, 1) for name, value in models.prompt("wan", 1).items()}
+    sizes = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2, "output": "latents"}
+    return {**embeds, **sizes, "image": wan.image(), "generator": models.generators(1)[0]}
+
+
 def of_a_video(prompts, cfg=True):
     made = one(video=lambda: wan.frames()[:4], strength=0.5, num_inference_steps=4)(1, cfg)
     return {name: value for name, value in made.items() if name not in ("height", "width", "num_frames")}
@@ -145,8 +190,44 @@ FOUND = {
         ),
         Family("Text to video", three_dimensional, one(), FLAT, 4.0, layers=(0, 2)),
         Family("I2VGen-XL", from_an_image, one(image=wan.image, clip_skip=None), FLAT, 4.0, layers=(0, 2)),
+        Family(
+            "Flux.2 Klein",
+            klein,
+            of_embeds,
+            Facts(stacked=False, parts=single_blocks),
+            4.0,
+            layers=(0, 2),
+            result=lambda output: output.images,
+        ),
+        Family(
+            "modular Wan from an image",
+            modular_from_an_image,
+            of_an_image,
+            Facts(stacked=False),
+            4.0,
+            result=lambda output: output,
+            cfg_asked=False,
+        ),
     )
 }
+
+
+def normed(other=False):
+    torch.manual_seed(1)
+    sizes = {"patch_size": 2, "in_channels": 16, "out_channels": 4, "num_layers": 4, "joint_attention_dim": 16}
+    heads = {"attention_head_dim": 16, "num_attention_heads": 2, "axes_dims_rope": (4, 6, 6)}
+    model = diffusers.QwenImageTransformer2DModel(**sizes, **heads)
+    models.spread(model)
+    images = {"base_dim": 8, "z_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 1}
+    vae = diffusers.AutoencoderKLQwenImage(**images, latents_mean=[0.0] * 4, latents_std=[1.0] * 4).eval()
+    parts = {"text_encoder": None, "tokenizer": None, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
+    return silent(diffusers.QwenImagePipeline(**parts, vae=vae, transformer=model.eval()))
+
+
+def of_masked_embeds(prompts, cfg=True):
+    made = of_embeds(prompts, cfg)
+    masks = {f"{side}prompt_embeds_mask": torch.ones(prompts, 7).long() for side in ("", "negative_")}
+    return {**made, **masks, "true_cfg_scale": made.pop("guidance_scale"), "height": 32, "width": 32}
 
 
 def with_cache(other=False):
@@ -184,5 +265,6 @@ REFUSED = {
         arguments,
         "combines 3 predictions in a step",
     ),
+    "QwenImagePipeline": (normed, of_masked_embeds, "the pipeline's own step, by the formula with rescale 0"),
 }
 BROKEN = easyanimate.builder(diffusers.EasyAnimateControlPipeline, in_channels=8), controlled
