@@ -5,7 +5,7 @@ measure.py   how the pipeline combines the predictions of a step, measured witho
 claims.py    what an adapter says of that
 links.py     what blocks pass on to each other
 plain.py     the plain method: every branch alone, through the whole model
-steps.py     one step by the plain method, and by the engine
+plain_step.py, engine_step.py  one step by each
 check.py     one against the other
 suspects.py  which fact is wrong where they differ
 verdict.py   what a check found

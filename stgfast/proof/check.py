@@ -27,9 +27,10 @@ from stgfast.integrations.spec import Adapter, Fitted
 from stgfast.integrations.steps import CallArguments
 from stgfast.kinds import RESIDUAL
 from stgfast.proof.claims import claims_of, end_of_parts
+from stgfast.proof.engine_step import EngineStep
 from stgfast.proof.measure import LINEAR, Stand, measured
 from stgfast.proof.plain import KINDS
-from stgfast.proof.steps import EngineStep, PlainStep, allowed, apart, epsilon
+from stgfast.proof.plain_step import PlainStep, allowed, apart, epsilon
 from stgfast.proof.suspects import suspects
 from stgfast.proof.verdict import Line, Verdict
 from stgfast.proof.watch import Watch
