@@ -69,16 +69,16 @@ def _find(pipe: Any, installed: Installed, call: CallArguments, given: Mapping[s
     assert installed.verified is not None
     kind = _outline(call), _kinds(settle(installed.given or Guidance(Perturbation([0])), None, given))
     if kind in installed.verified:
-        return installed
+        return dataclasses.replace(installed, known=installed.verified[kind])
 
     def guided(adapter: Adapter) -> Guidance:
         return settle(installed.given or adapter.defaults, adapter.own_rescale(call), given)
 
     adapter = found(pipe, installed.original, call, guided, installed.max_rows, installed.compilation)
-    if adapter != installed.known:
+    if adapter not in installed.verified.values():
         known = adapter.pipeline, written(adapter)
         log.warning("%s is not in the table: its facts were found and verified.\n%s", *known)
-    installed.verified.add(kind)
+    installed.verified[kind] = adapter
     installed = dataclasses.replace(installed, known=adapter)
     vars(pipe)[INSTALLED] = installed
     return installed
@@ -96,7 +96,7 @@ def _verify(installed: Installed, fitted: Fitted, guidance: Guidance, call: Call
         raise EngineError(
             f"the facts of {installed.original.__name__} do not give the plain method's result: {verdict.reason}"
         )
-    installed.verified.add(kind)
+    installed.verified[kind] = installed.adapter
 
 
 def _kinds(guidance: Guidance) -> frozenset[Any]:

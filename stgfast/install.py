@@ -50,7 +50,7 @@ def accelerate(
     """
     original = original_class(type(pipe))
     unknown = adapter is None and may_be_found(pipe, original)
-    verified = set[Any]() if verify or unknown or (verify is None and adapter is not None) else None
+    verified = dict[Any, Adapter]() if verify or unknown or (verify is None and adapter is not None) else None
     if adapter is None and not unknown:
         adapter = adapter_for(pipe, original)
     if adapter is not None:

@@ -29,7 +29,8 @@ class Installed:
     compilation: Mapping[str, Any] | None  # the arguments of torch.compile, where blocks are to be compiled
     recipe: Recipe | None
     original: Any  # the class of the pipeline before it was accelerated
-    verified: set[Any] | None = None  # the calls that were verified, by what they have in common; None for no need
+    # The facts that were verified, by what calls have in common; None where they need not be.
+    verified: dict[Any, Adapter] | None = None
     found: bool = False  # its facts are to be found, or were
     told: set[str] = dataclasses.field(default_factory=set)  # notices that were given
 

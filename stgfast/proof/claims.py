@@ -62,7 +62,7 @@ def claims_of(watch: Watch, stub: Answer, adapter: Adapter) -> list[Claimed]:
             claims[step] = Claimed(adapter.steps(watch.copy), scale, adapter.calls(scale is not None))
         return stub(step, turn, name, plain, arguments)
 
-    watch.run(answer)
+    watch.run(answer, thin=True)
     return [claims[step] for step in sorted(claims)]
 
 

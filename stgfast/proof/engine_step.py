@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.layout import Layout
+from stgfast.batching.outputs import prediction_in
 from stgfast.batching.plan import Plan
 from stgfast.batching.seam import Call
 from stgfast.engine import Run, Step, Strategy
@@ -98,5 +99,5 @@ class _Recorded:
         watch = self.by.watch
         watch.begin(arguments, self.by.step + 1)
         output = self._answer(turn, plain, arguments)
-        watch.steps[-1].asked.append(Asked(self.name, arguments, output))
+        watch.steps[-1].asked.append(Asked(self.name, arguments, output, len(prediction_in(output))))
         return output

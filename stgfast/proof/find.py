@@ -157,7 +157,7 @@ class Finding:
                     said[made].append(_says(made, self.watch.copy))
             return answers(step, turn, name, plain, arguments)
 
-        run = self.watch.run(answer)
+        run = self.watch.run(answer, thin=True)
         self.first_sent = run[0].combined[0]
         if not left:
             weights = ", ".join(f"{float(weight.max()):g}" for weight in self.combined[0].weights)

@@ -91,7 +91,7 @@ class Stand:
                 self.forms[name] = Form(arguments.given_to(plain), samples)
             form = self.forms[name]
             shape = form.shape(samples)
-            done = sum(len(prediction_in(asked.output)) for asked in self.watch.steps[step].asked) // (rows or shape[0])
+            done = sum(asked.rows for asked in self.watch.steps[step].asked) // (rows or shape[0])
             each = torch.Size([rows or shape[0], *shape[1:]])
             parts = [fill(each, done + number) for number in range(shape[0] // each[0])]
             like = prediction_in(form.output)
@@ -116,16 +116,16 @@ def measured(watch: Watch, stand: Stand) -> list[Combined]:
 
 def _measured(watch: Watch, stand: Stand, draw: Callable[[torch.Size, int], Tensor]) -> list[Combined]:
     made = _kept(draw)
-    first = watch.run(stand.answer(lambda shape, group: made(shape, 0), 0))
+    first = watch.run(stand.answer(lambda shape, group: made(shape, 0), 0), thin=True)
     if not first or not first[0].sent:
         raise EngineError("the call makes no step that a scheduler is sent, or that another one follows")
     rows = _rows_of(first[0], watch.sample)
     most = max(sum(_groups(step, rows)) for step in first)
-    zero = watch.run(stand.answer(lambda shape, group: made(shape, 0), rows))
-    one = watch.run(stand.answer(lambda shape, group: made(shape, 1), rows))
+    zero = watch.run(stand.answer(lambda shape, group: made(shape, 0), rows), thin=True)
+    one = watch.run(stand.answer(lambda shape, group: made(shape, 1), rows), thin=True)
 
     def one_of(number: int) -> list[Seen]:
-        return watch.run(stand.answer(lambda shape, group: made(shape, int(group == number)), rows))
+        return watch.run(stand.answer(lambda shape, group: made(shape, int(group == number)), rows), thin=True)
 
     each = [one_of(number) for number in range(most - 1)]
     steps = len(zero) if watch.still else 1
@@ -134,7 +134,7 @@ def _measured(watch: Watch, stand: Stand, draw: Callable[[torch.Size, int], Tens
 
 def _rows_of(step: Seen, sample: str) -> int:
     """Samples in a prediction: as many as the scheduler is sent, unless it is sent frames one by one."""
-    rows, made = len(step.combined[0]), len(prediction_in(step.asked[0].output))
+    rows, made = len(step.combined[0]), step.asked[0].rows
     if made % rows == 0:
         return rows
     samples = step.asked[0].arguments[sample]
@@ -174,7 +174,7 @@ def _weight(moved: Sequence[Tensor], unit: Sequence[Tensor]) -> tuple[Tensor, fl
 
 
 def _groups(step: Seen, rows: int) -> tuple[int, ...]:
-    return tuple(len(prediction_in(asked.output)) // rows for asked in step.asked)
+    return tuple(asked.rows // rows for asked in step.asked)
 
 
 def _difference(one: Seen, other: Seen) -> list[Tensor]:

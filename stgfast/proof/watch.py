@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stgfast.batching.arguments import Arguments, unwrapped
+from stgfast.batching.outputs import prediction_in
 from stgfast.batching.seam import Call, Handler, handling, held
 
 # `answer(step, turn, name of the denoiser, its own forward, its arguments)`: what the pipeline gets for a call.
@@ -29,13 +30,17 @@ class Enough(BaseException):
     """Ends a run. Not an Exception: a pipeline that catches errors must let it through."""
 
 
+THIN = 1 << 16  # numbers of what is sent that are kept of a step, where those of all steps are
+
+
 @dataclass
 class Asked:
-    """One call of a denoiser, and what the pipeline got for it."""
+    """One call of a denoiser, and what the pipeline got for it; of how many rows its prediction is."""
 
     name: str
     arguments: Arguments
     output: Any
+    rows: int = 0
 
 
 @dataclass
@@ -77,10 +82,15 @@ class Watch:
         # Text encoders and the like give the same in every run: they run in the first one alone.
         self._others = {name: unwrapped(part) for name, part in parts.items() if name not in self.denoisers}
         self._outputs: dict[str, list[Any]] | None = None
+        self.thin = False
         self.steps: list[Seen] = []
 
-    def run(self, answer: Answer, *, steps: int | None = None) -> list[Seen]:
-        """The call with these answers, to its end or for so many steps."""
+    def run(self, answer: Answer, *, steps: int | None = None, thin: bool = False) -> list[Seen]:
+        """The call with these answers, to its end or for so many steps.
+
+        Of a long run, `thin` keeps the tensors of the first step alone, and a part of what is sent in each.
+        """
+        self.thin = thin
         modules = [*self.denoisers.values(), *self._others.values()]
 
         def act(pipe: Any, call: Mapping[str, Any]) -> None:
@@ -127,7 +137,12 @@ class Watch:
         step = self.begin(arguments, steps)
         seen = self.steps[step]
         output = answer(step, len(seen.asked), name, plain, arguments)
-        seen.asked.append(Asked(name, arguments, output))
+        rows = len(prediction_in(output))
+        if self.thin and self.still and step:
+            arguments, kept = Arguments(arguments.module, (), {}), None
+        else:
+            kept = output
+        seen.asked.append(Asked(name, arguments, kept, rows))
         return output
 
     def _moved(self, arguments: Arguments) -> None:
@@ -170,7 +185,8 @@ class Watch:
         def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
             given = signature.bind(scheduler, *args, **kwargs).arguments
             if self.steps:
-                self.steps[-1].sent.append(given["model_output"].detach().clone())
+                sent = given["model_output"].detach()
+                self.steps[-1].sent.append(_thinned(sent) if self.thin else sent.clone())
             made = cls.step(scheduler, *args, **kwargs)
             sample = given["sample"]
             if isinstance(made, tuple):
@@ -198,6 +214,14 @@ class Watch:
         finally:
             if recorded is None:
                 self._outputs = outputs
+
+
+def _thinned(sent: Tensor) -> Tensor:
+    """Every so many numbers along the last dimensions."""
+    for dim in range(sent.ndim - 1, 1, -1):
+        every = min(-(-sent.numel() // THIN), sent.shape[dim])
+        sent = sent[(slice(None),) * dim + (slice(None, None, max(every, 1)),)]
+    return sent.to("cpu", copy=True)
 
 
 def _silence(blocks: Any) -> None:

@@ -72,6 +72,19 @@ def test_a_call_of_another_kind_is_found_anew(empty_table):
     same(family.run(pipe, **longer), family.plain(GUIDANCE, **longer))
 
 
+def test_each_kind_of_call_keeps_its_own_facts(empty_table):
+    """A call without CFG is read in another way than one with it."""
+    family = FAMILIES["HunyuanVideo"]
+    pipe = stgfast.accelerate(family.pipe(), GUIDANCE)
+    with_cfg, without = family.run(pipe), family.run(pipe, cfg=False)
+    same(with_cfg, family.plain(GUIDANCE))
+    same(without, family.plain(GUIDANCE, cfg=False))
+    ran = forwards(family, pipe)
+    assert torch.equal(family.run(pipe), with_cfg)
+    assert torch.equal(family.run(pipe, cfg=False), without)
+    assert len(ran) == 6
+
+
 def test_calls_that_are_alike_are_looked_over_once(empty_table):
     family = FAMILIES["Wan"]
     pipe = stgfast.accelerate(family.pipe(), GUIDANCE)
