@@ -87,8 +87,8 @@ def call(pipe, prompts=1, **changes):
     return (out.frames,) if out.audio is None else (out.frames, out.audio)
 
 
-def rows_of(pipe, **changes):
-    """Rows that every block runs on in one call."""
+def rows_of(pipe, run=None, **changes):
+    """Rows that every block runs on in one call, that of this file or another."""
     counts = [0] * DEPTH
 
     def hook(number):
@@ -101,7 +101,7 @@ def rows_of(pipe, **changes):
         block.register_forward_pre_hook(hook(n), with_kwargs=True)
         for n, block in enumerate(pipe.transformer.transformer_blocks)
     ]
-    call(pipe, **changes)
+    (run or call)(pipe, **changes)
     for handle in handles:
         handle.remove()
     return counts

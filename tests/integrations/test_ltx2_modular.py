@@ -59,20 +59,7 @@ def call(pipe, prompts=1, **changes):
 
 
 def rows_of(pipe, **changes):
-    counts = [0] * DEPTH
-
-    def hook(number):
-        def count(module, args, kwargs):
-            counts[number] += len(kwargs["hidden_states"])
-
-        return count
-
-    blocks = enumerate(pipe.transformer.transformer_blocks)
-    handles = [block.register_forward_pre_hook(hook(n), with_kwargs=True) for n, block in blocks]
-    call(pipe, **changes)
-    for handle in handles:
-        handle.remove()
-    return counts
+    return test_ltx2.rows_of(pipe, call, **changes)
 
 
 GUIDERS = {
