@@ -153,6 +153,8 @@ def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNa
             def mine(value: Any, name: str = "") -> Any:
                 if isinstance(value, dict):
                     return {name: mine(part) for name, part in value.items()}
+                if isinstance(value, (list, tuple)) and name in facts.repeated:
+                    return type(value)(mine(part, name) for part in value)
                 if name in facts.repeated:
                     return value.chunk(2)[source == "cond"]
                 return value[half] if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows else value

@@ -137,7 +137,7 @@ class Worker:
         self.device = torch.device(self.pipe._execution_device)  # which text encoders need not be on
         # Prompts that come later are encoded in one go where the text encoder leaves the device.
         self.ahead: Sequence[Prompt] = ()
-        self.texts = Texts(scratch / "texts", self.device, parts=encoders, ahead=lambda: list(self.ahead))
+        self.texts = Texts(scratch / "texts", self.device, parts=encoders, ahead=self._to_come)
         self.stopping = self.aborting = False
         self.alike = True
         self.in_hand: dict[threading.Thread, BatchRun] = {}
@@ -191,16 +191,16 @@ class Worker:
         }
 
     def start(self, batch: Batch, ahead: Sequence[Prompt] = ()) -> None:
-        self.ahead = ahead
         run = BatchRun(self, batch, self.scratch)
         thread = threading.Thread(target=self._run, args=(run,), name="stgfast-batch", daemon=True)
         self.in_hand[thread] = run
+        self.ahead = ahead
         thread.start()
 
     def render(self, batch: Batch, ahead: Sequence[Prompt], aside: Path) -> Iterator[Outcome]:
         """As `start`, in the caller's thread: what became of the jobs, whose clips are in a folder of the caller's."""
-        self.ahead = ahead
         run = self.in_hand[threading.current_thread()] = BatchRun(self, batch, aside)
+        self.ahead = ahead
         yield from self._through(run)
 
     def stop(self) -> None:
@@ -233,6 +233,12 @@ class Worker:
         until = time.monotonic() + seconds
         for thread in list(self.in_hand):
             thread.join(max(0.0, until - time.monotonic()))
+
+    def _to_come(self) -> list[Prompt]:
+        """Of the batches in hand too: more of them may have been handed out before the first reads its prompts."""
+        ahead = self.ahead  # before the batches in hand: what leaves it is among them
+        jobs = [task.job for run in list(self.in_hand.values()) for task in run.batch.tasks]
+        return list(dict.fromkeys([*((job.prompt, job.negative_prompt) for job in jobs), *ahead]))
 
     def _run(self, run: BatchRun) -> None:
         for outcome in self._through(run):

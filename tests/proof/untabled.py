@@ -8,9 +8,10 @@ import diffusers
 import torch
 import transformers
 from diffusers.modular_pipelines.wan.modular_blocks_wan_i2v import WanImage2VideoAutoBlocks
+from diffusers.pipelines.consisid import pipeline_consisid
 
 from tests import models
-from tests.integrations.families import easyanimate, wan
+from tests.integrations.families import cogvideox, easyanimate, wan
 from tests.integrations.family import Family
 from tests.oracle import Facts, Part
 from tests.render import wholes
@@ -41,22 +42,85 @@ def silent(pipe):
     return pipe
 
 
-def animated(cls, **changes):
+WIDE = {"block_out_channels": (16, 32), "layers_per_block": 2, "cross_attention_dim": 16}
+DOWN = ("CrossAttnDownBlock2D", "DownBlock2D")
+
+
+def animated(cls, control=None, **changes):
     def build(other=False):
         torch.manual_seed(1)
-        kinds = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
-        kinds["up_block_types"] = ("CrossAttnUpBlock2D", "UpBlock2D")
-        sizes = {"block_out_channels": (16, 32), "layers_per_block": 2, "norm_num_groups": 2, "attention_head_dim": 4}
-        unet = diffusers.UNet2DConditionModel(**kinds, **sizes, sample_size=8, cross_attention_dim=16)
+        kinds = {"down_block_types": DOWN, "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+        unet = diffusers.UNet2DConditionModel(**kinds, **WIDE, sample_size=8, norm_num_groups=2, attention_head_dim=4)
         motion = {"motion_layers_per_block": 2, "motion_norm_num_groups": 2, "motion_num_attention_heads": 4}
         adapter = diffusers.MotionAdapter(block_out_channels=(16, 32), **motion, **changes)
         models.spread(unet)
         models.spread(adapter)
-        pipe = cls(**reading(), unet=unet, motion_adapter=adapter)
+        controlled = {} if control is None else {"controlnet": control()}
+        pipe = cls(**reading(), unet=unet, motion_adapter=adapter, **controlled)
         pipe.unet.eval()
         return silent(pipe)
 
     return build
+
+
+def control(cls=diffusers.ControlNetModel, **changes):
+    kinds = {"down_block_types": DOWN, "conditioning_embedding_out_channels": (8, 8), **changes}
+    made = cls(**WIDE, **kinds, in_channels=4, norm_num_groups=1, attention_head_dim=4)
+    models.spread(made)
+    return made.eval()
+
+
+def sparse_control():
+    kinds = {"down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"), "conditioning_channels": 3}
+    motion = {"motion_num_attention_heads": 4, "motion_max_seq_length": 16}
+    return control(diffusers.SparseControlNetModel, **kinds, **motion, use_simplified_condition_embedding=False)
+
+
+def animated_xl(other=False):
+    torch.manual_seed(1)
+    kinds = {"down_block_types": ("DownBlockMotion", "CrossAttnDownBlockMotion")}
+    kinds["up_block_types"] = ("CrossAttnUpBlockMotion", "UpBlockMotion")
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "transformer_layers_per_block": (1, 2)}
+    added["projection_class_embeddings_input_dim"] = 6 * 8 + 16
+    motion = {"motion_num_attention_heads": 4, "use_motion_mid_block": False}
+    unet = diffusers.UNetMotionModel(**kinds, **WIDE, **added, **motion, norm_num_groups=2)
+    models.spread(unet)
+    none = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "motion_adapter"))
+    parts = {"vae": encoder(), "scheduler": ddim(), "unet": unet.eval()}
+    return silent(diffusers.AnimateDiffSDXLPipeline(**none, **parts))
+
+
+def of_pooled_embeds(prompts, cfg=True):
+    made = {**arguments(1, cfg), "generator": models.generators(1)[0]}
+    del made["prompt"]
+    for number, side in enumerate(("", "negative_")):
+        seeded = torch.Generator().manual_seed(number)
+        made[f"{side}prompt_embeds"] = torch.randn(1, 7, 16, generator=seeded)
+        made[f"{side}pooled_prompt_embeds"] = torch.randn(1, 16, generator=seeded)
+    return made
+
+
+def with_a_face(other=False):
+    torch.manual_seed(1)
+    stock = cogvideox.builder(diffusers.CogVideoXPipeline)()
+    sizes = {name: stock.transformer.config[name] for name in ("num_attention_heads", "attention_head_dim")}
+    sizes |= {name: stock.transformer.config[name] for name in ("num_layers", "text_embed_dim", "time_embed_dim")}
+    sizes |= {"in_channels": 8, "out_channels": 4, "use_rotary_positional_embeddings": True, "is_train_face": True}
+    sizes |= {"cross_attn_dim_head": 8, "cross_attn_num_heads": 2}
+    face = {"id_dim": 12, "vit_dim": 8, "dim_head": 8, "num_heads": 2, "num_id_token": 2, "num_querie": 4}
+    face["output_dim"] = int(sizes["num_attention_heads"] * sizes["attention_head_dim"] / 3 * 2)
+    model = diffusers.ConsisIDTransformer3DModel(**sizes, **{f"LFE_{name}": size for name, size in face.items()})
+    models.spread(model)
+    kept = {name: getattr(stock, name) for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
+    # By its own module: the package asks for OpenCV, with which key points are drawn.
+    return silent(pipeline_consisid.ConsisIDPipeline(**kept, transformer=model.eval()))
+
+
+def of_a_face(prompts, cfg=True):
+    seeded = torch.Generator().manual_seed(0)
+    face = {"id_cond": torch.randn(1, 12, generator=seeded)}
+    face["id_vit_hidden"] = [torch.randn(1, 6, 8, generator=seeded) for _ in range(5)]
+    return {**cogvideox.from_image(prompts, cfg), **face}
 
 
 UNET = {
@@ -153,7 +217,10 @@ def transformers_of(unet):
     parts = (unet.down_blocks, unet.mid_block, unet.up_blocks)
     kind = diffusers.models.transformers.transformer_2d.Transformer2DModel
     found = [module for part in parts for module in part.modules() if type(module) is kind]
-    return [Part(module, n, {"": module.transformer_blocks[0].attn1}) for n, module in enumerate(found)]
+    return [
+        Part(module, n, {str(block): one.attn1 for block, one in enumerate(module.transformer_blocks)})
+        for n, module in enumerate(found)
+    ]
 
 
 def frames_as_rows(pipe, prediction):
@@ -165,7 +232,7 @@ FACTS = Facts(
     parts=transformers_of,
     unchanged=lambda given: (given[0],),
     denoisers=("unet",),
-    repeated=("encoder_hidden_states",),
+    repeated=("encoder_hidden_states", "down_block_additional_residuals", "mid_block_additional_residual"),
 )
 FLAT = replace(FACTS, sent=frames_as_rows)
 FOUND = {
@@ -180,6 +247,32 @@ FOUND = {
             4.0,
             layers=(1, 4),
         ),
+        Family(
+            "AnimateDiff, controlled",
+            animated(diffusers.AnimateDiffControlNetPipeline, control),
+            one(conditioning_frames=lambda: wan.frames()[:4]),
+            FACTS,
+            4.0,
+            layers=(1, 4),
+        ),
+        Family(
+            "AnimateDiff, controlled at some frames",
+            animated(diffusers.AnimateDiffSparseControlNetPipeline, sparse_control),
+            one(conditioning_frames=lambda: wan.frames()[:1], controlnet_frame_indices=lambda: [0]),
+            FACTS,
+            4.0,
+            layers=(1, 4),
+        ),
+        Family(
+            "AnimateDiff from a video, controlled",
+            animated(diffusers.AnimateDiffVideoToVideoControlNetPipeline, control),
+            lambda prompts, cfg=True: {**of_a_video(prompts, cfg), "conditioning_frames": wan.frames()[:4]},
+            FACTS,
+            4.0,
+            layers=(1, 4),
+        ),
+        Family("AnimateDiff XL", animated_xl, of_pooled_embeds, FACTS, 4.0, layers=(1, 2)),
+        Family("ConsisID", with_a_face, of_a_face, cogvideox.FACTS, 6.0),
         Family(
             "PIA",
             animated(diffusers.PIAPipeline, conv_in_channels=9),

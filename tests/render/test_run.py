@@ -29,6 +29,7 @@ from stgfast.render.jobs import Job
 from stgfast.render.loading import fingerprint
 from stgfast.render.run import BadJobs, render
 from stgfast.render.store import FOLDER, Store, StoreError
+from stgfast.render.texts import Texts
 from tests import models
 from tests.precision import near
 from tests.render import pipes
@@ -183,13 +184,29 @@ def test_text_is_read_once_and_ahead(tmp_path, pipe):
     assert all(shape[0] == 1 for _, shape in read)
 
 
-def test_text_encoder_leaves_the_device(tmp_path, pipe, latents):
-    go(pipe, some(), tmp_path / "kept")
+@pytest.mark.parametrize("late", [False, True], ids=["", "more batches are handed out before the first reads"])
+def test_text_encoder_leaves_the_device(tmp_path, pipe, latents, monkeypatch, late):
+    go(pipe, some(), tmp_path / "kept", max_batch=1)
     kept = dict(latents)
+    handed_out = threading.Event()
+    if late:
+        encoding, start = Texts.encoding, worker.Worker.start
+
+        def waiting(self, *given):
+            assert handed_out.wait(60)
+            return encoding(self, *given)
+
+        def started(self, *given):
+            start(self, *given)
+            if self.free() is None:
+                handed_out.set()
+
+        monkeypatch.setattr(Texts, "encoding", waiting)
+        monkeypatch.setattr(worker.Worker, "start", started)
     moves = []
     encoder = pipe.text_encoder
     encoder.to = lambda device: moves.append(str(device)) or encoder
-    go(pipe, some(), tmp_path / "gone", offload="text")
+    go(pipe, some(), tmp_path / "gone", offload="text", max_batch=1)
     assert moves == ["cpu", "cpu", "cpu"]  # there and back once, for all prompts
     assert pipe.text_encoder is encoder
     for name, clip in kept.items():
