@@ -52,7 +52,7 @@ KEPT = {
         "CogVideoX|Cosmos 2 from an image|HunyuanVideo|HunyuanVideo15|Kandinsky 5|Latte|LTX|Mochi|modular LTX|"
         "Stable Video Diffusion|Wan|Wan of two transformers|Wan Animate|Motif Video|HunyuanVideo, frames packed"
     ),
-    "proof/test_untabled.py::test_found": "AnimateDiff|I2VGen-XL|Flux.2 Klein|modular.*",
+    "proof/test_untabled.py::test_found": "AnimateDiff|Cosmos.*|I2VGen-XL|Flux.2 Klein|modular.*",
     "integrations/test_ltx2.py::test_with_a_reference_too": "LTX2InContextPipeline-2-True",
     "proof/test_find.py::test_what_is_said_is_python_that_makes_it": FEW,
     "render/test_run.py::test_a_clip_is_the_same_in_any_company": "wan|cogvideox|ltx, carried on",

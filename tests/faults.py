@@ -191,7 +191,7 @@ FAULTS = [
     Fault(
         "a run that lost its guidance",
         "engine.py",
-        "if (self.steps_done, self.turn) != (steps, 0) and",
+        "if (done, self.turn) != (steps, 0) and",
         "if False and",
         "tests/test_robust.py -k 'exchanged or module_raises or facts'",
     ),
@@ -649,6 +649,13 @@ FAULTS = [
         "for name in guider.active_predictions())",
         "for name in reversed(guider.active_predictions()))",
         "tests/integrations/test_ltx2_modular.py",
+    ),
+    Fault(
+        "prompts that are handed out are not read ahead",
+        "render/worker.py",
+        "for job in jobs), *ahead]",
+        "for job in jobs[:0]), *ahead]",
+        "tests/render/test_run.py -k leaves_the_device",
     ),
     Fault(
         "a weight of the wrong prediction",

@@ -1,7 +1,6 @@
 """What is special to Cosmos: its own way to write CFG, x0 made between the calls, one mask for all samples."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -55,13 +54,7 @@ def test_a_callback_may_change_the_scale(name):
 
 @pytest.mark.parametrize("prompts", [1, 2])
 def test_the_padding_mask_is_one_for_all_samples(monkeypatch, prompts):
-    def resize(mask, size, interpolation):
-        return torch.nn.functional.interpolate(mask, size, mode="nearest")
-
-    torchvision = SimpleNamespace(
-        functional=SimpleNamespace(resize=resize), InterpolationMode=SimpleNamespace(NEAREST=0)
-    )
-    monkeypatch.setattr(transformer_cosmos, "transforms", torchvision, raising=False)
+    monkeypatch.setattr(transformer_cosmos, "transforms", cosmos.TRANSFORMS, raising=False)
     build = cosmos.builder(diffusers.Cosmos2TextToImagePipeline, cosmos.flow, concat_padding_mask=True)
     images = FAMILIES["Cosmos 2 for images"]
     family = ByCalls("padded", build, images.arguments, images.facts, cfg=4.0, result=images.result)

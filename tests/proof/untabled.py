@@ -7,11 +7,12 @@ from dataclasses import replace
 import diffusers
 import torch
 import transformers
+from diffusers.models.controlnets import controlnet_cosmos
 from diffusers.modular_pipelines.wan.modular_blocks_wan_i2v import WanImage2VideoAutoBlocks
 from diffusers.pipelines.consisid import pipeline_consisid
 
 from tests import models
-from tests.integrations.families import cogvideox, easyanimate, wan
+from tests.integrations.families import cogvideox, cosmos, easyanimate, wan
 from tests.integrations.family import Family
 from tests.oracle import Facts, Part
 from tests.render import wholes
@@ -114,6 +115,25 @@ def with_a_face(other=False):
     kept = {name: getattr(stock, name) for name in ("tokenizer", "text_encoder", "vae", "scheduler")}
     # By its own module: the package asks for OpenCV, with which key points are drawn.
     return silent(pipeline_consisid.ConsisIDPipeline(**kept, transformer=model.eval()))
+
+
+def under_control(other=False):
+    vars(controlnet_cosmos).setdefault("transforms", cosmos.TRANSFORMS)
+    model = cosmos.transformer(**cosmos.WITH_MASK, **cosmos.PROJECTED, controlnet_block_every_n=2)
+    names = ("num_attention_heads", "attention_head_dim", "mlp_ratio", "text_embed_dim", "adaln_lora_dim", "max_size")
+    sizes = {**{name: model.config[name] for name in names}, **cosmos.PROJECTED, "img_context_dim_in": None}
+    sizes |= {"n_controlnet_blocks": 2, "in_channels": 18, "latent_channels": 18, "model_channels": 32}
+    torch.manual_seed(2)
+    net = diffusers.CosmosControlNetModel(**sizes, patch_size=model.config.patch_size)
+    models.spread(net)
+    parts = {"text_encoder": None, "tokenizer": None, "safety_checker": cosmos.Unchecked()}
+    parts |= {"vae": models.pipeline("wan").vae, "scheduler": cosmos.multistep(other), "controlnet": net.eval()}
+    return silent(diffusers.Cosmos2_5_TransferPipeline(**parts, transformer=model))
+
+
+def of_controls(prompts, cfg=True):
+    controls = torch.rand(1, 9, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    return {**cosmos.caller(num_frames=9, num_frames_per_chunk=9)(1, cfg), "controls": controls}
 
 
 def of_a_face(prompts, cfg=True):
@@ -272,6 +292,7 @@ FOUND = {
             layers=(1, 4),
         ),
         Family("AnimateDiff XL", animated_xl, of_pooled_embeds, FACTS, 4.0, layers=(1, 2)),
+        Family("Cosmos 2.5, controlled", under_control, of_controls, Facts(stacked=False), 4.0, layers=(1, 2)),
         Family("ConsisID", with_a_face, of_a_face, cogvideox.FACTS, 6.0),
         Family(
             "PIA",

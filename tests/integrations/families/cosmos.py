@@ -1,5 +1,7 @@
 """Cosmos: calls for cond and then for uncond, combined as c + s (c - u) after a step to x0."""
 
+from types import SimpleNamespace
+
 import diffusers
 import torch
 
@@ -20,6 +22,14 @@ class Unchecked(diffusers.ModelMixin):
 
     def check_video_safety(self, frames):
         return frames
+
+
+def resize(mask, size, interpolation):
+    return torch.nn.functional.interpolate(mask, size, mode="nearest")
+
+
+# In place of torchvision's, which makes padding masks smaller.
+TRANSFORMS = SimpleNamespace(functional=SimpleNamespace(resize=resize), InterpolationMode=SimpleNamespace(NEAREST=0))
 
 
 def transformer(**changes):
