@@ -1,7 +1,6 @@
 """Which tests say again, of another family or size, what others say: `make test-all` runs these too, `make test` not.
 
-Of every test function here, those whose parameters match its pattern are in `make test`. With all tests, 97.0% of the
-package's lines and 92.9% of its branches ran; with these alone, 96.9% and 92.6%; and every deliberate fault of
+Of every test function here, those whose parameters match its pattern are in `make test`. Every deliberate fault of
 `tests/faults.py` is seen by what they keep.
 """
 

@@ -150,11 +150,14 @@ UNET = {
 }
 
 
-def three_dimensional(other=False):
-    torch.manual_seed(1)
-    unet = diffusers.UNet3DConditionModel(**UNET)
-    models.spread(unet)
-    return silent(diffusers.TextToVideoSDPipeline(**reading(), unet=unet.eval()))
+def three_dimensional(cls):
+    def build(other=False):
+        torch.manual_seed(1)
+        unet = diffusers.UNet3DConditionModel(**UNET)
+        models.spread(unet)
+        return silent(cls(**reading(), unet=unet.eval()))
+
+    return build
 
 
 def from_an_image(other=False):
@@ -302,7 +305,7 @@ FOUND = {
             4.0,
             layers=(1, 4),
         ),
-        Family("Text to video", three_dimensional, one(), FLAT, 4.0, layers=(0, 2)),
+        Family("Text to video", three_dimensional(diffusers.TextToVideoSDPipeline), one(), FLAT, 4.0, layers=(0, 2)),
         Family("I2VGen-XL", from_an_image, one(image=wan.image, clip_skip=None), FLAT, 4.0, layers=(0, 2)),
         Family(
             "Flux.2 Klein",
@@ -378,6 +381,11 @@ REFUSED = {
         animated(diffusers.AnimateDiffPAGPipeline),
         arguments,
         "combines 3 predictions in a step",
+    ),
+    "VideoToVideoSDPipeline": (
+        three_dimensional(diffusers.VideoToVideoSDPipeline),
+        of_a_video,
+        "makes 2 steps, which nothing on the pipeline says",
     ),
     "QwenImagePipeline": (normed, of_masked_embeds, "the pipeline's own step, by the formula with rescale 0"),
 }
