@@ -35,9 +35,11 @@ def sure(
     """What a call is run with, once its facts are found and verified where they have to be; None where the pipeline's
     facts are not known, and the call is not guided."""
     if installed.found:
-        if settle(installed.given or Guidance(Perturbation([0])), None, given).inert:
+        # The layers of a default are not known yet.
+        asked = settle(installed.given or Guidance(Perturbation([0])), None, given)
+        if asked.inert:
             return None
-        installed = _find(pipe, installed, call, given)
+        installed = _find(pipe, installed, call, given, _kinds(asked))
     fitted, guidance = settled(pipe, installed, call, given)
     if installed.verified is not None and not installed.found and not guidance.inert:
         _verify(installed, fitted, guidance, call)
@@ -64,10 +66,12 @@ def proposal(pipe: Any, *args: Any, **kwargs: Any) -> Adapter:
     return proposed(pipe, original, bound.arguments)
 
 
-def _find(pipe: Any, installed: Installed, call: CallArguments, given: Mapping[str, Any]) -> Installed:
+def _find(
+    pipe: Any, installed: Installed, call: CallArguments, given: Mapping[str, Any], kinds: frozenset[Any]
+) -> Installed:
     """With the facts of calls that are like this one."""
     assert installed.verified is not None
-    kind = _outline(call), _kinds(settle(installed.given or Guidance(Perturbation([0])), None, given))
+    kind = _outline(call), kinds
     if kind in installed.verified:
         return dataclasses.replace(installed, known=installed.verified[kind])
 

@@ -28,7 +28,6 @@ class EngineStep:
 
     def __init__(self, watch: Watch, stub: Answer | None, step: int, make: Callable[[Any, CallArguments], Run]):
         self.strategy: _Watched | None = None
-
         self.rows: Counter[nn.Module] = Counter()
 
         def act(pipe: Any, call: CallArguments) -> None:

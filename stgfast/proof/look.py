@@ -49,7 +49,7 @@ class Look:
     blocks     that ran in this call, in order
     attention  of the first block of every list: the path of its self-attention
     identity   whether that one's output for output = V is what `identity_attention` says
-    rows       the first dimension of all tensors that its attentions were given, by argument
+    given      the first dimension of all tensors that its attentions were given, by argument
     """
 
     denoiser: str = ""

@@ -61,7 +61,6 @@ class PlainStep:
         self.outputs, self.own = [asked.output for asked in step.asked], step.combined
         self.dtype = prediction_in(self.outputs[0]).dtype
         self.result = self._guided()
-
         self.sent = self._sent(self.result)
 
     def _sent(self, result: Tensor) -> list[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import diffusers
@@ -258,53 +259,31 @@ FACTS = Facts(
     repeated=("encoder_hidden_states", "down_block_additional_residuals", "mid_block_additional_residual"),
 )
 FLAT = replace(FACTS, sent=frames_as_rows)
+animate = functools.partial(Family, facts=FACTS, cfg=4.0, layers=(1, 4))
 FOUND = {
     family.name: family
     for family in (
-        Family("AnimateDiff", animated(diffusers.AnimateDiffPipeline), arguments, FACTS, 4.0, layers=(1, 4)),
-        Family(
-            "AnimateDiff from a video",
-            animated(diffusers.AnimateDiffVideoToVideoPipeline),
-            of_a_video,
-            FACTS,
-            4.0,
-            layers=(1, 4),
-        ),
-        Family(
+        animate("AnimateDiff", animated(diffusers.AnimateDiffPipeline), arguments),
+        animate("AnimateDiff from a video", animated(diffusers.AnimateDiffVideoToVideoPipeline), of_a_video),
+        animate(
             "AnimateDiff, controlled",
             animated(diffusers.AnimateDiffControlNetPipeline, control),
             one(conditioning_frames=lambda: wan.frames()[:4]),
-            FACTS,
-            4.0,
-            layers=(1, 4),
         ),
-        Family(
+        animate(
             "AnimateDiff, controlled at some frames",
             animated(diffusers.AnimateDiffSparseControlNetPipeline, sparse_control),
             one(conditioning_frames=lambda: wan.frames()[:1], controlnet_frame_indices=lambda: [0]),
-            FACTS,
-            4.0,
-            layers=(1, 4),
         ),
-        Family(
+        animate(
             "AnimateDiff from a video, controlled",
             animated(diffusers.AnimateDiffVideoToVideoControlNetPipeline, control),
             lambda prompts, cfg=True: {**of_a_video(prompts, cfg), "conditioning_frames": wan.frames()[:4]},
-            FACTS,
-            4.0,
-            layers=(1, 4),
         ),
         Family("AnimateDiff XL", animated_xl, of_pooled_embeds, FACTS, 4.0, layers=(1, 2)),
         Family("Cosmos 2.5, controlled", under_control, of_controls, Facts(stacked=False), 4.0, layers=(1, 2)),
         Family("ConsisID", with_a_face, of_a_face, cogvideox.FACTS, 6.0),
-        Family(
-            "PIA",
-            animated(diffusers.PIAPipeline, conv_in_channels=9),
-            one(image=wan.image),
-            FACTS,
-            4.0,
-            layers=(1, 4),
-        ),
+        animate("PIA", animated(diffusers.PIAPipeline, conv_in_channels=9), one(image=wan.image)),
         Family("Text to video", three_dimensional(diffusers.TextToVideoSDPipeline), one(), FLAT, 4.0, layers=(0, 2)),
         Family("I2VGen-XL", from_an_image, one(image=wan.image, clip_skip=None), FLAT, 4.0, layers=(0, 2)),
         Family(
