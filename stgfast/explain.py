@@ -7,11 +7,13 @@ import inspect
 import itertools
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from stgfast.announced import memory_for, plan_of
 from stgfast.batching.layout import Layout
 from stgfast.batching.plan import passing
+from stgfast.batching.ways import ways
 from stgfast.call import settings_of
 from stgfast.combining import branches_of, plan_for
 from stgfast.explained import Explanation, Phase
@@ -39,7 +41,21 @@ def explain(pipe: Any, **arguments: Any) -> Explanation:
         cfg, phases = adapter.requested(call), _weighed(pipe, adapter, guidance, call, layout)
     about = adapter.pipeline, adapter.protocol, layout.depth, cfg, guidance
     notice = adapter.notice(call) or ("the steps of one part of a longer clip" if adapter.windowed else "")
-    return Explanation(*about, installed.recipe, installed.max_rows, phases, notice)
+    explained = Explanation(*about, installed.recipe, installed.max_rows, phases, notice)
+    return replace(explained, attention=_attention(pipe, layout, explained))
+
+
+def _attention(pipe: Any, layout: Layout, explained: Explanation) -> dict[str, list[int]]:
+    """How attentions go that have identity rows, by the numbers of the blocks."""
+    device = getattr(pipe, "_execution_device", None) or next(layout.denoiser.parameters()).device
+    kind = str(device).split(":")[0]
+    found: dict[str, list[int]] = {}
+    for plan in explained.plans:
+        for block, way, unfit in ways(layout, plan, explained.rows_at_once, kind):
+            blocks = found.setdefault(f"{way.value}, as {unfit}" if unfit else way.value, [])
+            if block not in blocks:
+                blocks.append(block)
+    return {way: sorted(blocks) for way, blocks in found.items()}
 
 
 def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, layout: Layout) -> tuple[Phase, ...]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from stgfast.batching.plan import Plan
 from stgfast.batching.room import ALL, Rows
@@ -59,6 +59,7 @@ class Explanation:
     max_rows: Rows
     phases: tuple[Phase, ...]
     notice: str = ""  # what the call gets that it seems not to ask for
+    attention: Mapping[str, Sequence[int]] = field(default_factory=dict)  # how identity rows go, and in which blocks
 
     @property
     def block_rows(self) -> int:
@@ -80,22 +81,23 @@ class Explanation:
     @property
     def rows_held(self) -> int:
         """The most rows of one prompt between two blocks, which is what memory goes by."""
-        return max(max(step.before, len(step.order)) for plan in self._plans for step in plan.steps)
+        return max(max(step.before, len(step.order)) for plan in self.plans for step in plan.steps)
 
     @property
     def rows_of_pipeline(self) -> int:
         """The most rows of one prompt in a call of the pipeline's own."""
-        return max(len({branch.source for branch in plan.branches}) for plan in self._plans)
+        return max(len({branch.source for branch in plan.branches}) for plan in self.plans)
 
     @property
     def rows_at_once(self) -> int:
         """The most rows of one prompt that a block computes at once, unless a GPU is found to have room for more."""
-        most = max(max(plan.computed) for plan in self._plans)
+        most = max(max(plan.computed) for plan in self.plans)
         bound = self.rows_of_pipeline if self.max_rows is None else most if self.max_rows == ALL else int(self.max_rows)
         return min(most, bound)
 
     @property
-    def _plans(self) -> list[Plan]:
+    def plans(self) -> list[Plan]:
+        """Those of all calls of the denoiser."""
         return [plan for phase in self.phases for _, plans in phase.kinds for plan in plans if plan.branches]
 
     def __str__(self) -> str:
@@ -114,6 +116,7 @@ class Explanation:
             f"block-rows per prompt: {self.block_rows}; {self.unshared} without sharing "
             f"({1 - self.block_rows / self.unshared:.1%} saved); {self.cfg_alone} without stgfast"
         )
+        lines += [f"attention of {_plural('block', where)}: {way}" for way, where in self.attention.items()]
         lines.append(
             f"memory, in rows per prompt: {self.rows_at_once} in a block at once, {self.rows_held} held between "
             f"blocks; {self.rows_of_pipeline} in the pipeline's own calls"

@@ -17,6 +17,9 @@ FIRST = (
     "SkyReels-V2 forced, part by part|HunyuanVideo, frames packed"
 )
 RUNS = "Wan, UniPC|CogVideoX, DPM|SVD, Euler|LTX, shifted by size|Mochi, the other way round"
+ONE_CALL = (
+    "Allegro|CogVideoX|EasyAnimate|HunyuanVideo|HunyuanVideo15|Kandinsky 5|Mochi|Stable Diffusion 3|Flux|Motif Video"
+)
 FEW = "Cosmos 2 from an image|Flux|Kandinsky 5|Latte|Mochi|Stable Video Diffusion|Wan"
 KEPT = {
     "bench/test_growth.py::test_arithmetic_follows_the_plan": "mochi",
@@ -33,6 +36,10 @@ KEPT = {
     "integrations/test_forecast.py::test_equals_what_is_written_apart": "LTX-in .*|Mochi-.*|Wan-held|CogVideoX-by .*",
     "integrations/test_families.py::test_no_history_runs_twice": FIRST,
     "integrations/test_families.py::test_no_worse_than_the_plain_method": FEW,
+    "integrations/test_one_call.py::test_however_many_branches_and_prompts": "LTX|Wan|Stable Diffusion XL",
+    "integrations/test_one_call.py::test_one_launch_for_every_marked_attention": (
+        f"({ONE_CALL}|Cosmos|Latte|LTX|Stable Diffusion XL|Wan)-float32|({ONE_CALL})-float16"
+    ),
     "integrations/test_families.py::test_scale_0_and_restore_leave_the_stock_result": FIRST,
     "integrations/test_forecast.py::test_explain_counts_what_runs_or_says_why_not": FIRST,
     "integrations/test_forecast.py::test_ltx2_too": "line",

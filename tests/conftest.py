@@ -1,5 +1,6 @@
 """What every test runs under."""
 
+import importlib.util
 import os
 import sys
 from contextlib import nullcontext
@@ -7,11 +8,15 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+INTERPRET = "TRITON_INTERPRET"
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
-from hypothesis import HealthCheck, Phase, settings
+    os.environ[INTERPRET] = "1"  # before anything imports triton
+    if importlib.util.find_spec("triton") is not None:
+        for name in ("attention", "attention_hopper", "combination"):
+            importlib.import_module(f"stgfast.kernels.{name}")
+from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
-from tests import again, precision
+from tests import again, precision  # noqa: E402
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the models are tiny, and tests run side by side
 # `NO_SHRINK`: that a test fails is enough.
@@ -37,6 +42,13 @@ def _seeded_and_left_as_it_was():
     torch.manual_seed(0)
     yield
     assert switches() == before
+
+
+@pytest.fixture(autouse=True)
+def _attending(request, monkeypatch):
+    """Attention is that of a CPU, but for the tests of kernels, and those marked `interpreted`."""
+    if "kernels" not in request.path.parts and request.node.get_closest_marker("interpreted") is None:
+        monkeypatch.delenv(INTERPRET, raising=False)
 
 
 @pytest.fixture

@@ -131,13 +131,17 @@ def cases(draw):
 def counted_attention(pipe, family):
     """The rows whose self-attention is computed, block by block: seen at torch's attention itself."""
     blocks = blocks_of(pipe.transformer)
-    rows, now = [0] * len(blocks), []
+    rows, now, within = [0] * len(blocks), [], []
     attend = torch.nn.functional.scaled_dot_product_attention
 
     def count(query, key, value, *args, **kwargs):
-        if now and query.shape[-2] == key.shape[-2]:  # not attention to the text
+        within[-1:] = [True] * len(within[-1:])
+        within.append(False)
+        out = attend(query, key, value, *args, **kwargs)
+        # Not attention to the text, nor a call of the model's that is answered by another one, of fewer rows.
+        if not within.pop() and now and query.shape[-2] == key.shape[-2]:
             rows[now[-1]] += query.shape[0]
-        return attend(query, key, value, *args, **kwargs)
+        return out
 
     hooks = []
     for number, block in enumerate(blocks):

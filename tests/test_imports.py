@@ -22,7 +22,7 @@ MAY = {
     "kinds": {"errors", "kernels"},
     "formulas": {"errors"},
     "kernels": set(),
-    "batching": COMMON,
+    "batching": COMMON | {"kernels"},
     # `Adapter.of` asks for facts where it is called.
     "integrations": COMMON | {"batching", "facts", "kernels", "presets"},
     "memory": COMMON,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 _names: dict[type[nn.Module], list[str]] = {}
 
@@ -36,6 +36,12 @@ class Arguments:
         given = {*changed.kwargs, *_parameters(self.module)[: len(self.args)]}
         changed.kwargs |= {name: value for name, value in changes.items() if name not in given}
         return changed
+
+    @property
+    def device(self) -> str:
+        """The kind of device that tensors among them are on."""
+        tensors = (value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))
+        return next((tensor.device.type for tensor in tensors), "cpu")
 
     def given_to(self, call: Callable[..., Any]) -> Any:
         return call(*self.args, **self.kwargs)

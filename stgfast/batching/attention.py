@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.layout import Layout, Unit
+from stgfast.batching.one_call import forks, one_call
 from stgfast.batching.rows import as_given, as_tuple, join, spans, take
-from stgfast.batching.seam import Call, Handler, as_written, handling, held
+from stgfast.batching.sdpa import UnfitError
+from stgfast.batching.seam import Call, Handler, as_written, compiled, handling, held
+from stgfast.batching.ways import Way, along, counted, together, way_of
 from stgfast.errors import EngineError
 from stgfast.kinds import Mark, kind_of
 
@@ -93,19 +96,12 @@ class Inside:
     def finish(self, number: int, unit: Unit) -> None:
         """A block that goes around its attention would give a plain prediction for a weak one."""
         for axis, attention in unit.attentions:
-            changed = [mark for mark in self._along(axis) if mark is not None]
+            changed = [mark for mark in along(self.layout, self.marks, axis) if mark is not None]
             if changed and attention not in self.reached:
                 raise EngineError(
                     f"attention of block {number}: got a block that ran without a call of {type(attention).__name__}, "
                     f"expected one, to change what it does ({changed[0].kind}); is the block compiled, or replaced?"
                 )
-
-    def _along(self, axis: str) -> list[Mark | None]:
-        """The mark of every row, where it changes attention along this axis."""
-        return [
-            mark if mark is not None and self.layout.inside(mark) and kind_of(mark).concerns(mark, axis) else None
-            for mark in self.marks
-        ]
 
     def _around(self, plain: Call, arguments: Arguments) -> Any:
         """Stands in for a compiled module with an attention inside."""
@@ -114,23 +110,45 @@ class Inside:
     def _attention(self, axis: str, plain: Call, arguments: Arguments) -> Any:
         """Stands in for a self-attention: rows that are made weak run what their kind says, and no more."""
         self.reached.add(arguments.module)
-        marks, rows = self._along(axis), len(self.marks)
-        attend = self.layout.attend
-        if attend is not None and arguments["hidden_states"].device.type not in self.layout.blocks.attend_on:
-            attend = None
-        if attend is not None and all(mark is None or kind_of(mark).values for mark in marks):
-            # Rows of one input are projected once.
-            different = list(dict.fromkeys(self.inputs))
-            once = self.layout.some(arguments, spans([self.inputs.index(one) for one in different], 1), rows)
-            masked, source = [mark is not None for mark in marks], [different.index(one) for one in self.inputs]
-            return once.given_to(functools.partial(attend, arguments.module, masked, source))
-        outputs, order = [], []
-        for mark in dict.fromkeys(marks):
-            mine = [row for row, its in enumerate(marks) if its == mark]
+        marks, rows = along(self.layout, self.marks, axis), len(self.marks)
+        groups: list[list[int]] = [[row for row in range(rows) if marks[row] == mark] for mark in dict.fromkeys(marks)]
+        outputs, order, some = [], [], together(marks)
+        stacked = self._stacked(plain, arguments, [marks[row] for row in some], some)
+        if any(marks):  # what else of the block has attentions sees rows that differ
+            self.inputs = range(rows)
+        if stacked is not None:
+            groups = [mine for mine in groups if mine[0] not in some]
+            outputs.append(as_tuple(stacked))
+            order += some
+        for mine in groups:
+            mark = marks[mine[0]]
             if len(mine) == rows and mark is None:
                 return arguments.given_to(plain)
-            call = Attention(self.layout, plain, self.layout.some(arguments, spans(mine, 1), rows), self.tokens)
+            call = Attention(self.layout, plain, self._some(arguments, mine), self.tokens)
             outputs.append(as_tuple(call.plain() if mark is None else kind_of(mark).attend(mark, call)))
             order += mine
         back = spans([order.index(row) for row in range(rows)], 1)
         return as_given([take(join(parts), back, rows, "attention") for parts in zip(*outputs, strict=True)])
+
+    def _stacked(
+        self, plain: Call, arguments: Arguments, marks: Sequence[Mark | None], rows: Sequence[int]
+    ) -> Any | None:
+        """The output for rows that attend or have their values, of one call for them all; None where these go apart."""
+        module, inputs = arguments.module, [self.inputs[row] for row in rows]
+        way = way_of(self.layout, module, arguments.device, counted(marks, inputs))
+        if way is Way.APART:
+            return None
+        if way is Way.ONE and not forks(module):
+            inputs = list(rows)
+        different, masked = list(dict.fromkeys(inputs)), [mark is not None for mark in marks]
+        source = [different.index(one) for one in inputs]
+        given = self._some(arguments, [rows[inputs.index(one)] for one in different])
+        if way is Way.OWN and self.layout.attend is not None:
+            return given.given_to(functools.partial(self.layout.attend, module, masked, source))
+        try:
+            return one_call(as_written(module) if compiled(module) else plain, given, len(different), masked, source)
+        except UnfitError:  # noted with the module: `way_of` says APART from now on
+            return None
+
+    def _some(self, arguments: Arguments, rows: Sequence[int]) -> Arguments:
+        return self.layout.some(arguments, spans(rows, 1), len(self.marks))

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from stgfast.batching.seam import handling
+from stgfast.batching.sdpa import Scores, answering
+from stgfast.batching.seam import as_written, handling
+from stgfast.errors import EngineError
 
 
 def identity_attention(
@@ -35,23 +35,20 @@ def identity_attention(
 def identity_of_scores(attn: Any, *args: Any, **named: Any) -> Any:
     """The same, for an attention module of any kind that calls torch's own attention: it runs as it is, queries and
     keys too, and only the attention itself returns its values."""
-    with handling(None), ValuesAlone():
-        return attn(*args, **named)
+    seen = list[Tensor]()
 
+    def value(scores: Scores) -> Tensor:
+        seen.append(scores.v)
+        return scores.v
 
-class ValuesAlone(TorchFunctionMode):
-    """Within it, and in this thread alone, torch's attention returns its values."""
-
-    seen = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **kwargs)
-        self.seen += 1
-        given = [*args[:3], *(kwargs[name] for name in ("query", "key", "value")[len(args) :])]
-        heads, value = given[0].shape[-3], given[2]
-        return value.repeat_interleave(heads // value.shape[-3], -3) if kwargs.get("enable_gqa") else value
+    with handling(None), answering(attn, value):
+        output = as_written(attn)(*args, **named)
+    if not seen:
+        raise EngineError(
+            f"output = V of {type(attn).__name__}: got a processor, {type(getattr(attn, 'processor', None)).__name__}, "
+            f"that does not call torch's attention, nor one of diffusers' backends; set one that does"
+        )
+    return output
 
 
 def values(attn: Any, tokens: Tensor, fused: str = "to_qkv", alone: str = "to_v") -> Tensor:

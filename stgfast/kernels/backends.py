@@ -109,6 +109,7 @@ BACKENDS = {
 }
 WHOLE = ("reference", "triton", "hopper")  # these compute all rows, identity and plain
 NAMES = ("auto", *WHOLE, *BACKENDS)
+INTERPRETED = (torch.float32, torch.float16)  # Triton's interpreter knows no bfloat16
 YARDSTICK = "sdpa"  # what `auto` holds the others against: a fast result that is wrong is never chosen
 ROUNDINGS = 16  # of the largest value, by which two right results may differ
 
@@ -124,7 +125,7 @@ def masked_attention(
     source: Sequence[int] | None = None,
     tokens: tuple[int, int] | None = None,
     scale: float | None = None,
-    impl: str = "auto",
+    impl: str | Attend = "auto",
 ) -> Tensor:
     """Attention for a whole stack: row b is softmax attention, or a copy of V where `identity[b]`.
 
@@ -133,7 +134,7 @@ def masked_attention(
     bias      boolean (true: attend) or added to the scores; broadcastable over rows, heads and queries
     source    the row of q, k, v, kv_len and bias that each output row reads: several may read one
     tokens    the range of tokens that an identity row copies; it attends as usual elsewhere
-    impl      one of `NAMES`; a named one never falls back to another
+    impl      one of `NAMES`, of which a named one never falls back to another; or the attention to call on plain rows
 
     What it computes is written in `reference.masked_attention`.
     """
@@ -144,9 +145,11 @@ def masked_attention(
     check_attention(q, k, v, same, kv_len=kv_len, bias=bias, source=rows, tokens=span, scale=factor)
     if bias is not None and bias.ndim < 4:
         bias = bias[(None,) * (4 - bias.ndim)]
+    call = Call(q, k, v, tuple(same), tuple(rows), span, kv_len, bias, factor)
+    if callable(impl):
+        return call.split(impl)
     if impl not in NAMES:
         raise expected("impl", repr(impl), f"one of {', '.join(NAMES)}")
-    call = Call(q, k, v, tuple(same), tuple(rows), span, kv_len, bias, factor)
     return call.by(choose(call) if impl == "auto" else impl)
 
 
@@ -187,7 +190,7 @@ class Call:
             given = (self.identity, self.source, self.tokens, self.kv_len, self.bias, self.scale)
             out: Tensor = fused(self.q, self.k, self.v, *given)
             return out
-        return self._split(BACKENDS[name].attend)
+        return self.split(BACKENDS[name].attend)
 
     def refused_by(self, name: str) -> str:
         """Why an implementation cannot run this call; empty where it can."""
@@ -209,8 +212,8 @@ class Call:
         kinds = (self.q.dtype, self.q.device, self.kv_len is not None, self.refused_by("hopper"))
         return (*sizes, *kinds, None if self.bias is None else (self.bias.dtype, self.bias.shape[2] > 1))
 
-    def _split(self, attend: Attend) -> Tensor:
-        """Rows that attend in one call, identity rows as a copy."""
+    def split(self, attend: Attend) -> Tensor:
+        """Rows that attend in one call of `attend`, identity rows as a copy."""
         first, last = self.tokens
         queries = self.q.shape[2]
         plain = [row for row, same in enumerate(self.identity) if not same]
@@ -220,8 +223,8 @@ class Call:
         if plain:
             _put(out, plain, slice(None), self._attended(attend, plain, slice(None)))
         masked = [row for row, same in enumerate(self.identity) if same]
-        for row in masked:
-            out[row, :, first:last] = self.v[self.source[row], :, first:last]
+        values = _rows(self.v[:, :, first:last], [self.source[row] for row in masked])
+        _put(out, masked, slice(first, last), values)
         for part in (slice(0, first), slice(last, queries)):
             if part.stop > part.start:
                 _put(out, masked, part, self._attended(attend, masked, part))
@@ -246,19 +249,27 @@ class Call:
         return attend(q, k, v, bias, self.scale)
 
 
+def _runs(rows: Sequence[int]) -> list[slice]:
+    """Rows as slices, neighbours together."""
+    found: list[slice] = []
+    for row in rows:
+        if found and found[-1].stop == row:
+            found[-1] = slice(found[-1].start, row + 1)
+        else:
+            found.append(slice(row, row + 1))
+    return found
+
+
 def _rows(tensor: Tensor, where: list[int]) -> Tensor:
     """Rows of a tensor: a view where they are neighbours."""
-    if where == list(range(where[0], where[0] + len(where))):
-        return tensor[where[0] : where[0] + len(where)]
-    return torch.stack([tensor[row] for row in where])
+    parts = [tensor[run] for run in _runs(where)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _put(out: Tensor, rows: list[int], queries: slice, values: Tensor) -> None:
-    if rows == list(range(rows[0], rows[0] + len(rows))):
-        out[rows[0] : rows[0] + len(rows), :, queries] = values
-    else:
-        for row, value in zip(rows, values, strict=True):
-            out[row, :, queries] = value
+    runs = _runs(rows)
+    for run, part in zip(runs, values.split([run.stop - run.start for run in runs]), strict=True):
+        out[run, :, queries] = part
 
 
 def triton_runs(device: str) -> bool:
@@ -296,7 +307,7 @@ def choose(call: Call) -> str:
     """The fastest implementation for this shape; nothing is measured on a CPU, nor inside a compiled graph."""
     device = call.q.device.type
     if device != "cuda":
-        return "sdpa"
+        return "triton" if triton_runs(device) and call.q.dtype in INTERPRETED else "sdpa"
     if torch.compiler.is_compiling():
         return "triton"
     if call.shape not in choices:

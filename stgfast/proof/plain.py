@@ -19,10 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.seam import Call, Handler, handling_also, held
-from stgfast.batching.values import ValuesAlone
 from stgfast.errors import EngineError
 from stgfast.formulas import COND, GUIDED, UNCOND
 from stgfast.kinds import ATTENTION, BLUR, RESIDUAL, TEMPORAL
@@ -126,6 +126,21 @@ def values_alone(plain: Call, arguments: Arguments) -> Any:
             f"attention cannot be made the identity from outside"
         )
     return output
+
+
+class ValuesAlone(TorchFunctionMode):
+    """Within it, and in this thread alone, torch's attention returns its values."""
+
+    seen = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        self.seen += 1
+        given = [*args[:3], *(kwargs[name] for name in ("query", "key", "value")[len(args) :])]
+        heads, value = given[0].shape[-3], given[2]
+        return value.repeat_interleave(heads // value.shape[-3], -3) if kwargs.get("enable_gqa") else value
 
 
 class UnseenError(EngineError):

@@ -2,6 +2,7 @@
 
 import collections
 import inspect
+from unittest import mock
 
 import pytest
 import torch
@@ -64,7 +65,8 @@ def test_identity_attention_is_attention_that_returns_values(family):
             forward = attention.forward
 
             def compare(*args, attention=attention, forward=forward, **kwargs):
-                mine = identity(attention, *args, **kwargs)
+                with mock.patch.object(attention, "forward", forward):
+                    mine = identity(attention, *args, **kwargs)
                 theirs = values_alone(forward, Arguments(attention, args, kwargs))
                 both = zip(mine, theirs, strict=True) if isinstance(mine, tuple) else [(mine, theirs)]
                 for one, other in both:

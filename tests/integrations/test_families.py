@@ -80,20 +80,20 @@ def lowered(family, dtype):
 @pytest.mark.float32
 @every
 def test_no_worse_than_the_plain_method(family):
-    """In float32 and bfloat16, every kind at once: the error against float64, beside that of the plain method."""
+    """In bfloat16, every kind at once: the error against float64, beside that of the plain method. `test_one_call` has
+    float32 and float16."""
+    if family.name.startswith(NEEDS_A_GPU):
+        pytest.skip(f"needs a GPU: a layer of {family.name} has no bfloat16 on a CPU")
     early, late = family.layers
     parts = [Perturbation([late, early][n:], kind=kind, scale=1.5 - n) for n, kind in enumerate(family.kinds)]
     guidance, cfg = Guidance(parts, rescale=0.7), family.cfg is not None
     with precision.computing_in(torch.float64):
         exact = family.plain(guidance, 1, cfg)
-    for dtype in (torch.float32, torch.bfloat16):
-        if dtype is torch.bfloat16 and family.name.startswith(NEEDS_A_GPU):
-            continue
-        with precision.computing_in(dtype):
-            low = lowered(family, dtype)
-            plain = low.plain(guidance, 1, cfg)
-            made = low.run(stgfast.accelerate(low.build(), guidance), 1, cfg)
-        precision.no_worse(made, plain, exact)
+    with precision.computing_in(torch.bfloat16):
+        low = lowered(family, torch.bfloat16)
+        plain = low.plain(guidance, 1, cfg)
+        made = low.run(stgfast.accelerate(low.build(), guidance), 1, cfg)
+    precision.no_worse(made, plain, exact)
 
 
 @blurred

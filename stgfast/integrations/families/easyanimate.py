@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from stgfast.batching.layout import Blocks, Grid
-from stgfast.batching.values import project
+from stgfast.batching.values import identity_of_scores
 from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Adapter, Clips, patches
 from stgfast.integrations.steps import CallArguments, schedule_of_call, steps_of_call
@@ -20,14 +18,6 @@ from stgfast.perturbation import Perturbation
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
     """A callback may switch CFG off; the scale stays what the pipeline was called with."""
     return float(call["guidance_scale"]) if pipe.do_classifier_free_guidance else None
-
-
-def identity(
-    attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, *others: Any, **named: Any
-) -> tuple[Tensor, Tensor]:
-    """Early blocks have projections of their own for text; later ones take those of the video, but for the last."""
-    text = (attn.to_v if attn.add_v_proj is None else attn.add_v_proj)(encoder_hidden_states)
-    return project(attn.to_out, attn.to_v(hidden_states)), project(getattr(attn, "to_add_out", None), text)
 
 
 def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
@@ -55,7 +45,7 @@ EASYANIMATE = Adapter(
                 "temb",
             }
         ),
-        identity=identity,
+        identity=identity_of_scores,
         grid=Grid(patches, last=True),
     ),
     live=live,

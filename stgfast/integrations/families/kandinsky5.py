@@ -6,9 +6,8 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
-
 from stgfast.batching.layout import Blocks, Grid
+from stgfast.batching.values import identity_of_scores
 from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Adapter, patches
 from stgfast.integrations.steps import CallArguments
@@ -19,11 +18,6 @@ from stgfast.perturbation import Perturbation
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
     """Whether there is CFG is looked up in every step; the scale stays what it was when the call began."""
     return float(call["guidance_scale"]) if pipe.guidance_scale > 1 else None
-
-
-def identity(attn: Any, hidden_states: Tensor, *args: Any, **named: Any) -> Tensor:
-    out: Tensor = attn.out_layer(attn.to_value(hidden_states))
-    return out
 
 
 def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
@@ -53,7 +47,7 @@ KANDINSKY5 = Adapter(
                 "rotary_emb",
             }
         ),
-        identity=identity,
+        identity=identity_of_scores,
         grid=Grid(functools.partial(patches, dims=(1, 2, 3)), query="to_query"),
     ),
     live=live,

@@ -11,12 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stgfast.batching.layout import Blocks, Unit
-from stgfast.batching.values import project
-from stgfast.batching.values import values as values_of
+from stgfast.batching.values import identity_of_scores
 from stgfast.formulas import COND, UNCOND
 from stgfast.guidance import Guidance
 from stgfast.integrations.guiders import name_of, schedule_of_modular_call, steps_of_modular_call
@@ -33,15 +31,6 @@ def units(denoiser: nn.Module) -> Sequence[Unit]:
     blocks = enumerate(denoiser.get_submodule("transformer_blocks").children())
     names = ("attn1", "audio_attn1")
     return [Unit(block, i, tuple(("", block.get_submodule(name)) for name in names)) for i, block in blocks]
-
-
-def identity(attn: Any, hidden_states: Tensor, *others: Any, **named: Any) -> Tensor:
-    """Values, times a gate for every head where the model has gates."""
-    values = values_of(attn, hidden_states)
-    if attn.to_gate_logits is not None:
-        gates = 2.0 * torch.sigmoid(attn.to_gate_logits(hidden_states))
-        values = (values.unflatten(2, (attn.heads, -1)) * gates[..., None]).flatten(2)
-    return project(attn.to_out, values)
 
 
 def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
@@ -151,7 +140,7 @@ LTX2 = Adapter(
         units=units,
         state=("hidden_states", "audio_hidden_states"),
         rows=frozenset(ROWS),
-        identity=identity,
+        identity=identity_of_scores,
         changes={ISOLATE: {"use_a2v_cross_attention": False, "use_v2a_cross_attention": False}},
     ),
     announced=Announced(weak=(WEAK, ISOLATED), passes=passes, preview=preview),

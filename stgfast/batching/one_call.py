@@ -1,0 +1,146 @@
+"""One call of an attention module for all of its rows, those that attend and those whose output is their values.
+
+The module's own processor runs on every different input once: projections, norms, rotations and added tokens are as
+the model has them. Its scaled dot product attention becomes one call of `masked_attention`, from which as many rows
+come as are wanted, several of one input perhaps, and what the processor does next it does to these.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from stgfast.batching.arguments import Arguments, unwrapped
+from stgfast.batching.rows import as_tuple, spans, take
+from stgfast.batching.sdpa import CALLS, Scores, UnfitError, answering
+from stgfast.batching.seam import Call
+from stgfast.errors import EngineError
+from stgfast.kernels import masked_attention
+
+PROJECTIONS = 3  # that make queries, keys and values
+LIBRARY = "diffusers"  # whose processors are known to keep nothing of their rows but what `_Rows` puts right
+SIZES = ("reshape", "view")
+PAIRS = ("add", "sub", "mul", "div", "lerp", "where")
+_unfit: WeakKeyDictionary[nn.Module, tuple[type, str]] = WeakKeyDictionary()  # with the processor that was tried
+
+
+def unfit(attention: nn.Module) -> str:
+    """Why the attention of a module cannot be one call, as far as is known before it runs; empty where it can."""
+    module = unwrapped(attention)
+    processor, (tried, reason) = _processor(module), _unfit.get(module, (None, ""))
+    if processor is tried:
+        return reason
+    code = _code(processor)
+    names = _names(code) if code is not None else frozenset()
+    return "" if not names.isdisjoint(CALLS) else f"{processor.__name__} does not call torch's attention"
+
+
+def forks(attention: nn.Module) -> bool:
+    """Whether several rows may come from one input within a call."""
+    return _processor(unwrapped(attention)).__module__.split(".")[0] == LIBRARY
+
+
+def saves(inputs: int, plain: int, masked: int) -> bool:
+    """Whether one call for all rows projects less than a call for those that attend and the values of the others."""
+    return bool(plain) and PROJECTIONS * inputs <= PROJECTIONS * plain + masked
+
+
+def one_call(call: Call, arguments: Arguments, inputs: int, masked: Sequence[bool], source: Sequence[int]) -> Any:
+    """The output of an attention module that is given `inputs` rows: row b is of input `source[b]`, and its values
+    where `masked[b]`. UnfitError where that cannot be."""
+    rows = _Rows(inputs, masked, source)
+    try:
+        with answering(arguments.module, rows.attend, rows.regrown):
+            outputs = as_tuple(arguments.given_to(call))
+        if not rows.calls:
+            raise UnfitError("does not call torch's attention")
+    except UnfitError as error:
+        module = unwrapped(arguments.module)
+        _unfit[module] = _processor(module), f"{_processor(module).__name__} {error}"
+        raise
+    for output in outputs:
+        if isinstance(output, Tensor) and output.shape[0] != rows.after:
+            raise EngineError(
+                f"rows of {type(arguments.module).__name__}: got {output.shape[0]}, expected {rows.after}"
+            )
+    return outputs if len(outputs) > 1 else outputs[0]
+
+
+class _Rows:
+    """The rows of one call, which become more, or fewer, as they attend."""
+
+    def __init__(self, inputs: int, masked: Sequence[bool], source: Sequence[int]):
+        self.inputs, self.masked, self.source = inputs, masked, source
+        self.calls = self.before = self.after = 0
+
+    def attend(self, scores: Scores) -> Tensor:
+        if scores.beyond:
+            raise UnfitError(scores.beyond)
+        if scores.q.ndim != 4 or scores.v.shape != scores.k.shape:
+            raise UnfitError(f"attends with tensors of shape {tuple(scores.q.shape)} and {tuple(scores.v.shape)}")
+        rows = scores.q.shape[0]
+        each, left = divmod(rows, self.inputs)  # a sample's row may be several neighbours
+        if self.calls or left:
+            raise UnfitError("calls torch's attention more than once" if self.calls else "attends row by row")
+        if scores.q.shape[2] != scores.k.shape[2]:
+            raise UnfitError("has other keys than queries")
+        self.calls, self.before, self.after = 1, rows, each * len(self.source)
+        self.where = spans(self.source, each)
+        return masked_attention(
+            _dense(scores.q),
+            _dense(scores.k),
+            _dense(scores.v),
+            [flag for flag in self.masked for _ in range(each)],
+            source=[one * each + i for one in self.source for i in range(each)],
+            bias=scores.mask,
+            scale=scores.scale,
+            impl=scores.attend or "auto",
+        )
+
+    def regrown(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What a processor kept of its rows from before they attended, put right: a size, or a tensor with them."""
+        if self.before == self.after:
+            return args
+        name = getattr(func, "__name__", "")
+        if name in SIZES and self._grown(args[0]) and len(args) > 1:
+            sizes = args[1] if isinstance(args[1], tuple | list) else args[1:]
+            if isinstance(sizes[0], int) and sizes[0] == self.before:
+                return args[0], (self.after, *sizes[1:])
+        if name in PAIRS and any(map(self._grown, args)):
+            return tuple(self._taken(arg) for arg in args)
+        if name.removesuffix("_") in PAIRS and self._grown(args[0]):  # in place
+            return args[0], *(self._taken(arg) for arg in args[1:])
+        return args
+
+    def _grown(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == self.after
+
+    def _taken(self, value: Any) -> Any:
+        old = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == self.before
+        return take(value, self.where, self.before, "kept by an attention") if old else value
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _processor(module: nn.Module) -> type:
+    """The class that has the code of an attention: of its processor, or where it has none of the module itself."""
+    return type(getattr(module, "processor", None) or module)
+
+
+def _code(processor: type) -> types.CodeType | None:
+    call = processor.forward if issubclass(processor, nn.Module) else processor.__call__
+    return getattr(call, "__code__", None)
+
+
+@functools.lru_cache(maxsize=256)
+def _names(code: types.CodeType) -> frozenset[str]:
+    """All names that code uses, and code inside of it."""
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return frozenset(code.co_names).union(*map(_names, inner))

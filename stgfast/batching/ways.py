@@ -1,0 +1,84 @@
+"""Which way an attention goes whose rows attend, or have their values for an output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from typing import NamedTuple
+
+from torch import nn
+
+from stgfast.batching.layout import Layout
+from stgfast.batching.one_call import forks, saves, unfit
+from stgfast.batching.plan import Plan
+from stgfast.batching.rows import chunks
+from stgfast.kernels.backends import triton_runs
+from stgfast.kinds import Mark, kind_of
+
+
+class Way(Enum):
+    """In words.
+
+    ONE    all rows attend by one call of `masked_attention`: on a GPU and in Triton's interpreter, where that is one
+           launch; elsewhere where it projects less
+    OWN    the same, and the family's own code stands in place of the module's
+    APART  what does not attend goes through the projections of values and output alone
+    """
+
+    ONE = "all rows in one call of the module"
+    OWN = "all rows in one call, in place of the module's own"
+    APART = "rows that attend in a call of the module, the others as values alone"
+
+
+class Rows(NamedTuple):
+    """How many rows a call has: different inputs, rows that attend, rows that have their values."""
+
+    inputs: int
+    attending: int
+    masked: int
+
+
+def way_of(layout: Layout, attention: nn.Module, device: str, rows: Rows) -> Way:
+    """Of a call on this kind of device."""
+    fused, both = triton_runs(device), bool(rows.attending and rows.masked)
+    if layout.attend is not None:
+        return Way.OWN if device in layout.blocks.attend_on or (both and fused) else Way.APART
+    if not both or unfit(attention):
+        return Way.APART
+    inputs = rows.inputs if forks(attention) else rows.attending + rows.masked
+    return Way.ONE if fused or saves(inputs, rows.attending, rows.masked) else Way.APART
+
+
+def along(layout: Layout, marks: Sequence[Mark | None], axis: str) -> list[Mark | None]:
+    """The mark of every row, where it changes attention along this axis."""
+    return [
+        mark if mark is not None and layout.inside(mark) and kind_of(mark).concerns(mark, axis) else None
+        for mark in marks
+    ]
+
+
+def together(marks: Sequence[Mark | None]) -> list[int]:
+    """The rows that one call could have: these attend, or have their values."""
+    return [row for row, mark in enumerate(marks) if mark is None or kind_of(mark).values]
+
+
+def counted(marks: Sequence[Mark | None], inputs: Sequence[int]) -> Rows:
+    """The rows of such a call, each with its mark and its input."""
+    attending = sum(mark is None for mark in marks)
+    return Rows(len(set(inputs)), attending, len(marks) - attending)
+
+
+def ways(layout: Layout, plan: Plan, most: int, device: str) -> Iterator[tuple[int, Way, str]]:
+    """Of every attention in a plan that has identity rows: its block, its way, and why it cannot be another. `most`
+    bounds the rows that a block computes at once."""
+    for number, (unit, step) in enumerate(zip(layout.units, plan.steps, strict=True)):
+        for part in chunks(len(step.marks), most) if any(step.marks) else ():
+            inputs: Sequence[int] = step.run[part]
+            for axis, attention in unit.attentions:
+                marks = along(layout, step.marks[part], axis)
+                rows = [row for row in together(marks) if any(marks)]
+                count = counted([marks[row] for row in rows], [inputs[row] for row in rows])
+                if count.masked:
+                    yield number, way_of(layout, attention, device, count), unfit(attention)
+                if any(marks):
+                    inputs = range(len(marks))

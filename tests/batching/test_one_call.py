@@ -1,0 +1,195 @@
+"""One call of an attention module for all rows: with whatever processor it has, the plain result or a refusal."""
+
+import diffusers
+import pytest
+import torch
+import torch.nn.functional as F
+
+import stgfast
+from stgfast import Guidance, Perturbation
+from stgfast.errors import EngineError
+from tests.integrations.test_families import FAMILIES
+from tests.precision import distance, same
+
+pytestmark = pytest.mark.usefixtures("float64")
+LTX, SDXL, KANDINSKY = FAMILIES["LTX"], FAMILIES["Stable Diffusion XL"], FAMILIES["Kandinsky 5"]
+ONE = "all rows in one call of the module"
+APART = "rows that attend in a call of the module, the others as values alone"
+
+
+def guidance(family):
+    early, late = family.layers
+    return Guidance([Perturbation([late], kind="attention"), Perturbation([early, late], kind="attention")])
+
+
+class Own:
+    """An attention as LTX has it, by other code; `attend` is what makes it another."""
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
+        from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
+
+        other = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        q, k, v = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(other)), attn.to_v(other)
+        if image_rotary_emb is not None:
+            q, k = apply_rotary_emb(q, image_rotary_emb), apply_rotary_emb(k, image_rotary_emb)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        out = self.attend(q, k, v, attention_mask).transpose(1, 2).flatten(2)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+class RowByRow(Own):
+    def attend(self, q, k, v, mask):
+        rows = [F.scaled_dot_product_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(len(q))]
+        return torch.cat(rows) if mask is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    def __call__(self, *args, **kwargs):
+        F.scaled_dot_product_attention  # noqa: B018  as far as its names say, it might be one call
+        return super().__call__(*args, **kwargs)
+
+
+class ByItself(Own):
+    """Calls nothing of torch's."""
+
+    def attend(self, q, k, v, mask):
+        scores = q @ k.mT * q.shape[-1] ** -0.5
+        return torch.softmax(scores if mask is None else scores + mask, -1) @ v
+
+
+class KeepsRows(Own):
+    """Knows its rows in its own way, so that there may be no more of them afterwards."""
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        rows = len(hidden_states)
+        out = super().__call__(attn, hidden_states, *args, **kwargs)
+        F.scaled_dot_product_attention  # noqa: B018
+        return out.flatten(0, 1).unflatten(0, (rows, -1))
+
+    def attend(self, q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def ways(pipe, family):
+    explained = stgfast.explain(pipe, **family.arguments(1))
+    assert all(
+        f"attention of block{'s' if len(b) > 1 else ''} " in str(explained) for b in explained.attention.values()
+    )
+    return explained.attention
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize(
+    ("processor", "before", "after"),
+    [
+        (RowByRow, {ONE: [1, 3]}, {f"{APART}, as RowByRow attends row by row": [1, 3]}),
+        (ByItself, {f"{APART}, as ByItself does not call torch's attention": [1, 3]}, None),
+        (KeepsRows, {ONE: [1, 3]}, None),
+    ],
+)
+def test_a_processor_of_ones_own(processor, before, after):
+    expected = LTX.plain(guidance(LTX), prompts=2)
+    pipe = LTX.build()
+    for block in pipe.transformer.transformer_blocks:
+        block.attn1.set_processor(processor())
+    stgfast.accelerate(pipe, guidance(LTX), max_rows="all")
+    assert ways(pipe, LTX) == before
+    same(LTX.run(pipe, prompts=2), expected)
+    assert ways(pipe, LTX) == (before if after is None else after)
+
+
+@pytest.mark.interpreted
+def test_a_processor_of_the_library_that_keeps_its_rows_is_refused(monkeypatch):
+    monkeypatch.setattr(KeepsRows, "__module__", "diffusers.models.another")
+    pipe = LTX.build()
+    for block in pipe.transformer.transformer_blocks:
+        block.attn1.set_processor(KeepsRows())
+    stgfast.accelerate(pipe, guidance(LTX), max_rows="all")
+    with pytest.raises(EngineError, match="rows of LTXAttention: got 2, expected 3"):
+        LTX.run(pipe)
+
+
+def test_an_older_processor():
+    expected = SDXL.plain(guidance(SDXL))
+    pipe = SDXL.build()
+    pipe.unet.set_attn_processor(diffusers.models.attention_processor.AttnProcessor())
+    stgfast.accelerate(pipe, guidance(SDXL), max_rows="all")
+    (way,) = ways(pipe, SDXL)
+    assert way == f"{APART}, as AttnProcessor does not call torch's attention"
+    same(SDXL.run(pipe), expected)
+
+
+@pytest.mark.interpreted
+def test_a_function_in_place_of_torchs(monkeypatch):
+    """As users of SageAttention have it."""
+    expected = LTX.plain(guidance(LTX))
+
+    def attend(query, key, value, attn_mask=None, scale=None, **others):
+        return ByItself().attend(query, key, value, attn_mask)
+
+    pipe = stgfast.accelerate(LTX.build(), guidance(LTX), max_rows="all")
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    same(LTX.run(pipe), expected)
+    (way,) = ways(pipe, LTX)
+    assert way == f"{APART}, as LTXVideoAttnProcessor does not call torch's attention"
+
+
+def test_values_that_nobody_asks_for_are_not_made_up():
+    """Where output = V is what torch's attention returns, and it is not called."""
+
+    class Silent(type(KANDINSKY.build().transformer.visual_transformer_blocks[0].self_attention.processor)):
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            return attn.out_layer(attn.to_value(hidden_states) * 2)
+
+    pipe = KANDINSKY.build()
+    for block in pipe.transformer.visual_transformer_blocks:
+        block.self_attention.set_processor(Silent())
+    stgfast.accelerate(pipe, guidance(KANDINSKY))
+    with pytest.raises(EngineError, match="output = V of Kandinsky5Attention: got a processor, Silent, that does not"):
+        KANDINSKY.run(pipe)
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("backend", ["_native_math", "flex"])
+def test_a_backend_that_was_chosen_computes_rows_that_attend(backend, monkeypatch):
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    expected, stock = LTX.plain(guidance(LTX), prompts=2), LTX.run(LTX.pipe(), prompts=2)
+    name, rows = AttentionBackendName(backend), []
+    native = _AttentionBackendRegistry._backends[AttentionBackendName._NATIVE_MATH]
+
+    def counted(query, key, value, attn_mask=None, **others):
+        if query.shape[1] == key.shape[1]:
+            rows.append(len(query))
+        return native(query, key, value, attn_mask=attn_mask)
+
+    monkeypatch.setitem(_AttentionBackendRegistry._backends, name, counted)
+    pipe = LTX.build()
+    for block in pipe.transformer.transformer_blocks:
+        block.attn1.processor._attention_backend = name
+    made = LTX.run(stgfast.accelerate(pipe, guidance(LTX), max_rows="all"), prompts=2)
+    same(made, expected)
+    assert distance(made, stock) > 1e-3
+    # Two prompts, uncond and cond of each; two branches that are weak from layer 1 and 3 on.
+    assert rows == 2 * [4, 4, 6, 4, 8, 8]
+
+
+@pytest.mark.interpreted
+def test_the_module_runs_once_for_rows_of_one_input():
+    """At the first marked layer two rows are one until they attend: they are projected once."""
+    pipe, rows = LTX.build(), []
+    for block in pipe.transformer.transformer_blocks:
+        block.attn1.to_k.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    stgfast.accelerate(pipe, guidance(LTX), max_rows="all")
+    LTX.run(pipe)
+    assert rows == 2 * [2, 2, 3, 3, 4, 4]
+
+
+def test_on_a_cpu_whichever_projects_less():
+    pipe, keys, values = LTX.build(), [], []
+    for block in pipe.transformer.transformer_blocks:
+        block.attn1.to_k.register_forward_pre_hook(lambda module, args: keys.append(len(args[0])))
+        block.attn1.to_v.register_forward_pre_hook(lambda module, args: values.append(len(args[0])))
+    stgfast.accelerate(pipe, guidance(LTX), max_rows="all")
+    assert ways(pipe, LTX) == {ONE: [1], APART: [3]}
+    LTX.run(pipe)
+    assert keys == 2 * [2, 2, 3, 2, 4, 4]
+    assert values == 2 * [2, 2, 3, 2, 2, 4, 4]

@@ -1,0 +1,77 @@
+"""One attention for all rows of a marked layer, whoever's attention it is, in Triton's interpreter."""
+
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+
+import stgfast
+from stgfast import Guidance, Perturbation
+from stgfast.engine import Run
+from stgfast.integrations import ADAPTERS
+from tests import precision
+from tests.integrations.test_families import FAMILIES, NEEDS_A_GPU, lowered
+from tests.launches import launched
+
+pytestmark = pytest.mark.interpreted
+ATTENDING = {name: family for name, family in FAMILIES.items() if "attention" in family.kinds}
+every = pytest.mark.parametrize("family", ATTENDING.values(), ids=ATTENDING)
+# Of these, one for every protocol, with a stack between blocks and without, with more rows in a block and without.
+SOME = {name: ATTENDING[name] for name in ("LTX", "Wan", "Mochi", "CogVideoX", "Stable Diffusion XL", "modular LTX")}
+
+
+@contextmanager
+def steps_done():
+    """The steps of every run that ends."""
+    done, finish = [], Run.finish
+
+    def finished(run):
+        done.append(run.steps_done)
+        finish(run)
+
+    with mock.patch.object(Run, "finish", finished):
+        yield done
+
+
+def marked(pipe, layers):
+    """How many self-attentions a pipeline's denoisers have in these layers; where there are two, both have as many."""
+    layouts = ADAPTERS[type(pipe).__name__].layouts(pipe).values()
+    (count,) = {sum(len(unit.attentions) for unit in layout.units if unit.layer in layers) for layout in layouts}
+    return count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
+@every
+def test_one_launch_for_every_marked_attention(family, dtype):
+    if dtype is torch.float16 and family.name.startswith(NEEDS_A_GPU):
+        pytest.skip(f"needs a GPU: a layer of {family.name} has no float16 on a CPU")
+    early, late = family.layers
+    guidance = Guidance([Perturbation([late], kind="attention"), Perturbation([early, late], kind="attention")])
+    cfg = family.cfg is not None
+    with precision.computing_in(torch.float64):
+        exact = family.plain(guidance, 1, cfg)
+    with precision.computing_in(dtype):
+        low = lowered(family, dtype)
+        plain = low.plain(guidance, 1, cfg)
+        pipe = stgfast.accelerate(low.build(), guidance, max_rows="all")
+        with launched() as launches, steps_done() as steps:
+            made = low.run(pipe, 1, cfg)
+    precision.no_worse(made, plain, exact)
+    assert len(launches) == marked(pipe, family.layers) * sum(steps)
+    assert all(0 < masked < rows for rows, masked in launches)
+
+
+@pytest.mark.parametrize("family", SOME.values(), ids=SOME)
+def test_however_many_branches_and_prompts(family):
+    pipe, cfg = family.pipe(), family.cfg is not None
+    layer = family.layers[1]
+    counts = []
+    for branches, prompts in ((1, 1), (1, 2), (3, 2)):
+        parts = [Perturbation([layer - n, layer], kind="attention") for n in range(branches)]
+        stgfast.accelerate(pipe, Guidance(parts), max_rows="all")
+        with launched() as launches, steps_done() as steps:
+            family.run(pipe, prompts, cfg)
+        layers = {number for part in parts for number in part.layers}
+        counts.append(len(launches) / sum(steps) / marked(pipe, layers))
+    assert counts == [1, 1, 1]
