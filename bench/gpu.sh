@@ -24,6 +24,7 @@ kernels() {
     python3 bench/combine.py --device cuda --save "$OUT/combine.jsonl"
     python3 bench/attention.py --tokens 2048 8192 32768 --save "$OUT/attention.jsonl"
     python3 bench/blur.py --device cuda --save "$OUT/blur.jsonl"
+    python3 bench/ways.py --device cuda --save "$OUT/ways.jsonl"
 }
 
 # The kernel for Hopper by itself and last: a fault of its barriers would wait for ever, and not fail.
@@ -34,7 +35,7 @@ hopper() {
 
 # Narrow models: where the GPU is not full, and our own Python counts most.
 small() {
-    bench --size small --rounds 9 --variants stock paper passes guiders stgfast split reuse --save "$OUT/steps.jsonl"
+    bench --size small --rounds 9 --variants stock paper passes guiders stgfast split auto reuse --save "$OUT/steps.jsonl"
     bench --overhead --size small --save "$OUT/overhead.jsonl"
 }
 
@@ -53,7 +54,7 @@ wan() { full --models wan-14b --rounds 2; }
 hunyuan() { full --models hunyuan-video --rounds 1; }
 others() { full --models cogvideox-2b svd cogvideox-5b ltx-2 --rounds 2; }
 full() {
-    bench --size full --steps 2 --rounds 3 --variants stock paper stgfast compiled fastest --save "$OUT/steps.jsonl" "$@"
+    bench --size full --steps 2 --rounds 3 --variants stock paper stgfast auto compiled fastest --save "$OUT/steps.jsonl" "$@"
 }
 
 # How near to the limit, and whole clips.

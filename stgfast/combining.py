@@ -96,7 +96,7 @@ class CombiningStep:
 
     def answer(self, turn: int, plain: Call, arguments: Arguments) -> Any:
         run, sources = self.run, self.calls[turn]
-        if not self.acts and run.max_rows is None and not run.compiled:
+        if not self.acts and not run.divided:
             return arguments.given_to(plain)
         arguments = self.strategy.arranged(run, arguments, sources)
         if not self.acts:  # the pipeline's own step, within the bound on rows, or block by block

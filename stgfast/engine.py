@@ -10,7 +10,7 @@ calls, and for those of the denoiser's blocks. What a step makes of its calls is
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -18,9 +18,11 @@ import torch
 from torch import nn
 
 from stgfast.batching.arguments import Arguments
+from stgfast.batching.execution import AS_IT_IS, AUTO, Execution
+from stgfast.batching.fastest import Fastest, quickened
 from stgfast.batching.layout import Layout
 from stgfast.batching.plan import Plan
-from stgfast.batching.room import Room, Rows
+from stgfast.batching.room import Room
 from stgfast.batching.rows import spans, take
 from stgfast.batching.seam import Call, compiled, compiled_calls, handling, held
 from stgfast.batching.stack import Ends, Stack
@@ -59,25 +61,27 @@ class Run:
         guidance: Guidance,
         call: CallArguments,
         strategy: Strategy,
-        *,
-        max_rows: Rows = None,
-        compilation: Mapping[str, Any] | None = None,
+        execution: Execution = AS_IT_IS,
     ):
         self.pipe, self.adapter, self.layouts = fitted
-        self.guidance, self.call, self.strategy, self.max_rows = guidance, call, strategy, max_rows
-        self.room = Room(max_rows)
+        self.guidance, self.call, self.strategy = guidance, call, strategy
+        self.room = Room(execution.max_rows)
         # The calls of blocks that are compiled for a guided run alone. A denoiser compiled as a whole would not let its
         # blocks be reached: they are compiled one by one instead.
         self.compiled: dict[nn.Module, Call] = {}
         for name, layout in self.layouts.items():
             make, units = getattr(getattr(self.pipe, name), "dynamo_ctx", None), layout.units
-            if make is None and compilation is not None:
-                make = functools.partial(torch.compile, **compilation)
+            if make is None and execution.compilation is not None:
+                make = functools.partial(torch.compile, **execution.compilation)
                 units = tuple(unit for unit in units if unit.layer is not None and not compiled(unit.module))
             if make is not None:
                 self.compiled |= compiled_calls([unit.module for unit in units], make)
         every = [unit.module for layout in self.layouts.values() for unit in layout.units]
         self.compiles = bool(self.compiled) or any(map(compiled, every))
+        auto = execution.attention == AUTO
+        self.quickened = {layout.denoiser: quickened(layout) if auto else () for layout in self.layouts.values()}
+        # Whether a step without guidance, too, goes block by block.
+        self.divided = bool(execution.max_rows is not None or self.compiled or any(self.quickened.values()))
         self.steps_done = self.steps = 0
         self.part_began = self.part_ends = 0  # steps of the run, where a longer clip is made part by part
         self.turn = 0  # calls of the denoiser done in this step
@@ -150,7 +154,10 @@ class Run:
         if self.compiles:  # blocks that are CUDA graphs keep what they made until the next call of the denoiser
             torch.compiler.cudagraph_mark_step_begin()
         limit = self.room.rows(rows, len(plan.branches) * prompts, device)
-        stack = Stack(layout, plan, prompts, max_rows=limit, compiled=self.compiled, grid=grid, ends=ends)
+        quick = Fastest(self.quickened[layout.denoiser])
+        stack = Stack(
+            layout, plan, prompts, max_rows=limit, compiled=self.compiled, grid=grid, ends=ends, fastest=quick
+        )
         with handling(stack.handlers()), self.room.watched(device):
             output = arguments.changed(
                 lambda name, value: take(value, where, rows, name) if name in layout.blocks.rows else value
@@ -172,6 +179,7 @@ class Run:
         weak = self.strategy.weak_layers(layout)
         every = layout.attend is not None and not self.compiled
         yield layout.denoiser
+        yield from self.quickened[layout.denoiser]
         for unit in layout.units:
             yield unit.module
             if every or unit.layer in weak:

@@ -11,6 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 from stgfast.announced import memory_for, plan_of
+from stgfast.batching.execution import AUTO
+from stgfast.batching.fastest import quickened
 from stgfast.batching.layout import Layout
 from stgfast.batching.plan import passing
 from stgfast.batching.ways import ways
@@ -24,6 +26,8 @@ from stgfast.integrations.spec import Adapter, Announced, Fitted
 from stgfast.integrations.steps import CallArguments, scheduled, steps_back
 from stgfast.reuse import KeptDifferences
 from stgfast.schedules import Moment
+
+QUICK = "rows that attend by what is fastest for their shape, with numbers of keys in place of masks"
 
 
 def explain(pipe: Any, **arguments: Any) -> Explanation:
@@ -41,12 +45,13 @@ def explain(pipe: Any, **arguments: Any) -> Explanation:
         cfg, phases = adapter.requested(call), _weighed(pipe, adapter, guidance, call, layout)
     about = adapter.pipeline, adapter.protocol, layout.depth, cfg, guidance
     notice = adapter.notice(call) or ("the steps of one part of a longer clip" if adapter.windowed else "")
-    explained = Explanation(*about, installed.recipe, installed.max_rows, phases, notice)
-    return replace(explained, attention=_attention(pipe, layout, explained))
+    explained = Explanation(*about, installed.recipe, installed.execution.max_rows, phases, notice)
+    quick = quickened(layout) if installed.execution.attention == AUTO else frozenset()
+    return replace(explained, attention=_attention(pipe, layout, explained, quick))
 
 
-def _attention(pipe: Any, layout: Layout, explained: Explanation) -> dict[str, list[int]]:
-    """How attentions go that have identity rows, by the numbers of the blocks."""
+def _attention(pipe: Any, layout: Layout, explained: Explanation, quick: frozenset[Any]) -> dict[str, list[int]]:
+    """How attentions go that have identity rows, or are quickened, by the numbers of the blocks."""
     device = getattr(pipe, "_execution_device", None) or next(layout.denoiser.parameters()).device
     kind = str(device).split(":")[0]
     found: dict[str, list[int]] = {}
@@ -55,6 +60,9 @@ def _attention(pipe: Any, layout: Layout, explained: Explanation) -> dict[str, l
             blocks = found.setdefault(f"{way.value}, as {unfit}" if unfit else way.value, [])
             if block not in blocks:
                 blocks.append(block)
+    if quick:
+        every = enumerate(layout.units)
+        found[QUICK] = [number for number, unit in every if not quick.isdisjoint(unit.module.modules())]
     return {way: sorted(blocks) for way, blocks in found.items()}
 
 

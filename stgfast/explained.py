@@ -116,7 +116,7 @@ class Explanation:
             f"block-rows per prompt: {self.block_rows}; {self.unshared} without sharing "
             f"({1 - self.block_rows / self.unshared:.1%} saved); {self.cfg_alone} without stgfast"
         )
-        lines += [f"attention of {_plural('block', where)}: {way}" for way, where in self.attention.items()]
+        lines += [f"attention of {_numbered('block', where)}: {way}" for way, where in self.attention.items()]
         lines.append(
             f"memory, in rows per prompt: {self.rows_at_once} in a block at once, {self.rows_held} held between "
             f"blocks; {self.rows_of_pipeline} in the pipeline's own calls"
@@ -185,6 +185,18 @@ def _kind(part: Perturbation) -> str:
     if part.sigma is None:
         return part.kind
     return f"{part.kind} of {'infinite sigma' if math.isinf(part.sigma) else f'sigma {part.sigma:g}'}"
+
+
+def _numbered(word: str, numbers: Sequence[int]) -> str:
+    """With runs of neighbours as such."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    said = ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"{word}{'s' if len(numbers) > 1 else ''} {said}"
 
 
 def _plural(word: str, numbers: Sequence[int]) -> str:

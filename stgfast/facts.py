@@ -78,7 +78,7 @@ def _find(
     def guided(adapter: Adapter) -> Guidance:
         return settle(installed.given or adapter.defaults, adapter.own_rescale(call), given)
 
-    adapter = found(pipe, installed.original, call, guided, installed.max_rows, installed.compilation)
+    adapter = found(pipe, installed.original, call, guided, installed.execution)
     if adapter not in installed.verified.values():
         known = adapter.pipeline, written(adapter)
         log.warning("%s is not in the table: its facts were found and verified.\n%s", *known)
@@ -94,7 +94,7 @@ def _verify(installed: Installed, fitted: Fitted, guidance: Guidance, call: Call
     kind = _kinds(guidance), installed.adapter.requested(call) is None
     if kind in installed.verified:
         return
-    given = Accelerated(fitted, installed.original, guidance, call, installed.max_rows, installed.compilation)
+    given = Accelerated(fitted, installed.original, guidance, call, installed.execution)
     verdict = check(given)
     if not verdict.ok:
         raise EngineError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stgfast.batching.arguments import Arguments, unwrapped
+from stgfast.batching.execution import Execution
 from stgfast.batching.room import Rows
 from stgfast.call import check, check_layers, check_max_rows
 from stgfast.combining import Combining, CombiningStep, branches_of
@@ -48,7 +49,7 @@ def guided(
     check_layers(fitted, chosen, default=guidance is None)
     call = {"num_inference_steps": steps, "cfg": cfg}
     check(fitted, chosen, call, max_rows=max_rows)
-    run = Run(fitted, chosen, call, Beside(chosen), max_rows=max_rows)
+    run = Run(fitted, chosen, call, Beside(chosen), Execution(max_rows))
     if chosen.inert and max_rows is None:
         yield
         return

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stgfast.announced import Answering
+from stgfast.batching.execution import AS_IT_IS, AUTO, Execution
 from stgfast.batching.room import Rows
 from stgfast.batching.seam import Call, handling
 from stgfast.call import check_call, check_forwards, check_layers, check_max_rows, settings_of
@@ -32,6 +33,7 @@ def accelerate(
     *,
     max_rows: Rows = None,
     compile: bool | Mapping[str, Any] = False,
+    attention: str | None = None,
     recipe: Recipe | str | Path | None = None,
     adapter: Adapter | None = None,
     verify: bool | None = None,
@@ -41,7 +43,8 @@ def accelerate(
     `max_rows` bounds the samples that a block computes at once, for memory; the result is the same. Left out, it is as
     many as the pipeline's own calls have, and all of them where a GPU was found to have the memory; "all" is no bound.
     `compile` compiles the model's blocks, those that are not compiled yet, with these arguments of `torch.compile`, or
-    its defaults where it is True; steps and schedules do not compile anew. `recipe`, or its file, says in how many
+    its defaults where it is True; steps and schedules do not compile anew. `attention="auto"` has all layers attend by
+    what is fastest for their shape, with numbers of keys in place of masks. `recipe`, or its file, says in how many
     steps, by which solver and with what carried on every call makes its clips: an approximation. `adapter` has the
     facts of a pipeline that stgfast does not know. `verify` compares the first guided call, before it runs, with the
     plain method, as `stgfast.verify` does, and raises where they differ; left out, that is done for facts that were
@@ -62,8 +65,13 @@ def accelerate(
     check_max_rows(max_rows)
     if not isinstance(compile, bool | Mapping):
         raise wrong("compile", compile, "True, False, or arguments of torch.compile such as {'dynamic': True}")
+    if attention not in (None, AUTO):
+        raise wrong("attention", attention, f"{AUTO!r}, or None for the model's own")
+    if attention is not None and compile is not False:
+        raise wrong("attention and compile", (attention, compile), "one of them: compiled blocks attend as they are")
     compilation = None if compile is False else {} if compile is True else dict(compile)
-    installed = Installed(adapter, guidance, max_rows, compilation, taken(recipe), original, verified, unknown)
+    execution = Execution(max_rows, compilation, attention)
+    installed = Installed(adapter, guidance, execution, taken(recipe), original, verified, unknown)
     if adapter is not None:
         fitted = adapter.on(pipe)
         check_layers(fitted, installed.guidance(pipe), default=guidance is None)
@@ -142,14 +150,13 @@ def guided_call(pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[s
         return original(pipe, *args, **kwargs)
     installed, fitted, guidance = known
     announced = installed.adapter.announced if installed.adapter.announces(pipe) else None
-    as_it_is = installed.max_rows is None and installed.compilation is None and announced is None
-    if guidance.inert and as_it_is:
+    if guidance.inert and installed.execution == AS_IT_IS and announced is None:
         return original(pipe, *args, **kwargs)
     callback = call.get("callback_on_step_end")
     if callable(callback) and not hasattr(callback, "tensor_inputs"):
         call["callback_on_step_end"] = _outside(callback)
     strategy = Combining(guidance) if announced is None else Answering(announced, guidance)
-    run = Run(fitted, guidance, call, strategy, max_rows=installed.max_rows, compilation=installed.compilation)
+    run = Run(fitted, guidance, call, strategy, installed.execution)
     return run.whole(functools.partial(original, *bound.args, **bound.kwargs))
 
 

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from stgfast.batching.room import Rows
+from stgfast.batching.execution import Execution
 from stgfast.call import check, settle
 from stgfast.errors import SettingsError
 from stgfast.guidance import Guidance
@@ -25,8 +25,7 @@ class Installed:
 
     known: Adapter | None  # None until its facts are found
     given: Guidance | None
-    max_rows: Rows
-    compilation: Mapping[str, Any] | None  # the arguments of torch.compile, where blocks are to be compiled
+    execution: Execution
     recipe: Recipe | None
     original: Any  # the class of the pipeline before it was accelerated
     # The facts that were verified, by what calls have in common; None where they need not be.
@@ -68,7 +67,7 @@ def settled(pipe: Any, installed: Installed, call: CallArguments, given: Mapping
     if installed.recipe is not None:
         installed.recipe.check_steps(call)
         guidance = installed.recipe.applied(guidance)
-    check(fitted, guidance, call, max_rows=installed.max_rows)
+    check(fitted, guidance, call, max_rows=installed.execution.max_rows)
     return fitted, guidance
 
 

@@ -39,7 +39,7 @@ MAY = {
     "proof": COMMON | {"announced", "batching", "call", "combining", "engine", "integrations"},
     "installed": COMMON | {"batching", "call", "integrations", "recipes"},
     "facts": COMMON | {"batching", "call", "installed", "integrations", "proof"},
-    "verify": COMMON | {"call", "installed", "integrations", "proof", "render"},
+    "verify": COMMON | {"batching", "call", "installed", "integrations", "proof", "render"},
     "install": COMMON
     | {"announced", "batching", "call", "combining", "engine", "facts", "installed", "integrations", "recipes"}
     | {"solvers"},

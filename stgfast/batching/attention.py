@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stgfast.batching.arguments import Arguments
+from stgfast.batching.fastest import Fastest
 from stgfast.batching.layout import Layout, Unit
 from stgfast.batching.one_call import forks, one_call
 from stgfast.batching.rows import as_given, as_tuple, join, spans, take
@@ -64,8 +65,8 @@ class Attention:
 class Inside:
     """The self-attentions of the block that runs now: of every row, what is done to it, and what input is it of?"""
 
-    def __init__(self, layout: Layout, grid: Callable[[Arguments], Tokens] | None):
-        self.layout, self.grid = layout, grid
+    def __init__(self, layout: Layout, grid: Callable[[Arguments], Tokens] | None, fastest: Fastest):
+        self.layout, self.grid, self.fastest = layout, grid, fastest
         self.marks: Sequence[Mark | None] = []
         self.inputs: Sequence[int] = []
         self.tokens: Tokens = (0, 0, 0)
@@ -110,10 +111,11 @@ class Inside:
     def _attention(self, axis: str, plain: Call, arguments: Arguments) -> Any:
         """Stands in for a self-attention: rows that are made weak run what their kind says, and no more."""
         self.reached.add(arguments.module)
+        own, plain = plain, self.fastest.of(arguments.module, plain)
         marks, rows = along(self.layout, self.marks, axis), len(self.marks)
         groups: list[list[int]] = [[row for row in range(rows) if marks[row] == mark] for mark in dict.fromkeys(marks)]
         outputs, order, some = [], [], together(marks)
-        stacked = self._stacked(plain, arguments, [marks[row] for row in some], some)
+        stacked = self._stacked(own, arguments, [marks[row] for row in some], some)
         if any(marks):  # what else of the block has attentions sees rows that differ
             self.inputs = range(rows)
         if stacked is not None:
@@ -146,7 +148,8 @@ class Inside:
         if way is Way.OWN and self.layout.attend is not None:
             return given.given_to(functools.partial(self.layout.attend, module, masked, source))
         try:
-            return one_call(as_written(module) if compiled(module) else plain, given, len(different), masked, source)
+            call = as_written(module) if compiled(module) else plain
+            return one_call(call, given, len(different), masked, source, self.fastest.keys_of(module))
         except UnfitError:  # noted with the module: `way_of` says APART from now on
             return None
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -27,6 +27,22 @@ LIBRARY = "diffusers"  # whose processors are known to keep nothing of their row
 SIZES = ("reshape", "view")
 PAIRS = ("add", "sub", "mul", "div", "lerp", "where")
 _unfit: WeakKeyDictionary[nn.Module, tuple[type, str]] = WeakKeyDictionary()  # with the processor that was tried
+
+
+class Keys(NamedTuple):
+    """What a mask says, where it says no more than this.
+
+    lengths  how many keys each row has, the first ones; none where there are no others
+    queries  whether it leaves out queries of the same numbers too, which then attend to nothing
+    """
+
+    lengths: tuple[int, ...]
+    queries: bool = False
+
+
+def no_keys(scores: Scores) -> Keys | None:
+    """A mask stays a mask."""
+    return None
 
 
 def unfit(attention: nn.Module) -> str:
@@ -50,10 +66,17 @@ def saves(inputs: int, plain: int, masked: int) -> bool:
     return bool(plain) and PROJECTIONS * inputs <= PROJECTIONS * plain + masked
 
 
-def one_call(call: Call, arguments: Arguments, inputs: int, masked: Sequence[bool], source: Sequence[int]) -> Any:
+def one_call(
+    call: Call,
+    arguments: Arguments,
+    inputs: int,
+    masked: Sequence[bool],
+    source: Sequence[int],
+    keys: Callable[[Scores], Keys | None] = no_keys,
+) -> Any:
     """The output of an attention module that is given `inputs` rows: row b is of input `source[b]`, and its values
-    where `masked[b]`. UnfitError where that cannot be."""
-    rows = _Rows(inputs, masked, source)
+    where `masked[b]`. `keys` may know what a mask says in numbers of keys. UnfitError where that cannot be."""
+    rows = _Rows(inputs, masked, source, keys)
     try:
         with answering(arguments.module, rows.attend, rows.regrown):
             outputs = as_tuple(arguments.given_to(call))
@@ -74,8 +97,14 @@ def one_call(call: Call, arguments: Arguments, inputs: int, masked: Sequence[boo
 class _Rows:
     """The rows of one call, which become more, or fewer, as they attend."""
 
-    def __init__(self, inputs: int, masked: Sequence[bool], source: Sequence[int]):
-        self.inputs, self.masked, self.source = inputs, masked, source
+    def __init__(
+        self,
+        inputs: int,
+        masked: Sequence[bool],
+        source: Sequence[int],
+        keys: Callable[[Scores], Keys | None],
+    ):
+        self.inputs, self.masked, self.source, self.keys = inputs, masked, source, keys
         self.calls = self.before = self.after = 0
 
     def attend(self, scores: Scores) -> Tensor:
@@ -91,13 +120,16 @@ class _Rows:
             raise UnfitError("has other keys than queries")
         self.calls, self.before, self.after = 1, rows, each * len(self.source)
         self.where = spans(self.source, each)
+        keys = self.keys(scores) if scores.attend is None else None
+        keys = None if keys is None or keys.queries else keys
         return masked_attention(
-            _dense(scores.q),
-            _dense(scores.k),
-            _dense(scores.v),
+            dense(scores.q),
+            dense(scores.k),
+            dense(scores.v),
             [flag for flag in self.masked for _ in range(each)],
             source=[one * each + i for one in self.source for i in range(each)],
-            bias=scores.mask,
+            kv_len=keys and (keys.lengths or None),
+            bias=scores.mask if keys is None else None,
             scale=scores.scale,
             impl=scores.attend or "auto",
         )
@@ -125,7 +157,8 @@ class _Rows:
         return take(value, self.where, self.before, "kept by an attention") if old else value
 
 
-def _dense(tensor: Tensor) -> Tensor:
+def dense(tensor: Tensor) -> Tensor:
+    """As `masked_attention` takes it."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

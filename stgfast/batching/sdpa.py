@@ -37,6 +37,7 @@ class Scores:
     """One call of scaled dot product attention, `(rows, heads, tokens, size)`.
 
     attend  what has to compute it, where a backend was chosen; None where anything may
+    plain   the call as it was made
     beyond  what of it is not in the other fields, if anything
     """
 
@@ -46,6 +47,7 @@ class Scores:
     mask: Tensor | None
     scale: float | None
     attend: Attend | None
+    plain: Callable[[], Tensor]
     beyond: str = ""
 
 
@@ -82,12 +84,14 @@ class _Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         # A backend that was chosen may call torch's function with a kernel of its choice: no call of the module's.
         if func is scaled_dot_product_attention and _answer.get() is not None:
-            return self.answer(_scores(None, *args, **kwargs))
+            plain = functools.partial(func, *args, **kwargs)
+            return self.answer(_scores(None, plain, *args, **kwargs))
         return func(*self.change(func, args), **kwargs)
 
 
 def _scores(
     attend: Attend | None,
+    plain: Callable[[], Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -104,7 +108,7 @@ def _scores(
     shared = query.shape[-3] // key.shape[-3]
     if enable_gqa and shared > 1:
         key, value = (x.repeat_interleave(shared, -3) for x in (key, value))
-    return Scores(query, key, value, attn_mask, scale, attend, beyond)
+    return Scores(query, key, value, attn_mask, scale, attend, plain, beyond)
 
 
 def _registry() -> Any:
@@ -148,18 +152,20 @@ def _from_registry(plain: Callable[..., Any], **given: Any) -> Any:
     query, key, mask = given["query"], given["key"], given.get("attn_mask")
     flat = isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == (query.shape[0], key.shape[1])
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def as_given(**changed: Any) -> Tensor:
         token = _answer.set(None)
         try:
-            mask = mask[:, 0, 0] if flat and mask is not None else mask
-            rows = {"query": q.transpose(1, 2), "key": k.transpose(1, 2), "value": v.transpose(1, 2), "attn_mask": mask}
-            out: Tensor = plain(**{**given, **{name: value for name, value in rows.items() if name in given}})
+            out: Tensor = plain(**{**given, **{name: value for name, value in changed.items() if name in given}})
         finally:
             _answer.reset(token)
         return out.transpose(1, 2)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        mask = mask[:, 0, 0] if flat and mask is not None else mask
+        return as_given(query=q.transpose(1, 2), key=k.transpose(1, 2), value=v.transpose(1, 2), attn_mask=mask)
 
     if mask is not None and flat:
         mask = mask[:, None, None]
     heads = {name: given[name].transpose(1, 2) for name in ("query", "key", "value")}
     others = {name: given[name] for name in ("dropout_p", "is_causal", "scale", "enable_gqa") if name in given}
-    return answer(_scores(attend, **heads, attn_mask=mask, **others)).transpose(1, 2)
+    return answer(_scores(attend, as_given, **heads, attn_mask=mask, **others)).transpose(1, 2)

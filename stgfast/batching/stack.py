@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.attention import Inside, Tokens
+from stgfast.batching.fastest import Fastest
 from stgfast.batching.layout import Layout
 from stgfast.batching.plan import Plan, Step
 from stgfast.batching.rows import alone, as_given, as_tuple, chunks, join, spans, take
@@ -34,7 +35,7 @@ class Stack:
 
     The blocks are entered, and left, with `prompts` rows for every branch, in the order of the plan's branches.
     `max_rows` bounds the rows that a block sees at once; `compiled` has calls to make in place of some blocks' own;
-    `ends` keeps what all blocks together did, and says it where none of them runs.
+    `ends` keeps what all blocks together did, and says it where none of them runs; `fastest` attends where it can.
     `grid` says how many (frames, height, width) of tokens there are in a block that is called with these arguments.
     """
 
@@ -48,16 +49,18 @@ class Stack:
         compiled: Mapping[nn.Module, Call] = MappingProxyType({}),
         grid: Callable[[Arguments], Tokens] | None = None,
         ends: Ends | None = None,
+        fastest: Fastest | None = None,
     ):
         self.layout, self.plan, self.prompts, self.max_rows, self.compiled = layout, plan, prompts, max_rows, compiled
-        self.inside, self.ends = Inside(layout, grid), ends
+        self.fastest = fastest or Fastest(())
+        self.inside, self.ends = Inside(layout, grid, self.fastest), ends
         self._entered: list[Tensor] = []
         self._done = 0
         self._taken: dict[tuple[str, tuple[int, ...], int], tuple[Any, Any]] = {}
 
     def handlers(self) -> Mapping[nn.Module, Handler]:
         """What stands in for the calls of this pass."""
-        handlers = dict[nn.Module, Handler]()
+        handlers: dict[nn.Module, Handler] = dict.fromkeys(self.fastest.modules, self.fastest.call)
         for number, (unit, step) in enumerate(zip(self.layout.units, self.plan.steps, strict=True)):
             handlers[unit.module] = functools.partial(self._block, number)
             handlers |= self.inside.handlers(unit, step.marks)

@@ -18,7 +18,7 @@ DONE, WRONG_RESULT, WRONG = 0, 1, 2
 # Nothing is compiled for a check, and on a CPU there is little attention to choose from.
 CHECKED = {
     device: [name for name in VARIANTS if name not in left_out]
-    for device, left_out in (("cuda", ("graphs",)), ("cpu", ("graphs", "fastest")))
+    for device, left_out in (("cuda", ("graphs",)), ("cpu", ("graphs", "fastest", "auto")))
 }
 USUAL = ("stock", "paper", "stgfast", "reuse")
 # Models whose blocks keep the shape of what they are given; those of a UNet do not.

@@ -26,7 +26,7 @@ from stgfast.bench.variants import FEWEST, OTHER_RESULT, Bench
 # By how much variants may differ, relatively; those of bfloat16 are told apart by rounding.
 # How far apart results may be, by number type: roundings are some 1e-6 in float32, a wrong row is 1e-2 or more.
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-UNIQUE = ("stgfast", "split", "compiled", "graphs", "fastest")  # these compute every row once
+UNIQUE = ("stgfast", "split", "auto", "compiled", "graphs", "fastest")  # these compute every row once
 COUNTED = ("stock", "paper", "stgfast")
 COMPARED = ("paper", "stgfast")
 WITHIN = 0.05  # of what the blocks predict, where that is checked

@@ -8,6 +8,7 @@ guiders    the modular pipeline under diffusers' `SkipLayerGuidance`, which does
 reference  the paper's own code, of a checkout
 stgfast    `stgfast.accelerate`
 split      the same, with no more rows in a block at once than the pipeline's own call has
+auto       the same, with all layers attending by what is fastest for their shape
 compiled   the same, with the model's blocks compiled
 graphs     the same, with what a block launches recorded as a CUDA graph
 fastest    the same, with the attention of diffusers' that was measured to be the fastest
@@ -31,6 +32,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from stgfast.batching.execution import AUTO
 from stgfast.batching.layout import Unit
 from stgfast.batching.plan import Plan
 from stgfast.batching.room import ALL, Rows
@@ -47,7 +49,7 @@ from stgfast.perturbation import Perturbation
 
 VARIANTS = (
     *("stock", "paper", "passes", "guiders", "reference"),
-    *("stgfast", "split", "compiled", "graphs", "fastest", "reuse"),
+    *("stgfast", "split", "auto", "compiled", "graphs", "fastest", "reuse"),
 )
 FEWEST = 2  # steps, of which the first is not timed
 STACKED = ("stacked", "announced")  # protocols that have cond and uncond in one call
@@ -159,8 +161,10 @@ class Bench:
         how = {"stacked": self._apart, "sequential": self._after_both, "embedded": self._after_one}
         return self._by(how[self.adapter.protocol])
 
-    def stgfast(self, compile: Mapping[str, Any] | bool = False, max_rows: Rows = ALL) -> Tensor:
-        return self._accelerated(self.guidance, compile, max_rows)
+    def stgfast(
+        self, compile: Mapping[str, Any] | bool = False, max_rows: Rows = ALL, attention: str | None = None
+    ) -> Tensor:
+        return self._accelerated(self.guidance, compile, max_rows, attention)
 
     def split(self) -> Tensor:
         return self._accelerated(self.guidance, max_rows=2 if self.adapter.protocol in STACKED else 1)
@@ -192,6 +196,10 @@ class Bench:
 
     def reuse(self) -> Tensor:
         return self._accelerated(self._reusing())
+
+    def auto(self) -> Tensor:
+        """Every layer attends by what is fastest for its shape."""
+        return self.stgfast(attention=AUTO)
 
     def compiled(self) -> Tensor:
         """Of which the first call compiles: it is the warm-up."""
@@ -346,9 +354,13 @@ class Bench:
         return Guidance(self._guidance.perturbations, reuse=2, reuse_order=0)
 
     def _accelerated(
-        self, guidance: Guidance | None, compile: Mapping[str, Any] | bool = False, max_rows: Rows = ALL
+        self,
+        guidance: Guidance | None,
+        compile: Mapping[str, Any] | bool = False,
+        max_rows: Rows = ALL,
+        attention: str | None = None,
     ) -> Tensor:
-        accelerate(self.pipe, guidance, compile=compile, max_rows=max_rows)
+        accelerate(self.pipe, guidance, compile=compile, max_rows=max_rows, attention=attention)
         try:
             return self._clip()
         finally:

@@ -6,7 +6,6 @@ values in L2. A program of an identity row copies its tile of V and is done.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stgfast.kernels.layout import empty_like_query
+from stgfast.kernels.layout import empty_like_query, on_device
 
 LOG2_E = 1.4426950408889634
 NO_BIAS, MASK, ADDED = 0, 1, 2  # what `bias` is: nothing, a boolean mask, or numbers to add
@@ -235,12 +234,6 @@ def padded(size: int) -> int:
     return max(16, int(triton.next_power_of_2(size)))
 
 
-@functools.lru_cache(maxsize=1024)
-def _on_device(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of a plan, brought to a device once and not with every launch."""
-    return torch.tensor(numbers, dtype=dtype, device=device)
-
-
 @torch.library.custom_op("stgfast::masked_attention", mutates_args=())
 def masked_attention(
     q: Tensor,
@@ -264,7 +257,7 @@ def masked_attention(
     per_query = strides[2] != 0
     dim = padded(size)
     cut = config(dim, 8 * q.element_size(), kind, per_query, capability(q.device))
-    sources = _on_device(tuple(source), torch.int32, q.device)
+    sources = on_device(tuple(source), torch.int32, q.device)
     with torch.cuda.device_of(out):
         attention_kernel[(triton.cdiv(queries, cut.m) * heads * rows,)](
             q,
@@ -272,7 +265,7 @@ def masked_attention(
             v,
             out,
             sources,
-            _on_device(tuple(identity), torch.int8, q.device) if any(identity) else sources,
+            on_device(tuple(identity), torch.int8, q.device) if any(identity) else sources,
             sources if kv_len is None else kv_len,
             numbers,
             *q.stride()[:3],

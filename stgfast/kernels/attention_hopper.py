@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stgfast.kernels.attention import LOG2_E, Config, _on_device, capability, padded, result_of
-from stgfast.kernels.layout import empty_like_query
+from stgfast.kernels.attention import LOG2_E, Config, capability, padded, result_of
+from stgfast.kernels.layout import empty_like_query, on_device
 
 DTYPES = (torch.float16, torch.bfloat16)
 HOPPER = 9  # its compute capability
@@ -180,7 +180,7 @@ def masked_attention(
         return out
     dim = padded(size)
     cut = config(dim)
-    sources = _on_device(tuple(source), torch.int32, q.device)
+    sources = on_device(tuple(source), torch.int32, q.device)
     with torch.cuda.device_of(q):
         triton.set_allocator(_descriptors)  # every launch: it holds for one thread, and others set theirs
         attention_hopper_kernel[(triton.cdiv(queries, cut.m) * heads * rows,)](
@@ -189,7 +189,7 @@ def masked_attention(
             v,
             out,
             sources,
-            _on_device(tuple(identity), torch.int8, q.device) if any(identity) else sources,
+            on_device(tuple(identity), torch.int8, q.device) if any(identity) else sources,
             sources if kv_len is None else kv_len,
             *q.stride()[:3],
             *k.stride()[:3],

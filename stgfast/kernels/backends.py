@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stgfast.kernels import reference
 from stgfast.kernels.checks import check_attention, expected
-from stgfast.kernels.layout import empty_like_query
+from stgfast.kernels.layout import empty_like_query, on_device
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]  # q, k, v, bias or mask, scale
 
@@ -120,7 +120,7 @@ def masked_attention(
     v: Tensor,
     identity: Sequence[bool] | None = None,
     *,
-    kv_len: Tensor | None = None,
+    kv_len: Tensor | Sequence[int] | None = None,
     bias: Tensor | None = None,
     source: Sequence[int] | None = None,
     tokens: tuple[int, int] | None = None,
@@ -130,7 +130,8 @@ def masked_attention(
     """Attention for a whole stack: row b is softmax attention, or a copy of V where `identity[b]`.
 
     q, k, v   (rows, heads, tokens, size), in any memory order whose last stride is 1
-    kv_len    int32 on the device: how many keys each row of k and v has; the others are never read
+    kv_len    int32 on the device: how many keys each row of k and v has; the others are never read. As numbers of the
+              host, attention that takes no mask can be used too
     bias      boolean (true: attend) or added to the scores; broadcastable over rows, heads and queries
     source    the row of q, k, v, kv_len and bias that each output row reads: several may read one
     tokens    the range of tokens that an identity row copies; it attends as usual elsewhere
@@ -142,10 +143,13 @@ def masked_attention(
     same = [False] * len(rows) if identity is None else [bool(flag) for flag in identity]
     span = (0, q.shape[2]) if tokens is None else (int(tokens[0]), int(tokens[1]))
     factor = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
-    check_attention(q, k, v, same, kv_len=kv_len, bias=bias, source=rows, tokens=span, scale=factor)
+    lengths = None if kv_len is None or isinstance(kv_len, Tensor) else tuple(map(int, kv_len))
+    known = lengths if lengths is not None else kv_len
+    check_attention(q, k, v, same, kv_len=known, bias=bias, source=rows, tokens=span, scale=factor)
     if bias is not None and bias.ndim < 4:
         bias = bias[(None,) * (4 - bias.ndim)]
-    call = Call(q, k, v, tuple(same), tuple(rows), span, kv_len, bias, factor)
+    counted = kv_len if isinstance(kv_len, Tensor) else None
+    call = Call(q, k, v, tuple(same), tuple(rows), span, counted, bias, factor, lengths)
     if callable(impl):
         return call.split(impl)
     if impl not in NAMES:
@@ -166,6 +170,7 @@ class Call:
     kv_len: Tensor | None
     bias: Tensor | None
     scale: float
+    lengths: tuple[int, ...] | None = None  # in place of `kv_len`, where the host knows
 
     def by(self, name: str) -> Tensor:
         reason = self.refused_by(name)
@@ -179,7 +184,7 @@ class Call:
                 self.identity,
                 source=self.source,
                 tokens=self.tokens,
-                kv_len=self.kv_len,
+                kv_len=self._on_device,
                 bias=self.bias,
                 scale=self.scale,
             )
@@ -187,7 +192,7 @@ class Call:
             from stgfast.kernels import attention, attention_hopper
 
             fused = attention.masked_attention if name == "triton" else attention_hopper.masked_attention
-            given = (self.identity, self.source, self.tokens, self.kv_len, self.bias, self.scale)
+            given = (self.identity, self.source, self.tokens, self._on_device, self.bias, self.scale)
             out: Tensor = fused(self.q, self.k, self.v, *given)
             return out
         return self.split(BACKENDS[name].attend)
@@ -202,6 +207,10 @@ class Call:
         return attention_hopper.unsuitable(self.q, self.k, self.v, self.bias)
 
     @property
+    def _on_device(self) -> Tensor | None:
+        return self.kv_len if self.lengths is None else on_device(self.lengths, torch.int32, self.q.device)
+
+    @property
     def biased(self) -> bool:
         return self.bias is not None or self.kv_len is not None
 
@@ -209,7 +218,8 @@ class Call:
     def shape(self) -> tuple[Any, ...]:
         """What a choice is remembered by."""
         sizes = (*self.q.shape[1:], self.k.shape[2], len(self.source), sum(self.identity), *self.tokens)
-        kinds = (self.q.dtype, self.q.device, self.kv_len is not None, self.refused_by("hopper"))
+        counted = (self.kv_len is not None, self.lengths is not None)
+        kinds = (self.q.dtype, self.q.device, *counted, self.refused_by("hopper"))
         return (*sizes, *kinds, None if self.bias is None else (self.bias.dtype, self.bias.shape[2] > 1))
 
     def split(self, attend: Attend) -> Tensor:
@@ -233,11 +243,27 @@ class Call:
     def _attended(self, attend: Attend, rows: list[int], queries: slice) -> Tensor:
         """Attention for some output rows and some of their queries."""
         where = [self.source[row] for row in rows]
-        q, k, v = (_rows(t, where) for t in (self.q[:, :, queries], self.k, self.v))
+        if self.lengths is not None:
+            return self._of_lengths(attend, self.lengths, where, queries)
+        return self._of_rows(attend, where, queries, slice(None))
+
+    def _of_lengths(self, attend: Attend, lengths: Sequence[int], where: list[int], queries: slice) -> Tensor:
+        """Rows of one length in one call, on so many keys."""
+        each = [lengths[row] for row in where]
+        if len(set(each)) == 1 and each[0]:
+            return self._of_rows(attend, where, queries, slice(each[0]))
+        out = empty_like_query(self.q[:, :, queries], len(where)).zero_()  # what has no keys gives 0
+        for length in dict.fromkeys(length for length in each if length):
+            mine = [n for n, its in enumerate(each) if its == length]
+            _put(out, mine, slice(None), self._of_rows(attend, [where[n] for n in mine], queries, slice(length)))
+        return out
+
+    def _of_rows(self, attend: Attend, where: list[int], queries: slice, keys: slice) -> Tensor:
+        q, k, v = (_rows(t, where) for t in (self.q[:, :, queries], self.k[:, :, keys], self.v[:, :, keys]))
         bias = self.bias
         if bias is not None:
             bias = bias[:, :, queries] if bias.shape[2] > 1 else bias
-            bias = _rows(bias, where) if bias.shape[0] > 1 else bias
+            bias = (_rows(bias, where) if bias.shape[0] > 1 else bias)[..., keys]
         if self.kv_len is None:
             return attend(q, k, v, bias, self.scale)
         reach = _rows(self.kv_len, where)[:, None, None, None]

@@ -32,7 +32,7 @@ def check_attention(
     v: Tensor,
     identity: Sequence[bool],
     *,
-    kv_len: Tensor | None,
+    kv_len: Tensor | Sequence[int] | None,
     bias: Tensor | None,
     source: Sequence[int],
     tokens: tuple[int, int],
@@ -66,7 +66,10 @@ def check_attention(
         raise expected("tokens", tokens, f"first and one past last, within 0 and {queries}")
     if any(identity) and k.shape[2] != queries:
         raise expected("keys, where a row is the identity", k.shape[2], f"{queries}, as many as queries")
-    if kv_len is not None:
+    if isinstance(kv_len, Sequence):
+        if len(kv_len) != rows or not all(0 <= length <= k.shape[2] for length in kv_len):
+            raise expected("kv_len", list(kv_len), f"{rows} numbers from 0 to {k.shape[2]}")
+    elif kv_len is not None:
         if kv_len.shape != (rows,) or kv_len.dtype != torch.int32 or kv_len.device != q.device:
             got = f"{tuple(kv_len.shape)}, {kv_len.dtype}, {kv_len.device}"
             raise expected("kv_len", got, f"({rows},), torch.int32, {q.device}")

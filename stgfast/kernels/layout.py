@@ -1,8 +1,17 @@
-"""Memory orders."""
+"""Memory orders, and what is brought to a device."""
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch import Tensor
+
+
+@functools.lru_cache(maxsize=1024)
+def on_device(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host, brought to a device once and not with every launch."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def empty_like_query(q: Tensor, rows: int) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from stgfast.announced import Answering
 from stgfast.batching.arguments import Arguments
-from stgfast.batching.room import Rows
+from stgfast.batching.execution import AS_IT_IS, Execution
 from stgfast.batching.seam import Call
 from stgfast.combining import Combining
 from stgfast.engine import Run, Strategy
@@ -47,8 +47,7 @@ class Accelerated(NamedTuple):
     cls: type[Any]
     guidance: Guidance
     call: Mapping[str, Any]
-    max_rows: Rows = None
-    compilation: Mapping[str, Any] | None = None
+    execution: Execution = AS_IT_IS
 
 
 def check(given: Accelerated) -> Verdict:
@@ -139,7 +138,7 @@ class Checking:
             self._count(plain, where)
         own = self._engine(step, Guidance(), self.adapter)
         if isinstance(own, EngineStep):
-            exact = self.given.max_rows is None and self.given.compilation is None
+            exact = self.given.execution == AS_IT_IS
             error, budget = apart(own.seen.combined, plain.own), 0.0 if exact else plain.budget * plain.grown
             made.append(Line(f"{where}: the same at scale 0", error, budget))
         self.lines += made
@@ -248,7 +247,7 @@ class Checking:
             announced = adapter.announced if adapter.announces(pipe) else None
             strategy: Strategy = Combining(guidance) if announced is None else Answering(announced, guidance)
             fitted = adapter.on(pipe)
-            return Run(fitted, guidance, call, strategy, max_rows=given.max_rows, compilation=given.compilation)
+            return Run(fitted, guidance, call, strategy, given.execution)
 
         try:
             return EngineStep(self.watch, None if step == 0 else self.stub(), step, make)

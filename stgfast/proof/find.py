@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from stgfast.batching.execution import AS_IT_IS, Execution
 from stgfast.batching.outputs import prediction_in
-from stgfast.batching.room import Rows
 from stgfast.call import check_layers
 from stgfast.errors import UnsupportedPipelineError
 from stgfast.formulas import COND, UNCOND
@@ -213,8 +213,7 @@ def found(
     cls: type[Any],
     call: Mapping[str, Any],
     guided: Callable[[Adapter], Guidance],
-    max_rows: Rows = None,
-    compilation: Mapping[str, Any] | None = None,
+    execution: Execution = AS_IT_IS,
 ) -> Adapter:
     """The facts of a pipeline, proposed and verified for one call of it.
 
@@ -225,7 +224,7 @@ def found(
     for _ in range(ATTEMPTS):
         fitted, guidance = adapter.on(pipe), guided(adapter)
         check_layers(fitted, guidance)
-        verdict = check(Accelerated(fitted, cls, guidance, call, max_rows, compilation))
+        verdict = check(Accelerated(fitted, cls, guidance, call, execution))
         if verdict.ok:
             return adapter
         tried = tried or verdict.reason

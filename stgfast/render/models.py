@@ -229,7 +229,7 @@ def _check_supported(name: str) -> None:
 def _check_graphs(pipe: Any) -> None:
     """Batches have threads of their own, and a CUDA graph is of the thread that recorded it."""
     installed = getattr(pipe, INSTALLED, None)
-    compilation = dict(installed.compilation or {}) if installed else {}
+    compilation = dict(installed.execution.compilation or {}) if installed else {}
     options = compilation.get("options") or {}
     if compilation.get("mode") in ("reduce-overhead", "max-autotune") or options.get("triton.cudagraphs"):
         raise wrong("compile of the pipeline", compilation, "no CUDA graphs, as with 'max-autotune-no-cudagraphs'")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from stgfast.batching.execution import AS_IT_IS
 from stgfast.call import settings_of
 from stgfast.errors import SettingsError
 from stgfast.installed import INSTALLED, Installed, bound_call, original_class, settled
@@ -30,10 +31,10 @@ def verify(pipe: Any, *args: Any, **kwargs: Any) -> Verdict:
     for its model; nothing is left behind on it.
     """
     original = original_class(type(pipe))
-    installed = vars(pipe).get(INSTALLED) or Installed(adapter_for(pipe, original), None, None, None, None, original)
+    installed = vars(pipe).get(INSTALLED) or Installed(adapter_for(pipe, original), None, AS_IT_IS, None, original)
     given = {name: kwargs.pop(name) for name in settings_of(original) if name in kwargs}
     call = bound_call(installed, inspect.signature(original.__call__).bind, pipe, *args, **kwargs).arguments
     fitted, guidance = settled(pipe, installed, call, given)
     if guidance.exact.inert and not installed.adapter.announces(pipe):
         raise SettingsError("verify: got a call without guidance, expected one with a scale other than 0")
-    return check(Accelerated(fitted, original, guidance, call, installed.max_rows, installed.compilation))
+    return check(Accelerated(fitted, original, guidance, call, installed.execution))

@@ -74,11 +74,12 @@ def test_all_variants(model, tmp_path):
         "passes": unshared,
         "stgfast": stock + 1,
         "split": stock + 1,
+        "auto": stock + 1,
         "reuse": stock + 0.5,
     }
     for variant, count in rows.items():
         assert row["block_rows"][variant] == count
-    assert row["matrix_share"].keys() == {"stgfast", "split", "compiled", "fastest"}
+    assert row["matrix_share"].keys() == {"stgfast", "split", "auto", "compiled", "fastest"}
     assert row["attention_backend"] in ("native", "_native_math")
     assert file.read_text() == json.dumps(row) + "\n"
     assert model in said

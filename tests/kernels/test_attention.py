@@ -47,12 +47,15 @@ def tensor(*shape, dtype, order, seed):
 
 
 def exact(q, k, v, **options):
+    """By the specification; which takes numbers of keys as a tensor."""
     wide = {n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in options.items()}
     return filled(q.double(), k.double(), v.double(), **wide)
 
 
 def filled(q, k, v, identity=None, source=None, tokens=None, scale=None, **options):
     source = list(range(len(q))) if source is None else source
+    if isinstance(options.get("kv_len"), list):
+        options["kv_len"] = torch.tensor(options["kv_len"], dtype=torch.int32, device=q.device)
     return reference.masked_attention(
         q, k, v, identity or [False] * len(source), source=source, tokens=tokens or (0, q.shape[2]),
         scale=q.shape[-1] ** -0.5 if scale is None else scale, **options,
@@ -133,6 +136,8 @@ PLAIN = {
 def test_every_option_against_float64(impl, call):
     q, k, v, options = made(call)
     check(impl, q, k, v, **options)
+    if call["kv_len"] is not None:
+        check(impl, q, k, v, **{**options, "kv_len": [min(max(n, 0), k.shape[2]) for n in call["kv_len"]]})
 
 
 @pytest.mark.parametrize("impl", FOR_A_GPU)
@@ -159,6 +164,7 @@ def test_a_query_with_no_key_gives_0(impl, dtype):
     out = masked_attention(q, k, v, kv_len=torch.tensor([40, 0], dtype=torch.int32, device=DEVICE), impl=impl)
     assert torch.equal(out[1], torch.zeros_like(out[1]))
     assert out[0].abs().min() > 0
+    assert torch.equal(masked_attention(q, k, v, kv_len=[40, 0], impl=impl)[1], torch.zeros_like(out[1]))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -222,6 +228,7 @@ WRONG = {
     "no tokens": ((Q, Q, Q), {"tokens": (3, 3)}, "tokens: got (3, 3)"),
     "identity across": ((Q, LONG, LONG), {"identity": [True, False]}, "keys, where a row is the identity: got 9"),
     "kv_len of rows": ((Q, Q, Q), {"kv_len": torch.ones(3, dtype=torch.int32)}, "kv_len: got (3,), torch.int32, cpu"),
+    "kv_len beyond the keys": ((Q, Q, Q), {"kv_len": [1, 99]}, "kv_len: got [1, 99], expected 2 numbers from 0 to"),
     "kv_len in int64": ((Q, Q, Q), {"kv_len": torch.ones(2, dtype=torch.int64)}, "kv_len: got (2,), torch.int64, cpu"),
     "bias of keys": (
         (Q, Q, Q),

@@ -1,0 +1,126 @@
+"""The fastest attention for layers that nothing is done to: `attention="auto"`.
+
+Every call of scaled dot product attention that a block's attention modules make becomes one of `masked_attention`,
+which chooses by shape. A mask that leaves out the last keys of a row is taken for the row's number of keys: these keys
+are not looked at, and attention that takes no mask can be used. To know, the mask is looked at once, for which the host
+waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stgfast.batching.arguments import Arguments
+from stgfast.batching.layout import Layout
+from stgfast.batching.one_call import Keys, dense, no_keys, unfit
+from stgfast.batching.sdpa import Scores, answering
+from stgfast.batching.seam import Call, compiled
+from stgfast.kernels import masked_attention
+from stgfast.kernels.checks import MAX_SIZE
+
+NOTHING = -10000.0  # or less, added to a score, leaves nothing of it: as diffusers has it where a mask is added
+
+
+class Fastest:
+    """For the calls of these modules in one pass of the denoiser, in which masks stay as they are."""
+
+    def __init__(self, modules: Collection[nn.Module]):
+        self.modules = modules
+        self._looked: list[tuple[Tensor, Keys | None]] = []
+
+    def of(self, module: nn.Module, plain: Call) -> Call:
+        """A call of a module, which attends so where the module is one of these."""
+        if module not in self.modules:
+            return plain
+        return lambda *args, **kwargs: self.call(plain, Arguments(module, args, kwargs))
+
+    def keys_of(self, module: nn.Module) -> Callable[[Scores], Keys | None]:
+        return self.keys if module in self.modules else no_keys
+
+    def call(self, plain: Call, arguments: Arguments) -> Any:
+        """Stands in for an attention module."""
+        with answering(arguments.module, self.attend):
+            return arguments.given_to(plain)
+
+    def attend(self, scores: Scores) -> Tensor:
+        q, k, v = scores.q, scores.k, scores.v
+        if scores.beyond or scores.attend is not None or q.ndim != 4 or v.shape != k.shape or q.shape[3] > MAX_SIZE:
+            return scores.plain()
+        mask, keys = scores.mask, self.keys(scores)
+        lengths = keys.lengths if keys is not None else ()
+        out = masked_attention(
+            dense(q),
+            dense(k),
+            dense(v),
+            kv_len=lengths or None,
+            bias=mask if keys is None else None,
+            scale=scores.scale,
+        )
+        if keys is not None and keys.queries:
+            for row, length in zip(out, lengths, strict=True):
+                row[:, length:] = 0.0
+        return out
+
+    def keys(self, scores: Scores) -> Keys | None:
+        """What a call's mask says, where it leaves out the last keys of a row and no others."""
+        mask, rows = scores.mask, scores.q.shape[0]
+        if mask is None:
+            return Keys(())
+        if mask.ndim != 4 or mask.shape[0] not in (1, rows) or mask.shape[3] != scores.k.shape[2]:
+            return None
+        if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        for seen, known in self._looked:
+            if _one(seen, mask):
+                return known
+        keys = _keys(mask, rows)
+        if mask.shape[2] == 1:  # one for every query is too large to be kept
+            self._looked.append((mask, keys))
+        return keys
+
+
+def quickened(layout: Layout) -> frozenset[nn.Module]:
+    """The attention modules of a model's blocks whose calls can be seen: within compiled code, none can."""
+    return frozenset(
+        module
+        for unit in layout.units
+        if not any(map(compiled, unit.module.modules()))
+        for module in unit.module.modules()
+        if hasattr(module, "processor") and not unfit(module)
+    )
+
+
+def _one(mask: Tensor, other: Tensor) -> bool:
+    """Whether two masks are views of the same numbers."""
+    return (
+        mask.data_ptr() == other.data_ptr()
+        and mask.shape == other.shape
+        and mask.stride() == other.stride()
+        and mask.dtype == other.dtype
+    )
+
+
+def _keys(mask: Tensor, rows: int) -> Keys | None:
+    if mask.dtype != torch.bool:
+        added = mask
+        mask = added == 0
+        if not bool((mask | (added <= NOTHING)).all()):
+            return None
+    keys = mask.any(dim=2).any(dim=1)  # (rows, keys)
+    count = keys.sum(dim=1)
+    first = torch.arange(keys.shape[1], device=keys.device) < count[:, None]
+    queries = mask.shape[2] > 1
+    if queries and mask.shape[2] != mask.shape[3]:
+        return None
+    whole = first[:, None, None] & first[:, None, :, None] if queries else first[:, None, None]
+    said = torch.cat([count, (mask == whole).all().to(count.dtype)[None]]).tolist()  # one look at the device
+    *lengths, right = said
+    if not right or not all(lengths):
+        return None
+    if all(length == keys.shape[1] for length in lengths):
+        return Keys(())
+    return Keys(tuple(lengths) * (rows // len(lengths)), queries)
