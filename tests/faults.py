@@ -33,6 +33,106 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
+    # One call of an attention for all rows
+    Fault(
+        "rows of the wrong input",
+        "batching/one_call.py",
+        "source=[one * each + i for one in self.source for i in range(each)]",
+        "source=[one * each for one in self.source for i in range(each)]",
+        "tests/integrations/test_one_call.py -k 'Latte-float32'",
+    ),
+    Fault(
+        "identity rows that attend",
+        "batching/one_call.py",
+        "[flag for flag in self.masked for _ in range(each)]",
+        "[False for flag in self.masked for _ in range(each)]",
+        "tests/batching/test_one_call.py",
+    ),
+    Fault(
+        "a size of rows that is kept from before",
+        "batching/one_call.py",
+        "return args[0], (self.after, *sizes[1:])",
+        "return args[0], (self.before, *sizes[1:])",
+        "tests/integrations/test_one_call.py -k 'CogVideoX-float32'",
+    ),
+    Fault(
+        "a mask that is lost",
+        "batching/one_call.py",
+        "bias=scores.mask if keys is None else None",
+        "bias=None",
+        "tests/integrations/test_one_call.py -k 'HunyuanVideo15-float32 or HunyuanVideo-float32'",
+    ),
+    Fault(
+        "a scale that is lost",
+        "batching/one_call.py",
+        "scale=scores.scale",
+        "scale=0.5",
+        "tests/batching/test_one_call.py",
+    ),
+    Fault(
+        "other rows of a processor that is not known",
+        "batching/one_call.py",
+        'return _processor(unwrapped(attention)).__module__.split(".")[0] == LIBRARY',
+        "return True",
+        "tests/batching/test_one_call.py",
+    ),
+    Fault(
+        "rows that came apart taken for one",
+        "batching/attention.py",
+        "self.inputs = range(rows)",
+        "pass",
+        "tests/integrations/test_one_call.py -k 'Diffusion and XL-float32'",
+    ),
+    Fault(
+        "a call of another thread that is answered",
+        "batching/sdpa.py",
+        "    if answer is None:\n        return plain(**given)",
+        "    if answer is None:\n        return given['value']",
+        "tests/batching/test_sdpa.py",
+    ),
+    Fault(
+        "a backend left in the registry",
+        "batching/sdpa.py",
+        "backends[name] = backends[name].args[0]",
+        "pass",
+        "tests/batching/test_sdpa.py",
+    ),
+    Fault(
+        "a chosen backend that is not asked",
+        "batching/sdpa.py",
+        "return answer(_scores(attend, as_given,",
+        "return answer(_scores(None, as_given,",
+        "tests/batching/test_one_call.py",
+    ),
+    Fault(
+        "one call where more is projected",
+        "batching/one_call.py",
+        "PROJECTIONS * inputs <= PROJECTIONS * plain + masked",
+        "PROJECTIONS * inputs >= PROJECTIONS * plain + masked",
+        "tests/batching/test_one_call.py",
+    ),
+    # The fastest attention
+    Fault(
+        "a mask with a hole taken for a number",
+        "batching/fastest.py",
+        "if not right or not all(lengths):",
+        "if not all(lengths):",
+        "tests/batching/test_fastest.py",
+    ),
+    Fault(
+        "queries that a mask leaves out",
+        "batching/fastest.py",
+        "row[:, length:] = 0.0",
+        "pass",
+        "tests/batching/test_fastest.py",
+    ),
+    Fault(
+        "rows of another length",
+        "kernels/backends.py",
+        "each = [lengths[row] for row in where]",
+        "each = list(lengths)[: len(where)]",
+        "tests/kernels/test_attention.py -k sdpa",
+    ),
     # Plans and rows
     Fault(
         "the order of kept groups",

@@ -170,6 +170,7 @@ def test_a_backend_that_was_chosen_computes_rows_that_attend(backend, monkeypatc
     assert distance(made, stock) > 1e-3
     # Two prompts, uncond and cond of each; two branches that are weak from layer 1 and 3 on.
     assert rows == 2 * [4, 4, 6, 4, 8, 8]
+    assert ways(pipe, LTX) == {ONE: [1, 3]}
 
 
 @pytest.mark.interpreted
