@@ -36,7 +36,7 @@ KEPT = {
     "integrations/test_forecast.py::test_equals_what_is_written_apart": "LTX-in .*|Mochi-.*|Wan-held|CogVideoX-by .*",
     "integrations/test_families.py::test_no_history_runs_twice": FIRST,
     "integrations/test_families.py::test_no_worse_than_the_plain_method": FEW,
-    "integrations/test_one_call.py::test_however_many_branches_and_prompts": "LTX|Wan|Stable Diffusion XL",
+    "integrations/test_one_call.py::test_however_many_branches_and_prompts": "Wan|Stable Diffusion XL",
     "integrations/test_one_call.py::test_one_launch_for_every_marked_attention": (
         f"({ONE_CALL}|Cosmos|Latte|LTX|Stable Diffusion XL|Wan)-float32|({ONE_CALL})-float16"
     ),

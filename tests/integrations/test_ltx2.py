@@ -11,8 +11,9 @@ import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.errors import SettingsError
 from tests.integrations.test_methods import newton
+from tests.launches import launched
 from tests.models import generators, spread
-from tests.precision import distance, same
+from tests.precision import distance, near, same
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -150,6 +151,31 @@ def test_with_an_image_too(cls):
     made = call(stgfast.accelerate(build(cls)), **given)
     for one, other in zip(made, expected, strict=True):
         same(one, other)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_all_rows_of_a_marked_layer_attend_in_one_call(version):
+    """Gates are made of what rows were before they attended, when two of them were one."""
+    given = {"prompts": 2, "spatio_temporal_guidance_blocks": [1, 3]}
+    expected = call(build(version=version), **given)
+    pipe = stgfast.accelerate(build(version=version), max_rows="all")
+    for one, other in zip(call(pipe, **given), expected, strict=True):
+        same(one, other)
+    explained = stgfast.explain(pipe, num_inference_steps=2, spatio_temporal_guidance_blocks=[1, 3], num_frames=9)
+    assert next(iter(explained.attention.items())) == ("all rows in one call of the module", [1])
+
+
+@pytest.mark.float32
+@pytest.mark.interpreted
+def test_one_launch_for_every_marked_attention():
+    """One for video and one for audio, at two layers, in two steps."""
+    given = {"spatio_temporal_guidance_blocks": [1, 3], "num_frames": 1}
+    expected = call(build(), **given)
+    with launched() as launches:
+        made = call(stgfast.accelerate(build(), max_rows="all"), **given)
+    for one, other in zip(made, expected, strict=True):
+        near(one, other)
+    assert launches == [(3, 1)] * 2 * 2 * 2
 
 
 def reference(cls):

@@ -152,7 +152,10 @@ def test_a_pipeline_that_does_more_than_a_rescale_is_refused():
     assert "the pipeline's own step, by the formula with rescale 0.7" in verdict.reason
 
 
-@pytest.mark.parametrize("options", [{"max_rows": 1}, {"max_rows": "all"}, {"compile": {"backend": "eager"}}], ids=str)
+ASKED = [{"max_rows": 1}, {"max_rows": "all"}, {"attention": "auto"}, {"compile": {"backend": "eager"}}]
+
+
+@pytest.mark.parametrize("options", ASKED, ids=str)
 def test_as_it_is_accelerated(options):
     family = FAMILIES["Mochi"]
     pipe = stgfast.accelerate(family.build(), guidance_for(family), **options)
