@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stgfast.kernels import reference
 from stgfast.kernels.checks import check_attention, expected
-from stgfast.kernels.layout import empty_like_query, on_device
+from stgfast.kernels.layout import as_autocast, empty_like_query, on_device
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]  # q, k, v, bias or mask, scale
 
@@ -81,7 +81,8 @@ def _added(q: Tensor, k: Tensor, bias: Tensor | None, aligned: int = 1) -> Tenso
 
 @dataclass(frozen=True)
 class Backend:
-    """Attention over plain rows: who does it, on what, and whether a bias may be given."""
+    """Attention over plain rows: who does it, on what kinds of devices (any, where none is named), and whether a bias
+    may be given."""
 
     attend: Attend
     devices: tuple[str, ...]
@@ -90,17 +91,17 @@ class Backend:
 
     def missing(self, device: str, bias: bool) -> str:
         """Why it cannot run; empty where it can."""
-        if device not in self.devices:
+        if self.devices and device not in self.devices:
             return f"runs on {' and '.join(self.devices)}, not on {device}"
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"{self.package} is not installed"
         return "takes no mask, bias or kv_len" if bias and not self.takes_bias else ""
 
 
-BOTH, CUDA = ("cpu", "cuda"), ("cuda",)
+ANY, CUDA = (), ("cuda",)
 BACKENDS = {
-    "sdpa": Backend(_sdpa, BOTH, takes_bias=True),
-    "math": Backend(_math, BOTH, takes_bias=True),
+    "sdpa": Backend(_sdpa, ANY, takes_bias=True),
+    "math": Backend(_math, ANY, takes_bias=True),
     "flash": Backend(_flash, CUDA, takes_bias=False),
     "efficient": Backend(_efficient, CUDA, takes_bias=True),
     "cudnn": Backend(_cudnn, CUDA, takes_bias=True),
@@ -137,8 +138,9 @@ def masked_attention(
     tokens    the range of tokens that an identity row copies; it attends as usual elsewhere
     impl      one of `NAMES`, of which a named one never falls back to another; or the attention to call on plain rows
 
-    What it computes is written in `reference.masked_attention`.
+    What it computes is written in `reference.masked_attention`. Under autocast it has the types that torch's own has.
     """
+    q, k, v = as_autocast(q, k, v)
     rows = list(range(q.shape[0])) if source is None else list(source)
     same = [False] * len(rows) if identity is None else [bool(flag) for flag in identity]
     span = (0, q.shape[2]) if tokens is None else (int(tokens[0]), int(tokens[1]))

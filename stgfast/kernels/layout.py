@@ -1,4 +1,4 @@
-"""Memory orders, and what is brought to a device."""
+"""Memory orders, number types, and what is brought to a device."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from torch import Tensor
 def on_device(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers of the host, brought to a device once and not with every launch."""
     return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """As autocast, where it is on, has the arguments of torch's attention."""
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors)
 
 
 def empty_like_query(q: Tensor, rows: int) -> Tensor:

@@ -84,14 +84,16 @@ def masked_attention(
     rows, dtype, device = list(source), q.dtype, q.device
     wide = torch.promote_types(dtype, torch.float32)
     q, k, v = q[rows].to(wide), k[rows].to(wide), v[rows].to(wide)
-    scores = q @ k.mT * scale
+    with torch.autocast(device.type, enabled=False):
+        scores = q @ k.mT * scale
     if bias is not None:
         bias = bias.expand(-1 if bias.shape[0] > 1 else max(rows) + 1, -1, -1, -1)[rows]
         scores = scores.masked_fill(~bias, -torch.inf) if bias.dtype == torch.bool else scores + bias.to(wide)
     if kv_len is not None:
         beyond = torch.arange(k.shape[2], device=device) >= kv_len[rows, None]
         scores = scores.masked_fill(beyond[:, None, None], -torch.inf)
-    out = torch.softmax(scores, dim=-1).nan_to_num(0.0) @ v
+    with torch.autocast(device.type, enabled=False):
+        out = torch.softmax(scores, dim=-1).nan_to_num(0.0) @ v
     first, last = tokens
     for row, same in enumerate(identity):
         if same:

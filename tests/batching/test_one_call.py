@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.errors import EngineError
+from tests import precision
 from tests.integrations.test_families import FAMILIES
 from tests.precision import distance, same
 
@@ -171,6 +172,19 @@ def test_a_backend_that_was_chosen_computes_rows_that_attend(backend, monkeypatc
     # Two prompts, uncond and cond of each; two branches that are weak from layer 1 and 3 on.
     assert rows == 2 * [4, 4, 6, 4, 8, 8]
     assert ways(pipe, LTX) == {ONE: [1, 3]}
+
+
+@pytest.mark.float32
+@pytest.mark.parametrize("attention", [None, "auto"])
+def test_under_autocast(attention):
+    with precision.computing_in(torch.float64):
+        exact = LTX.plain(guidance(LTX))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = LTX.plain(guidance(LTX))
+        pipe = stgfast.accelerate(LTX.build(), guidance(LTX), max_rows="all", attention=attention)
+        made = LTX.run(pipe)
+    assert ONE in ways(pipe, LTX)
+    precision.no_worse(made, plain, exact)
 
 
 @pytest.mark.interpreted

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stgfast.kernels import backends
-from stgfast.kernels.backends import BOTH, Backend, Call
+from stgfast.kernels.backends import ANY, Backend, Call
 from tests.conftest import switches
 
 
@@ -32,7 +32,7 @@ def test_the_fastest_right_one_is_chosen(monkeypatch):
         "broken": not_a_number,
         "refusing": refusing,
     }
-    monkeypatch.setattr(backends, "BACKENDS", {name: Backend(f, BOTH, takes_bias=True) for name, f in others.items()})
+    monkeypatch.setattr(backends, "BACKENDS", {name: Backend(f, ANY, takes_bias=True) for name, f in others.items()})
     times = iter([2.0, 3.0, 4.0, 1.0])
     monkeypatch.setattr(backends, "_milliseconds", lambda run: next(times))
     choice = backends._measured(call())
@@ -66,3 +66,23 @@ def test_what_another_thread_attends_with_is_its_own_choice(name):
             out = backend.attend(q, k, v, bias, 0.125)
         assert out.shape == q.shape
         assert others.seen == {(True,) * 4}
+
+
+@pytest.mark.parametrize("identity", [None, [False, True, False]])
+def test_a_kind_of_device_that_nothing_was_written_for(identity):
+    """As on a Mac: torch's own attention runs there."""
+    q, k, v = (torch.empty(3, 2, 20, 16, device="meta") for _ in range(3))
+    assert backends.masked_attention(q, k, v, identity, kv_len=[20, 3, 20]).shape == q.shape
+
+
+@pytest.mark.parametrize("impl", ["auto", "sdpa", "reference"])
+def test_under_autocast_as_torchs_own(impl):
+    """Norms leave float32 behind, projections do not."""
+    q, k, v = (torch.randn(2, 2, 20, 16) for _ in range(3))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v.bfloat16())
+        made = backends.masked_attention(q, k, v.bfloat16(), [False, True], impl=impl)
+        assert backends.masked_attention(q.double(), k.double(), v.double(), impl=impl).dtype == torch.float64
+    assert made.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(made[0], expected[0])
+    assert torch.equal(made[1], v[1].bfloat16())
