@@ -84,5 +84,7 @@ def test_under_autocast_as_torchs_own(impl):
         made = backends.masked_attention(q, k, v.bfloat16(), [False, True], impl=impl)
         assert backends.masked_attention(q.double(), k.double(), v.double(), impl=impl).dtype == torch.float64
     assert made.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(made[0], expected[0])
+    exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())[0]
+    allowed = 2 * ((expected[0] - exact).abs().max() + torch.finfo(torch.bfloat16).eps * exact.abs().max())
+    assert (made[0] - exact).abs().max() <= allowed
     assert torch.equal(made[1], v[1].bfloat16())
