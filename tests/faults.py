@@ -77,6 +77,13 @@ FAULTS = [
         "tests/batching/test_one_call.py",
     ),
     Fault(
+        "what another processor does afterwards",
+        "batching/attention.py",
+        "if identity is identity_attention and not of_library(module) and not unfit(module):",
+        "if False:",
+        "tests/batching/test_one_call.py",
+    ),
+    Fault(
         "rows that came apart taken for one",
         "batching/attention.py",
         "self.inputs = range(rows)",

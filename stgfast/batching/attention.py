@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.fastest import Fastest
 from stgfast.batching.layout import Layout, Unit
-from stgfast.batching.one_call import forks, one_call
+from stgfast.batching.one_call import UNSEEN, note, of_library, one_call, unfit
 from stgfast.batching.rows import as_given, as_tuple, join, spans, take
 from stgfast.batching.sdpa import UnfitError
 from stgfast.batching.seam import Call, Handler, as_written, compiled, handling, held
+from stgfast.batching.values import UnseenError, identity_attention, identity_of_scores
 from stgfast.batching.ways import Way, along, counted, together, way_of
 from stgfast.errors import EngineError
 from stgfast.kinds import Mark, kind_of
@@ -38,7 +39,14 @@ class Attention:
 
     def identity(self) -> Any:
         """Output = V."""
-        return self.arguments.given_to(functools.partial(self.layout.blocks.identity, self.arguments.module))
+        module, identity = self.arguments.module, self.layout.blocks.identity
+        # Another processor may do more to what it attends to than project it.
+        if identity is identity_attention and not of_library(module) and not unfit(module):
+            try:
+                return self.arguments.given_to(functools.partial(identity_of_scores, module))
+            except UnseenError:
+                note(module, UNSEEN)
+        return self.arguments.given_to(functools.partial(identity, module))
 
     def with_queries(self, change: Callable[[Tensor], Tensor]) -> Any:
         """The module's own call, with its queries changed."""
@@ -140,7 +148,7 @@ class Inside:
         way = way_of(self.layout, module, arguments.device, counted(marks, inputs))
         if way is Way.APART:
             return None
-        if way is Way.ONE and not forks(module):
+        if way is Way.ONE and not of_library(module):
             inputs = list(rows)
         different, masked = list(dict.fromkeys(inputs)), [mark is not None for mark in marks]
         source = [different.index(one) for one in inputs]

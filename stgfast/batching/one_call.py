@@ -25,6 +25,7 @@ from stgfast.kernels import masked_attention
 PROJECTIONS = 3  # that make queries, keys and values
 LIBRARY = "diffusers"  # whose processors are known to keep nothing of their rows but what `_Rows` puts right
 SIZES = ("reshape", "view")
+UNSEEN = "does not call torch's attention"
 PAIRS = ("add", "sub", "mul", "div", "lerp", "where")
 _unfit: WeakKeyDictionary[nn.Module, tuple[type, str]] = WeakKeyDictionary()  # with the processor that was tried
 
@@ -46,18 +47,26 @@ def no_keys(scores: Scores) -> Keys | None:
 
 
 def unfit(attention: nn.Module) -> str:
-    """Why the attention of a module cannot be one call, as far as is known before it runs; empty where it can."""
+    """Why the attention of a module cannot be one call, as far as is known: of diffusers' processors by their code, of
+    others once it was tried; empty where it may."""
     module = unwrapped(attention)
     processor, (tried, reason) = _processor(module), _unfit.get(module, (None, ""))
     if processor is tried:
         return reason
     code = _code(processor)
-    names = _names(code) if code is not None else frozenset()
-    return "" if not names.isdisjoint(CALLS) else f"{processor.__name__} does not call torch's attention"
+    if code is None or not of_library(attention):
+        return ""
+    return "" if not _names(code).isdisjoint(CALLS) else f"{processor.__name__} {UNSEEN}"
 
 
-def forks(attention: nn.Module) -> bool:
-    """Whether several rows may come from one input within a call."""
+def note(attention: nn.Module, why: str) -> None:
+    """The processor that it has now was tried, and cannot."""
+    module = unwrapped(attention)
+    _unfit[module] = _processor(module), f"{_processor(module).__name__} {why}"
+
+
+def of_library(attention: nn.Module) -> bool:
+    """Whether the processor is one of diffusers', from whose input several rows may come within a call."""
     return _processor(unwrapped(attention)).__module__.split(".")[0] == LIBRARY
 
 
@@ -81,10 +90,9 @@ def one_call(
         with answering(arguments.module, rows.attend, rows.regrown):
             outputs = as_tuple(arguments.given_to(call))
         if not rows.calls:
-            raise UnfitError("does not call torch's attention")
+            raise UnfitError(UNSEEN)
     except UnfitError as error:
-        module = unwrapped(arguments.module)
-        _unfit[module] = _processor(module), f"{_processor(module).__name__} {error}"
+        note(arguments.module, str(error))
         raise
     for output in outputs:
         if isinstance(output, Tensor) and output.shape[0] != rows.after:

@@ -14,6 +14,10 @@ from stgfast.batching.seam import as_written, handling
 from stgfast.errors import EngineError
 
 
+class UnseenError(EngineError):
+    """An attention module made no call of scaled dot product attention that could be answered."""
+
+
 def identity_attention(
     attn: Any,
     hidden_states: Tensor,
@@ -44,7 +48,7 @@ def identity_of_scores(attn: Any, *args: Any, **named: Any) -> Any:
     with handling(None), answering(attn, value):
         output = as_written(attn)(*args, **named)
     if not seen:
-        raise EngineError(
+        raise UnseenError(
             f"output = V of {type(attn).__name__}: got a processor, {type(getattr(attn, 'processor', None)).__name__}, "
             f"that does not call torch's attention, nor one of diffusers' backends; set one that does"
         )

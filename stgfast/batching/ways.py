@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from stgfast.batching.layout import Layout
-from stgfast.batching.one_call import forks, saves, unfit
+from stgfast.batching.one_call import of_library, saves, unfit
 from stgfast.batching.plan import Plan
 from stgfast.batching.rows import chunks
 from stgfast.kernels.backends import triton_runs
@@ -45,7 +45,7 @@ def way_of(layout: Layout, attention: nn.Module, device: str, rows: Rows) -> Way
         return Way.OWN if device in layout.blocks.attend_on or (both and fused) else Way.APART
     if not both or unfit(attention):
         return Way.APART
-    inputs = rows.inputs if forks(attention) else rows.attending + rows.masked
+    inputs = rows.inputs if of_library(attention) else rows.attending + rows.masked
     return Way.ONE if fused or saves(inputs, rows.attending, rows.masked) else Way.APART
 
 

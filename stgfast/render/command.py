@@ -78,7 +78,11 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vae-tiling", action="store_true", help="decode in tiles, for memory: not quite the same pixels"
     )
-    parser.add_argument("--compile", action="store_true", help="compile the model's blocks")
+    faster = parser.add_mutually_exclusive_group()
+    faster.add_argument("--compile", action="store_true", help="compile the model's blocks")
+    faster.add_argument(
+        "--attention", choices=["auto"], help="auto: every layer attends by what is fastest for its shape"
+    )
     parser.add_argument(
         "--recipe", type=Path, metavar="FILE", help="make all clips by what stgfast tune found: an approximation"
     )
@@ -115,6 +119,7 @@ def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Tex
             offload=arguments.offload,
             vae_tiling=arguments.vae_tiling,
             compile=arguments.compile,
+            attention=arguments.attention,
             recipe=arguments.recipe,
             trust=arguments.trust,
             ray=arguments.ray,

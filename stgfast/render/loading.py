@@ -39,6 +39,7 @@ class Loading:
                 pipeline; "group", every layer
     vae_tiling  the VAE decodes a clip in tiles, for memory: not quite the same pixels
     compile     the denoiser's blocks are compiled
+    attention   "auto": every layer attends by what is fastest for its shape
     recipe      by which clips are made, approximately
     """
 
@@ -48,9 +49,10 @@ class Loading:
     vae_tiling: bool = False
     compile: bool = False
     recipe: Recipe | None = None
+    attention: str | None = None
 
     def __post_init__(self) -> None:
-        for name, choices in (("dtype", DTYPES), ("offload", OFFLOADS)):
+        for name, choices in (("dtype", DTYPES), ("offload", OFFLOADS), ("attention", ("auto",))):
             value = getattr(self, name)
             if value is not None and value not in choices:
                 raise wrong(name, value, f"{', '.join(choices)}, or None")
@@ -94,8 +96,8 @@ class Loading:
 
     def prepared(self, pipe: Any) -> Any:
         """The pipeline, guided, and its VAE as it is asked for."""
-        if not hasattr(pipe, INSTALLED) or self.compile or self.recipe:
-            accelerate(pipe, given_to(pipe), compile=self.compile, recipe=self.recipe)
+        if not hasattr(pipe, INSTALLED) or self.compile or self.recipe or self.attention:
+            accelerate(pipe, given_to(pipe), compile=self.compile, attention=self.attention, recipe=self.recipe)
         if self.vae_tiling or installed_on(pipe).adapter.clips.tiled:
             vae: Any = getattr(pipe, "vae", None)
             if not hasattr(vae, "use_tiling"):

@@ -81,6 +81,7 @@ def render(
     offload: str | None = None,
     vae_tiling: bool = False,
     compile: bool = False,
+    attention: str | None = None,
     recipe: Recipe | str | Path | None = None,
     trust: str | None = None,
     ray: str | None = None,
@@ -102,6 +103,7 @@ def render(
                   pipeline; "group", every layer
     vae_tiling    decode in tiles, for memory: not quite the same pixels
     compile       compile the model's blocks
+    attention     "auto": every layer attends by what is fastest for its shape
     recipe        by which all clips are made, or its file: an approximation
     trust         the name of the model, for one that brings code of its own
     ray           render on every GPU of a Ray cluster: its host:port, "auto" for the one that this machine is part of,
@@ -124,7 +126,7 @@ def render(
         from stgfast.render.actors import Actors, check
 
         check(known, ray, actors)
-    loading = Loading(dtype, device, offload, vae_tiling, compile, taken(recipe))
+    loading = Loading(dtype, device, offload, vae_tiling, compile, taken(recipe), attention)
     if known.pipe is not None:
         loading.check_handed_over()
     run = Run(known, Path(out), form, loading, listener or (lambda event: None))

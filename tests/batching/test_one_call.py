@@ -1,5 +1,7 @@
 """One call of an attention module for all rows: with whatever processor it has, the plain result or a refusal."""
 
+import dataclasses
+
 import diffusers
 import pytest
 import torch
@@ -43,10 +45,6 @@ class RowByRow(Own):
         rows = [F.scaled_dot_product_attention(q[i : i + 1], k[i : i + 1], v[i : i + 1]) for i in range(len(q))]
         return torch.cat(rows) if mask is None else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    def __call__(self, *args, **kwargs):
-        F.scaled_dot_product_attention  # noqa: B018  as far as its names say, it might be one call
-        return super().__call__(*args, **kwargs)
-
 
 class ByItself(Own):
     """Calls nothing of torch's."""
@@ -62,11 +60,38 @@ class KeepsRows(Own):
     def __call__(self, attn, hidden_states, *args, **kwargs):
         rows = len(hidden_states)
         out = super().__call__(attn, hidden_states, *args, **kwargs)
-        F.scaled_dot_product_attention  # noqa: B018
+        F.scaled_dot_product_attention  # noqa: B018  as the code of the library's processors has it
         return out.flatten(0, 1).unflatten(0, (rows, -1))
 
     def attend(self, q, k, v, mask):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class Causal(RowByRow):
+    def attend(self, q, k, v, mask):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+class AddsInPlace(KeepsRows):
+    """Adds what it was given to what it makes, in place, and divides it by what it knew before."""
+
+    def __call__(self, attn, hidden_states, *args, **kwargs):
+        out = Own.__call__(self, attn, hidden_states, *args, **kwargs)
+        F.scaled_dot_product_attention  # noqa: B018  as the code of the library's processors has it
+        out += hidden_states * 0.1
+        return out / hidden_states.norm(dim=-1, keepdim=True)
+
+
+def with_processor(processor):
+    """LTX with another processor for its self-attention."""
+
+    def build(other=False):
+        pipe = LTX.build(other=other)
+        for block in pipe.transformer.transformer_blocks:
+            block.attn1.set_processor(processor())
+        return pipe
+
+    return dataclasses.replace(LTX, build=build)
 
 
 def ways(pipe, family):
@@ -82,28 +107,44 @@ def ways(pipe, family):
     ("processor", "before", "after"),
     [
         (RowByRow, {ONE: [1, 3]}, {f"{APART}, as RowByRow attends row by row": [1, 3]}),
-        (ByItself, {f"{APART}, as ByItself does not call torch's attention": [1, 3]}, None),
+        (ByItself, {ONE: [1, 3]}, {f"{APART}, as ByItself does not call torch's attention": [1, 3]}),
         (KeepsRows, {ONE: [1, 3]}, None),
     ],
 )
 def test_a_processor_of_ones_own(processor, before, after):
     expected = LTX.plain(guidance(LTX), prompts=2)
-    pipe = LTX.build()
-    for block in pipe.transformer.transformer_blocks:
-        block.attn1.set_processor(processor())
-    stgfast.accelerate(pipe, guidance(LTX), max_rows="all")
+    pipe = stgfast.accelerate(with_processor(processor).build(), guidance(LTX), max_rows="all")
     assert ways(pipe, LTX) == before
     same(LTX.run(pipe, prompts=2), expected)
     assert ways(pipe, LTX) == (before if after is None else after)
 
 
 @pytest.mark.interpreted
+def test_a_causal_attention_goes_apart():
+    family = with_processor(Causal)
+    expected = family.plain(guidance(LTX))
+    pipe = stgfast.accelerate(family.build(), guidance(LTX), max_rows="all")
+    same(LTX.run(pipe), expected)
+    assert f"{APART}, as Causal is causal" in ways(pipe, LTX)
+
+
+@pytest.mark.parametrize("of_library", [True, False])
+def test_what_a_processor_does_afterwards_it_does_to_identity_rows_too(monkeypatch, of_library):
+    """To rows that it kept from before, if it is one of the library's, and where there is one row alone as well."""
+    if of_library:
+        monkeypatch.setattr(AddsInPlace, "__module__", "diffusers.models.another")
+    family, weak = with_processor(AddsInPlace), Guidance(Perturbation([1], kind="attention"))
+    expected = family.plain(weak, prompts=2)
+    for max_rows in ("all",) if of_library else ("all", 1):
+        pipe = stgfast.accelerate(family.build(), weak, max_rows=max_rows)
+        same(LTX.run(pipe, prompts=2), expected)
+        assert ways(pipe, LTX) == {ONE if of_library else APART: [1]}
+
+
+@pytest.mark.interpreted
 def test_a_processor_of_the_library_that_keeps_its_rows_is_refused(monkeypatch):
     monkeypatch.setattr(KeepsRows, "__module__", "diffusers.models.another")
-    pipe = LTX.build()
-    for block in pipe.transformer.transformer_blocks:
-        block.attn1.set_processor(KeepsRows())
-    stgfast.accelerate(pipe, guidance(LTX), max_rows="all")
+    pipe = stgfast.accelerate(with_processor(KeepsRows).build(), guidance(LTX), max_rows="all")
     with pytest.raises(EngineError, match="rows of LTXAttention: got 2, expected 3"):
         LTX.run(pipe)
 

@@ -10,6 +10,7 @@ import torch
 
 import stgfast
 from stgfast import Guidance, Perturbation
+from stgfast.batching import fastest
 from stgfast.errors import DeviceError, SettingsError
 from stgfast.integrations import ADAPTERS
 from stgfast.render import loading
@@ -93,6 +94,16 @@ def test_blocks_are_compiled(saved, tmp_path, monkeypatch):
     assert compiled == [{}] * len(compiled) != []
 
 
+def test_attention_by_what_is_fastest(saved, tmp_path, monkeypatch):
+    seen, attend = [], fastest.masked_attention
+    monkeypatch.setattr(fastest, "masked_attention", lambda *q, **how: seen.append(how) or attend(*q, **how))
+    plain = frames(saved, tmp_path / "plain")
+    assert seen == []
+    other = frames(saved, tmp_path / "fastest", attention="auto")
+    assert (other.int() - plain.int()).abs().max() <= 1
+    assert seen
+
+
 def test_decoding_in_tiles(saved, tmp_path):
     """Of the run's own VAE; the clip says so."""
     plain = frames(saved, tmp_path / "plain")
@@ -117,7 +128,14 @@ def test_a_decoder_that_knows_no_tiles(saved):
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("dtype", "float32"), ("device", "cpu"), ("offload", "model"), ("offload", "group"), ("compile", True)],
+    [
+        ("dtype", "float32"),
+        ("device", "cpu"),
+        ("offload", "model"),
+        ("offload", "group"),
+        ("compile", True),
+        ("attention", "auto"),
+    ],
 )
 def test_a_pipeline_that_is_loaded_is_used_as_it_is(tmp_path, setting, value):
     with pytest.raises(SettingsError, match=f"{setting}: got {value!r}, expected none for a pipeline that is loaded"):
@@ -130,6 +148,7 @@ def test_a_pipeline_that_is_loaded_is_used_as_it_is(tmp_path, setting, value):
     [
         ("dtype", "int8", "dtype: got 'int8', expected bfloat16, float16, float32, or None"),
         ("offload", "disk", "offload: got 'disk', expected text, model, group, or None"),
+        ("attention", "flash", "attention: got 'flash', expected auto, or None"),
         ("device", "cuda:99", "device: got 'cuda:99', expected (one of the|cpu)"),
         ("device", "gpu", "device: got 'gpu', expected the name of a device, such as cuda, cuda:1 or cpu"),
     ],
