@@ -21,6 +21,7 @@ from stgfast.batching.sdpa import CALLS, Scores, UnfitError, answering
 from stgfast.batching.seam import Call
 from stgfast.errors import EngineError
 from stgfast.kernels import masked_attention
+from stgfast.kernels.checks import MAX_SIZE
 
 PROJECTIONS = 3  # that make queries, keys and values
 LIBRARY = "diffusers"  # whose processors are known to keep nothing of their rows but what `_Rows` puts right
@@ -118,7 +119,7 @@ class _Rows:
     def attend(self, scores: Scores) -> Tensor:
         if scores.beyond:
             raise UnfitError(scores.beyond)
-        if scores.q.ndim != 4 or scores.v.shape != scores.k.shape:
+        if scores.q.ndim != 4 or scores.v.shape != scores.k.shape or scores.q.shape[3] > MAX_SIZE:
             raise UnfitError(f"attends with tensors of shape {tuple(scores.q.shape)} and {tuple(scores.v.shape)}")
         rows = scores.q.shape[0]
         each, left = divmod(rows, self.inputs)  # a sample's row may be several neighbours
