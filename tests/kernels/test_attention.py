@@ -136,7 +136,7 @@ PLAIN = {
 def test_every_option_against_float64(impl, call):
     q, k, v, options = made(call)
     check(impl, q, k, v, **options)
-    if call["kv_len"] is not None:
+    if call["kv_len"] is not None and impl != "triton":  # which is given a tensor in any case
         check(impl, q, k, v, **{**options, "kv_len": [min(max(n, 0), k.shape[2]) for n in call["kv_len"]]})
 
 
