@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from stgfast.batching.plan import Plan
 from stgfast.batching.room import ALL, Rows
+from stgfast.batching.rows import spans
 from stgfast.formulas import COND, UNCOND
 from stgfast.guidance import Guidance
 from stgfast.perturbation import Perturbation
@@ -189,13 +190,8 @@ def _kind(part: Perturbation) -> str:
 
 def _numbered(word: str, numbers: Sequence[int]) -> str:
     """With runs of neighbours as such."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    said = ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    runs = ((run.start, run.stop - 1) for run in spans(numbers, 1))
+    said = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs)
     return f"{word}{'s' if len(numbers) > 1 else ''} {said}"
 
 

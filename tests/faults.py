@@ -160,7 +160,7 @@ FAULTS = [
     ),
     Fault(
         "neighbouring rows merged too far",
-        "batching/rows.py",
+        "kernels/layout.py",
         "merged[-1].stop == start",
         "merged[-1].stop <= start",
         "tests/batching",

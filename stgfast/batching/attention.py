@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.fastest import Fastest
 from stgfast.batching.layout import Layout, Unit
-from stgfast.batching.one_call import UNSEEN, note, of_library, one_call, unfit
+from stgfast.batching.one_call import UNSEEN, inputs_of, note, of_library, one_call, unfit
 from stgfast.batching.rows import as_given, as_tuple, join, spans, take
 from stgfast.batching.sdpa import UnfitError
 from stgfast.batching.seam import Call, Handler, as_written, compiled, handling, held
@@ -144,12 +144,10 @@ class Inside:
         self, plain: Call, arguments: Arguments, marks: Sequence[Mark | None], rows: Sequence[int]
     ) -> Any | None:
         """The output for rows that attend or have their values, of one call for them all; None where these go apart."""
-        module, inputs = arguments.module, [self.inputs[row] for row in rows]
+        module, inputs = arguments.module, inputs_of(arguments.module, rows, self.inputs)
         way = way_of(self.layout, module, arguments.device, counted(marks, inputs))
         if way is Way.APART:
             return None
-        if way is Way.ONE and not of_library(module):
-            inputs = list(rows)
         different, masked = list(dict.fromkeys(inputs)), [mark is not None for mark in marks]
         source = [different.index(one) for one in inputs]
         given = self._some(arguments, [rows[inputs.index(one)] for one in different])

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.layout import Layout
-from stgfast.batching.one_call import Keys, dense, no_keys, unfit
+from stgfast.batching.one_call import Keys, no_keys, unfit
 from stgfast.batching.sdpa import Scores, answering
 from stgfast.batching.seam import Call, compiled
 from stgfast.kernels import masked_attention
-from stgfast.kernels.checks import MAX_SIZE
 
 NOTHING = -10000.0  # or less, added to a score, leaves nothing of it: as diffusers has it where a mask is added
 
@@ -47,15 +46,14 @@ class Fastest:
             return arguments.given_to(plain)
 
     def attend(self, scores: Scores) -> Tensor:
-        q, k, v = scores.q, scores.k, scores.v
-        if scores.beyond or scores.attend is not None or q.ndim != 4 or v.shape != k.shape or q.shape[3] > MAX_SIZE:
+        if scores.beyond or scores.attend is not None:
             return scores.plain()
         mask, keys = scores.mask, self.keys(scores)
         lengths = keys.lengths if keys is not None else ()
         out = masked_attention(
-            dense(q),
-            dense(k),
-            dense(v),
+            scores.q,
+            scores.k,
+            scores.v,
             kv_len=lengths or None,
             bias=mask if keys is None else None,
             scale=scores.scale,

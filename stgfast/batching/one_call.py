@@ -21,12 +21,11 @@ from stgfast.batching.sdpa import CALLS, Scores, UnfitError, answering
 from stgfast.batching.seam import Call
 from stgfast.errors import EngineError
 from stgfast.kernels import masked_attention
-from stgfast.kernels.checks import MAX_SIZE
 
 PROJECTIONS = 3  # that make queries, keys and values
 LIBRARY = "diffusers"  # whose processors are known to keep nothing of their rows but what `_Rows` puts right
-SIZES = ("reshape", "view")
 UNSEEN = "does not call torch's attention"
+SIZES = ("reshape", "view")
 PAIRS = ("add", "sub", "mul", "div", "lerp", "where")
 _unfit: WeakKeyDictionary[nn.Module, tuple[type, str]] = WeakKeyDictionary()  # with the processor that was tried
 
@@ -69,6 +68,11 @@ def note(attention: nn.Module, why: str) -> None:
 def of_library(attention: nn.Module) -> bool:
     """Whether the processor is one of diffusers', from whose input several rows may come within a call."""
     return _processor(unwrapped(attention)).__module__.split(".")[0] == LIBRARY
+
+
+def inputs_of(attention: nn.Module, rows: Sequence[int], inputs: Sequence[int]) -> list[int]:
+    """The inputs of these rows, of all of which they are given; each its own where the processor is not known."""
+    return [inputs[row] for row in rows] if of_library(attention) else list(rows)
 
 
 def saves(inputs: int, plain: int, masked: int) -> bool:
@@ -119,8 +123,6 @@ class _Rows:
     def attend(self, scores: Scores) -> Tensor:
         if scores.beyond:
             raise UnfitError(scores.beyond)
-        if scores.q.ndim != 4 or scores.v.shape != scores.k.shape or scores.q.shape[3] > MAX_SIZE:
-            raise UnfitError(f"attends with tensors of shape {tuple(scores.q.shape)} and {tuple(scores.v.shape)}")
         rows = scores.q.shape[0]
         each, left = divmod(rows, self.inputs)  # a sample's row may be several neighbours
         if self.calls or left:
@@ -132,9 +134,9 @@ class _Rows:
         keys = self.keys(scores) if scores.attend is None else None
         keys = None if keys is None or keys.queries else keys
         return masked_attention(
-            dense(scores.q),
-            dense(scores.k),
-            dense(scores.v),
+            scores.q,
+            scores.k,
+            scores.v,
             [flag for flag in self.masked for _ in range(each)],
             source=[one * each + i for one in self.source for i in range(each)],
             kv_len=keys and (keys.lengths or None),
@@ -164,11 +166,6 @@ class _Rows:
     def _taken(self, value: Any) -> Any:
         old = isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == self.before
         return take(value, self.where, self.before, "kept by an attention") if old else value
-
-
-def dense(tensor: Tensor) -> Tensor:
-    """As `masked_attention` takes it."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _processor(module: nn.Module) -> type:

@@ -10,18 +10,9 @@ import torch
 from torch import Tensor
 
 from stgfast.errors import EngineError
+from stgfast.kernels.layout import spans
 
-
-def spans(groups: Sequence[int], size: int) -> list[slice]:
-    """Groups of `size` rows as slices of rows, neighbours merged: `[0, 1, 3]` of size 2 is `[0:4]` and `[6:8]`."""
-    merged: list[slice] = []
-    for group in groups:
-        start, stop = group * size, (group + 1) * size
-        if merged and merged[-1].stop == start:
-            merged[-1] = slice(merged[-1].start, stop)
-        else:
-            merged.append(slice(start, stop))
-    return merged
+__all__ = ["alone", "as_given", "as_tuple", "chunks", "join", "spans", "take", "take_packed"]
 
 
 def take(value: Any, where: Sequence[slice], rows: int, name: str) -> Any:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from stgfast.kernels.checks import MAX_SIZE
+
 REGISTRY = "diffusers.models.attention_dispatch"
 CALLS = ("scaled_dot_product_attention", "dispatch_attention_fn")  # the names by which code makes such a call
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]  # q, k, v, mask, scale
@@ -38,7 +40,7 @@ class Scores:
 
     attend  what has to compute it, where a backend was chosen; None where anything may
     plain   the call as it was made
-    beyond  what of it is not in the other fields, if anything
+    beyond  what of it `masked_attention` cannot do, if anything
     """
 
     q: Tensor
@@ -108,6 +110,9 @@ def _scores(
     shared = query.shape[-3] // key.shape[-3]
     if enable_gqa and shared > 1:
         key, value = (x.repeat_interleave(shared, -3) for x in (key, value))
+    if query.ndim != 4 or value.shape != key.shape or query.shape[3] > MAX_SIZE:
+        beyond = f"attends with tensors of shape {tuple(query.shape)} and {tuple(value.shape)}"
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     return Scores(query, key, value, attn_mask, scale, attend, plain, beyond)
 
 

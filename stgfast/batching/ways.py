@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from stgfast.batching.layout import Layout
-from stgfast.batching.one_call import of_library, saves, unfit
+from stgfast.batching.one_call import inputs_of, saves, unfit
 from stgfast.batching.plan import Plan
 from stgfast.batching.rows import chunks
 from stgfast.kernels.backends import triton_runs
@@ -45,8 +45,7 @@ def way_of(layout: Layout, attention: nn.Module, device: str, rows: Rows) -> Way
         return Way.OWN if device in layout.blocks.attend_on or (both and fused) else Way.APART
     if not both or unfit(attention):
         return Way.APART
-    inputs = rows.inputs if of_library(attention) else rows.attending + rows.masked
-    return Way.ONE if fused or saves(inputs, rows.attending, rows.masked) else Way.APART
+    return Way.ONE if fused or saves(*rows) else Way.APART
 
 
 def along(layout: Layout, marks: Sequence[Mark | None], axis: str) -> list[Mark | None]:
@@ -77,7 +76,7 @@ def ways(layout: Layout, plan: Plan, most: int, device: str) -> Iterator[tuple[i
             for axis, attention in unit.attentions:
                 marks = along(layout, step.marks[part], axis)
                 rows = [row for row in together(marks) if any(marks)]
-                count = counted([marks[row] for row in rows], [inputs[row] for row in rows])
+                count = counted([marks[row] for row in rows], inputs_of(attention, rows, inputs))
                 if count.masked:
                     yield number, way_of(layout, attention, device, count), unfit(attention)
                 if any(marks):

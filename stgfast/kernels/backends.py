@@ -19,7 +19,7 @@ from torch import Tensor
 
 from stgfast.kernels import reference
 from stgfast.kernels.checks import check_attention, expected
-from stgfast.kernels.layout import as_autocast, empty_like_query, on_device
+from stgfast.kernels.layout import as_autocast, empty_like_query, on_device, spans
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]  # q, k, v, bias or mask, scale
 
@@ -277,25 +277,14 @@ class Call:
         return attend(q, k, v, bias, self.scale)
 
 
-def _runs(rows: Sequence[int]) -> list[slice]:
-    """Rows as slices, neighbours together."""
-    found: list[slice] = []
-    for row in rows:
-        if found and found[-1].stop == row:
-            found[-1] = slice(found[-1].start, row + 1)
-        else:
-            found.append(slice(row, row + 1))
-    return found
-
-
 def _rows(tensor: Tensor, where: list[int]) -> Tensor:
     """Rows of a tensor: a view where they are neighbours."""
-    parts = [tensor[run] for run in _runs(where)]
+    parts = [tensor[run] for run in spans(where, 1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _put(out: Tensor, rows: list[int], queries: slice, values: Tensor) -> None:
-    runs = _runs(rows)
+    runs = spans(rows, 1)
     for run, part in zip(runs, values.split([run.stop - run.start for run in runs]), strict=True):
         out[run, :, queries] = part
 

@@ -1,11 +1,24 @@
-"""Memory orders, number types, and what is brought to a device."""
+"""Rows as slices, memory orders, number types, and what is brought to a device."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def spans(groups: Sequence[int], size: int) -> list[slice]:
+    """Groups of `size` rows as slices of rows, neighbours merged: `[0, 1, 3]` of size 2 is `[0:4]` and `[6:8]`."""
+    merged: list[slice] = []
+    for group in groups:
+        start, stop = group * size, (group + 1) * size
+        if merged and merged[-1].stop == start:
+            merged[-1] = slice(merged[-1].start, stop)
+        else:
+            merged.append(slice(start, stop))
+    return merged
 
 
 @functools.lru_cache(maxsize=1024)
