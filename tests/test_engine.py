@@ -184,6 +184,7 @@ def identities(case, layer, step):
 @example(Case("cogvideox", Guidance([Perturbation([0, 5], kind="attention"), Perturbation([0, 5])]), prompts=2))
 @example(Case("mochi", Guidance([Perturbation([1, 3]), Perturbation([1, 4]), Perturbation([1, 3])]), prompts=2))
 @example(Case("ltx", Guidance([Perturbation([2], kind="attention"), Perturbation([1])]), prompts=2, max_rows=8))
+@example(Case("ltx", Guidance([Perturbation([1, 3], kind="attention"), Perturbation([1])]), max_rows=8))
 def test_equals_branch_by_branch_and_computes_every_history_once(case):
     pipe = stgfast.accelerate(case.pipe(), case.guidance, max_rows=case.max_rows)
     rows = [0] * DEPTHS[case.family]
