@@ -10,18 +10,18 @@ calls, and for those of the denoiser's blocks. What a step makes of its calls is
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.execution import AS_IT_IS, AUTO, Execution
 from stgfast.batching.fastest import Fastest, quickened
 from stgfast.batching.layout import Layout
-from stgfast.batching.plan import Plan
+from stgfast.batching.plan import Branch, Plan, make_plan, passing
 from stgfast.batching.room import Room
 from stgfast.batching.rows import spans, take
 from stgfast.batching.seam import Call, compiled, compiled_calls, handling, held
@@ -30,6 +30,8 @@ from stgfast.errors import EngineError
 from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Fitted
 from stgfast.integrations.steps import CallArguments, steps_back
+from stgfast.ranks.division import divide
+from stgfast.ranks.shared import Shared, fingerprint
 from stgfast.schedules import Moment
 
 
@@ -65,7 +67,7 @@ class Run:
     ):
         self.pipe, self.adapter, self.layouts = fitted
         self.guidance, self.call, self.strategy = guidance, call, strategy
-        self.room = Room(execution.max_rows)
+        self.room, self.ranks = Room(execution.max_rows), execution.ranks
         # The calls of blocks that are compiled for a guided run alone. A denoiser compiled as a whole would not let its
         # blocks be reached: they are compiled one by one instead.
         self.compiled: dict[nn.Module, Call] = {}
@@ -81,12 +83,14 @@ class Run:
         auto = execution.attention == AUTO
         self.quickened = {layout.denoiser: quickened(layout) if auto else () for layout in self.layouts.values()}
         # Whether a step without guidance, too, goes block by block.
-        self.divided = bool(execution.max_rows is not None or self.compiled or any(self.quickened.values()))
+        blockwise = execution.max_rows is not None or execution.ranks is not None or self.compiled
+        self.divided = bool(blockwise or any(self.quickened.values()))
         self.steps_done = self.steps = 0
         self.part_began = self.part_ends = 0  # steps of the run, where a longer clip is made part by part
         self.turn = 0  # calls of the denoiser done in this step
         self.step: Step | None = None  # nothing of a step is held while the scheduler works
         self.sigmas: list[float] | None = None
+        self.blanks: dict[Any, Any] = {}  # outputs of the denoiser without its blocks, by what it was called on
 
     def whole(self, call: Callable[[], Any]) -> Any:
         with self.in_place():
@@ -142,18 +146,19 @@ class Run:
         sources: tuple[str, ...],
         plan: Plan,
         ends: Ends | None = None,
+        part: slice | None = None,
     ) -> Any:
-        """The denoiser's output for the branches of a plan, given arguments with the rows of their sources."""
+        """The denoiser's output for the branches of a plan, given arguments with the rows of their sources; for part of
+        the prompts."""
         layout, sample = self.layouts[name], arguments[self.adapter.sample]
-        rows, device = sample.shape[0], sample.device
-        prompts, left = divmod(rows, len(sources))
-        if left:
-            raise EngineError(f"rows of the denoiser: got {rows}, expected as many for each of {', '.join(sources)}")
-        where = spans([sources.index(branch.source) for branch in plan.branches], prompts)
+        rows, device, every = sample.shape[0], sample.device, self.prompts(arguments, sources)
+        mine = range(every)[part or slice(None)]
+        prompts = len(mine)
+        where = spans([sources.index(one.source) * every + prompt for one in plan.branches for prompt in mine], 1)
         grid = layout.blocks.grid and functools.partial(layout.blocks.grid.size, self.call, arguments)
         if self.compiles:  # blocks that are CUDA graphs keep what they made until the next call of the denoiser
             torch.compiler.cudagraph_mark_step_begin()
-        limit = self.room.rows(rows, len(plan.branches) * prompts, device)
+        limit = self.room.rows(len(sources) * prompts, len(plan.branches) * prompts, device)
         quick = Fastest(self.quickened[layout.denoiser])
         stack = Stack(
             layout, plan, prompts, max_rows=limit, compiled=self.compiled, grid=grid, ends=ends, fastest=quick
@@ -164,6 +169,41 @@ class Run:
             ).given_to(plain)
         stack.finish()
         return output
+
+    def prompts(self, arguments: Arguments, sources: Sequence[str]) -> int:
+        """How many rows a call of the denoiser has of each source."""
+        rows = arguments[self.adapter.sample].shape[0]
+        prompts, left = divmod(rows, len(sources))
+        if left:
+            raise EngineError(f"rows of the denoiser: got {rows}, expected as many for each of {', '.join(sources)}")
+        return int(prompts)
+
+    def shared(self, name: str, calls: Sequence[Sequence[Branch]], prompts: int) -> Shared:
+        """A step in which the denoiser computes these branches, divided over processes."""
+        assert self.ranks is not None
+        layout = self.layouts[name]
+        division = divide(calls, layout.depth, self.ranks.size, prompts=prompts, full=layout.blocks.full)
+        return Shared(self.ranks, division, prompts)
+
+    def blank(self, name: str, plain: Call, arguments: Arguments, sources: tuple[str, ...]) -> Any:
+        """What the denoiser returns for one source, right in form and shape: its blocks do not run, where they can be
+        left out."""
+        key = name, sources, tuple(arguments[self.adapter.sample].shape)
+        if key not in self.blanks:
+            layout = self.layouts[name]
+            plan = make_plan([Branch(sources[0], sources[0])], layout.depth, full=layout.blocks.full)
+            left_out = passing(plan, not layout.blocks.full)
+            self.blanks[key] = self.compute(name, plain, arguments, sources, left_out)
+        return self.blanks[key]
+
+    def place(self, moment: Moment, sample: Tensor) -> str:
+        """Where the run stands, in words that are the same on every rank."""
+        words = f"step {moment.step} of {moment.steps}"
+        if moment.step == 0:
+            words += f" of call {fingerprint(self.call)} by {fingerprint({'guidance': repr(self.guidance)})}"
+        if moment.step in (0, 1, moment.steps - 1):  # the device is waited for
+            words += f" on latents {fingerprint(sample)}"
+        return words
 
     def _denoise(self, name: str, plain: Call, arguments: Arguments) -> Any:
         """Stands in for a denoiser."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from stgfast.guidance import Guidance
 from stgfast.installed import INSTALLED, ORIGINAL, Installed, bound_call, installed_on, original_class
 from stgfast.integrations import adapter_for
 from stgfast.integrations.spec import Adapter
+from stgfast.ranks.wire import ranks_of
 from stgfast.recipes import Recipe, taken
 from stgfast.solvers import own_solver
 
@@ -34,6 +36,7 @@ def accelerate(
     max_rows: Rows = None,
     compile: bool | Mapping[str, Any] = False,
     attention: str | None = None,
+    branches: Any = None,
     recipe: Recipe | str | Path | None = None,
     adapter: Adapter | None = None,
     verify: bool | None = None,
@@ -44,7 +47,9 @@ def accelerate(
     many as the pipeline's own calls have, and all of them where a GPU was found to have the memory; "all" is no bound.
     `compile` compiles the model's blocks, those that are not compiled yet, with these arguments of `torch.compile`, or
     its defaults where it is True; steps and schedules do not compile anew. `attention="auto"` has all layers attend by
-    what is fastest for their shape, with numbers of keys in place of masks. `recipe`, or its file, says in how many
+    what is fastest for their shape, with numbers of keys in place of masks. `branches`, a torch.distributed group or a
+    mesh of one dimension, divides the branches of every step over its processes: all of them make the same calls, with
+    the same seeds, and get the same clip. `recipe`, or its file, says in how many
     steps, by which solver and with what carried on every call makes its clips: an approximation. `adapter` has the
     facts of a pipeline that stgfast does not know. `verify` compares the first guided call, before it runs, with the
     plain method, as `stgfast.verify` does, and raises where they differ; left out, that is done for facts that were
@@ -70,7 +75,7 @@ def accelerate(
     if attention is not None and compile is not False:
         raise wrong("attention and compile", (attention, compile), "one of them: compiled blocks attend as they are")
     compilation = None if compile is False else {} if compile is True else dict(compile)
-    execution = Execution(max_rows, compilation, attention)
+    execution = Execution(max_rows, compilation, attention, None if branches is None else ranks_of(branches))
     installed = Installed(adapter, guidance, execution, taken(recipe), original, verified, unknown)
     if adapter is not None:
         fitted = adapter.on(pipe)
@@ -142,6 +147,14 @@ def _remade(original: Any) -> Any:
 
 def guided_call(pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
     """One call of an accelerated pipeline."""
+    ranks = installed_on(pipe).execution.ranks
+    with nullcontext() if ranks is None else ranks.together():
+        return _guided_call(pipe, original, args, kwargs, given)
+
+
+def _guided_call(
+    pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]
+) -> Any:
     installed = installed_on(pipe)
     bound = bound_call(installed, inspect.signature(original).bind, pipe, *args, **kwargs)
     call = bound.arguments

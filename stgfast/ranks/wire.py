@@ -1,0 +1,217 @@
+"""What the processes of a group say to each other: that they are at the same place, that one has failed, and tensors.
+
+Before anything is sent, all ranks meet: every rank tells the first one where it is, and gets its verdict. So none waits
+for a rank that has raised, was stopped by a callback, or has died: the verdict says so, and all of them raise. A rank
+that fails comes to the next meeting to say it. Meetings are on the host, over gloo; tensors go over the group itself.
+
+Meeting and sending are one job of a thread that only does that, so an interrupt can never come between the two.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from stgfast.errors import EngineError, SettingsError, wrong
+
+LIMIT = 600.0  # seconds for a rank that neither comes to a meeting nor dies
+TOLD = 10.0  # seconds for the others to come and hear that this rank has failed
+WORDS = 1024  # bytes of a message
+Made = TypeVar("Made")
+
+
+class Ranks:
+    """The processes of a group, as one of them sees it."""
+
+    def __init__(self, group: Any):
+        self.group = group
+        self.members = dist.get_process_group_ranks(group)
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.received = 0  # bytes of tensors
+        self._control = dist.new_group(self.members, backend="gloo", use_local_synchronization=True)
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
+        self._one_call = threading.RLock()
+        self._lost = ""  # why there are no more meetings
+        threading.Thread(target=self._work, daemon=True, name="stgfast ranks").start()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Within the block all ranks make the same meetings; where it ends on one, it ends on all of them."""
+        if not self._one_call.acquire(blocking=False):
+            raise EngineError("guided calls over one group: got two at once, expected one after another on every rank")
+        try:
+            yield
+            self.meet("the end of the call")
+        except Verdict:
+            raise
+        except BaseException as error:
+            self._tell(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+            raise
+        finally:
+            self._one_call.release()
+
+    def meet(self, where: str, then: Callable[[], Made] | None = None) -> Made | None:
+        """Raise on every rank unless all of them are there and none has failed; after that, do what `then` says."""
+        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+        def job() -> Made | None:
+            self._hear("+" + where)
+            if then is None:
+                return None
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad and not inference):
+                return then()
+
+        return self._post(job).result()
+
+    def spread(self, tensors: Sequence[tuple[int, Tensor]]) -> None:
+        """Make each tensor on all ranks what it is on its own one. All ranks call this, within a meeting."""
+        works = []
+        for sender, tensor in tensors:
+            self.received += 0 if sender == self.rank else tensor.nbytes
+            raw = tensor.view(torch.uint8)  # whatever its type, every backend can send it
+            works.append(dist.broadcast(raw, src=self.members[sender], group=self.group, async_op=True))
+        for work in works:
+            work.wait(timedelta(seconds=LIMIT))
+
+    def _tell(self, failure: str) -> None:
+        """Tell the others, while they can be told; the failure itself is raised by the caller."""
+        told = self._post(lambda: self._hear("-" + failure))
+        with suppress(TimeoutError):  # they hear it when they come, or that this process has ended
+            told.exception(timeout=TOLD)  # the verdict is about this very failure
+
+    def _hear(self, message: str) -> None:
+        """Come to a meeting; raises unless all ranks have come to the same one."""
+        if not self._lost:
+            verdict = self._judge(message) if self.rank == 0 else self._ask(message)
+            if verdict:
+                raise Verdict(f"a clip over {self.size} processes: {verdict}")
+            return
+        raise Verdict(f"{self._lost}; start the processes anew")
+
+    def _ask(self, message: str) -> str:
+        """The verdict of the first rank."""
+        began, answer = time.monotonic(), _blank()
+        try:
+            dist.send(_packed(message), dst=self.members[0], group=self._control)
+            self._coming(answer, 0).wait(timedelta(seconds=2 * LIMIT))
+        except RuntimeError:
+            self._lost = f"a clip over {self.size} processes: rank 0 {_gone(began, 2 * LIMIT)}"
+            return self._lost.split(": ", 1)[1]
+        return _unpacked(answer)
+
+    def _judge(self, own: str) -> str:
+        """The verdict on what all ranks say, which every rank is told."""
+        began, heard = time.monotonic(), {rank: _blank() for rank in range(1, self.size)}
+        works = {rank: self._coming(message, rank) for rank, message in heard.items()}
+        said, gone = {0: own}, dict[int, str]()
+        for rank, work in works.items():
+            left = max(LIMIT - (time.monotonic() - began), 1.0)
+            try:
+                work.wait(timedelta(seconds=left))
+                said[rank] = _unpacked(heard[rank])
+            except RuntimeError:
+                gone[rank] = _gone(began, LIMIT)
+        verdict = _verdict(said, gone)
+        for rank in said.keys() - {0}:
+            try:
+                dist.send(_packed(verdict), dst=self.members[rank], group=self._control)
+            except RuntimeError:
+                gone[rank] = _gone(began, LIMIT)
+        if gone:
+            self._lost = f"a clip over {self.size} processes: {_verdict({}, gone)}"
+        return verdict or _verdict({}, gone)
+
+    def _coming(self, message: Tensor, rank: int) -> dist.Work:
+        """What a rank sends, once it has been waited for."""
+        work = dist.irecv(message, src=self.members[rank], group=self._control)
+        assert work is not None  # as it is for those outside of a group
+        return work
+
+    def _post(self, job: Callable[[], Made]) -> Future[Made]:
+        future: Future[Made] = Future()
+        stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+
+        def within() -> Made:
+            with torch.cuda.stream(stream):
+                return job()
+
+        self._jobs.put((within, future))
+        return future
+
+    def _work(self) -> None:
+        while True:
+            job, future = self._jobs.get()
+            try:
+                future.set_result(job())
+            except BaseException as error:  # raised where the result is asked for
+                future.set_exception(error)
+
+
+class Verdict(EngineError):
+    """What all ranks raise, as one of them cannot go on."""
+
+
+_known: dict[Any, Ranks] = {}
+
+
+def ranks_of(group: Any) -> Ranks:
+    """The processes of a torch.distributed group, or of a device mesh of one dimension. All of them have to ask."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise SettingsError(
+            "branches: got no torch.distributed, expected its group: start with torchrun, and call "
+            "torch.distributed.init_process_group() first"
+        )
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise wrong("branches", f"a mesh of {group.ndim} dimensions", "one of its dimensions, mesh['branches']")
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise wrong("branches", group, "a torch.distributed group, such as torch.distributed.group.WORLD, or a mesh")
+    if group not in _known:
+        _known[group] = Ranks(group)
+    return _known[group]
+
+
+def _verdict(said: dict[int, str], gone: dict[int, str]) -> str:
+    failed = {rank: f"failed: {words[1:]}" for rank, words in said.items() if words.startswith("-")} | gone
+    if failed:
+        return "; ".join(f"rank {rank} {how}" for rank, how in sorted(failed.items()))
+    places: dict[str, list[int]] = {}
+    for rank, words in said.items():
+        places.setdefault(words[1:], []).append(rank)
+    if len(places) == 1 or not said:
+        return ""
+    got = "; ".join(f"rank {', '.join(map(str, where))} at {words}" for words, where in places.items())
+    return (
+        f"got {got}; expected the same on all: give every rank the same arguments and seeds, such as "
+        f"generator=torch.Generator().manual_seed(0), and callbacks that stop on all of them"
+    )
+
+
+def _gone(began: float, limit: float) -> str:
+    late = time.monotonic() - began >= limit - 1.0
+    return f"did not come within {limit:g} s" if late else "has gone: its process ended"
+
+
+def _blank() -> Tensor:
+    return torch.zeros(WORDS, dtype=torch.uint8)
+
+
+def _packed(words: str) -> Tensor:
+    raw = words.encode()[:WORDS]
+    return torch.frombuffer(bytearray(raw.ljust(WORDS, b"\0")), dtype=torch.uint8)
+
+
+def _unpacked(message: Tensor) -> str:
+    return bytes(message.tolist()).rstrip(b"\0").decode(errors="replace")
