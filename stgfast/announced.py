@@ -37,6 +37,7 @@ class Answering:
         self.announced, self.guidance = announced, guidance
         self.memory: Memory = memory_for(announced, guidance)
         self.blocks = KeptBlocks(guidance)
+        self.passes: Passes | None = None  # of the last step
 
     def begin(self, run: Run, name: str) -> AnsweringStep:
         moment = run.moment()
@@ -44,6 +45,9 @@ class Answering:
         if self.guidance.reuses and moment.step in run.noisier:
             self.memory.forget()
             self.blocks.forget()
+        if run.ranks is not None and passes != self.passes:  # what blocks added may be on another process
+            self.blocks.forget()
+        self.passes = passes
         recalled = self.memory.recalled(passes.differing, moment.step, name)
         skips = self.blocks.skips(passes.branches, moment.step, name)
         return AnsweringStep(run, name, passes, self.memory, recalled, self.blocks, skips, moment)
@@ -129,11 +133,8 @@ class AnsweringStep:
                 tensor.copy_(known)
 
     def _divided(self, at_once: Sequence[Sequence[str]], prompts: int) -> Shared:
-        """Which process computes which branches: always the same ones where it keeps what blocks added to them."""
-        recalled = self.recalled if self.blocks.ends is None else ()
-        layout = self.run.layouts[self.name]
-        plans = [plan_of(self.passes, asked, recalled, self.skips, layout) for asked in at_once]
-        return self.run.shared(self.name, [plan.branches for plan in plans], prompts)
+        """Which process computes which branches."""
+        return self.run.shared(self.name, [self._plan(asked).branches for asked in at_once], prompts)
 
     def _hand_out(self, asked: tuple[str, ...], shared: Shared) -> Any:
         """Tensors that are filled once all of this step is known."""

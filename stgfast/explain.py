@@ -18,6 +18,7 @@ from stgfast.batching.plan import passing
 from stgfast.batching.ways import ways
 from stgfast.call import settings_of
 from stgfast.combining import branches_of, plan_for
+from stgfast.errors import wrong
 from stgfast.explained import Explanation, Phase
 from stgfast.forecast import KeptBlocks
 from stgfast.guidance import Guidance
@@ -30,9 +31,16 @@ from stgfast.schedules import Moment
 QUICK = "rows that attend by what is fastest for their shape, with numbers of keys in place of masks"
 
 
-def explain(pipe: Any, **arguments: Any) -> Explanation:
-    """The plan of `pipe(**arguments)`, without running it; arguments left out have the pipeline's defaults."""
+def explain(pipe: Any, *, ranks: int | None = None, **arguments: Any) -> Explanation:
+    """The plan of `pipe(**arguments)`, without running it; arguments left out have the pipeline's defaults.
+
+    `ranks` says over how many processes the branches would be divided; left out, as the pipeline was accelerated.
+    """
     installed = installed_on(pipe)
+    if ranks is None:
+        ranks = installed.execution.ranks.size if installed.execution.ranks is not None else 1
+    if isinstance(ranks, bool) or not isinstance(ranks, int) or ranks < 1:
+        raise wrong("ranks", ranks, "a number of processes, 1 or more")
     adapter = installed.adapter
     given = {name: arguments.pop(name) for name in settings_of(installed.original) if name in arguments}
     bind = inspect.signature(installed.original.__call__).bind_partial
@@ -47,7 +55,8 @@ def explain(pipe: Any, **arguments: Any) -> Explanation:
     notice = adapter.notice(call) or ("the steps of one part of a longer clip" if adapter.windowed else "")
     explained = Explanation(*about, installed.recipe, installed.execution.max_rows, phases, notice)
     quick = quickened(layout) if installed.execution.attention == AUTO else frozenset()
-    return replace(explained, attention=_attention(pipe, layout, explained, quick))
+    attention = _attention(pipe, layout, explained, quick)
+    return replace(explained, attention=attention, ranks=ranks, full=layout.blocks.full)
 
 
 def _attention(pipe: Any, layout: Layout, explained: Explanation, quick: frozenset[Any]) -> dict[str, list[int]]:

@@ -7,12 +7,13 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from stgfast.batching.plan import Plan
+from stgfast.batching.plan import Plan, make_plan
 from stgfast.batching.room import ALL, Rows
 from stgfast.batching.rows import spans
 from stgfast.formulas import COND, UNCOND
 from stgfast.guidance import Guidance
 from stgfast.perturbation import Perturbation
+from stgfast.ranks.division import Division, divide
 from stgfast.recipes import Recipe
 from stgfast.schedules import in_words
 from stgfast.spacing import EVERY, when
@@ -61,11 +62,23 @@ class Explanation:
     phases: tuple[Phase, ...]
     notice: str = ""  # what the call gets that it seems not to ask for
     attention: Mapping[str, Sequence[int]] = field(default_factory=dict)  # how identity rows go, and in which blocks
+    ranks: int = 1  # processes over which the branches of every step are divided
+    full: bool = False  # the stack is full after every block
 
     @property
     def block_rows(self) -> int:
         """What the call computes."""
         return sum(phase.block_rows for phase in self.phases)
+
+    @property
+    def longest(self) -> int:
+        """Block-rows of the rank that computes most in every step."""
+        kinds = [kind for phase in self.phases for kind in phase.kinds]
+        return sum(steps * self.division(plans).longest for steps, plans in kinds)
+
+    def division(self, plans: Sequence[Plan]) -> Division:
+        """Which rank computes which branches of a step."""
+        return divide([plan.branches for plan in plans], self.depth, self.ranks, full=self.full)
 
     @property
     def unshared(self) -> int:
@@ -113,16 +126,41 @@ class Explanation:
                 for steps, plans in phase.kinds:
                     lines += [f"  in {steps} of them:"] if len(phase.kinds) > 1 else []
                     lines += [f"  {line}" for line in _blocks(_rows(plans))]
+                    lines += [f"  {line}" for line in self._divided(plans)]
         lines.append(
             f"block-rows per prompt: {self.block_rows}; {self.unshared} without sharing "
             f"({1 - self.block_rows / self.unshared:.1%} saved); {self.cfg_alone} without stgfast"
         )
+        if self.ranks > 1:
+            lines.append(
+                f"over {self.ranks} ranks: {self.longest} block-rows per prompt on the one that computes most; with as "
+                f"many prompts as ranks, or a multiple, {self.block_rows / self.ranks:g}"
+            )
         lines += [f"attention of {_numbered('block', where)}: {way}" for way, where in self.attention.items()]
         lines.append(
             f"memory, in rows per prompt: {self.rows_at_once} in a block at once, {self.rows_held} held between "
             f"blocks; {self.rows_of_pipeline} in the pipeline's own calls"
         )
         return "\n".join(lines)
+
+    def _divided(self, plans: Sequence[Plan]) -> list[str]:
+        """What every rank computes, and gets from others."""
+        if self.ranks == 1:
+            return []
+        division, lines = self.division(plans), []
+        names = [branch.name for plan in plans for branch in plan.branches]
+        for rank, share in enumerate(division.shares):
+            own = [[branch for branch in plan.branches if branch.name in share] for plan in plans]
+            made = [make_plan(branches, self.depth, full=self.full) for branches in own if branches]
+            computed, got = ", ".join(name for name in names if name in share), len(names) - len(share)
+            lines.append(
+                f"rank {rank} computes {computed}: {'; '.join(_blocks(_rows(made)))}; {sum(_rows(made))} block-rows, "
+                f"and receives {got} prediction{'s' if got != 1 else ''}"
+            )
+        idle = range(len(division.shares), self.ranks)
+        if idle:
+            lines.append(f"{_numbered('rank', idle)}: nothing to gain, computes again what the others do")
+        return lines
 
     def _settings(self) -> list[str]:
         lines = [

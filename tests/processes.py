@@ -53,9 +53,7 @@ def main(function, arguments, result, rank, size, port):
     module, name = function.split(":")
     store = f"tcp://127.0.0.1:{port}"
     limit = timedelta(seconds=120)
-    torch.distributed.init_process_group(
-        "gloo", init_method=store, rank=int(rank), world_size=int(size), timeout=limit
-    )
+    torch.distributed.init_process_group("gloo", init_method=store, rank=int(rank), world_size=int(size), timeout=limit)
     torch.save(getattr(importlib.import_module(module), name)(*json.loads(arguments)), result)
 
 

@@ -1,26 +1,32 @@
 """What the processes of these tests run."""
 
+import os
+import signal
+import time
+
+import diffusers
 import torch
 import torch.distributed as dist
 
 import stgfast
 from stgfast import Guidance, Perturbation
+from stgfast.ranks import wire
+from tests import models
+from tests.integrations import test_ltx2 as ltx2
 from tests.integrations.test_families import FAMILIES
 from tests.precision import computing_in
-
-WORLD = None
 
 
 def guidance_of(family, **settings):
     """Two weak branches that fork at different depths."""
-    early, late = family.layers
-    kinds = family.kinds if len(family.kinds) > 1 else family.kinds * 2
-    parts = [Perturbation([(late, early)[n]], kind=kind, scale=1.5 - n) for n, kind in enumerate(kinds[:2])]
+    late_then_early = family.layers[::-1]
+    kinds = (family.kinds * 2)[:2]
+    parts = [Perturbation([late_then_early[n]], kind=kind, scale=1.5 - n) for n, kind in enumerate(kinds)]
     return Guidance(parts, **settings)
 
 
-def clips(names, prompts=1, dtype="float64", settings=None, **accelerated):
-    """By family, a clip that is divided over the processes, and the block-rows that this one computed."""
+def clips(names, prompts=1, dtype="float64", settings=None, call=None, **accelerated):
+    """Clips that are divided over the processes, by family."""
     made = {}
     with computing_in(getattr(torch, dtype)):
         for name in names:
@@ -28,18 +34,103 @@ def clips(names, prompts=1, dtype="float64", settings=None, **accelerated):
             pipe = family.pipe()
             guidance = guidance_of(family, **(settings or {}))
             stgfast.accelerate(pipe, guidance, branches=dist.group.WORLD, **accelerated)
-            with family.counted(pipe) as rows:
-                clip = family.run(pipe, prompts)
-            made[name] = clip, sum(rows)
+            made[name] = family.run(pipe, prompts, **(call or {}))
     return made
 
 
-def tried(names):
-    import traceback
-    made = {}
-    for name in names:
-        try:
-            made |= clips([name])
-        except Exception:
-            made[name] = traceback.format_exc()
-    return made
+def many_clips(cases):
+    return [clips(**case) for case in cases]
+
+
+def four_passes(version, prompts):
+    """LTX-2's own passes, video and audio."""
+    with computing_in(torch.float64):
+        pipe = stgfast.accelerate(ltx2.build(version=version), branches=dist.group.WORLD)
+        return ltx2.call(pipe, prompts)
+
+
+def loads_of_mochi():
+    """Block-rows of a step of a model with as many blocks as the released one, weak at its layer, and predictions that
+    were received in it."""
+    pipe = models.pipeline("mochi", models.transformer("mochi", seed=1, num_layers=48))
+    stgfast.accelerate(pipe, Guidance(Perturbation([34])), branches=dist.group.WORLD)
+    mochi = FAMILIES["Mochi"]
+    with mochi.counted(pipe) as rows:
+        clip = mochi.run(pipe)
+    return sum(rows) / 2, received(pipe) / 2 / clip.nbytes
+
+
+def loads_of_ltx2():
+    pipe = stgfast.accelerate(ltx2.build(num_layers=48), branches=dist.group.WORLD)
+    rows = []
+    for block in pipe.transformer.transformer_blocks:
+        hook = lambda module, args, kwargs: rows.append(len(kwargs["hidden_states"]))  # noqa: E731
+        block.register_forward_pre_hook(hook, with_kwargs=True)
+    clip = ltx2.call(pipe, spatio_temporal_guidance_blocks=[28])
+    return sum(rows) / 2, received(pipe) / 2 / sum(latents.nbytes for latents in clip)
+
+
+def received(pipe):
+    """Bytes that this process got from others."""
+    return pipe._stgfast.execution.ranks.received
+
+
+STOPS_AT = 1
+
+
+def ending(how):
+    """What ends a guided call in which rank 1 goes another way, after how many seconds; and the next clip."""
+    wire.LIMIT = 3.0
+    rank = dist.get_rank()
+    family = FAMILIES["LTX"]
+    pipe = stgfast.accelerate(family.pipe(), guidance_of(family), branches=dist.group.WORLD)
+    changed = {"num_inference_steps": 4}
+
+    def callback(pipe, step, timestep, kept):
+        if rank == 1 and step == STOPS_AT:
+            if how == "stops":
+                pipe._interrupt = True
+            elif how == "raises":
+                raise ValueError("a sentence of the callback")
+            elif how == "is interrupted":
+                signal.raise_signal(signal.SIGINT)
+            elif how == "is killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif how == "exits":
+                raise SystemExit(3)
+            elif how == "hangs":
+                time.sleep(8)
+        return kept
+
+    changed["callback_on_step_end"] = callback
+    if rank == 1 and how == "has another seed":
+        changed["generator"] = torch.Generator().manual_seed(99)
+    if rank == 1 and how == "has other steps":
+        changed["num_inference_steps"] = 5
+    if rank == 1 and how == "has bad settings":
+        changed["stg_layers"] = [99]
+    if how == "draws noise":
+        pipe.scheduler = Noisy.from_config(pipe.scheduler.config)
+        torch.manual_seed(rank)
+    began = time.monotonic()
+    try:
+        family.run(pipe, **changed)
+        said = "nothing"
+    except BaseException as error:  # what is asked about
+        said = f"{type(error).__name__}: {error}"
+    took = time.monotonic() - began
+    if how in ("is killed", "exits", "hangs", "draws noise"):
+        return said, took, None
+    return said, took, family.run(pipe)
+
+
+def endings(ways):
+    return [ending(how) for how in ways]
+
+
+class Noisy(diffusers.FlowMatchEulerDiscreteScheduler):
+    """Steps with noise of their own, which no pipeline gives a generator for."""
+
+    def step(self, *args, **kwargs):
+        (sample,) = super().step(*args, **kwargs)
+        return (sample + torch.randn(sample.shape, generator=torch.Generator().manual_seed(dist.get_rank())),)
