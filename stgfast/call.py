@@ -9,6 +9,7 @@ from numbers import Real
 from typing import Any
 
 from stgfast.batching.arguments import unwrapped
+from stgfast.batching.context import context_of
 from stgfast.batching.room import ALL, Rows
 from stgfast.batching.seam import caching_hooks, foreign_forward
 from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
@@ -108,8 +109,7 @@ def check(fitted: Fitted, guidance: Guidance, call: CallArguments, *, max_rows: 
         weak = any(part.needs_cfg for part in guidance.perturbations)
         advice = "; without CFG, Guidance(Perturbation([...])) weakens cond" if weak else ""
         raise SettingsError(f"{needs}: got a call without CFG, expected {adapter.cfg_on}{advice}")
-    if any(part.how.grid for part in guidance.perturbations):
-        check_tokens(fitted)
+    check_tokens(fitted, grid=any(part.how.grid for part in guidance.perturbations))
     if guidance.reuse_blocks != EVERY and any(layout.blocks.full for layout in fitted.layouts.values()):
         raise SettingsError(
             f"reuse_blocks: got {adapter.pipeline}, whose model works on hidden states between its blocks, expected "
@@ -151,13 +151,22 @@ def check_forwards(fitted: Fitted) -> None:
                 )
 
 
-def check_tokens(fitted: Fitted) -> None:
-    """A kind that goes by where tokens lie needs all tokens of a frame."""
+def check_tokens(fitted: Fitted, *, grid: bool) -> None:
+    """Tokens that are spread over processes have to be those of a model for which that is possible; a kind that goes by
+    where they lie, on a grid, needs all tokens of a frame, and no others among them."""
     for name, layout in fitted.layouts.items():
-        if getattr(layout.denoiser, "_parallel_config", None) is not None:
+        if context_of(layout.denoiser) is None:
+            continue
+        if layout.blocks.unspread:
             raise SettingsError(
-                f"blur of the queries: got pipe.{name} with its tokens spread over processes, expected all of them in "
-                f"one; use kind='attention' or 'residual'"
+                f"{fitted.adapter.pipeline}: got pipe.{name} with its tokens spread over processes, which diffusers "
+                f"cannot do for this model: {layout.blocks.unspread}; divide its branches instead, with "
+                f"accelerate(pipe, branches=group)"
+            )
+        if grid and len(layout.blocks.state) > 1:
+            raise SettingsError(
+                f"blur of the queries: got pipe.{name} with its tokens spread over processes, those of text among "
+                f"them, expected all of them in one; use kind='attention' or 'residual'"
             )
 
 

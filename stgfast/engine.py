@@ -30,7 +30,7 @@ from stgfast.errors import EngineError
 from stgfast.guidance import Guidance
 from stgfast.integrations.spec import Fitted
 from stgfast.integrations.steps import CallArguments, steps_back
-from stgfast.ranks.division import divide
+from stgfast.ranks.division import Division, divide
 from stgfast.ranks.shared import Shared, fingerprint
 from stgfast.schedules import Moment
 
@@ -90,6 +90,7 @@ class Run:
         self.turn = 0  # calls of the denoiser done in this step
         self.step: Step | None = None  # nothing of a step is held while the scheduler works
         self.sigmas: list[float] | None = None
+        self.divisions: dict[Any, Division] = {}  # of steps, over processes
         self.blanks: dict[Any, Any] = {}  # outputs of the denoiser without its blocks, by what it was called on
 
     def whole(self, call: Callable[[], Any]) -> Any:
@@ -181,9 +182,12 @@ class Run:
     def shared(self, name: str, calls: Sequence[Sequence[Branch]], prompts: int) -> Shared:
         """A step in which the denoiser computes these branches, divided over processes."""
         assert self.ranks is not None
-        layout = self.layouts[name]
-        division = divide(calls, layout.depth, self.ranks.size, prompts=prompts, full=layout.blocks.full)
-        return Shared(self.ranks, division, prompts)
+        every = tuple((one.name, one.source, tuple(one.marks.items())) for call in calls for one in call)
+        key, layout = (name, every, prompts), self.layouts[name]
+        if key not in self.divisions:
+            full = layout.blocks.full
+            self.divisions[key] = divide(calls, layout.depth, self.ranks.size, prompts=prompts, full=full)
+        return Shared(self.ranks, self.divisions[key], prompts)
 
     def blank(self, name: str, plain: Call, arguments: Arguments, sources: tuple[str, ...]) -> Any:
         """What the denoiser returns for one source, right in form and shape: its blocks do not run, where they can be

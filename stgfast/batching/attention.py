@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from stgfast.batching.arguments import Arguments
+from stgfast.batching.context import context_of, over_all
 from stgfast.batching.fastest import Fastest
 from stgfast.batching.layout import Layout, Unit
 from stgfast.batching.one_call import UNSEEN, inputs_of, note, of_library, one_call, unfit
@@ -52,6 +54,9 @@ class Attention:
         """The module's own call, with its queries changed."""
         module, grid = self.arguments.module, self.layout.blocks.grid
         name = grid.query if grid is not None else "to_q"
+        context = context_of(self.layout.denoiser)
+        if context is not None:
+            change = over_all(context, math.prod(self.tokens), change)
         query, seen = module.get_submodule(name), list[Tensor]()
 
         def changed(plain: Call, arguments: Arguments) -> Tensor:

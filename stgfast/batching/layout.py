@@ -82,6 +82,7 @@ class Blocks:
     processor  the class of attention processor that it does the work of; with another one it is not used
     changes    for a kind of perturbation that the model itself knows, the arguments that ask a block for it
     grid       where the tokens of a self-attention lie, for queries to be blurred; None where that is not known
+    unspread   why diffusers cannot spread the model's tokens over processes, though it offers to
     """
 
     rows: frozenset[str]
@@ -97,6 +98,7 @@ class Blocks:
     processor: str = ""
     changes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     grid: Grid | None = None
+    unspread: str = ""
 
     def __post_init__(self) -> None:
         for name in ("lists", "state", "attend_on"):

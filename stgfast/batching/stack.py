@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.attention import Inside, Tokens
+from stgfast.batching.context import as_spread
 from stgfast.batching.fastest import Fastest
 from stgfast.batching.layout import Layout
 from stgfast.batching.plan import Plan, Step
@@ -77,7 +78,9 @@ class Stack:
             raise EngineError(f"blocks run in order: got block {number}, expected block {self._done}")
         step, unit = self.plan.steps[number], self.layout.units[number]
         state = unit.state or self.layout.blocks.state
-        before = [arguments[name] for name in state] if step.keep else []
+        # What passes a block has a shard of its tokens, too, where the block is the one that takes it.
+        spread = as_spread(arguments) if step.keep or (self.ends is not None and number == 0) else arguments
+        before = [spread[name] for name in state] if step.keep else []
         self.inside.locate(step.marks, arguments)
         if step.run:
             computed: Sequence[Any] = self._compute(number, plain, self._chosen(step, arguments, state))
@@ -87,7 +90,7 @@ class Stack:
         left = [self._after(step, new, old) for new, old in itertools.zip_longest(computed, before)]
         if self.ends is not None:
             if number == 0:
-                self._entered = [arguments[name] for name in state]
+                self._entered = [spread[name] for name in state]
             if self._done == self.layout.depth:
                 left = self._end(self.ends, left)
         return as_given(left, wrapped=unit.wrapped)

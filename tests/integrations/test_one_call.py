@@ -1,8 +1,5 @@
 """One attention for all rows of a marked layer, whoever's attention it is, in Triton's interpreter."""
 
-import socket
-import subprocess
-import sys
 from contextlib import contextmanager
 from unittest import mock
 
@@ -14,7 +11,6 @@ from stgfast import Guidance, Perturbation
 from stgfast.engine import Run
 from stgfast.integrations import ADAPTERS
 from tests import precision
-from tests.integrations import spread
 from tests.integrations.test_families import FAMILIES, NEEDS_A_GPU, lowered
 from tests.launches import launched
 
@@ -79,19 +75,3 @@ def test_however_many_branches_and_prompts(family):
         layers = {number for part in parts for number in part.layers}
         counts.append(len(launches) / sum(steps) / marked(pipe, layers))
     assert counts == [1, 1, 1]
-
-
-@pytest.mark.again
-def test_tokens_that_are_spread_over_processes(tmp_path, float64):
-    """As diffusers spreads them, by Ulysses: what is exchanged for the rows that attend is what it always is."""
-    expected = spread.WAN.plain(spread.GUIDANCE)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.integrations.spread", str(tmp_path / "clip")]
-    running = [subprocess.Popen([*command, str(rank), str(port)]) for rank in range(spread.PROCESSES)]
-    assert [process.wait(300) for process in running] == [0] * spread.PROCESSES
-    for rank in range(spread.PROCESSES):
-        made, blocks = torch.load(tmp_path / f"clip.{rank}")
-        precision.same(made, expected)
-        assert blocks == (1, 3)

@@ -3,13 +3,18 @@
 import os
 import signal
 import time
+from contextlib import nullcontext
+from unittest import mock
 
 import diffusers
 import torch
 import torch.distributed as dist
+from diffusers import hooks
+from torch.distributed.device_mesh import init_device_mesh
 
 import stgfast
 from stgfast import Guidance, Perturbation
+from stgfast.errors import SettingsError
 from stgfast.ranks import wire
 from tests import models
 from tests.integrations import test_ltx2 as ltx2
@@ -134,3 +139,74 @@ class Noisy(diffusers.FlowMatchEulerDiscreteScheduler):
     def step(self, *args, **kwargs):
         (sample,) = super().step(*args, **kwargs)
         return (sample + torch.randn(sample.shape, generator=torch.Generator().manual_seed(dist.get_rank())),)
+
+
+def in_context(pipe, size, mesh=None):
+    """The pipeline with its tokens spread over processes, as diffusers does it, which counts GPUs."""
+    config = diffusers.ContextParallelConfig(ulysses_degree=size, mesh=mesh)
+    with mock.patch("torch.accelerator.device_count", return_value=dist.get_world_size()):
+        for name in ("transformer", "transformer_2"):
+            if getattr(pipe, name, None) is not None:
+                getattr(pipe, name).enable_parallelism(config=config)
+    return pipe
+
+
+def in_tensors(pipe, size):
+    """The pipeline with its weights spread over processes, as diffusers does it, for GPUs alone."""
+    devices = mock.patch.object(hooks.tensor_parallel, "_SUPPORTED_TP_DEVICES", ("cpu",))
+    with devices, mock.patch("torch.accelerator.device_count", return_value=size):
+        pipe.transformer.enable_parallelism(config=diffusers.TensorParallelConfig(tp_degree=size))
+    return pipe
+
+
+# Of every kind, at the block that takes a shard of the tokens and behind it.
+GUIDED = {
+    "attention": Guidance([Perturbation([3], kind="attention"), Perturbation([1, 3], kind="attention")], rescale=0.5),
+    "residual": Guidance([Perturbation([0]), Perturbation([2])]),
+    "blur": Guidance([Perturbation([1], kind="blur", sigma=1.0), Perturbation([0], kind="blur")]),
+    "carried on": Guidance([Perturbation([1])], reuse_blocks=2),
+    "compiled": Guidance([Perturbation([0])]),
+}
+
+
+def call_of(family, guided):
+    """Where tokens are blurred, one axis is longer than the other."""
+    return family.facts.oblong if guided == "blur" else {}
+
+
+def spread(cases):
+    """Clips of families whose model diffusers spreads over processes, or what is said, by name and guidance."""
+    size, made = dist.get_world_size(), {}
+    for name, how, guided in cases:
+        family, settings, given = FAMILIES[name], {}, GUIDED[guided]
+        compiled = guided == "compiled"  # which is not traced in float64
+        with nullcontext() if compiled else computing_in(torch.float64):
+            pipe = family.build()
+            if how == "context":
+                in_context(pipe, size)
+            elif how == "tensors":
+                in_tensors(pipe, size)
+            else:
+                names = ("branches", "ring", "ulysses")
+                mesh = init_device_mesh("cpu", (2, 1, size // 2), mesh_dim_names=names)
+                in_context(pipe, size // 2, mesh["ring", "ulysses"])
+                settings["branches"] = mesh["branches"]
+            if compiled:
+                settings["compile"] = {"backend": "eager"}
+            try:
+                stgfast.accelerate(pipe, given, max_rows="all", **settings)
+                made[name, how, guided] = family.run(pipe, **call_of(family, guided))
+            except SettingsError as error:
+                made[name, how, guided] = str(error)
+            if (name, how, guided) == ("Wan", "context", "attention"):
+                ways = stgfast.explain(pipe, **family.arguments(1)).attention
+                made["ways"] = {tuple(blocks) for way, blocks in ways.items() if "in one" in way}
+    return made
+
+
+def stock_in_context(name):
+    family = FAMILIES[name]
+    try:
+        return family.run(in_context(family.build(), dist.get_world_size()))
+    except RuntimeError as error:
+        return str(error)

@@ -54,6 +54,7 @@ LTX = Adapter(
             }
         ),
         grid=Grid(size),
+        unspread="it does not divide the mask of the text",
     ),
     float32=True,
     # Of the 2B model, which has 28 blocks; the 13B model has 48, and is guided by schedules of its own.

@@ -142,6 +142,7 @@ LTX2 = Adapter(
         rows=frozenset(ROWS),
         identity=identity_of_scores,
         changes={ISOLATE: {"use_a2v_cross_attention": False, "use_v2a_cross_attention": False}},
+        unspread="it does not divide the mask of the text",
     ),
     announced=Announced(weak=(WEAK, ISOLATED), passes=passes, preview=preview),
     unfit=unfit,
