@@ -41,24 +41,29 @@ class Ranks:
         self.received = 0  # bytes of tensors
         self._control = dist.new_group(self.members, backend="gloo", use_local_synchronization=True)
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
-        self._one_call = threading.RLock()
-        self._lost = ""  # why there are no more meetings
+        self.lost = ""  # why there are no more meetings
+        self._one_call, self._depth = threading.RLock(), 0
         threading.Thread(target=self._work, daemon=True, name="stgfast ranks").start()
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Within the block all ranks make the same meetings; where it ends on one, it ends on all of them."""
+        """Within the block all ranks make the same meetings; where it ends on one, it ends on all of them. A block
+        within another one is part of it."""
         if not self._one_call.acquire(blocking=False):
             raise EngineError("guided calls over one group: got two at once, expected one after another on every rank")
+        self._depth += 1
         try:
             yield
-            self.meet("the end of the call")
-        except Verdict:
+            if self._depth == 1:
+                self.meet("the end of the call")
+        except RankError:
             raise
         except BaseException as error:
-            self._tell(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+            if self._depth == 1:
+                self._tell(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
             raise
         finally:
+            self._depth -= 1
             self._one_call.release()
 
     def meet(self, where: str, then: Callable[[], Made] | None = None) -> Made | None:
@@ -92,12 +97,12 @@ class Ranks:
 
     def _hear(self, message: str) -> None:
         """Come to a meeting; raises unless all ranks have come to the same one."""
-        if not self._lost:
+        if not self.lost:
             verdict = self._judge(message) if self.rank == 0 else self._ask(message)
             if verdict:
-                raise Verdict(f"a clip over {self.size} processes: {verdict}")
+                raise RankError(f"a clip over {self.size} processes: {verdict}")
             return
-        raise Verdict(f"{self._lost}; start the processes anew")
+        raise RankError(f"{self.lost}; start the processes anew")
 
     def _ask(self, message: str) -> str:
         """The verdict of the first rank."""
@@ -106,8 +111,8 @@ class Ranks:
             dist.send(_packed(message), dst=self.members[0], group=self._control)
             self._coming(answer, 0).wait(timedelta(seconds=2 * LIMIT))
         except RuntimeError:
-            self._lost = f"a clip over {self.size} processes: rank 0 {_gone(began, 2 * LIMIT)}"
-            return self._lost.split(": ", 1)[1]
+            self.lost = f"a clip over {self.size} processes: rank 0 {_gone(began, 2 * LIMIT)}"
+            return self.lost.split(": ", 1)[1]
         return _unpacked(answer)
 
     def _judge(self, own: str) -> str:
@@ -129,7 +134,7 @@ class Ranks:
             except RuntimeError:
                 gone[rank] = _gone(began, LIMIT)
         if gone:
-            self._lost = f"a clip over {self.size} processes: {_verdict({}, gone)}"
+            self.lost = f"a clip over {self.size} processes: {_verdict({}, gone)}"
         return verdict or _verdict({}, gone)
 
     def _coming(self, message: Tensor, rank: int) -> dist.Work:
@@ -158,7 +163,7 @@ class Ranks:
                 future.set_exception(error)
 
 
-class Verdict(EngineError):
+class RankError(EngineError):
     """What all ranks raise, as one of them cannot go on."""
 
 

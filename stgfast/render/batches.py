@@ -59,7 +59,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, (MemoryError, torch.OutOfMemoryError)):
             return True
-        if isinstance(seen, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(seen):
+        said = str(seen) if isinstance(seen, RuntimeError) else ""
+        if "DefaultCPUAllocator: can't allocate memory" in said or "OutOfMemoryError: " in said:  # of another process
             return True
         seen = seen.__cause__ or seen.__context__
     return False

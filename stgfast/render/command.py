@@ -90,6 +90,12 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--ray", metavar="ADDRESS", help="render on the GPUs of a Ray cluster: local (this machine), auto, or host:port"
     )
     parser.add_argument("--actors", type=int, metavar="N", help="how many of its devices; all GPUs, or one CPU")
+    parser.add_argument(
+        "--gpus-per-clip",
+        type=int,
+        metavar="N",
+        help="divide every clip over so many GPUs, with --ray; or start this with torchrun --nproc-per-node N",
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--quiet", action="store_true", help="say only what went wrong")
     output.add_argument("--json", action="store_true", help="say everything as lines of JSON")
@@ -124,6 +130,7 @@ def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Tex
             trust=arguments.trust,
             ray=arguments.ray,
             actors=arguments.actors,
+            gpus_per_clip=arguments.gpus_per_clip,
             listener=screen.show,
             plan_only=arguments.plan,
         )

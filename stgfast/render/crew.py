@@ -11,7 +11,7 @@ from stgfast.render.batches import Batch
 from stgfast.render.files import Form
 from stgfast.render.loading import TEXT, USUAL, Loading
 from stgfast.render.models import Model
-from stgfast.render.worker import Outcome, Prompt, Worker
+from stgfast.render.worker import Others, Outcome, Prompt, Worker
 
 
 class Seat(Protocol):
@@ -68,8 +68,10 @@ class Setup:
     own_fps: bool
     loading: Loading = USUAL
 
-    def worker(self, scratch: Path) -> Worker:
+    def worker(self, scratch: Path, others: Others | None = None) -> Worker:
+        """`others` make every clip with it, each with a worker of its own."""
         pipe = self.model.load(self.loading)
         fps = self.model.fps if self.own_fps else None
         text = self.loading.offload == TEXT
-        return Worker(pipe, scratch, self.form, fps=fps, offload_text=text, revision=self.model.revision)
+        revision = self.model.revision
+        return Worker(pipe, scratch, self.form, fps=fps, offload_text=text, revision=revision, others=others)

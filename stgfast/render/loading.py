@@ -41,6 +41,7 @@ class Loading:
     compile     the denoiser's blocks are compiled
     attention   "auto": every layer attends by what is fastest for its shape
     recipe      by which clips are made, approximately
+    ranks       over how many processes every clip is divided, this one among them
     """
 
     dtype: str | None = None
@@ -50,6 +51,7 @@ class Loading:
     compile: bool = False
     recipe: Recipe | None = None
     attention: str | None = None
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         for name, choices in (("dtype", DTYPES), ("offload", OFFLOADS), ("attention", ("auto",))):
@@ -96,8 +98,15 @@ class Loading:
 
     def prepared(self, pipe: Any) -> Any:
         """The pipeline, guided, and its VAE as it is asked for."""
-        if not hasattr(pipe, INSTALLED) or self.compile or self.recipe or self.attention:
-            accelerate(pipe, given_to(pipe), compile=self.compile, attention=self.attention, recipe=self.recipe)
+        if not hasattr(pipe, INSTALLED) or self.compile or self.recipe or self.attention or self.ranks > 1:
+            accelerate(
+                pipe,
+                given_to(pipe),
+                compile=self.compile,
+                attention=self.attention,
+                branches=torch.distributed.group.WORLD if self.ranks > 1 else None,
+                recipe=self.recipe,
+            )
         if self.vae_tiling or installed_on(pipe).adapter.clips.tiled:
             vae: Any = getattr(pipe, "vae", None)
             if not hasattr(vae, "use_tiling"):

@@ -17,6 +17,7 @@ from typing import Any
 from stgfast.errors import DeviceError, SettingsError, wrong
 from stgfast.extras import require
 from stgfast.recipes import Recipe, taken
+from stgfast.render import together
 from stgfast.render.batches import shape_of
 from stgfast.render.crew import Crew, Setup
 from stgfast.render.files import Form
@@ -86,6 +87,7 @@ def render(
     trust: str | None = None,
     ray: str | None = None,
     actors: int | None = None,
+    gpus_per_clip: int | None = None,
     listener: Listener | None = None,
     plan_only: bool = False,
 ) -> Report:
@@ -110,6 +112,8 @@ def render(
                   or "local" for one of this machine alone, unless this process is part of one already; the model is a
                   folder or a name then, and every node sees the same folders
     actors        how many of its devices to ask for; all its GPUs where left out, or one CPU where it has none
+    gpus_per_clip over how many GPUs every clip is divided, with ray; started by torchrun, over all of its processes,
+                  of which the first one alone reports
     listener      is told of everything that happens
     plan_only     check and take up the jobs, and render nothing
 
@@ -121,16 +125,24 @@ def render(
     if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
         raise wrong("max_batch", max_batch, "a number of clips, 1 or more")
     form = Form(kind=format, fps=24.0 if fps is None else fps, crf=crf)
+    ranks = together.check(gpus_per_clip, ray)
     known = described(model, trust=trust)
     if ray is not None or actors is not None:
         from stgfast.render.actors import Actors, check
 
         check(known, ray, actors)
-    loading = Loading(dtype, device, offload, vae_tiling, compile, taken(recipe), attention)
+    started = ranks > 1 and ray is None
+    device = together.device_of(device) if started else device
+    loading = Loading(dtype, device, offload, vae_tiling, compile, taken(recipe), attention, ranks)
     if known.pipe is not None:
         loading.check_handed_over()
+    setup = Setup(known, form, fps is None, loading)
+    others = together.Started(device) if started else None
+    if others is not None and not others.first:
+        others.follow(setup)
+        return Report(done=0, failed=0, waiting=0, bad=0, rendered=0, seconds=0.0)
     run = Run(known, Path(out), form, loading, listener or (lambda event: None))
-    started = time.monotonic()
+    began = time.monotonic()
     try:
         with Store(run.out) as store:
             run.store = store
@@ -139,18 +151,21 @@ def render(
             if retry_failed:
                 store.retry_failed()
             if not plan_only and (store.counts()[PENDING] or store.elsewhere()):
-                setup = Setup(known, form, fps is None, loading)
                 if ray is None:
                     run.tell("loading", model=known.name)
-                    crew: Crew = setup.worker(store.scratch)
+                    scratch = store.scratch
+                    crew: Crew = setup.worker(scratch) if others is None else others.worker(setup, scratch)
                 else:
                     crew = Actors(setup, store.scratch, ray, actors, run.tell)
                 run.work(crew, max_batch, ahead=256 if offload == TEXT else 0)
             if not plan_only:
                 run.page()
-            return run.report(time.monotonic() - started)
+            return run.report(time.monotonic() - began)
     except (sqlite3.Error, OSError) as error:
         raise StoreError(f"output folder {out}: {type(error).__name__}: {error}; what is done is kept") from error
+    finally:
+        if others is not None:
+            others.end()
 
 
 def lines_of(

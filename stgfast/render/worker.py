@@ -24,12 +24,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from stgfast.errors import DeviceError
 from stgfast.installed import installed_on
+from stgfast.ranks.wire import Ranks
 from stgfast.render.batches import Batch, Task, free, is_out_of_memory
 from stgfast.render.calls import arguments_of
 from stgfast.render.files import Form, discard, heard, pixels, write
@@ -101,6 +103,15 @@ class Clip(NamedTuple):
     rate: int = 0
 
 
+class Others(Protocol):
+    """The processes that make every clip together with this one."""
+
+    ranks: Ranks
+
+    def begin(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
+        """They make the calls of this batch, too."""
+
+
 Outcome = Written | Failed | Again | Stopped | Died
 Prompt = tuple[str, str | None]  # and the negative one
 
@@ -114,6 +125,7 @@ class Worker:
 
     scratch  where clips are written before they are whole
     fps      frames in a second of a job's clip, where that is not the same for all
+    others   the processes that make every clip together with this one; then one batch is made after another
     """
 
     def __init__(
@@ -125,13 +137,15 @@ class Worker:
         fps: Callable[[Job], float] | None = None,
         offload_text: bool = False,
         revision: str = "",
+        others: Others | None = None,
     ):
         import diffusers
 
         self.pipe, self.scratch, self.form, self.fps = copy.copy(pipe), scratch, form, fps
         self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self.stages = {stage: threading.Lock() for stage in STAGES}
-        self.overlap = not moves(pipe)  # where models do, a call is whole before the next begins
+        self.others = others
+        self.overlap = not moves(pipe) and others is None  # where models do, a call is whole before the next begins
         encoders = encoders_of(pipe) if offload_text else {}
         vars(self.pipe).update(dict.fromkeys(encoders))
         self.device = torch.device(self.pipe._execution_device)  # which text encoders need not be on
@@ -147,6 +161,7 @@ class Worker:
         self.made_with = {
             **({} if recipe is None else {"recipe": recipe.to_dict()}),
             **({"revision": revision} if revision else {}),
+            **({"processes": others.ranks.size} if others is not None else {}),
             "dtype": str(layout.denoiser.dtype).removeprefix("torch."),
             "vae_tiling": bool(getattr(getattr(pipe, "vae", None), "use_tiling", False)),
             "device": self.device_name,
@@ -202,6 +217,26 @@ class Worker:
         run = self.in_hand[threading.current_thread()] = BatchRun(self, batch, aside)
         self.ahead = ahead
         yield from self._through(run)
+
+    def follow(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
+        """The calls of a batch that another process writes. Where one of them fails, that process says what becomes
+        of it."""
+        run = self.in_hand[threading.current_thread()] = BatchRun(self, batch, self.scratch)
+        self.ahead = ahead
+        try:
+            run.clips(alone=True)
+        except Exception:
+            if self.lost is not None:
+                raise self.lost from None
+        finally:
+            run.leave()
+            run.close()
+            del self.in_hand[threading.current_thread()]
+
+    @property
+    def lost(self) -> DeviceError | None:
+        """What ends the run, where a process has gone that makes clips with this one."""
+        return DeviceError(self.others.ranks.lost) if self.others is not None and self.others.ranks.lost else None
 
     def stop(self) -> None:
         """Batches that do not denoise yet are put down; the others are finished."""
@@ -290,7 +325,7 @@ class BatchRun:
         again = None
         for alone in (False, True) if self.worker.overlap else (True,):
             try:
-                clips = self._clips(alone)
+                clips = self.clips(alone)
                 break
             except Stopping:
                 yield Stopped(tasks)
@@ -301,13 +336,7 @@ class BatchRun:
             except Exception as error:
                 self.leave()
                 if not is_out_of_memory(error):
-                    broken = self._broken()
-                    if broken is not None:
-                        yield Stopped(tasks, broken)
-                    elif len(tasks) > 1:
-                        yield Again(tasks, _said(error), apart=True)
-                    else:
-                        yield Failed(tasks[0], _said(error), self._share(), "".join(traceback.format_exception(error)))
+                    yield self._after(error)
                     return
                 if len(tasks) > 1 or alone:
                     again = _said(error)
@@ -323,7 +352,18 @@ class BatchRun:
             self.pipe = self._copy()
         yield from self._written(clips)
 
-    def _clips(self, alone: bool) -> list[Clip]:
+    def _after(self, error: Exception) -> Outcome:
+        """What becomes of the jobs after an error of their call."""
+        tasks, broken = self.batch.tasks, self._broken()
+        if broken is not None:
+            return Stopped(tasks, broken)
+        if self.worker.others is not None and self.worker.aborting:  # the others go on to where this process stopped
+            return Stopped(tasks)
+        if len(tasks) > 1:
+            return Again(tasks, _said(error), apart=True)
+        return Failed(tasks[0], _said(error), self._share(), "".join(traceback.format_exception(error)))
+
+    def clips(self, alone: bool) -> list[Clip]:
         """By the pipeline's own call.
 
         `alone`, nothing else is on the device meanwhile: memory was short, or models are moved to and fro.
@@ -331,7 +371,7 @@ class BatchRun:
         for stage in (DECODER, DENOISER, TEXT) if alone else (TEXT,):
             self._enter(stage)
         self.errors.clear()
-        with self.worker.stream():
+        with self._together(), self.worker.stream():
             started = time.monotonic()
             self._rehearse()
             self.seconds[TEXT] = time.monotonic() - started
@@ -353,6 +393,17 @@ class BatchRun:
         if len(clips) != len(self.batch):
             raise RuntimeError(f"the pipeline's clips: got {len(clips)}, expected {len(self.batch)}")
         return clips
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Within the block, all processes of a clip make the calls of this batch, and end them where one fails."""
+        others = self.worker.others
+        if others is None:
+            yield
+            return
+        others.begin(self.batch, self.worker.ahead)
+        with others.ranks.together():
+            yield
 
     def _written(self, clips: Sequence[Clip]) -> Iterator[Outcome]:
         for place, task in enumerate(self.batch.tasks):
@@ -493,7 +544,10 @@ class BatchRun:
             torch.cuda.current_stream(self.worker.device).synchronize()
 
     def _broken(self) -> BaseException | None:
-        """Whether the device itself is past use, as it is after some errors, and every further job would fail."""
+        """Whether the device itself is past use, as it is after some errors, and every further job would fail; or a
+        process is, without which there is no clip."""
+        if self.worker.lost is not None:
+            return self.worker.lost
         if self.worker.device.type != "cuda":
             return None
         try:

@@ -25,7 +25,7 @@ WAYS = {
 def test_all_end_and_can_begin_again():
     ended = results(2, jobs.endings, list(WAYS))
     for (own, others), (said, took, clip), (of_one, _, other) in zip(WAYS.values(), *ended, strict=True):
-        assert said.startswith(f"Verdict: {OF}")
+        assert said.startswith(f"RankError: {OF}")
         assert others in said
         assert of_one.startswith(own) if own else of_one == said
         assert own or SAME in said
@@ -42,7 +42,7 @@ def test_one_that_has_gone(tmp_path, how, size):
     assert codes[1] == (-signal.SIGKILL if how == "is killed" else 0), printed(tmp_path, 1)
     for rank in {0, 2, 3} & set(range(size)):
         said, took, _ = torch.load(tmp_path / f"result.{rank}")
-        assert said.startswith(f"Verdict: a clip over {size} processes: rank 1 ")
+        assert said.startswith(f"RankError: a clip over {size} processes: rank 1 ")
         assert "has gone: its process ended" in said or how == "exits"
         assert took < 20
 
@@ -50,6 +50,6 @@ def test_one_that_has_gone(tmp_path, how, size):
 def test_one_that_hangs():
     """Nobody waits for longer than the limit, here of 3 s."""
     (said, took, _), (late, _, _) = results(2, jobs.ending, "hangs")
-    assert said == f"Verdict: {OF}rank 1 did not come within 3 s"
+    assert said == f"RankError: {OF}rank 1 did not come within 3 s"
     assert 3 < took < 7
-    assert late.startswith(f"Verdict: {OF}")
+    assert late.startswith(f"RankError: {OF}")

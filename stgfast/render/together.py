@@ -1,0 +1,122 @@
+"""Processes that make one clip together. The first of them has the jobs, and tells the others which batch comes next;
+they make the same calls of the pipeline, and write nothing.
+
+Here for processes that torchrun has started; those of a Ray cluster are in actors.py.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import time
+from base64 import b64decode, b64encode
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import torch
+import torch.distributed as dist
+
+from stgfast.errors import wrong
+from stgfast.ranks.wire import Ranks, ranks_of
+from stgfast.render.batches import Batch
+from stgfast.render.crew import Setup
+from stgfast.render.worker import Prompt, Worker
+
+LOOK = 0.02  # seconds between looks for the next batch
+
+
+def check(gpus_per_clip: int | None, ray: str | None) -> int:
+    """Over how many processes every clip is divided."""
+    if gpus_per_clip is not None and (
+        isinstance(gpus_per_clip, bool) or not isinstance(gpus_per_clip, int) or gpus_per_clip < 1
+    ):
+        raise wrong("gpus_per_clip", gpus_per_clip, "a number of GPUs, 1 or more")
+    started = int(os.environ["WORLD_SIZE"]) if dist.is_available() and dist.is_torchelastic_launched() else 1
+    if started > 1:
+        if ray is not None:
+            raise wrong("ray", ray, "none with torchrun: it starts the processes of one clip itself")
+        if gpus_per_clip not in (None, started):
+            raise wrong("gpus_per_clip", gpus_per_clip, f"{started}, as many as torchrun has started")
+        return started
+    if (gpus_per_clip or 1) > 1 and ray is None:
+        right = "ray beside it, or torchrun --nproc-per-node N -m stgfast.cli render"
+        raise wrong("gpus_per_clip", gpus_per_clip, right)
+    return gpus_per_clip or 1
+
+
+def device_of(asked: str | None) -> str | None:
+    """The device of a process that torchrun has started: where nothing else is asked for, a GPU of its own."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if asked in (None, "cuda") and torch.cuda.is_available() else asked
+
+
+def joined(device: str | None, **how: Any) -> Ranks:
+    """This process as one of a group, which is begun by those that torchrun has started, or as `how` says."""
+    if device is not None and torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        on_gpus = device is not None and torch.device(device).type == "cuda"
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", **how)
+    return ranks_of(dist.group.WORLD)
+
+
+class Started:
+    """The processes that torchrun has started, as one of them; what the first one says goes through its store."""
+
+    def __init__(self, device: str | None):
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+        self.ranks = joined(device)
+        store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        # A new name where torchrun has started all of them again.
+        self.store = PrefixStore(f"stgfast {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        self.said = 0
+
+    @property
+    def first(self) -> bool:
+        return self.ranks.rank == 0
+
+    def worker(self, setup: Setup, scratch: Path) -> Worker:
+        """That of the first process, with which the others work."""
+        self._say("load", scratch)
+        with self.ranks.together():
+            return setup.worker(scratch, self)
+
+    def begin(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
+        """The others make the calls of this batch, too."""
+        if self.first:
+            self._say("batch", batch, ahead)
+
+    def end(self) -> None:
+        """Nothing comes any more."""
+        self._say("end")
+
+    def follow(self, setup: Setup) -> None:
+        """What the other processes do, until the first one ends it. It is that one which is interrupted."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        worker: Worker | None = None
+        while True:
+            what, *more = self._heard()
+            if what == "end":
+                return
+            if what == "load":
+                own = Path(more[0]) / uuid4().hex  # where it keeps prompts
+                own.mkdir()
+                with self.ranks.together():
+                    worker = setup.worker(own, self)
+            elif worker is not None:
+                worker.follow(*more)
+
+    def _say(self, *message: Any) -> None:
+        self.store.set(str(self.said), b64encode(pickle.dumps(message)).decode())
+        self.said += 1
+
+    def _heard(self) -> Any:
+        key = str(self.said)
+        while not self.store.check([key]):
+            time.sleep(LOOK)
+        self.said += 1
+        return pickle.loads(b64decode(self.store.get(key)))
