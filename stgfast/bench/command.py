@@ -34,6 +34,12 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--growth", action="store_true", help="how the cost grows: with tokens, prompts, branches, layer")
     what.add_argument("--overhead", action="store_true", help="what our own Python takes")
+    what.add_argument(
+        "--ranks",
+        action="store_true",
+        help="a step by how many processes its branches are divided over: torchrun --nproc-per-node N -m stgfast.cli "
+        "bench --ranks",
+    )
     what.add_argument("--report", type=Path, metavar="DIR", help="make a page of the results in a folder")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page that --report makes")
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help=", ".join(MODELS))
@@ -73,7 +79,10 @@ def main(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Te
     _quiet()
     code = DONE
     try:
+        first = _first_of_several(arguments.device) if arguments.ranks else True
         for row, right in _rows(arguments):
+            if not first:
+                continue
             out.write(saved(row, arguments.save) + "\n")
             out.flush()
             said.write(SUMMARIES[row["bench"]](row) + ("" if right else ", not within 5%") + "\n")
@@ -102,14 +111,19 @@ def _rows(arguments: argparse.Namespace) -> Any:
     """Results one after another, each with whether it is as predicted, where that is asked."""
     from stgfast.bench.growth import grown
     from stgfast.bench.overhead import overhead
+    from stgfast.bench.ranks import over_ranks
     from stgfast.bench.steps import checked, measured
 
     steps = arguments.steps or (CHECKED_STEPS if arguments.check else 3)
     rounds = arguments.rounds or (CHECKED_ROUNDS if arguments.check else 7 if arguments.overhead else 5)
     given: dict[str, Any] = {"device": arguments.device, "steps": None if arguments.whole else steps}
-    models = arguments.models or (DEEP if arguments.overhead else [GROWN] if arguments.growth else MODELS)
+    models = arguments.models or (
+        DEEP if arguments.overhead or arguments.ranks else [GROWN] if arguments.growth else MODELS
+    )
     for name in models:
-        if arguments.overhead:
+        if arguments.ranks:
+            yield over_ranks(name, size=arguments.size or TINY, rounds=rounds, **given), True
+        elif arguments.overhead:
             yield overhead(name, size=arguments.size or SMALL, device=arguments.device, rounds=rounds), True
         elif arguments.growth:
             rows = grown(name, size=arguments.size or TINY, rounds=rounds, **given)
@@ -148,7 +162,30 @@ def _of_check(row: dict[str, Any]) -> str:
     return f"{row['model']:14} {of} {paper:.3f}, predicted {predicted:.3f}"
 
 
-SUMMARIES = {"steps": _of_steps, "check": _of_check, "growth": _of_growth, "overhead": _of_overhead}
+def _of_ranks(row: dict[str, Any]) -> str:
+    told = [
+        f"{count} ranks {over:.3f} of that, predicted {row['predicted'][count]:.3f}, receiving "
+        f"{max(row['received'][count]):,} bytes a step at most"
+        for count, over in row["over_one"].items()
+        if count > 1
+    ]
+    return f"{row['model']:14} {row['seconds'][1]:.4g} s on one rank; {'; '.join(told)}"
+
+
+SUMMARIES = {
+    **{"steps": _of_steps, "check": _of_check, "growth": _of_growth, "overhead": _of_overhead},
+    "ranks": _of_ranks,
+}
+
+
+def _first_of_several(device: str) -> bool:
+    """Whether this process, of several, is the one that says what is measured."""
+    import torch.distributed as dist
+
+    from stgfast.bench.ranks import begin
+
+    begin(device)
+    return dist.get_rank() == 0
 
 
 def _quiet() -> None:

@@ -92,6 +92,7 @@ class Bench:
         self.model, self.size, self.device, self.steps = model, size, device, steps
         self.prompts, self.frames, self.backend = prompts, clip or model.clip(size), backend
         self.checkout = reference
+        self.branches: Any = None  # the group over which they are divided
         self.pipe = model.build(size, device)
         self.denoiser: Any = getattr(self.pipe, model.part)
         self.adapter = ADAPTERS[model.pipeline]
@@ -280,10 +281,10 @@ class Bench:
             made = {name: value for name, value in made.items() if not name.startswith("negative_")}
         return made
 
-    def explained(self, variant: str = "stgfast") -> Explanation:
+    def explained(self, variant: str = "stgfast", ranks: int = 1) -> Explanation:
         accelerate(self.pipe, self._reusing() if variant == "reuse" else self.guidance)
         try:
-            return explain(self.pipe, **self.arguments())
+            return explain(self.pipe, ranks=ranks, **self.arguments())
         finally:
             restore(self.pipe)
 
@@ -360,7 +361,8 @@ class Bench:
         max_rows: Rows = ALL,
         attention: str | None = None,
     ) -> Tensor:
-        accelerate(self.pipe, guidance, compile=compile, max_rows=max_rows, attention=attention)
+        how: dict[str, Any] = {"compile": compile, "max_rows": max_rows, "attention": attention}
+        accelerate(self.pipe, guidance, branches=self.branches, **how)
         try:
             return self._clip()
         finally:

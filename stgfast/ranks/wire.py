@@ -9,6 +9,7 @@ Meeting and sending are one job of a thread that only does that, so an interrupt
 
 from __future__ import annotations
 
+import importlib
 import queue
 import threading
 import time
@@ -39,7 +40,10 @@ class Ranks:
         self.members = dist.get_process_group_ranks(group)
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.received = 0  # bytes of tensors
-        self._control = dist.new_group(self.members, backend="gloo", use_local_synchronization=True)
+        # Not `new_group`: it goes by how many groups a process has had, which may not be the same on all of them.
+        c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")  # which not every torch has
+        store = c10d.PrefixStore(f"stgfast {group.group_name}", c10d._get_default_store())
+        self._control = c10d.ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=LIMIT))
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self.lost = ""  # why there are no more meetings
         self._one_call, self._depth = threading.RLock(), 0
@@ -108,7 +112,7 @@ class Ranks:
         """The verdict of the first rank."""
         began, answer = time.monotonic(), _blank()
         try:
-            dist.send(_packed(message), dst=self.members[0], group=self._control)
+            self._send(message, 0)
             self._coming(answer, 0).wait(timedelta(seconds=2 * LIMIT))
         except RuntimeError:
             self.lost = f"a clip over {self.size} processes: rank 0 {_gone(began, 2 * LIMIT)}"
@@ -130,18 +134,19 @@ class Ranks:
         verdict = _verdict(said, gone)
         for rank in said.keys() - {0}:
             try:
-                dist.send(_packed(verdict), dst=self.members[rank], group=self._control)
+                self._send(verdict, rank)
             except RuntimeError:
                 gone[rank] = _gone(began, LIMIT)
         if gone:
             self.lost = f"a clip over {self.size} processes: {_verdict({}, gone)}"
         return verdict or _verdict({}, gone)
 
-    def _coming(self, message: Tensor, rank: int) -> dist.Work:
+    def _send(self, words: str, rank: int) -> None:
+        self._control.send([_packed(words)], rank, 0).wait(timedelta(seconds=LIMIT))
+
+    def _coming(self, message: Tensor, rank: int) -> Any:
         """What a rank sends, once it has been waited for."""
-        work = dist.irecv(message, src=self.members[rank], group=self._control)
-        assert work is not None  # as it is for those outside of a group
-        return work
+        return self._control.recv([message], rank, 0)
 
     def _post(self, job: Callable[[], Made]) -> Future[Made]:
         future: Future[Made] = Future()

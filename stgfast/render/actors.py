@@ -26,6 +26,7 @@ from stgfast.render.batches import Batch, Task
 from stgfast.render.crew import Setup
 from stgfast.render.files import discard
 from stgfast.render.models import Model
+from stgfast.render.together import joined
 from stgfast.render.worker import Died, Failed, Outcome, Prompt, Stopped, Written
 from stgfast.version import __version__
 
@@ -98,7 +99,7 @@ class Actor:
                 raise wrong(f"model on {node}", setup.model.name, "a folder that every node sees")
             own = self.scratch / uuid.uuid4().hex  # where it keeps prompts
             own.mkdir()
-            self.worker = setup.worker(own)
+            self.worker = setup.worker(own) if setup.loading.ranks == 1 else Hired(setup, own).worker
             return Ready(self.worker.device_name, node, os.getpid())
         except (LoadError, DeviceError) as error:
             return Refused(f"{node}: {error}", ours=False)
@@ -116,6 +117,54 @@ class Actor:
 
     def stop(self) -> None:
         self.worker.stop()
+
+
+class Hired:
+    """The actors that make every clip together with this one, which has hired them; they end with it."""
+
+    def __init__(self, setup: Setup, scratch: Path):
+        import ray
+
+        place, size = ray.util.get_current_placement_group(), setup.loading.ranks
+        with socket.socket() as free:
+            free.bind(("", 0))
+            address = f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+        self.followers = []
+        for rank in range(1, size):
+            bundle = place.bundle_specs[rank]
+            asks = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0)}
+            kind = ray.remote(Follower).options(**asks, scheduling_strategy=_at(place, rank))
+            self.followers.append(kind.remote(setup, address, rank))
+        for follower in self.followers:
+            follower.load.remote(scratch)
+        self.ranks = joined(setup.loading.device, init_method=address, rank=0, world_size=size)
+        with self.ranks.together():
+            self.worker = setup.worker(scratch, self)
+
+    def begin(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
+        for follower in self.followers:
+            follower.follow.remote(batch, ahead)
+
+
+class Follower:
+    """An actor that makes clips together with the one that has hired it, and writes none."""
+
+    def __init__(self, setup: Setup, address: str, rank: int):
+        self.setup, self.address, self.rank = setup, address, rank
+
+    def load(self, scratch: Path) -> None:
+        loading = self.setup.loading
+        self.ranks = joined(loading.device, init_method=self.address, rank=self.rank, world_size=loading.ranks)
+        with self.ranks.together():
+            own = scratch / f"rank-{self.rank}"
+            own.mkdir()
+            self.worker = self.setup.worker(own, self)
+
+    def follow(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
+        self.worker.follow(batch, ahead)
+
+    def begin(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
+        """It is told what to begin, and tells nobody."""
 
 
 class RemoteActor:
@@ -173,6 +222,7 @@ class Actors:
         self.found: deque[Outcome] = deque()
         self.batches = 0
         self.members: list[RemoteActor] = []
+        self.places: list[Any] = []  # of actors that make a clip together
         self.ray, self.own = _connected(address)
         self.looked = self.answered = time.monotonic()
         try:
@@ -184,15 +234,26 @@ class Actors:
     def _hire(self, setup: Setup, count: int | None) -> None:
         folder, token = Path(setup.model.name).is_dir(), uuid.uuid4().hex
         (self.scratch / "token").write_text(token)
-        gpus = 0 if setup.loading.device == "cpu" else int(self.ray.cluster_resources().get("GPU", 0))
-        count = count or gpus or 1
-        asks = {"num_cpus": 1, "num_gpus": min(gpus, 1)}
-        self.tell("asking", model=setup.model.name, actors=count, each="GPU" if gpus else "CPU")
-        kind = self.ray.remote(Actor).options(
-            **asks, max_restarts=-1, max_concurrency=IN_HAND + 2, scheduling_strategy="SPREAD"
-        )
+        there = self.ray.cluster_resources()
+        gpus = 0 if setup.loading.device == "cpu" else int(there.get("GPU", 0))
+        each, asks = "GPU" if gpus else "CPU", {"num_cpus": 1, "num_gpus": min(gpus, 1)}
+        size = setup.loading.ranks
+        count = count or gpus // size * size or size
+        self.tell("asking", model=setup.model.name, actors=count, each=each)
+        if size > 1 and (count % size or count > int(there.get(each, 0))):
+            has = f"{there.get(each, 0):g} {each}s in the cluster"
+            raise wrong("gpus_per_clip", size, f"a divisor of the actors, {count}, for which there are {has}")
+        kind = self.ray.remote(Actor)
+        options = {**asks, "max_restarts": -1, "max_concurrency": IN_HAND + 2}
         arguments = setup, folder, self.scratch, token, __version__
-        self.members = [RemoteActor(number, kind.remote(*arguments), self._send) for number in range(count)]
+        for number in range(count // size):
+            where: Any = "SPREAD"
+            if size > 1:
+                bundle = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
+                self.places.append(self.ray.util.placement_group([bundle] * size, strategy="PACK"))
+                where = _at(self.places[-1], 0)
+            handle = kind.options(**options, scheduling_strategy=where).remote(*arguments)
+            self.members.append(RemoteActor(number, handle, self._send))
         for actor in self.members:
             self._greet(actor)
 
@@ -243,7 +304,9 @@ class Actors:
                 with contextlib.suppress(self.ray.exceptions.RayError, StopIteration):
                     while time.monotonic() < until and self.ray.wait([stream], timeout=until - time.monotonic())[0]:
                         self.ray.get(next(stream))
-        self.members = []
+        for place in self.places:
+            self.ray.util.remove_placement_group(place)
+        self.members, self.places = [], []
         self.own.close()
 
     # Batches
@@ -450,6 +513,13 @@ def _answers(address: str) -> bool:
 
 
 # Within an actor
+
+
+def _at(place: Any, bundle: int) -> Any:
+    """Where a placement group has this bundle."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return PlacementGroupSchedulingStrategy(place, bundle, placement_group_capture_child_tasks=True)
 
 
 def _sees(path: Path, token: str) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stgfast.batching.execution import AS_IT_IS, Execution
 from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError, wrong
 from stgfast.guidance import Guidance
 from stgfast.install import accelerate
@@ -158,6 +159,12 @@ def given_to(pipe: Any) -> Guidance | None:
     """The guidance that a pipeline was accelerated with; None for its default, or where it was not."""
     installed = getattr(pipe, INSTALLED, None)
     return installed.given if installed else None
+
+
+def execution_of(pipe: Any) -> Execution:
+    """How calls of a pipeline run."""
+    installed = getattr(pipe, INSTALLED, None)
+    return installed.execution if installed else AS_IT_IS
 
 
 def recipe_of(pipe: Any) -> Recipe | None:

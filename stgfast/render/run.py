@@ -125,8 +125,8 @@ def render(
     if isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1:
         raise wrong("max_batch", max_batch, "a number of clips, 1 or more")
     form = Form(kind=format, fps=24.0 if fps is None else fps, crf=crf)
-    ranks = together.check(gpus_per_clip, ray)
     known = described(model, trust=trust)
+    ranks = together.check(gpus_per_clip, ray, known)
     if ray is not None or actors is not None:
         from stgfast.render.actors import Actors, check
 

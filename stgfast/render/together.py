@@ -23,13 +23,22 @@ from stgfast.errors import wrong
 from stgfast.ranks.wire import Ranks, ranks_of
 from stgfast.render.batches import Batch
 from stgfast.render.crew import Setup
+from stgfast.render.loading import execution_of
+from stgfast.render.models import Model
 from stgfast.render.worker import Prompt, Worker
 
 LOOK = 0.02  # seconds between looks for the next batch
 
 
-def check(gpus_per_clip: int | None, ray: str | None) -> int:
+def check(gpus_per_clip: int | None, ray: str | None, model: Model) -> int:
     """Over how many processes every clip is divided."""
+    if model.pipe is not None:
+        if gpus_per_clip is not None or execution_of(model.pipe).ranks is not None:
+            right = (
+                "a folder or a name, for clips that several processes make together: each loads a pipeline of its own"
+            )
+            raise wrong("model", type(model.pipe).__name__, right)
+        return 1
     if gpus_per_clip is not None and (
         isinstance(gpus_per_clip, bool) or not isinstance(gpus_per_clip, int) or gpus_per_clip < 1
     ):
@@ -54,11 +63,11 @@ def device_of(asked: str | None) -> str | None:
 
 def joined(device: str | None, **how: Any) -> Ranks:
     """This process as one of a group, which is begun by those that torchrun has started, or as `how` says."""
-    if device is not None and torch.device(device).type == "cuda":
-        torch.cuda.set_device(device)
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.index is not None:
+        torch.cuda.set_device(chosen)
     if not dist.is_initialized():
-        on_gpus = device is not None and torch.device(device).type == "cuda"
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", **how)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", **how)
     return ranks_of(dist.group.WORLD)
 
 

@@ -1,0 +1,100 @@
+"""A step whose branches are divided over processes: how long it takes, what the plan says of that, and what is sent.
+
+torchrun starts the processes. Every number of them takes turns, the first so many each time, while the others wait;
+all of them agree before anything is timed. A step takes as long as on the rank that takes longest: on a CPU in its
+processor time, without what it waits for.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stgfast.bench.measure import agreeing, result, significant
+from stgfast.bench.models import DTYPES, MODELS
+from stgfast.bench.steps import ALLOWED
+from stgfast.bench.variants import Bench
+from stgfast.errors import wrong
+from stgfast.ranks.wire import ranks_of
+
+
+def begin(device: str) -> None:
+    """This process as one of those that torchrun has started."""
+    if not dist.is_torchelastic_launched():
+        raise wrong("--ranks", "one process", "several: torchrun --nproc-per-node N -m stgfast.cli bench --ranks")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    if device == "cuda":
+        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+
+
+def over_ranks(name: str, *, size: str, device: str, steps: int | None, rounds: int) -> dict[str, Any]:
+    rank, most = dist.get_rank(), dist.get_world_size()
+    alone = Bench(MODELS[name], size, device, steps)
+    groups = {count: dist.new_group(list(range(count))) for count in range(1, most + 1)}
+    benches = {count: _divided(alone, groups[count]) for count in groups if rank < count}
+    makes = alone.arguments()["num_inference_steps"]
+
+    clips: dict[int, Any] = {}
+    received = {}
+    for count, group in groups.items():
+        dist.barrier()
+        if count in benches:
+            ranks = ranks_of(group)
+            before = ranks.received
+            clips[count] = benches[count].stgfast()  # and the warm-up
+            received[count] = (ranks.received - before) // makes
+    far = agreeing(name, {str(count): clip for count, clip in clips.items()}, str(min(clips)), ALLOWED[DTYPES[size]])
+
+    taken: dict[int, list[float]] = {count: [] for count in groups}
+    order = list(groups)
+    for _ in range(rounds):
+        for count in order:
+            dist.barrier()
+            mine = benches[count].timed("stgfast").step if count in benches else 0.0
+            taken[count].append(max(_of_all(mine)))
+        order.reverse()
+    seconds = {count: statistics.median(times) for count, times in taken.items()}
+    planned = {count: _planned(alone, count) for count in groups}
+    return result(
+        "ranks",
+        device,
+        model=name,
+        size=size,
+        steps=makes,
+        rounds=rounds,
+        ranks=most,
+        seconds={count: significant(value) for count, value in seconds.items()},
+        over_one={count: significant(value / seconds[1]) for count, value in seconds.items()},
+        predicted={count: significant(max(loads) / max(planned[1])) for count, loads in planned.items()},
+        block_rows=planned,
+        received={count: [one for one in _of_all(received.get(count)) if one is not None] for count in groups},
+        distance=far,
+    )
+
+
+def _divided(bench: Bench, group: Any) -> Bench:
+    other = copy.copy(bench)
+    other.branches = group
+    return other
+
+
+def _planned(bench: Bench, count: int) -> list[float]:
+    """Block-rows of every rank in a step."""
+    explained = bench.explained(ranks=count)
+    steps = sum(phase.steps for phase in explained.phases)
+    loads = [0.0] * count
+    for phase in explained.phases:
+        for times, plans in phase.kinds:
+            division = explained.division(plans)
+            loads = [load + times * division.load(rank) / steps for rank, load in enumerate(loads)]
+    return [significant(load) for load in loads]
+
+
+def _of_all(mine: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    return found
