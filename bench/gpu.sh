@@ -61,13 +61,20 @@ full() {
 largest() { bench --size largest --models mochi --steps 2 --rounds 2 --variants stgfast fastest --save "$OUT/steps.jsonl"; }
 whole() { bench --size full --whole --models ltx-2b mochi --rounds 1 --variants stgfast --save "$OUT/steps.jsonl"; }
 
+# On a machine with several GPUs.
+ranks() {
+    [ "$(nvidia-smi -L | wc -l)" -gt 1 ] || return 0
+    torchrun --standalone --nproc-per-node gpu -m stgfast.cli bench --ranks --device cuda --size full --steps 2 --rounds 3 \
+        --models mochi wan-14b ltx-2 --save "$OUT/ranks.jsonl"
+}
+
 page() { python3 -m stgfast.cli bench --report "$OUT" --out "$OUT/report.html"; }
 
 if [ "${1:-}" = --one ]; then
     "$2"
     exit
 fi
-for part in "${@:-tests kernels mochi largest light ltx wan small growth others hunyuan whole graphs hopper page}"; do
+for part in "${@:-tests kernels mochi largest light ltx wan small growth others hunyuan whole graphs hopper ranks page}"; do
     for one in $part; do
         timeout 600 bash bench/gpu.sh --one "$one"
     done

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from stgfast.batching.arguments import unwrapped
+from stgfast.batching.execution import Execution
 from stgfast.call import settle
 from stgfast.errors import EngineError
 from stgfast.guidance import Guidance
@@ -78,7 +79,7 @@ def _find(
     def guided(adapter: Adapter) -> Guidance:
         return settle(installed.given or adapter.defaults, adapter.own_rescale(call), given)
 
-    adapter = found(pipe, installed.original, call, guided, installed.execution)
+    adapter = found(pipe, installed.original, call, guided, _alone(installed.execution))
     if adapter not in installed.verified.values():
         known = adapter.pipeline, written(adapter)
         log.warning("%s is not in the table: its facts were found and verified.\n%s", *known)
@@ -94,13 +95,18 @@ def _verify(installed: Installed, fitted: Fitted, guidance: Guidance, call: Call
     kind = _kinds(guidance), installed.adapter.requested(call) is None
     if kind in installed.verified:
         return
-    given = Accelerated(fitted, installed.original, guidance, call, installed.execution)
+    given = Accelerated(fitted, installed.original, guidance, call, _alone(installed.execution))
     verdict = check(given)
     if not verdict.ok:
         raise EngineError(
             f"the facts of {installed.original.__name__} do not give the plain method's result: {verdict.reason}"
         )
     installed.verified[kind] = installed.adapter
+
+
+def _alone(execution: Execution) -> Execution:
+    """Facts are the same on every rank, and each finds or verifies them by itself."""
+    return dataclasses.replace(execution, ranks=None)
 
 
 def _kinds(guidance: Guidance) -> frozenset[Any]:

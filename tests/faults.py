@@ -33,6 +33,65 @@ class Fault(NamedTuple):
 
 
 FAULTS = [
+    # Processes of one clip
+    Fault(
+        "a rank that computes more than it has to",
+        "ranks/division.py",
+        "if loads and (max(loads), sum(loads)) >= least:",
+        "if loads and (sum(loads), max(loads)) >= least:",
+        "tests/ranks/test_division.py",
+    ),
+    Fault(
+        "the same prompts on every rank",
+        "ranks/shared.py",
+        "slice(division.part(ranks.rank) * each, (division.part(ranks.rank) + 1) * each)",
+        "slice(0, each)",
+        "tests/ranks/test_clips.py -k plain_method",
+    ),
+    Fault(
+        "predictions that are not sent",
+        "ranks/shared.py",
+        "self.ranks.spread(sent)",
+        "self.ranks.spread(sent[:0])",
+        "tests/ranks/test_clips.py -k plain_method",
+    ),
+    Fault(
+        "something handed out that counts",
+        "combining.py",
+        "self._alike.new_zeros(",
+        "self._alike.new_ones(",
+        "tests/ranks/test_clips.py -k plain_method",
+    ),
+    Fault(
+        "ranks that may be at different places",
+        "ranks/wire.py",
+        "if len(places) == 1 or not said:",
+        "if places or not said:",
+        "tests/ranks/test_endings.py -k begin_again",
+    ),
+    Fault(
+        "a failure that others wait for",
+        "ranks/wire.py",
+        """            if self._depth == 1:
+                self._tell(""",
+        """            if self._depth == 2:
+                self._tell(""",
+        "tests/ranks/test_endings.py -k begin_again",
+    ),
+    Fault(
+        "all tokens for rows that pass the block which takes a shard",
+        "batching/stack.py",
+        "spread = as_spread(arguments) if step.keep or",
+        "spread = as_spread(arguments) if",
+        "tests/ranks/test_context.py",
+    ),
+    Fault(
+        "a blur within a shard",
+        "batching/attention.py",
+        "if context is not None:",
+        "if context is None:",
+        "tests/ranks/test_context.py tests/integrations/test_blur.py",
+    ),
     # One call of an attention for all rows
     Fault(
         "rows of the wrong input",
@@ -283,15 +342,15 @@ FAULTS = [
     Fault(
         "a copy that is not noticed",
         "combining.py",
-        "self.run.adapter.early or None in held",
-        "self.run.adapter.early",
+        "(len(held) == len(self.handed) and not self.run.adapter.early)",
+        "(not self.run.adapter.early)",
         "tests/test_robust.py -k copies",
     ),
     Fault(
         "the sign of what is returned for u",
         "combining.py",
-        "(guided - scale * self.predictions",
-        "(guided + scale * self.predictions",
+        "guided = guided - scale * self.predictions",
+        "guided = guided + scale * self.predictions",
         "tests/integrations/test_families.py -k 'Cosmos'",
     ),
     Fault("one copy of g where two are read", "combining.py", "copies = len(self.calls[-1])", "copies = 1", FAMILIES),

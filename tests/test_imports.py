@@ -29,9 +29,10 @@ MAY = {
     "reuse": COMMON,
     "forecast": COMMON | {"reuse"},
     "spacing": {"errors"},
-    "engine": COMMON | {"integrations", "batching"},
-    "combining": COMMON | {"batching", "engine", "forecast", "integrations", "kernels", "memory", "reuse"},
-    "announced": COMMON | {"batching", "engine", "forecast", "integrations", "memory", "reuse"},
+    "ranks": COMMON | {"batching"},
+    "engine": COMMON | {"integrations", "batching", "ranks"},
+    "combining": COMMON | {"batching", "engine", "forecast", "integrations", "kernels", "memory", "ranks", "reuse"},
+    "announced": COMMON | {"batching", "engine", "forecast", "integrations", "memory", "ranks", "reuse"},
     "call": COMMON | {"batching", "integrations"},
     "guided": COMMON | {"batching", "call", "combining", "engine", "integrations", "kernels"},
     "solvers": {"errors", "integrations"},
@@ -42,8 +43,8 @@ MAY = {
     "verify": COMMON | {"batching", "call", "installed", "integrations", "proof", "render"},
     "install": COMMON
     | {"announced", "batching", "call", "combining", "engine", "facts", "installed", "integrations", "recipes"}
-    | {"solvers"},
-    "explained": COMMON | {"batching", "recipes"},
+    | {"ranks", "solvers"},
+    "explained": COMMON | {"batching", "ranks", "recipes"},
     "explain": COMMON
     | {"announced", "batching", "call", "combining", "explained", "forecast", "installed", "integrations", "recipes"}
     | {"reuse"},
@@ -51,12 +52,14 @@ MAY = {
     "extras": {"errors"},
     "doctor": {"kernels", "version"},
     "restart": {"errors"},
-    "render": COMMON | {"extras", "install", "installed", "integrations", "pages", "recipes", "toy", "version"},
+    "render": COMMON
+    | {"batching", "extras", "install", "installed", "integrations", "pages", "ranks", "recipes", "toy", "version"},
     "evaluate": COMMON | {"extras", "install", "pages", "render", "toy"},
     "tune": COMMON
     | {"explain", "extras", "install", "installed", "pages", "recipes", "render", "solvers", "toy", "version"},
     "demo": {"explain", "install", "render", "toy"},
-    "bench": COMMON | {"batching", "explain", "explained", "install", "integrations", "kernels", "pages", "version"},
+    "bench": COMMON
+    | {"batching", "explain", "explained", "install", "integrations", "kernels", "pages", "ranks", "version"},
     "cli": {"extras", "bench", "version", "demo", "doctor", "evaluate", "render", "toy", "tune", "verify"},
     "": {
         "batching",
@@ -87,6 +90,7 @@ FOREIGN = {  # third-party packages, and the only parts that may import them
         "reuse",
         "forecast",
         "kernels",
+        "ranks",
         "render",
         "batching",
         "integrations",
@@ -165,6 +169,7 @@ CORE = (
         "guided",
         "install",
         "installed",
+        "ranks",
         "facts",
         "proof",
         "verify",

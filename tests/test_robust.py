@@ -457,10 +457,3 @@ def test_too_many_perturbations_are_said():
 def test_a_default_that_needs_cfg_says_what_does_not():
     with pytest.raises(SettingsError, match=r"without CFG, Guidance\(Perturbation\(\[...\]\)\) weakens cond"):
         WAN.run(stgfast.accelerate(WAN.build(), Guidance(Perturbation([2], of="uncond", base="guided"))), cfg=False)
-
-
-def test_a_blur_of_tokens_that_are_spread_over_processes_is_refused():
-    pipe = stgfast.accelerate(WAN.build(), Guidance(Perturbation([2], kind="blur")))
-    pipe.transformer._parallel_config = object()  # as `enable_parallelism` leaves it
-    with pytest.raises(SettingsError, match=r"blur of the queries: got pipe\.transformer with its tokens spread"):
-        WAN.run(pipe)

@@ -49,6 +49,14 @@ class Ranks:
         self._one_call, self._depth = threading.RLock(), 0
         threading.Thread(target=self._work, daemon=True, name="stgfast ranks").start()
 
+    def __deepcopy__(self, known: Any) -> Ranks:
+        return self
+
+    def __reduce__(self) -> Any:
+        raise SettingsError(
+            "branches: got a pipeline to be pickled, expected it restored first: a group is of a process"
+        )
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Within the block all ranks make the same meetings; where it ends on one, it ends on all of them. A block

@@ -18,15 +18,19 @@ from stgfast.errors import SettingsError
 from stgfast.ranks import wire
 from tests import models
 from tests.integrations import test_ltx2 as ltx2
-from tests.integrations.test_families import FAMILIES
+from tests.integrations.test_families import FAMILIES as KNOWN
 from tests.precision import computing_in
+from tests.proof import untabled
+
+FAMILIES = {**KNOWN, **untabled.FOUND}
 
 
-def guidance_of(family, **settings):
-    """Two weak branches that fork at different depths."""
+def guidance_of(family, scale=0.5, **settings):
+    """Two weak branches that fork at different depths; the scale of the second one may be a schedule."""
     late_then_early = family.layers[::-1]
     kinds = (family.kinds * 2)[:2]
-    parts = [Perturbation([late_then_early[n]], kind=kind, scale=1.5 - n) for n, kind in enumerate(kinds)]
+    scales = 1.5, tuple(scale) if isinstance(scale, list) else scale
+    parts = [Perturbation([late_then_early[n]], kind=kind, scale=scales[n]) for n, kind in enumerate(kinds)]
     return Guidance(parts, **settings)
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import stgfast
-from tests.integrations.test_families import FAMILIES
 from tests.precision import computing_in, near, same
 from tests.processes import results
 from tests.ranks import jobs
@@ -32,14 +31,14 @@ def as_one_process(cases, size):
         assert isinstance(clips[0], torch.Tensor), clips[0]
         assert all(torch.equal(clip, clips[0]) for clip in clips)
         if guided == "compiled":
-            near(clips[0], FAMILIES[name].plain(jobs.GUIDED[guided]))
+            near(clips[0], jobs.FAMILIES[name].plain(jobs.GUIDED[guided]))
             continue
         with computing_in(torch.float64):
             if guided == "carried on":
-                family = FAMILIES[name]
+                family = jobs.FAMILIES[name]
                 same(clips[0], family.run(stgfast.accelerate(family.pipe(), jobs.GUIDED[guided])))
             else:
-                family = FAMILIES[name]
+                family = jobs.FAMILIES[name]
                 same(clips[0], family.plain(jobs.GUIDED[guided], **jobs.call_of(family, guided)))
     return made
 

@@ -46,24 +46,6 @@ def some(count, **more):
     ]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    pipes.pipeline("wan").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    """Its address. This process is part of it, so that runs find it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(actors, "STORE", 80 << 20)
-        ray, own = actors._connected("local")
-        with own:
-            yield ray.get_runtime_context().gcs_address
-
-
 @pytest.fixture
 def together(monkeypatch):
     """No job is given out while an actor loads: if that takes long, none might be left for it."""

@@ -17,7 +17,7 @@ from stgfast.render.files import metadata_of, read_frames
 from stgfast.render.models import described
 from stgfast.render.run import render
 from tests.render import pipes
-from tests.render.test_ray import cluster, entries, go, model, nothing_stray, once, some, told  # noqa: F401
+from tests.render.test_ray import entries, go, nothing_stray, once, some, told
 
 TOY = described("toy")
 ray = pytest.mark.xdist_group("ray")
@@ -47,7 +47,7 @@ def rank_of(process):
         return None
 
 
-def test_started_by_torchrun(tmp_path, model):  # noqa: F811
+def test_started_by_torchrun(tmp_path, model):
     jobs, out = some(5, steps=3), tmp_path / "out"
     running = torchrun(model, jobs, out, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     said, _ = running.communicate(timeout=PATIENCE)
@@ -61,7 +61,7 @@ def test_started_by_torchrun(tmp_path, model):  # noqa: F811
     assert metadata_of(out / names[0])["processes"] == 2
 
 
-def test_a_process_of_torchrun_that_is_killed(tmp_path, model):  # noqa: F811
+def test_a_process_of_torchrun_that_is_killed(tmp_path, model):
     """The first process says why it ends, and what is done is kept; started again, the rest is rendered."""
     jobs, out = some(6, steps=40), tmp_path / "out"
     with (tmp_path / "said").open("w+") as said:
@@ -81,7 +81,7 @@ def test_a_process_of_torchrun_that_is_killed(tmp_path, model):  # noqa: F811
 
 @ray
 @pytest.mark.parametrize("which", ["a follower", "the first"])
-def test_a_group_of_actors_that_loses_one(tmp_path, model, cluster, which):  # noqa: F811
+def test_a_group_of_actors_that_loses_one(tmp_path, model, cluster, which):
     """The death of one is that of its group alone, which begins again: nothing is lost, and nothing doubled."""
     jobs, events = some(8, steps=12), []
 
@@ -107,7 +107,7 @@ def titled(process):
 
 
 @ray
-def test_more_processes_than_the_cluster_has(tmp_path, model, cluster):  # noqa: F811
+def test_more_processes_than_the_cluster_has(tmp_path, model, cluster):
     with pytest.raises(SettingsError, match=r"^gpus_per_clip: got 1000, expected a divisor of the actors, 1000, for"):
         go(str(model), some(1), tmp_path, ray="auto", gpus_per_clip=1000)
     with pytest.raises(SettingsError, match=r"^gpus_per_clip: got 2, expected a divisor of the actors, 1, for which"):
@@ -116,7 +116,7 @@ def test_more_processes_than_the_cluster_has(tmp_path, model, cluster):  # noqa:
 
 @pytest.mark.parametrize("wrong", [0, -1, True, 1.5, "2"])
 def test_a_number_of_processes_that_is_none(wrong):
-    with pytest.raises(SettingsError, match="gpus_per_clip: got .*, expected a number of GPUs, 1 or more"):
+    with pytest.raises(SettingsError, match=r"gpus_per_clip: got .*, expected a number of GPUs, 1 or more"):
         together.check(wrong, None, TOY)
 
 

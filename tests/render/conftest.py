@@ -1,0 +1,24 @@
+"""A model in a folder, and a Ray of this machine, for the tests of more than one file."""
+
+import pytest
+
+from stgfast.render import actors
+from tests.render import pipes
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    pipes.pipeline("wan").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """Its address. This process is part of it, so that runs find it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(actors, "STORE", 80 << 20)
+        ray, own = actors._connected("local")
+        with own:
+            yield ray.get_runtime_context().gcs_address
