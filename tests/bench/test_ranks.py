@@ -1,9 +1,13 @@
 """A step over several processes, measured."""
 
+import pytest
+
 from stgfast import cli
 from stgfast.bench import command
 from stgfast.bench.ranks import over_ranks
 from tests.processes import results
+
+pytestmark = pytest.mark.xdist_group("processes")  # which are forks of one
 
 
 def measured():

@@ -89,7 +89,7 @@ STOPS_AT = 1
 
 def ending(how):
     """What ends a guided call in which rank 1 goes another way, after how many seconds; and the next clip."""
-    wire.LIMIT = 3.0
+    wire.LIMIT = 2.0
     rank = dist.get_rank()
     family = FAMILIES["LTX"]
     pipe = stgfast.accelerate(family.pipe(), guidance_of(family), branches=dist.group.WORLD)
@@ -108,7 +108,7 @@ def ending(how):
             elif how == "exits":
                 raise SystemExit(3)
             elif how == "hangs":
-                time.sleep(8)
+                time.sleep(6)
         return kept
 
     changed["callback_on_step_end"] = callback

@@ -9,6 +9,8 @@ from tests.precision import computing_in, same
 from tests.processes import results
 from tests.ranks import jobs
 
+pytestmark = pytest.mark.xdist_group("processes")  # which are forks of one
+
 # Of every protocol: one call of the denoiser, one for every source, an embedded scale, the pipeline's own passes.
 SOME = ["Mochi", "LTX", "CogVideoX", "HunyuanVideo", "Wan", "Stable Video Diffusion", "Motif Video", "HunyuanVideo15"]
 CASES = [

@@ -8,6 +8,8 @@ from tests.precision import computing_in, near, same
 from tests.processes import results
 from tests.ranks import jobs
 
+pytestmark = pytest.mark.xdist_group("processes")  # which are forks of one
+
 KINDS = ["attention", "residual", "blur", "carried on", "compiled"]
 OTHERS = ["Wan of two transformers", "Wan, a time for every token", "modular Wan", "Lucy Edit", "ChronoEdit"]
 REFUSED = {

@@ -5,8 +5,10 @@ import signal
 import pytest
 import torch
 
-from tests.processes import printed, results, started
+from tests.processes import ended, printed, result, results, started
 from tests.ranks import jobs
+
+pytestmark = pytest.mark.xdist_group("processes")  # which are forks of one
 
 OF = "a clip over 2 processes: "
 SAME = "expected the same on all: give every rank the same arguments and seeds"
@@ -38,18 +40,18 @@ def test_all_end_and_can_begin_again():
 @pytest.mark.parametrize("size", [2, pytest.param(4, marks=pytest.mark.again)])
 def test_one_that_has_gone(tmp_path, how, size):
     running = started(size, jobs.ending, how, folder=tmp_path)
-    codes = [process.wait(60) for process in running]
+    codes = ended(running, 60)
     assert codes[1] == (-signal.SIGKILL if how == "is killed" else 0), printed(tmp_path, 1)
     for rank in {0, 2, 3} & set(range(size)):
-        said, took, _ = torch.load(tmp_path / f"result.{rank}")
+        said, took, _ = result(tmp_path, rank)
         assert said.startswith(f"RankError: a clip over {size} processes: rank 1 ")
         assert "has gone: its process ended" in said or how == "exits"
         assert took < 20
 
 
 def test_one_that_hangs():
-    """Nobody waits for longer than the limit, here of 3 s."""
+    """Nobody waits for longer than the limit, here of 2 s."""
     (said, took, _), (late, _, _) = results(2, jobs.ending, "hangs")
-    assert said == f"RankError: {OF}rank 1 did not come within 3 s"
-    assert 3 < took < 7
+    assert said == f"RankError: {OF}rank 1 did not come within 2 s"
+    assert 2 < took < 6
     assert late.startswith(f"RankError: {OF}")
