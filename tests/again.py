@@ -26,6 +26,7 @@ KEPT = {
     "bench/test_growth.py::test_nothing_is_timed_where_a_point_disagrees": "mochi",
     "bench/test_growth.py::test_the_command": "wan-14b",
     "bench/test_steps.py::test_all_variants": "wan-14b",
+    "render/test_together.py::test_a_group_of_actors_that_loses_one": "a follower",
     "bench/test_steps.py::test_the_blocks_predict_the_arithmetic": "mochi|ltx-2|svd",
     "integrations/test_adapters.py::test_identity_attention_is_attention_that_returns_values": FIRST,
     "integrations/test_axes.py::test_an_axis_equals_the_plain_method": "spatial-1-.*|whole and one-1-.*|.*al-2-Latte",

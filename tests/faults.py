@@ -72,10 +72,8 @@ FAULTS = [
     Fault(
         "a failure that others wait for",
         "ranks/wire.py",
-        """            if self._depth == 1:
-                self._tell(""",
-        """            if self._depth == 2:
-                self._tell(""",
+        "self._tell(error) if self._depth == 1 else None",
+        "self._tell(error) if self._depth == 2 else None",
         "tests/ranks/test_endings.py -k begin_again",
     ),
     Fault(

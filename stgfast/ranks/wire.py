@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -71,8 +71,9 @@ class Ranks:
         except RankError:
             raise
         except BaseException as error:
-            if self._depth == 1:
-                self._tell(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+            heard = self._tell(error) if self._depth == 1 else None
+            if isinstance(error, UnsentError) and heard is not None:  # which says whose fault it is
+                raise heard from error
             raise
         finally:
             self._depth -= 1
@@ -94,18 +95,26 @@ class Ranks:
     def spread(self, tensors: Sequence[tuple[int, Tensor]]) -> None:
         """Make each tensor on all ranks what it is on its own one. All ranks call this, within a meeting."""
         works = []
-        for sender, tensor in tensors:
-            self.received += 0 if sender == self.rank else tensor.nbytes
-            raw = tensor.view(torch.uint8)  # whatever its type, every backend can send it
-            works.append(dist.broadcast(raw, src=self.members[sender], group=self.group, async_op=True))
-        for work in works:
-            work.wait(timedelta(seconds=LIMIT))
+        try:
+            for sender, tensor in tensors:
+                self.received += 0 if sender == self.rank else tensor.nbytes
+                raw = tensor.view(torch.uint8)  # whatever its type, every backend can send it
+                works.append(dist.broadcast(raw, src=self.members[sender], group=self.group, async_op=True))
+            for work, (_, tensor) in zip(works, tensors, strict=True):
+                # On a GPU the host need not wait; with a limit it would.
+                work.wait(*(() if tensor.is_cuda else (timedelta(seconds=LIMIT),)))
+        except RuntimeError as error:
+            said = " ".join(str(error).split())[:300]
+            raise UnsentError(f"a clip over {self.size} processes: predictions were not sent: {said}") from error
 
-    def _tell(self, failure: str) -> None:
-        """Tell the others, while they can be told; the failure itself is raised by the caller."""
-        told = self._post(lambda: self._hear("-" + failure))
-        with suppress(TimeoutError):  # they hear it when they come, or that this process has ended
-            told.exception(timeout=TOLD)  # the verdict is about this very failure
+    def _tell(self, error: BaseException) -> BaseException | None:
+        """Tell the others of a failure, while they can be told; and what all of them say, if they come."""
+        said = " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())
+        told = self._post(lambda: self._hear("-" + said))
+        try:
+            return told.exception(timeout=TOLD)
+        except TimeoutError:
+            return None  # they hear it when they come, or that this process has ended
 
     def _hear(self, message: str) -> None:
         """Come to a meeting; raises unless all ranks have come to the same one."""
@@ -130,24 +139,29 @@ class Ranks:
     def _judge(self, own: str) -> str:
         """The verdict on what all ranks say, which every rank is told."""
         began, heard = time.monotonic(), {rank: _blank() for rank in range(1, self.size)}
-        works = {rank: self._coming(message, rank) for rank, message in heard.items()}
-        said, gone = {0: own}, dict[int, str]()
+        said, gone, works = {0: own}, dict[int, str](), dict[int, Any]()
+        for rank, message in heard.items():
+            with self._unless_gone(rank, gone, began):
+                works[rank] = self._coming(message, rank)
         for rank, work in works.items():
-            left = max(LIMIT - (time.monotonic() - began), 1.0)
-            try:
-                work.wait(timedelta(seconds=left))
+            with self._unless_gone(rank, gone, began):
+                work.wait(timedelta(seconds=max(LIMIT - (time.monotonic() - began), 1.0)))
                 said[rank] = _unpacked(heard[rank])
-            except RuntimeError:
-                gone[rank] = _gone(began, LIMIT)
         verdict = _verdict(said, gone)
         for rank in said.keys() - {0}:
-            try:
+            with self._unless_gone(rank, gone, began):
                 self._send(verdict, rank)
-            except RuntimeError:
-                gone[rank] = _gone(began, LIMIT)
         if gone:
             self.lost = f"a clip over {self.size} processes: {_verdict({}, gone)}"
         return verdict or _verdict({}, gone)
+
+    @contextmanager
+    def _unless_gone(self, rank: int, gone: dict[int, str], began: float) -> Iterator[None]:
+        """Within the block a rank is spoken to; what fails there is that it has gone."""
+        try:
+            yield
+        except RuntimeError:
+            gone[rank] = _gone(began, LIMIT)
 
     def _send(self, words: str, rank: int) -> None:
         self._control.send([_packed(words)], rank, 0).wait(timedelta(seconds=LIMIT))
@@ -180,6 +194,10 @@ class RankError(EngineError):
     """What all ranks raise, as one of them cannot go on."""
 
 
+class UnsentError(EngineError):
+    """Predictions did not come over."""
+
+
 _known: dict[Any, Ranks] = {}
 
 
@@ -202,7 +220,8 @@ def ranks_of(group: Any) -> Ranks:
 
 
 def _verdict(said: dict[int, str], gone: dict[int, str]) -> str:
-    failed = {rank: f"failed: {words[1:]}" for rank, words in said.items() if words.startswith("-")} | gone
+    # What others say of a rank that has gone is what follows from that.
+    failed = gone or {rank: f"failed: {words[1:]}" for rank, words in said.items() if words.startswith("-")}
     if failed:
         return "; ".join(f"rank {rank} {how}" for rank, how in sorted(failed.items()))
     places: dict[str, list[int]] = {}

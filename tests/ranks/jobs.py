@@ -112,6 +112,16 @@ def ending(how):
         return kept
 
     changed["callback_on_step_end"] = callback
+    if rank == 1 and how == "is killed as it sends":
+        sent, spread = [], pipe._stgfast.execution.ranks.spread
+
+        def sending(tensors):
+            sent.append(tensors)
+            if len(sent) > STOPS_AT:
+                os.kill(os.getpid(), signal.SIGKILL)
+            spread(tensors)
+
+        pipe._stgfast.execution.ranks.spread = sending
     if rank == 1 and how == "has another seed":
         changed["generator"] = torch.Generator().manual_seed(99)
     if rank == 1 and how == "has other steps":
@@ -128,7 +138,7 @@ def ending(how):
     except BaseException as error:  # what is asked about
         said = f"{type(error).__name__}: {error}"
     took = time.monotonic() - began
-    if how in ("is killed", "exits", "hangs", "draws noise"):
+    if how in ("is killed", "is killed as it sends", "exits", "hangs", "draws noise"):
         return said, took, None
     return said, took, family.run(pipe)
 
