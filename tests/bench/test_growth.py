@@ -36,6 +36,7 @@ def test_arithmetic_follows_the_plan(model):
             assert values == sorted(values, reverse=falling)
 
 
+@pytest.mark.again
 def test_the_command(model):
     code, (row,), said = run("--overhead", "--models", model, "--size", "tiny", "--rounds", "1")
     assert (code, row["bench"]) == (0, "overhead")

@@ -63,6 +63,7 @@ def test_the_model_shows_what_prompts_say(recorded):
 FLOORS = {"colour": 0.95, "ground": 0.97, "pattern": 0.98, "motion": 0.8, "shape": 0.72, "right": 0.6}
 
 
+@pytest.mark.again
 def test_a_slice_is_as_recorded(tmp_path, recorded):
     """Clips of the reported study rendered anew: the shares that are right lie where 1,024 clips say."""
     whole = STUDIES["reported"]()

@@ -195,6 +195,7 @@ def test_a_broken_device_and_a_job_that_kills(tmp_path, cluster, monkeypatch):
     nothing_stray(tmp_path / "out", ["k0", "k2", "k3"])
 
 
+@pytest.mark.again
 def test_no_actor_is_left(tmp_path, cluster, monkeypatch):
     monkeypatch.setitem(models.NAMED, "killer", killer(seconds=0.5))
     monkeypatch.setattr(actors, "LIVES", 1)
@@ -208,6 +209,7 @@ def test_no_actor_is_left(tmp_path, cluster, monkeypatch):
     assert states[3] == "pending"
 
 
+@pytest.mark.again
 def test_an_actor_that_dies_while_it_loads_is_given_up(tmp_path, cluster, monkeypatch):
     here = os.getpid()
 
@@ -222,6 +224,7 @@ def test_an_actor_that_dies_while_it_loads_is_given_up(tmp_path, cluster, monkey
         go("heavy", some(1), tmp_path, ray="auto")
 
 
+@pytest.mark.again
 def test_the_cluster_is_gone(tmp_path, model, cluster, monkeypatch):
     monkeypatch.setattr(actors, "GONE", 0.5)
     monkeypatch.setattr(actors, "ANSWER", 0.1)
@@ -245,6 +248,7 @@ def test_an_interruption_finishes_what_is_in_hand(tmp_path, model, cluster):
     nothing_stray(tmp_path, [event["file"] for event in told(events, "done")])
 
 
+@pytest.mark.again
 def test_a_second_interruption_stops_at_once(tmp_path, model, cluster):
     def twice(event):
         for _ in range(2):
