@@ -18,13 +18,14 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.ranks.jobs", "stgfast.bench.ranks"])
 
 
-def started(size, function, *arguments, folder):
-    """The running processes; each saves what the function gives it, and what is printed."""
+def started(size, function, *arguments, folder, all_end=False):
+    """The running processes; each saves what the function gives it, and what is printed. Where all of them come to
+    their end, they end together: the first one has the store, which others may still ask."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     running = [
-        FORKS.Process(target=_process, args=(function, arguments, str(folder), rank, size, port), daemon=True)
+        FORKS.Process(target=_process, args=(function, arguments, str(folder), rank, size, port, all_end), daemon=True)
         for rank in range(size)
     ]
     for process in running:
@@ -35,9 +36,9 @@ def started(size, function, *arguments, folder):
 def results(size, function, *arguments, limit=300.0):
     """What a function of a module gives in each of so many processes; none may fail."""
     with tempfile.TemporaryDirectory() as folder:
-        running = started(size, function, *arguments, folder=folder)
+        running = started(size, function, *arguments, folder=folder, all_end=True)
         codes = ended(running, limit)
-        assert codes == [0] * size, "\n".join(printed(folder, rank) for rank in range(size))
+        assert codes == [0] * size, f"{codes}\n" + "\n".join(printed(folder, rank)[-3000:] for rank in range(size))
         return [result(folder, rank) for rank in range(size)]
 
 
@@ -60,7 +61,7 @@ def printed(folder, rank):
     return (Path(folder) / f"printed.{rank}").read_text(errors="replace")
 
 
-def _process(function, arguments, folder, rank, size, port):
+def _process(function, arguments, folder, rank, size, port, all_end):
     with open(Path(folder) / f"printed.{rank}", "wb") as said:
         os.dup2(said.fileno(), sys.stdout.fileno() if sys.stdout else 1)
         os.dup2(said.fileno(), 2)
@@ -68,3 +69,5 @@ def _process(function, arguments, folder, rank, size, port):
     store, limit = f"tcp://127.0.0.1:{port}", timedelta(seconds=120)
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=limit)
     torch.save(function(*arguments), Path(folder) / f"result.{rank}")
+    if all_end:
+        torch.distributed.barrier()
