@@ -8,7 +8,6 @@ last call of a step      g, which the pipeline then combines with itself
 from __future__ import annotations
 
 import functools
-import itertools
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
@@ -29,7 +28,6 @@ from stgfast.formulas import COND, GUIDED, UNCOND
 from stgfast.guidance import Guidance
 from stgfast.kernels import Projection, combine
 from stgfast.memory import Memory
-from stgfast.ranks.shared import Shared
 from stgfast.reuse import KeptDifferences
 
 
@@ -52,7 +50,7 @@ class Combining:
         """That of a call of the denoiser, for all that it computes or some of it; the same one for all steps alike."""
         key = (step.name, step.acts, sources, step.computed, step.skips, mine)
         if key not in self.plans:
-            plan = plan_for(self.guidance if step.acts else Guidance(), sources, step.computed, step.layout, mine)
+            plan = plan_for(step.guidance, sources, step.computed, step.layout, mine)
             self.plans[key] = passing(plan, step.skips)
         return self.plans[key]
 
@@ -76,16 +74,15 @@ class CombiningStep:
 
     def __init__(self, strategy: Combining, run: Run, name: str):
         self.strategy, self.run, self.name, self.layout = strategy, run, name, run.layouts[name]
-        guidance, moment = strategy.guidance, run.moment()
-        self.moment = moment
+        guidance, self.moment = strategy.guidance, run.moment()
+        moment = self.moment
         self.cfg = cfg = run.adapter.live(run.pipe, run.call, name)
         self.calls = run.adapter.calls(cfg is not None)
         self.acts, self.skips = guidance.acts(moment), False
+        self.guidance = guidance if self.acts else Guidance()  # of this step
         self.predictions: dict[str, Tensor] = {}  # of every branch, as the step's calls give them
         self.handed: list[weakref.ref[Tensor]] = []  # what earlier calls of this step gave
         self.form: Callable[[Tensor], Any] | None = None  # of what the denoiser returns
-        self.like: Tensor | None = None  # a prediction of one branch, for its form
-        self.shared: Shared | None = None  # with other processes, if at all
         self.computed = frozenset(source for sources in self.calls for source in sources)
         if self.acts:
             self.weights = guidance.weights(moment, cfg)
@@ -106,15 +103,17 @@ class CombiningStep:
         if not self.acts and not run.divided:
             return arguments.given_to(plain)
         arguments = self.strategy.arranged(run, arguments, sources)
-        if not self.acts and run.ranks is None:  # the pipeline's own step, within the bound on rows, or block by block
-            return run.compute(self.name, plain, arguments, sources, self.strategy.plan(self, sources))
-        self._predict(plain, arguments, sources)
-        if turn < len(self.calls) - 1:
-            return self._hand_out()
-        if self.shared is not None:
-            self._gather(self.shared, arguments)
         if not self.acts:
-            return self._given_back()
+            return self.own(turn, plain, arguments, sources)
+        self.predict(plain, arguments, sources)
+        return self.hand_out() if turn < len(self.calls) - 1 else self.end()
+
+    def own(self, turn: int, plain: Call, arguments: Arguments, sources: tuple[str, ...]) -> Any:
+        """The pipeline's own step, within the bound on rows, or block by block."""
+        return self.run.compute(self.name, plain, arguments, sources, self.strategy.plan(self, sources))
+
+    def end(self) -> Any:
+        """What the last call gives, once all is known."""
         known: dict[str, tuple[Tensor, ...]] = {name: (prediction,) for name, prediction in self.predictions.items()}
         self.strategy.memory.complete(known, self.recalled, self.scale)
         self.predictions = {name: prediction for name, (prediction, *_) in known.items()}
@@ -141,91 +140,49 @@ class CombiningStep:
 
     def in_place_of_all(self, guided: Tensor) -> Any:
         """g in place of every prediction that the pipeline holds: whatever its CFG scale, u + s (c - u) is then g."""
-        held = self._held()
+        held = self.held()
         if held is None:
             # The pipeline has used c already, or holds a copy: with this for u, its own u + s (c - u) is g.
-            scale = cast(Tensor, self.cfg)
-            if self.shared is None:  # and else c, as it was handed out, is 0
-                guided = guided - scale * self.predictions[COND].to(guided.dtype)
-            guided = guided / (1 - scale)
+            scale, given = cast(Tensor, self.cfg), self.given()
+            guided = (guided if given is None else guided - scale * given.to(guided.dtype)) / (1 - scale)
         else:
             for tensor in held:
                 tensor.copy_(guided)
         copies = len(self.calls[-1])
         return self.formed(join([guided] * copies))
 
-    def formed(self, prediction: Tensor) -> Any:
-        """A prediction in the form of what the denoiser returns."""
-        assert self.form is not None
-        return self.form(prediction)
-
-    def _predict(self, plain: Call, arguments: Arguments, sources: tuple[str, ...]) -> None:
-        """Every branch that starts from the rows of this call, and is computed by this process."""
-        run, mine, part = self.run, None, None
-        if run.ranks is not None:
-            self.shared = shared = self.shared or self._divided(run.prompts(arguments, sources))
-            mine, part = shared.mine, shared.prompts
-        plan = self.strategy.plan(self, sources, mine)
-        if not plan.branches:
-            if self.shared is not None and self.form is None:
-                output = run.blank(self.name, plain, arguments, sources)
-                self.form, self.like = functools.partial(with_prediction, output), prediction_in(output)
-            return
-        output = run.compute(self.name, plain, arguments, sources, plan, self.strategy.blocks.ends, part)
-        self.form = functools.partial(with_prediction, output)
-        predictions = prediction_in(output).chunk(len(plan.branches))
-        self.predictions |= zip([branch.name for branch in plan.branches], predictions, strict=True)
-
-    def _divided(self, prompts: int) -> Shared:
-        """Which process computes which branches: always the same ones where it keeps what blocks added to them."""
-        strategy, computed = self.strategy, self.computed
-        if self.acts and strategy.blocks.ends is not None:
-            computed = frozenset(itertools.chain(*self.calls, strategy.guidance.names))
-        guidance, marks = strategy.guidance if self.acts else Guidance(), self.layout.marks
-        calls = [branches_for(guidance, sources, computed, marks) for sources in self.calls]
-        return self.run.shared(self.name, calls, prompts)
-
-    def _gather(self, shared: Shared, arguments: Arguments) -> None:
-        """What the other processes computed."""
-        plans = [self.strategy.plan(self, sources) for sources in self.calls]
-        names = [branch.name for plan in plans for branch in plan.branches]
-        shared.made = {name: (prediction,) for name, prediction in self.predictions.items()}
-        where = f"{self.run.place(self.moment, arguments[self.run.adapter.sample])}, which takes {', '.join(names)}"
-        whole = shared.whole(names, [self._alike], where)
-        self.predictions = {name: prediction for name, (prediction,) in whole.items()}
-
-    def _given_back(self) -> Any:
-        """The pipeline's own predictions, of a step that it combines itself."""
-        if len(self.calls) == 1:
-            return self.formed(join([self.predictions[source] for source in self.calls[0]]))
-        held = self._held()
-        if held is None:
-            scale = cast(Tensor, self.cfg)
-            uncond, cond = self.predictions[UNCOND], self.predictions[COND]
-            return self.in_place_of_all(uncond + scale * (cond - uncond))
-        for (source,), tensor in zip(self.calls, held, strict=False):
-            tensor.copy_(self.predictions[source])
-        return self.formed(self.predictions[self.calls[-1][0]])
-
-    def _hand_out(self) -> Any:
-        """The pipeline calls again before it combines: it is given a tensor that the last call fills with g."""
-        if self.shared is None:
-            given = self.predictions[COND].clone()
-        else:  # which this process may not have computed
-            given = self._alike.new_zeros(self.shared.all_prompts, *self._alike.shape[1:])
-        self.handed.append(weakref.ref(given))
-        return self.formed(given)
-
-    def _held(self) -> list[Tensor] | None:
+    def held(self) -> list[Tensor] | None:
         """What earlier calls of this step gave; None where the pipeline has made something else of it."""
         held = [tensor for handed in self.handed if (tensor := handed()) is not None]
         kept = not self.handed or (len(held) == len(self.handed) and not self.run.adapter.early)
         return held if kept else None
 
-    @property
-    def _alike(self) -> Tensor:
-        """A tensor like every prediction, but for its rows."""
-        return cast(Tensor, next(iter(self.predictions.values()), self.like))
+    def given(self) -> Tensor | None:
+        """What was handed out for cond; None for 0."""
+        return self.predictions[COND]
+
+    def formed(self, prediction: Tensor) -> Any:
+        """A prediction in the form of what the denoiser returns."""
+        assert self.form is not None
+        return self.form(prediction)
+
+    def predict(self, plain: Call, arguments: Arguments, sources: tuple[str, ...]) -> None:
+        """Every branch that starts from the rows of this call."""
+        plan = self.strategy.plan(self, sources)
+        if plan.branches:
+            self.take(plan, self.run.compute(self.name, plain, arguments, sources, plan, self.strategy.blocks.ends))
+
+    def take(self, plan: Plan, output: Any) -> None:
+        """What was computed of a plan's branches."""
+        self.form = functools.partial(with_prediction, output)
+        predictions = prediction_in(output).chunk(len(plan.branches))
+        self.predictions |= zip([branch.name for branch in plan.branches], predictions, strict=True)
+
+    def hand_out(self) -> Any:
+        """The pipeline calls again before it combines: it is given a tensor that the last call fills with g."""
+        given = self.predictions[COND].clone()
+        self.handed.append(weakref.ref(given))
+        return self.formed(given)
 
 
 def branches_of(weighed: Collection[str]) -> frozenset[str]:

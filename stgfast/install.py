@@ -15,7 +15,8 @@ from stgfast.batching.room import Rows
 from stgfast.batching.seam import Call, handling
 from stgfast.call import check_call, check_forwards, check_layers, check_max_rows, settings_of
 from stgfast.combining import Combining
-from stgfast.engine import Run
+from stgfast.divided import DividedAnswering, DividedCombining
+from stgfast.engine import Run, Strategy
 from stgfast.errors import wrong
 from stgfast.facts import may_be_found, sure
 from stgfast.guidance import Guidance
@@ -168,7 +169,11 @@ def _guided_call(
     callback = call.get("callback_on_step_end")
     if callable(callback) and not hasattr(callback, "tensor_inputs"):
         call["callback_on_step_end"] = _outside(callback)
-    strategy = Combining(guidance) if announced is None else Answering(announced, guidance)
+    divided = installed.execution.ranks is not None
+    if announced is None:
+        strategy: Strategy = (DividedCombining if divided else Combining)(guidance)
+    else:
+        strategy = (DividedAnswering if divided else Answering)(announced, guidance)
     run = Run(fitted, guidance, call, strategy, installed.execution)
     return run.whole(functools.partial(original, *bound.args, **bound.kwargs))
 

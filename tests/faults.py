@@ -57,9 +57,9 @@ FAULTS = [
     ),
     Fault(
         "something handed out that counts",
-        "combining.py",
-        "self._alike.new_zeros(",
-        "self._alike.new_ones(",
+        "divided.py",
+        "self._alike.new_zeros(cast",
+        "self._alike.new_ones(cast",
         "tests/ranks/test_clips.py -k plain_method",
     ),
     Fault(
@@ -347,8 +347,8 @@ FAULTS = [
     Fault(
         "the sign of what is returned for u",
         "combining.py",
-        "guided = guided - scale * self.predictions",
-        "guided = guided + scale * self.predictions",
+        "guided - scale * given",
+        "guided + scale * given",
         "tests/integrations/test_families.py -k 'Cosmos'",
     ),
     Fault("one copy of g where two are read", "combining.py", "copies = len(self.calls[-1])", "copies = 1", FAMILIES),

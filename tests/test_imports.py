@@ -31,8 +31,9 @@ MAY = {
     "spacing": {"errors"},
     "ranks": COMMON | {"batching"},
     "engine": COMMON | {"integrations", "batching", "ranks"},
-    "combining": COMMON | {"batching", "engine", "forecast", "integrations", "kernels", "memory", "ranks", "reuse"},
-    "announced": COMMON | {"batching", "engine", "forecast", "integrations", "memory", "ranks", "reuse"},
+    "combining": COMMON | {"batching", "engine", "forecast", "integrations", "kernels", "memory", "reuse"},
+    "announced": COMMON | {"batching", "engine", "forecast", "integrations", "memory", "reuse"},
+    "divided": COMMON | {"announced", "batching", "combining", "engine", "integrations", "ranks"},
     "call": COMMON | {"batching", "integrations"},
     "guided": COMMON | {"batching", "call", "combining", "engine", "integrations", "kernels"},
     "solvers": {"errors", "integrations"},
@@ -42,8 +43,8 @@ MAY = {
     "facts": COMMON | {"batching", "call", "installed", "integrations", "proof"},
     "verify": COMMON | {"batching", "call", "installed", "integrations", "proof", "render"},
     "install": COMMON
-    | {"announced", "batching", "call", "combining", "engine", "facts", "installed", "integrations", "recipes"}
-    | {"ranks", "solvers"},
+    | {"announced", "batching", "call", "combining", "divided", "engine", "facts", "installed", "integrations"}
+    | {"ranks", "recipes", "solvers"},
     "explained": COMMON | {"batching", "ranks", "recipes"},
     "explain": COMMON
     | {"announced", "batching", "call", "combining", "explained", "forecast", "installed", "integrations", "recipes"}
@@ -86,6 +87,7 @@ FOREIGN = {  # third-party packages, and the only parts that may import them
     "transformers": {"toy", "render"},
     "torch": {
         "combining",
+        "divided",
         "announced",
         "reuse",
         "forecast",
@@ -160,6 +162,7 @@ CORE = (
         "batching",
         "call",
         "combining",
+        "divided",
         "engine",
         "explain",
         "explained",

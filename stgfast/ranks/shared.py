@@ -41,7 +41,7 @@ class Shared:
                     sent.extend((sender, tensor) for tensor in tensors)
             self.ranks.spread(sent)
 
-        self.ranks.meet(where, spread)
+        self.ranks.meet(f"{where}, which takes {', '.join(names)}", spread)
         return {name: tuple(_joined(same) for same in zip(*known, strict=True)) for name, known in parts.items()}
 
 
