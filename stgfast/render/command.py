@@ -103,9 +103,10 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
     """The command, from its arguments to its exit code."""
-    from stgfast.errors import DeviceError, SettingsError, UnsupportedPipelineError
+    from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError
     from stgfast.render.run import BadJobs, render
     from stgfast.render.store import StoreError
+    from stgfast.render.together import follows
 
     screen = Screen(stdout or sys.stdout, stderr or sys.stderr, quiet=arguments.quiet, as_json=arguments.json)
     try:
@@ -144,7 +145,8 @@ def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Tex
         )
         return WRONG
     except (SettingsError, UnsupportedPipelineError, StoreError, DeviceError) as error:
-        screen.error(str(error))
+        if not follows() or isinstance(error, (LoadError, DeviceError)):
+            screen.error(str(error))
         return DISK if isinstance(error, StoreError) else DEVICE if isinstance(error, DeviceError) else WRONG
     except KeyboardInterrupt:
         return INTERRUPTED

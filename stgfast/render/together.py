@@ -56,6 +56,11 @@ def check(gpus_per_clip: int | None, ray: str | None, model: Model) -> int:
     return gpus_per_clip or 1
 
 
+def follows() -> bool:
+    """Whether torchrun has started this process as another one than the first, which says what is wrong for all."""
+    return dist.is_available() and dist.is_torchelastic_launched() and os.environ["RANK"] != "0"
+
+
 def device_of(asked: str | None) -> str | None:
     """The device of a process that torchrun has started: where nothing else is asked for, a GPU of its own."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if asked in (None, "cuda") and torch.cuda.is_available() else asked

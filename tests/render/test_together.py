@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 
+from stgfast import cli
 from stgfast.errors import SettingsError
 from stgfast.render import together
 from stgfast.render.files import metadata_of, read_frames
@@ -59,6 +60,16 @@ def test_started_by_torchrun(tmp_path, model):
     go(str(model), jobs, tmp_path / "alone", max_batch=2)
     same_clips(out, tmp_path / "alone", names)
     assert metadata_of(out / names[0])["processes"] == 2
+
+
+def test_what_is_wrong_is_said_once(monkeypatch, tmp_path, capsys):
+    """Every process that torchrun has started is given the same arguments."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert cli.main(["render", "jobs.jsonl", "--model", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.count("stgfast render: ") == 1
 
 
 @pytest.mark.again
