@@ -217,6 +217,7 @@ def test_a_user_may_choose_dynamic_shapes_or_static_ones(family):
         assert len(graphs) == most
 
 
+@pytest.mark.again
 @pytest.mark.float32
 def test_two_kinds_of_blocks_are_compiled_once_more_each():
     """HunyuanVideo's own five graphs are those of its blocks and of what refines its text; ours are not more."""

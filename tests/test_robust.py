@@ -95,6 +95,7 @@ def test_regions_compiled_by_accelerate_stay_compiled():
     assert len(runs) == stock
 
 
+@pytest.mark.again
 @pytest.mark.float32
 def test_a_unet_of_several_widths_compiled_whole():
     """Its blocks are compiled one by one: more kinds of them than torch.compile allows for one function."""

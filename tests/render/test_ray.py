@@ -259,6 +259,7 @@ def test_a_second_interruption_stops_at_once(tmp_path, model, cluster):
     assert entries(tmp_path) == [FOLDER]
 
 
+@pytest.mark.again
 def test_a_model_that_an_actor_does_not_see(tmp_path, model, cluster):
     away = model.with_name("away")
     also = once(lambda event: model.rename(away), "asking")
@@ -340,6 +341,7 @@ def environment():
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.again
 def test_the_command_with_a_ray_of_its_own(tmp_path, model):
     """An actor dies, then Ctrl-C, which comes to every process of the terminal; nothing but JSON is printed."""
     (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in some(300, steps=20)))
@@ -377,6 +379,7 @@ def addresses(pid):
     return {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
 
 
+@pytest.mark.again
 def test_ray_is_imported_where_it_is_asked_for(tmp_path, model):
     """In a process of its own, for which there is no cluster at this address."""
     code = f"""
