@@ -1,5 +1,6 @@
 """What every test runs under."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -71,6 +72,12 @@ def pytest_collection_modifyitems(items):
     again.mark(items)
     # One worker has all of these, and the others should not wait for it in the end.
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+
+
+def pytest_collection_finish():
+    """What is imported stays: it is not looked through for garbage again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_addoption(parser):
