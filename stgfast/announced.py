@@ -36,18 +36,23 @@ class Answering:
         self.blocks = KeptBlocks(guidance)
 
     def begin(self, run: Run, name: str) -> AnsweringStep:
-        return AnsweringStep(*self.of_step(run, name))
-
-    def of_step(self, run: Run, name: str) -> tuple[Any, ...]:
-        """What the step that begins is made of."""
         moment = run.moment()
         passes = self.announced.passes(run.pipe, run.call, self.guidance, moment, name)
         if self.guidance.reuses and moment.step in run.noisier:
             self.memory.forget()
             self.blocks.forget()
+        self.foresee(passes)
         recalled = self.memory.recalled(passes.differing, moment.step, name)
         skips = self.blocks.skips(passes.branches, moment.step, name)
-        return run, name, passes, self.memory, recalled, self.blocks, skips, moment
+        return self.step(run, name, passes, self.memory, recalled, self.blocks, skips, moment)
+
+    # Where branches are divided over processes, there is another way for these two.
+
+    def foresee(self, passes: Passes) -> None:
+        """What the step that begins is going to ask for."""
+
+    def step(self, *of_step: Any) -> AnsweringStep:
+        return AnsweringStep(*of_step)
 
     def weak_layers(self, layout: Layout) -> Collection[int | None]:
         return {unit.layer for unit in layout.units}  # what will be asked for is known only later

@@ -41,7 +41,7 @@ class DividedStep(CombiningStep):
     def __init__(self, strategy: Combining, run: Run, name: str):
         super().__init__(strategy, run, name)
         self.shared: Shared | None = None  # once its first call is made
-        self.where = ""
+        self.sample: Tensor | None = None  # that of its last call
         self.like: Tensor | None = None  # a prediction, for its form
 
     def own(self, turn: int, plain: Call, arguments: Arguments, sources: tuple[str, ...]) -> Any:
@@ -62,7 +62,7 @@ class DividedStep(CombiningStep):
     def predict(self, plain: Call, arguments: Arguments, sources: tuple[str, ...]) -> None:
         run, ends = self.run, self.strategy.blocks.ends
         self.shared = shared = self.shared or self._shared(run.prompts(arguments, sources))
-        self.where = run.place(self.moment, arguments[run.adapter.sample])
+        self.sample = arguments[run.adapter.sample]
         plan = self.strategy.plan(self, sources, shared.mine)
         if plan.branches:
             self.take(plan, run.compute(self.name, plain, arguments, sources, plan, ends, shared.prompts))
@@ -94,7 +94,8 @@ class DividedStep(CombiningStep):
         """What the other processes computed."""
         shared, plans = cast(Shared, self.shared), [self.strategy.plan(self, sources) for sources in self.calls]
         shared.made = {name: (prediction,) for name, prediction in self.predictions.items()}
-        whole = shared.whole(_names([plan.branches for plan in plans]), [self._alike], self.where)
+        where = self.run.place(self.moment, cast(Tensor, self.sample))
+        whole = shared.whole(_names([plan.branches for plan in plans]), [self._alike], where)
         self.predictions = {name: prediction for name, (prediction,) in whole.items()}
 
     @property
@@ -108,12 +109,13 @@ class DividedAnswering(Answering):
 
     passes: Passes | None = None  # of the last step
 
-    def begin(self, run: Run, name: str) -> DividedAnswer:
-        passes = self.announced.passes(run.pipe, run.call, self.guidance, run.moment(), name)
+    def foresee(self, passes: Passes) -> None:
         if passes != self.passes:  # what blocks added to a branch may be with another process
             self.blocks.forget()
         self.passes = passes
-        return DividedAnswer(*self.of_step(run, name))
+
+    def step(self, *of_step: Any) -> DividedAnswer:
+        return DividedAnswer(*of_step)
 
 
 class DividedAnswer(AnsweringStep):

@@ -149,12 +149,12 @@ class Explanation:
             return []
         division, lines = self.division(plans), []
         names = [branch.name for plan in plans for branch in plan.branches]
-        for rank, share in enumerate(division.shares):
+        for rank, (share, load) in enumerate(zip(division.shares, division.loads, strict=True)):
             own = [[branch for branch in plan.branches if branch.name in share] for plan in plans]
             made = [make_plan(branches, self.depth, full=self.full) for branches in own if branches]
             computed, got = ", ".join(name for name in names if name in share), len(names) - len(share)
             lines.append(
-                f"rank {rank} computes {computed}: {'; '.join(_blocks(_rows(made)))}; {sum(_rows(made))} block-rows, "
+                f"rank {rank} computes {computed}: {'; '.join(_blocks(_rows(made)))}; {load} block-rows, "
                 f"and receives {got} prediction{'s' if got != 1 else ''}"
             )
         idle = range(len(division.shares), self.ranks)

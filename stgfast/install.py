@@ -50,11 +50,11 @@ def accelerate(
     its defaults where it is True; steps and schedules do not compile anew. `attention="auto"` has all layers attend by
     what is fastest for their shape, with numbers of keys in place of masks. `branches`, a torch.distributed group or a
     mesh of one dimension, divides the branches of every step over its processes: all of them make the same calls, with
-    the same seeds, and get the same clip. `recipe`, or its file, says in how many
-    steps, by which solver and with what carried on every call makes its clips: an approximation. `adapter` has the
-    facts of a pipeline that stgfast does not know. `verify` compares the first guided call, before it runs, with the
-    plain method, as `stgfast.verify` does, and raises where they differ; left out, that is done for facts that were
-    given. Facts that are neither known nor given are found at the first guided call, verified, and said once.
+    the same seeds, and get the same clip. `recipe`, or its file, says in how many steps, by which solver and with what
+    carried on every call makes its clips: an approximation. `adapter` has the facts of a pipeline that stgfast does not
+    know. `verify` compares the first guided call, before it runs, with the plain method, as `stgfast.verify` does, and
+    raises where they differ; left out, that is done for facts that were given. Facts that are neither known nor given
+    are found at the first guided call, verified, and said once.
     Accelerating again replaces all of it. The pipeline itself is returned, changed in place; `restore` undoes it.
     """
     original = original_class(type(pipe))

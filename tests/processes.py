@@ -6,7 +6,6 @@ They are forks of one process that has imported everything, which takes seconds,
 import multiprocessing
 import os
 import socket
-import sys
 import tempfile
 import time
 from datetime import timedelta
@@ -63,7 +62,7 @@ def printed(folder, rank):
 
 def _process(function, arguments, folder, rank, size, port, all_end):
     with open(Path(folder) / f"printed.{rank}", "wb") as said:
-        os.dup2(said.fileno(), sys.stdout.fileno() if sys.stdout else 1)
+        os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)
     torch.set_num_threads(1)
     store, limit = f"tcp://127.0.0.1:{port}", timedelta(seconds=120)

@@ -66,6 +66,7 @@ def main(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Te
     import torch
 
     from stgfast.bench.measure import Disagreement, keep_memory, saved
+    from stgfast.bench.ranks import begin
     from stgfast.errors import SettingsError
 
     out, said = stdout or sys.stdout, stderr or sys.stderr
@@ -79,7 +80,7 @@ def main(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Te
     _quiet()
     code = DONE
     try:
-        first = _first_of_several(arguments.device) if arguments.ranks else True
+        first = begin(arguments.device) if arguments.ranks else True
         for row, right in _rows(arguments):
             if not first:
                 continue
@@ -176,16 +177,6 @@ SUMMARIES = {
     **{"steps": _of_steps, "check": _of_check, "growth": _of_growth, "overhead": _of_overhead},
     "ranks": _of_ranks,
 }
-
-
-def _first_of_several(device: str) -> bool:
-    """Whether this process, of several, is the one that says what is measured."""
-    import torch.distributed as dist
-
-    from stgfast.bench.ranks import begin
-
-    begin(device)
-    return dist.get_rank() == 0
 
 
 def _quiet() -> None:

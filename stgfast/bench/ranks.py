@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import copy
 import statistics
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
-from stgfast.bench.measure import agreeing, result, significant
+from stgfast.bench.measure import agreeing, result, rounds_of, significant
 from stgfast.bench.models import DTYPES, MODELS
 from stgfast.bench.steps import ALLOWED
 from stgfast.bench.variants import Bench
 from stgfast.errors import wrong
-from stgfast.ranks.wire import ranks_of
+from stgfast.explained import Explanation
+from stgfast.ranks.wire import device_of, joined, ranks_of
 
 
-def begin(device: str) -> None:
-    """This process as one of those that torchrun has started."""
+def begin(device: str) -> bool:
+    """This process as one of those that torchrun has started; whether it is the first, which says what is measured."""
     if not dist.is_torchelastic_launched():
         raise wrong("--ranks", "one process", "several: torchrun --nproc-per-node N -m stgfast.cli bench --ranks")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-    if device == "cuda":
-        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
+    return joined(device_of(device)).rank == 0
 
 
 def over_ranks(name: str, *, size: str, device: str, steps: int | None, rounds: int) -> dict[str, Any]:
@@ -49,16 +49,14 @@ def over_ranks(name: str, *, size: str, device: str, steps: int | None, rounds: 
             received[count] = (ranks.received - before) // makes
     far = agreeing(name, {str(count): clip for count, clip in clips.items()}, str(min(clips)), ALLOWED[DTYPES[size]])
 
-    taken: dict[int, list[float]] = {count: [] for count in groups}
-    order = list(groups)
-    for _ in range(rounds):
-        for count in order:
-            dist.barrier()
-            mine = benches[count].timed("stgfast").step if count in benches else 0.0
-            taken[count].append(max(_of_all(mine)))
-        order.reverse()
+    def longest(count: int) -> float:
+        dist.barrier()
+        return float(max(_of_all(benches[count].timed("stgfast").step if count in benches else 0.0)))
+
+    taken = rounds_of({count: partial(longest, count) for count in groups}, rounds)
     seconds = {count: statistics.median(times) for count, times in taken.items()}
-    planned = {count: _planned(alone, count) for count in groups}
+    explained = alone.explained()
+    planned = {count: _planned(replace(explained, ranks=count)) for count in groups}
     return result(
         "ranks",
         device,
@@ -82,11 +80,10 @@ def _divided(bench: Bench, group: Any) -> Bench:
     return other
 
 
-def _planned(bench: Bench, count: int) -> list[float]:
+def _planned(explained: Explanation) -> list[float]:
     """Block-rows of every rank in a step."""
-    explained = bench.explained(ranks=count)
     steps = sum(phase.steps for phase in explained.phases)
-    loads = [0.0] * count
+    loads = [0.0] * explained.ranks
     for phase in explained.phases:
         for times, plans in phase.kinds:
             division = explained.division(plans)

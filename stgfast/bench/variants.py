@@ -281,10 +281,10 @@ class Bench:
             made = {name: value for name, value in made.items() if not name.startswith("negative_")}
         return made
 
-    def explained(self, variant: str = "stgfast", ranks: int = 1) -> Explanation:
+    def explained(self, variant: str = "stgfast") -> Explanation:
         accelerate(self.pipe, self._reusing() if variant == "reuse" else self.guidance)
         try:
-            return explain(self.pipe, ranks=ranks, **self.arguments())
+            return explain(self.pipe, **self.arguments())
         finally:
             restore(self.pipe)
 
@@ -361,8 +361,7 @@ class Bench:
         max_rows: Rows = ALL,
         attention: str | None = None,
     ) -> Tensor:
-        how: dict[str, Any] = {"compile": compile, "max_rows": max_rows, "attention": attention}
-        accelerate(self.pipe, guidance, branches=self.branches, **how)
+        accelerate(self.pipe, guidance, compile=compile, max_rows=max_rows, attention=attention, branches=self.branches)
         try:
             return self._clip()
         finally:

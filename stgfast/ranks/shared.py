@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stgfast.batching.rows import join
 from stgfast.ranks.division import Division
 from stgfast.ranks.wire import Ranks
 
@@ -42,7 +43,7 @@ class Shared:
             self.ranks.spread(sent)
 
         self.ranks.meet(f"{where}, which takes {', '.join(names)}", spread)
-        return {name: tuple(_joined(same) for same in zip(*known, strict=True)) for name, known in parts.items()}
+        return {name: tuple(join(same) for same in zip(*known, strict=True)) for name, known in parts.items()}
 
 
 def fingerprint(value: Any) -> str:
@@ -60,7 +61,3 @@ def _plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

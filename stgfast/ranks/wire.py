@@ -10,6 +10,7 @@ Meeting and sending are one job of a thread that only does that, so an interrupt
 from __future__ import annotations
 
 import importlib
+import os
 import queue
 import threading
 import time
@@ -46,6 +47,7 @@ class Ranks:
         self._control = c10d.ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=LIMIT))
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self.lost = ""  # why there are no more meetings
+        self.clip = f"a clip over {self.size} processes"  # as messages begin
         self._one_call, self._depth = threading.RLock(), 0
         threading.Thread(target=self._work, daemon=True, name="stgfast ranks").start()
 
@@ -105,7 +107,7 @@ class Ranks:
                 work.wait(*(() if tensor.is_cuda else (timedelta(seconds=LIMIT),)))
         except RuntimeError as error:
             said = " ".join(str(error).split())[:300]
-            raise UnsentError(f"a clip over {self.size} processes: predictions were not sent: {said}") from error
+            raise UnsentError(f"{self.clip}: predictions were not sent: {said}") from error
 
     def _tell(self, error: BaseException) -> BaseException | None:
         """Tell the others of a failure, while they can be told; and what all of them say, if they come."""
@@ -121,7 +123,7 @@ class Ranks:
         if not self.lost:
             verdict = self._judge(message) if self.rank == 0 else self._ask(message)
             if verdict:
-                raise RankError(f"a clip over {self.size} processes: {verdict}")
+                raise RankError(f"{self.clip}: {verdict}")
             return
         raise RankError(f"{self.lost}; start the processes anew")
 
@@ -132,8 +134,9 @@ class Ranks:
             self._send(message, 0)
             self._coming(answer, 0).wait(timedelta(seconds=2 * LIMIT))
         except RuntimeError:
-            self.lost = f"a clip over {self.size} processes: rank 0 {_gone(began, 2 * LIMIT)}"
-            return self.lost.split(": ", 1)[1]
+            gone = f"rank 0 {_gone(began, 2 * LIMIT)}"
+            self.lost = f"{self.clip}: {gone}"
+            return gone
         return _unpacked(answer)
 
     def _judge(self, own: str) -> str:
@@ -151,9 +154,11 @@ class Ranks:
         for rank in said.keys() - {0}:
             with self._unless_gone(rank, gone, began):
                 self._send(verdict, rank)
-        if gone:
-            self.lost = f"a clip over {self.size} processes: {_verdict({}, gone)}"
-        return verdict or _verdict({}, gone)
+        if not gone:
+            return verdict
+        all_gone = _verdict(said, gone)
+        self.lost = f"{self.clip}: {all_gone}"
+        return verdict or all_gone
 
     @contextmanager
     def _unless_gone(self, rank: int, gone: dict[int, str], began: float) -> Iterator[None]:
@@ -219,6 +224,21 @@ def ranks_of(group: Any) -> Ranks:
     return _known[group]
 
 
+def device_of(asked: str | None) -> str | None:
+    """The device of a process that torchrun has started: where nothing else is asked for, a GPU of its own."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if asked in (None, "cuda") and torch.cuda.is_available() else asked
+
+
+def joined(device: str | None, **how: Any) -> Ranks:
+    """This process as one of a group, which is begun by those that torchrun has started, or as `how` says."""
+    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.index is not None:
+        torch.cuda.set_device(chosen)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", **how)
+    return ranks_of(dist.group.WORLD)
+
+
 def _verdict(said: dict[int, str], gone: dict[int, str]) -> str:
     # What others say of a rank that has gone is what follows from that.
     failed = gone or {rank: f"failed: {words[1:]}" for rank, words in said.items() if words.startswith("-")}
@@ -227,7 +247,7 @@ def _verdict(said: dict[int, str], gone: dict[int, str]) -> str:
     places: dict[str, list[int]] = {}
     for rank, words in said.items():
         places.setdefault(words[1:], []).append(rank)
-    if len(places) == 1 or not said:
+    if len(places) == 1:
         return ""
     got = "; ".join(f"rank {', '.join(map(str, where))} at {words}" for words, where in places.items())
     return (

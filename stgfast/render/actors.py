@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError, wrong
+from stgfast.ranks.wire import joined
 from stgfast.render.batches import Batch, Task
 from stgfast.render.crew import Setup
 from stgfast.render.files import discard
 from stgfast.render.models import Model
-from stgfast.render.together import joined
 from stgfast.render.worker import Died, Failed, Outcome, Prompt, Stopped, Written
 from stgfast.version import __version__
 
@@ -98,7 +98,6 @@ class Actor:
             if self.folder and not Path(setup.model.name).is_dir():
                 raise wrong(f"model on {node}", setup.model.name, "a folder that every node sees")
             own = self.scratch / uuid.uuid4().hex  # where it keeps prompts
-            own.mkdir()
             self.worker = setup.worker(own) if setup.loading.ranks == 1 else Hired(setup, own).worker
             return Ready(self.worker.device_name, node, os.getpid())
         except (LoadError, DeviceError) as error:
@@ -136,10 +135,9 @@ class Hired:
             kind = ray.remote(Follower).options(**asks, scheduling_strategy=_at(place, rank))
             self.followers.append(kind.remote(setup, address, rank))
         for follower in self.followers:
-            follower.load.remote(scratch)
+            follower.load.remote(scratch.parent / uuid.uuid4().hex)
         self.ranks = joined(setup.loading.device, init_method=address, rank=0, world_size=size)
-        with self.ranks.together():
-            self.worker = setup.worker(scratch, self)
+        self.worker = setup.worker(scratch, self)
 
     def begin(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
         for follower in self.followers:
@@ -155,10 +153,7 @@ class Follower:
     def load(self, scratch: Path) -> None:
         loading = self.setup.loading
         self.ranks = joined(loading.device, init_method=self.address, rank=self.rank, world_size=loading.ranks)
-        with self.ranks.together():
-            own = scratch / f"rank-{self.rank}"
-            own.mkdir()
-            self.worker = self.setup.worker(own, self)
+        self.worker = self.setup.worker(scratch, self)
 
     def follow(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
         self.worker.follow(batch, ahead)

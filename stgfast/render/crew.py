@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,9 +70,12 @@ class Setup:
     loading: Loading = USUAL
 
     def worker(self, scratch: Path, others: Others | None = None) -> Worker:
-        """`others` make every clip with it, each with a worker of its own."""
-        pipe = self.model.load(self.loading)
-        fps = self.model.fps if self.own_fps else None
-        text = self.loading.offload == TEXT
-        revision = self.model.revision
-        return Worker(pipe, scratch, self.form, fps=fps, offload_text=text, revision=revision, others=others)
+        """`scratch` is made where it is not there. `others` make every clip with it: each has a worker of its own, or
+        none has one."""
+        with nullcontext() if others is None else others.ranks.together():
+            scratch.mkdir(exist_ok=True)
+            pipe = self.model.load(self.loading)
+            fps = self.model.fps if self.own_fps else None
+            text = self.loading.offload == TEXT
+            revision = self.model.revision
+            return Worker(pipe, scratch, self.form, fps=fps, offload_text=text, revision=revision, others=others)

@@ -16,6 +16,7 @@ from typing import Any
 
 from stgfast.errors import DeviceError, SettingsError, wrong
 from stgfast.extras import require
+from stgfast.ranks.wire import device_of
 from stgfast.recipes import Recipe, taken
 from stgfast.render import together
 from stgfast.render.batches import shape_of
@@ -132,7 +133,7 @@ def render(
 
         check(known, ray, actors)
     started = ranks > 1 and ray is None
-    device = together.device_of(device) if started else device
+    device = device_of(device) if started else device
     loading = Loading(dtype, device, offload, vae_tiling, compile, taken(recipe), attention, ranks)
     if known.pipe is not None:
         loading.check_handed_over()

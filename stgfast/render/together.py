@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import torch
 import torch.distributed as dist
 
 from stgfast.errors import wrong
-from stgfast.ranks.wire import Ranks, ranks_of
+from stgfast.ranks.wire import joined
 from stgfast.render.batches import Batch
 from stgfast.render.crew import Setup
 from stgfast.render.loading import execution_of
@@ -61,21 +60,6 @@ def follows() -> bool:
     return dist.is_available() and dist.is_torchelastic_launched() and os.environ["RANK"] != "0"
 
 
-def device_of(asked: str | None) -> str | None:
-    """The device of a process that torchrun has started: where nothing else is asked for, a GPU of its own."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if asked in (None, "cuda") and torch.cuda.is_available() else asked
-
-
-def joined(device: str | None, **how: Any) -> Ranks:
-    """This process as one of a group, which is begun by those that torchrun has started, or as `how` says."""
-    chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if chosen.index is not None:
-        torch.cuda.set_device(chosen)
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", **how)
-    return ranks_of(dist.group.WORLD)
-
-
 class Started:
     """The processes that torchrun has started, as one of them; what the first one says goes through its store."""
 
@@ -95,8 +79,7 @@ class Started:
     def worker(self, setup: Setup, scratch: Path) -> Worker:
         """That of the first process, with which the others work."""
         self._say("load", scratch)
-        with self.ranks.together():
-            return setup.worker(scratch, self)
+        return setup.worker(scratch, self)
 
     def begin(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
         """The others make the calls of this batch, too."""
@@ -117,10 +100,7 @@ class Started:
             if what == "end":
                 return
             if what == "load":
-                own = Path(more[0]) / uuid4().hex  # where it keeps prompts
-                own.mkdir()
-                with self.ranks.together():
-                    worker = setup.worker(own, self)
+                worker = setup.worker(Path(more[0]) / uuid4().hex, self)  # where it keeps prompts
             elif worker is not None:
                 worker.follow(*more)
 
