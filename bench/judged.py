@@ -26,8 +26,8 @@ from stgfast.evaluate.measures import Measure
 from stgfast.evaluate.run import Setting, clips_of, differences, measured
 from stgfast.evaluate.study import EARLY, SEEDS
 from stgfast.integrations import ADAPTERS
+from stgfast.queue.job import Job
 from stgfast.recipes import model_of
-from stgfast.render.jobs import Job
 from stgfast.spacing import spaced, thinning
 from stgfast.toy import videos
 

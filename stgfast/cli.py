@@ -1,88 +1,83 @@
-"""The command line: arguments and printing."""
+"""The command line: which commands there are, and where each of them is."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from stgfast import extras
-from stgfast.bench import command as bench
-from stgfast.evaluate import command as evaluate
-from stgfast.render import command as render
-from stgfast.tune import command as tune
-from stgfast.verify import command as verify
 from stgfast.version import __version__
 
-NEEDS = {
-    "demo": "toy",
-    "render": "render",
-    "sweep": "render",
-    "evaluate": "render",
-    "tune": "render",
-    "verify": "render",
-}  # extras, by command
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its module has `add_<name>(parser)` and `run_<name>(arguments)`, and is imported when it is called.
+
+    extra  what it needs installed beside the core
+    """
+
+    help: str
+    module: str
+    extra: str = ""
+
+
+COMMANDS = {
+    "demo": Command("render clips with CFG and with CFG + STG on the model in the package", "demo_command", "toy"),
+    "doctor": Command("what is installed, what of it runs here, and what is chosen", "doctor"),
+    "render": Command("render a file of jobs into a folder", "render.command", "render"),
+    "sweep": Command("render one prompt at several layers and scales", "render.command", "render"),
+    "status": Command("what is rendered in a folder, what waits, and when it will be done", "queue.command"),
+    "add": Command("add jobs to a folder, for the run that is on or the next one", "queue.command"),
+    "cancel": Command("cancel jobs of a folder that are not done", "queue.command"),
+    "pause": Command("pause a folder, or some of its jobs", "queue.command"),
+    "resume": Command("resume what is paused", "queue.command"),
+    "retry": Command("try failed or cancelled jobs of a folder again", "queue.command"),
+    "priority": Command("change which jobs of a folder come first", "queue.command"),
+    "evaluate": Command("measure the clips of a folder", "evaluate.command", "render"),
+    "tune": Command("find the cheapest recipe for a model: solver, steps, reuse", "tune.command", "render"),
+    "verify": Command("compare accelerated guidance with the plain method", "verify.command", "render"),
+    "bench": Command("what guidance costs, beside what would otherwise be run", "bench.command"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    _open_standard_files()
+    given = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="stgfast", description="Spatiotemporal Skip Guidance for diffusers pipelines")
     parser.add_argument("--version", action="version", version=f"stgfast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="render clips with CFG and with CFG + STG on the model in the package")
-    demo.add_argument("--out", type=Path, default=Path("stgfast-demo"), metavar="DIR", help="where clips are put")
-    demo.add_argument("--prompt", action="append", help="in place of those of the demo; may be given several times")
-    demo.add_argument("--seed", type=int, default=0)
-    commands.add_parser("doctor", help="what is installed, what of it runs here, and what is chosen")
-    render.add_render(commands.add_parser("render", help="render a file of jobs into a folder"))
-    render.add_sweep(commands.add_parser("sweep", help="render one prompt at several layers and scales"))
-    evaluate.add_evaluate(commands.add_parser("evaluate", help="measure the clips of a folder"))
-    tune.add_tune(commands.add_parser("tune", help="find the cheapest recipe for a model: solver, steps, reuse"))
-    verify.add_verify(commands.add_parser("verify", help="compare accelerated guidance with the plain method"))
-    bench.add_bench(commands.add_parser("bench", help="what guidance costs, beside what would otherwise be run"))
-    arguments = parser.parse_args(argv)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    called = given[0] if given else ""
+    for name, command in COMMANDS.items():
+        added = commands.add_parser(name, help=command.help, description=command.help)
+        if name == called:
+            getattr(_module(command), f"add_{name}")(added)
+    arguments = parser.parse_args(given)
+    command = COMMANDS[arguments.command]
     try:
-        if arguments.command in NEEDS:
-            extras.require(NEEDS[arguments.command])
+        if command.extra:
+            extras.require(command.extra)
     except extras.MissingError as error:
         print(f"stgfast {arguments.command}: {error}", file=sys.stderr)
         return 2
-    return RUN[arguments.command](arguments)
+    code: int = getattr(_module(command), f"run_{arguments.command}")(arguments)
+    return code
 
 
-def run_demo(arguments: argparse.Namespace) -> int:
-    from stgfast import toy
-    from stgfast.demo import ROUNDS, run
-
-    demo = run(arguments.out, arguments.prompt or toy.PROMPTS, arguments.seed)
-    print("A small text-to-video model: 12 blocks, trained on drawn clips of shapes that move and turn.\n")
-    print(demo.plan)
-    print(f"\n{len(demo.sides[0].clips)} clips      block-rows   seconds, fastest of {ROUNDS}")
-    for side in demo.sides:
-        print(f"{side.name:10} {side.block_rows:12} {side.seconds:9.2f}")
-    print("\nCFG left, CFG + STG right; all of them in the last:")
-    for path in demo.files:
-        print(f"  {path}")
-    return 0
+def _open_standard_files() -> None:
+    """Where a shell has closed one of them, the next file that is opened would be taken for it, and printed into."""
+    for handle in (0, 1, 2):
+        try:
+            os.fstat(handle)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
 
 
-def run_doctor(arguments: argparse.Namespace) -> int:
-    from stgfast.doctor import report
-
-    print(report())
-    return 0
-
-
-RUN: dict[str, Callable[[argparse.Namespace], int]] = {
-    "bench": bench.main,
-    "demo": run_demo,
-    "doctor": run_doctor,
-    "evaluate": evaluate.run,
-    "render": render.main,
-    "sweep": render.main,
-    "tune": tune.run,
-    "verify": verify.run,
-}
+def _module(command: Command) -> object:
+    return importlib.import_module(f"stgfast.{command.module}")
 
 
 if __name__ == "__main__":

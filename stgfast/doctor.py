@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
+import sys
 
 import torch
 
@@ -56,3 +58,12 @@ def chosen(device: str, heads: int, size: int) -> str:
     choice = backends.choose(call)
     times = sorted(backends.choices[call.shape].milliseconds.items(), key=lambda pair: pair[1])
     return f"{choice} ({', '.join(f'{name} {milliseconds:.2f} ms' for name, milliseconds in times)})"
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """It takes no arguments."""
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    sys.stdout.write(f"{report()}\n")
+    return 0

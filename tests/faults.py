@@ -689,14 +689,14 @@ FAULTS = [
     # A night's work
     Fault(
         "a job that two runners have",
-        "render/store.py",
+        "queue/store.py",
         'WHERE id = ? AND runner = ?"\n        if not',
         "WHERE id = ? AND ? != ''\"\n        if not",
         "tests/render/test_store.py",
     ),
     Fault(
         "a lock that is not taken",
-        "render/store.py",
+        "queue/store.py",
         "fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))",
         "pass",
         "tests/render/test_store.py",
@@ -717,7 +717,7 @@ FAULTS = [
     ),
     Fault(
         "a name that leaves the folder",
-        "render/jobs.py",
+        "queue/job.py",
         'if strange or not name or name[0] in ".- " or',
         'if not name or name[0] in "- " or',
         "tests/render/test_jobs.py",
@@ -745,7 +745,7 @@ FAULTS = [
     ),
     Fault(
         "clips of other models under one name",
-        "render/jobs.py",
+        "queue/job.py",
         '{**mine, "model": model, **made}',
         '{**mine, "model": model}',
         "tests/render/test_run.py -k decides",
@@ -759,7 +759,7 @@ FAULTS = [
     ),
     Fault(
         "different images in one call",
-        "render/batches.py",
+        "queue/batches.py",
         '"each its own" if images == EACH else job.image_sha256',
         '"each its own"',
         "tests/render/test_run.py tests/render/test_jobs.py tests/render/test_store.py -k image",

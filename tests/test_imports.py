@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import stgfast
+from stgfast.queue.store import Store
 
 ROOT = Path(stgfast.__file__).parent
 # What every part may import of the package, beside itself. Settings and errors are everybody's.
@@ -53,15 +54,19 @@ MAY = {
     "extras": {"errors"},
     "doctor": {"kernels", "version"},
     "restart": {"errors"},
+    # Which is read by commands that load no torch.
+    "queue": COMMON,
     "render": COMMON
-    | {"batching", "extras", "install", "installed", "integrations", "pages", "ranks", "recipes", "toy", "version"},
-    "evaluate": COMMON | {"extras", "install", "pages", "render", "toy"},
+    | {"batching", "extras", "install", "installed", "integrations", "pages", "queue", "ranks", "recipes", "toy"}
+    | {"version"},
+    "evaluate": COMMON | {"extras", "install", "pages", "queue", "render", "toy"},
     "tune": COMMON
-    | {"explain", "extras", "install", "installed", "pages", "recipes", "render", "solvers", "toy", "version"},
+    | {"explain", "extras", "install", "installed", "pages", "queue", "recipes", "render", "solvers", "toy", "version"},
     "demo": {"explain", "install", "render", "toy"},
+    "demo_command": {"demo", "toy"},
     "bench": COMMON
     | {"batching", "explain", "explained", "install", "integrations", "kernels", "pages", "ranks", "version"},
-    "cli": {"extras", "bench", "version", "demo", "doctor", "evaluate", "render", "toy", "tune", "verify"},
+    "cli": {"extras", "version"},  # commands are imported by name, when they are called
     "": {
         "batching",
         "errors",
@@ -208,17 +213,32 @@ def test_no_file_of_the_core_is_long():
     assert not {path: length for path, length in lengths.items() if length > 300}
 
 
-def test_import_is_cold():
+def test_import_is_cold(tmp_path):
     """Settings are read without torch, and the command line without the libraries that take seconds."""
     code = """
 import sys, stgfast
 assert stgfast.Guidance(stgfast.Perturbation([2])).to_json() and set(stgfast.__all__) <= set(dir(stgfast))
 print([name for name in ("torch", "numpy", "sqlite3", "PIL", "diffusers") if name in sys.modules])
 import stgfast.cli
-print([name for name in ("triton", "diffusers", "transformers", "ray", "av") if name in sys.modules])
+print([name for name in ("torch", "numpy", "sqlite3", "PIL") if name in sys.modules])
+for arguments in (["--help"], ["--version"], *([name, "--help"] for name in ("status", "add", "cancel", "pause"))):
+    try:
+        stgfast.cli.main(arguments)
+    except SystemExit as ended:
+        assert ended.code == 0
+for name in ("status", "cancel", "pause"):
+    assert stgfast.cli.main([name, "--out", OUT, *(["--all"] if name == "cancel" else [])]) == (name == "cancel")
+assert stgfast.cli.main(["add", JOBS, "--out", OUT]) == 0
+print("at last", [name for name in ("torch", "numpy", "diffusers", "PIL") if name in sys.modules])
 """
+    jobs = tmp_path / "jobs.txt"
+    jobs.write_text("a red kite\n")
+    with Store(tmp_path / "out"):
+        pass
+    code = code.replace("OUT", repr(str(tmp_path / "out"))).replace("JOBS", repr(str(jobs)))
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert out == "[]\n[]\n"
+    assert out.startswith("[]\n[]\n")
+    assert out.endswith("\n1 job added\nat last []\n")
 
 
 def test_a_function_of_the_package_is_not_taken_for_the_module_that_it_is_in():

@@ -14,7 +14,7 @@ from stgfast.batching.plan import branches_for, make_plan
 from stgfast.call import SETTINGS
 from stgfast.integrations import ADAPTERS
 from stgfast.kinds import Mark
-from stgfast.render.jobs import checked
+from stgfast.queue.readers import checked
 from tests.precision import distance, same
 from tests.proof import untabled
 

@@ -176,7 +176,7 @@ def test_a_folder_of_clips_by_a_recipe(tmp_path):
     recipe = recipe_for(toy.pipeline(), found={"distance": 0.1})
     recipe.save(tmp_path / "recipe.json")
     jobs = [{"prompt": prompt, "seed": 3} for prompt in toy.PROMPTS[:2]]
-    given = {"format": "npz", "recipe": tmp_path / "recipe.json"}
+    given = {"format": "npz", "recipe": tmp_path / "recipe.json", "same_process": True}
     assert stgfast.render("toy", jobs, tmp_path / "out", **given).rendered == 2
     assert stgfast.render("toy", jobs, tmp_path / "out", **given).rendered == 0
     clip = next((tmp_path / "out").glob("*.npz"))
@@ -187,13 +187,20 @@ def test_a_folder_of_clips_by_a_recipe(tmp_path):
     assert "Made by a recipe, approximately: unipc, 6 steps, reuse 2" in page
     assert '"approximate": "reuse 2; reuse_cfg but in steps 0, 1, 2, 4; order 1"' in page
     other = dataclasses.replace(recipe, solver="dpm++")
-    assert stgfast.render("toy", jobs[:1], tmp_path / "out", format="npz", recipe=other).rendered == 1
+    assert (
+        stgfast.render("toy", jobs[:1], tmp_path / "out", format="npz", same_process=True, recipe=other).rendered == 1
+    )
     # A pipeline that was accelerated with one makes the same clips, and by another solver others.
     pipe = stgfast.accelerate(toy.pipeline(), toy.GUIDANCE, recipe=recipe)
-    assert stgfast.render(pipe, [{**jobs[0], **toy.JOB, "steps": 6}], tmp_path / "mine", format="npz").rendered == 1
+    assert (
+        stgfast.render(
+            pipe, [{**jobs[0], **toy.JOB, "steps": 6}], tmp_path / "mine", format="npz", same_process=True
+        ).rendered
+        == 1
+    )
     assert metadata_of(next((tmp_path / "mine").glob("*.npz")))["recipe"] == said["recipe"]
     # The same jobs without it are other clips.
-    assert stgfast.render("toy", jobs, tmp_path / "out", format="npz").rendered == 2
+    assert stgfast.render("toy", jobs, tmp_path / "out", format="npz", same_process=True).rendered == 2
 
 
 def test_jobs_that_do_not_go_with_a_recipe_stop_before_the_first(tmp_path):

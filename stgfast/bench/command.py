@@ -60,7 +60,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", type=Path, metavar="FILE", help="add the results to it, as lines of JSON")
 
 
-def main(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
+def run_bench(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
     if arguments.report:
         return _report(arguments.report, arguments.out, stderr or sys.stderr)
     import torch

@@ -23,10 +23,10 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", type=Path, metavar="FILE", help="write everything there as JSON")
 
 
-def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
+def run_evaluate(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
     from stgfast.errors import SettingsError
     from stgfast.evaluate.run import evaluate
-    from stgfast.render.store import StoreError
+    from stgfast.queue.state import StoreError
 
     stdout, stderr = stdout or sys.stdout, stderr or sys.stderr
     try:

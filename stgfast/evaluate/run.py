@@ -23,9 +23,10 @@ from stgfast.evaluate.statistics import Array, Chosen, Cloud, Estimate, diversit
 from stgfast.extras import require
 from stgfast.guidance import Guidance
 from stgfast.pages import halves, safe
+from stgfast.queue.job import Job
+from stgfast.queue.state import DONE, FOLDER, StoreError
+from stgfast.queue.store import Row, Store
 from stgfast.render.files import Frames, read_frames
-from stgfast.render.jobs import Job
-from stgfast.render.store import DONE, FOLDER, Row, Store, StoreError
 
 Clip = tuple[str, int]  # its prompt, with what belongs to it, and its seed
 APART = ("prompt", "negative_prompt", "image", "image_sha256", "seed", "name")  # what differs within a setting

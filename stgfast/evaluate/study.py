@@ -29,8 +29,8 @@ from stgfast.guidance import Guidance
 from stgfast.install import accelerate
 from stgfast.kinds import ATTENTION, RESIDUAL
 from stgfast.perturbation import Perturbation
+from stgfast.queue.job import Job
 from stgfast.render.files import pixels
-from stgfast.render.jobs import Job
 from stgfast.render.run import render
 from stgfast.toy import videos
 

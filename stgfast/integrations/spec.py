@@ -115,7 +115,7 @@ def _tuple(what: str, names: object) -> None:
         raise wrong(what, names, "a tuple of names")
 
 
-EACH, ONE = "each", "one"  # of Clips.images
+EACH, ONE = "each", "one"  # of Clips.images; `stgfast.queue.batches` reads the first
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError, wrong
+from stgfast.queue.batches import Batch, Task
+from stgfast.queue.placing import discard
 from stgfast.ranks.wire import joined
-from stgfast.render.batches import Batch, Task
 from stgfast.render.crew import Setup
-from stgfast.render.files import discard
+from stgfast.render.hands import LIVES, LOADING, Hand, silent
 from stgfast.render.models import Model
-from stgfast.render.worker import Died, Failed, Outcome, Prompt, Stopped, Written
+from stgfast.render.worker import Died, Expired, Failed, Outcome, Progress, Prompt, Stopped, Written
 from stgfast.version import __version__
 
 IN_HAND = 3  # batches of an actor: one is decoded, one denoised, one comes next
-LIVES = 5  # an actor that died so often in a row, while it loads or with no job settled in between, is given up
 STORE = 100 << 20  # bytes of a local Ray's object store; no more than jobs and outcomes pass through it
 ANSWER = 5.0  # seconds to answer a connection
 GONE = 30.0  # seconds without an answer after which the cluster is gone; after 60, Ray ends this process itself
@@ -114,6 +114,12 @@ class Actor:
             else:
                 yield outcome
 
+    def progress(self) -> list[Progress]:
+        return self.worker.progress()
+
+    def expire(self, batch: Batch, why: str) -> None:
+        self.worker.expire(batch, why)
+
     def stop(self) -> None:
         self.worker.stop()
 
@@ -171,7 +177,9 @@ class RemoteActor:
         self.loading = False
         self.ready: Ready | None = None
         self.in_hand: dict[Any, Hand] = {}
-        self.kept: tuple[Batch, Sequence[Prompt]] | None = None  # a lonely batch, until nothing else is in hand
+        self.said: Any = None  # awaited: how far its batches are
+        self.asked = 0.0  # when
+        self.greeted = time.monotonic()  # when it was asked to load
         self.deaths = 0  # in a row
 
     @property
@@ -186,26 +194,19 @@ class RemoteActor:
 
     @property
     def has_room(self) -> bool:
-        alone = self.kept or any(hand.batch.lonely for hand in self.in_hand.values())
+        alone = any(hand.batch.lonely for hand in self.in_hand.values())
         return self.ready is not None and not alone and len(self.in_hand) < IN_HAND
 
+    @property
+    def idle(self) -> bool:
+        return not self.in_hand
+
+    @property
+    def place(self) -> str:
+        return f"actor {self.number}"
+
     def start(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
-        if batch.lonely and self.in_hand:
-            self.kept = batch, ahead
-        else:
-            self.send(self, batch, ahead)
-
-
-@dataclasses.dataclass
-class Hand:
-    """A batch that an actor has."""
-
-    batch: Batch
-    aside: Path
-    settled: set[int] = dataclasses.field(default_factory=set)
-
-    def left(self) -> tuple[Task, ...]:
-        return tuple(task for task in self.batch.tasks if task.id not in self.settled)
+        self.send(self, batch, ahead)
 
 
 class Actors:
@@ -217,7 +218,7 @@ class Actors:
         self.found: deque[Outcome] = deque()
         self.batches = 0
         self.members: list[RemoteActor] = []
-        self.places: list[Any] = []  # of actors that make a clip together
+        self.groups: list[Any] = []  # places in the cluster of actors that make a clip together
         self.ray, self.own = _connected(address)
         self.looked = self.answered = time.monotonic()
         try:
@@ -239,14 +240,14 @@ class Actors:
             has = f"{there.get(each, 0):g} {each}s in the cluster"
             raise wrong("gpus_per_clip", size, f"a divisor of the actors, {count}, for which there are {has}")
         kind = self.ray.remote(Actor)
-        options = {**asks, "max_restarts": -1, "max_concurrency": IN_HAND + 2}
+        options = {**asks, "max_restarts": -1, "max_concurrency": IN_HAND + 4}
         arguments = setup, folder, self.scratch, token, __version__
         for number in range(count // size):
             where: Any = "SPREAD"
             if size > 1:
                 bundle = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
-                self.places.append(self.ray.util.placement_group([bundle] * size, strategy="PACK"))
-                where = _at(self.places[-1], 0)
+                self.groups.append(self.ray.util.placement_group([bundle] * size, strategy="PACK"))
+                where = _at(self.groups[-1], 0)
             handle = kind.options(**options, scheduling_strategy=where).remote(*arguments)
             self.members.append(RemoteActor(number, handle, self._send))
         for actor in self.members:
@@ -258,7 +259,11 @@ class Actors:
 
     @property
     def busy(self) -> bool:
-        return bool(self.found) or any(actor.in_hand or actor.kept for actor in self.members)
+        return bool(self.found) or any(actor.in_hand for actor in self.members)
+
+    @property
+    def places(self) -> int:
+        return sum(actor.ready is not None for actor in self.members)
 
     def free(self) -> RemoteActor | None:
         able = [actor for actor in self.members if actor.has_room]
@@ -276,6 +281,7 @@ class Actors:
         self._look_whether_gone()
         awaited: dict[Any, tuple[RemoteActor, Hand | None]] = {}
         awaited |= {actor.hello: (actor, None) for actor in self.members if actor.hello}
+        self._look_whether_loaded()
         awaited |= {stream: (actor, hand) for actor in self.members for stream, hand in actor.in_hand.items()}
         if awaited and not self.found:
             for stream in self.ray.wait(list(awaited), num_returns=1, timeout=seconds)[0]:
@@ -288,6 +294,39 @@ class Actors:
             time.sleep(seconds)
         return self.found.popleft() if self.found else None
 
+    def progress(self) -> list[Progress]:
+        """What actors have said last, and the time since: one that hangs says nothing."""
+        for actor in self.members:
+            if actor.said is not None and self.ray.wait([actor.said], timeout=0)[0]:
+                said, actor.said = actor.said, None
+                with contextlib.suppress(self.ray.exceptions.RayError):  # that it died is heard by its batches
+                    for hand in actor.in_hand.values():
+                        hand.hear(self.ray.get(said))
+            if actor.said is None and actor.ready and actor.in_hand:
+                actor.said, actor.asked = actor.handle.progress.remote(), time.monotonic()
+            elif actor.said is not None and (why := silent(list(actor.in_hand.values()), actor.asked)):
+                self._kill(actor, again=True)
+                for stream in list(actor.in_hand):
+                    self._died(actor, stream, why)
+        hands = [list(actor.in_hand.values()) for actor in self.members]
+        return [hand.progress(alone=len(several) == 1) for several in hands for hand in several]
+
+    def expire(self, batch: Batch, why: str) -> None:
+        for actor in self.members:
+            if any(hand.batch == batch for hand in actor.in_hand.values()):
+                actor.handle.expire.remote(batch, why)
+
+    def replace(self, batch: Batch, why: str) -> None:
+        """The actor that has it is killed, and Ray begins it again."""
+        for actor in self.members:
+            if any(hand.batch == batch for hand in actor.in_hand.values()):
+                self._kill(actor, again=True)
+                for stream, hand in list(actor.in_hand.items()):
+                    left = self._put_down(actor, stream)
+                    self.found.append(Expired(left, why) if hand.batch == batch else Stopped(left))
+                actor.ready = actor.said = None
+                self._greet(actor)
+
     def close(self, seconds: float) -> None:
         """No actor is left, and this process is no part of the cluster any more, if it was not before."""
         if self.members:
@@ -299,9 +338,9 @@ class Actors:
                 with contextlib.suppress(self.ray.exceptions.RayError, StopIteration):
                     while time.monotonic() < until and self.ray.wait([stream], timeout=until - time.monotonic())[0]:
                         self.ray.get(next(stream))
-        for place in self.places:
+        for place in self.groups:
             self.ray.util.remove_placement_group(place)
-        self.members, self.places = [], []
+        self.members, self.groups = [], []
         self.own.close()
 
     # Batches
@@ -313,23 +352,12 @@ class Actors:
         stream = actor.handle.render.options(num_returns="streaming").remote(batch, ahead, aside)
         actor.in_hand[stream] = Hand(batch, aside)
 
-    def _send_kept(self, actor: RemoteActor) -> None:
-        if actor.kept and not actor.in_hand:
-            (batch, ahead), actor.kept = actor.kept, None
-            self._send(actor, batch, ahead)
-
-    def _put_kept_down(self, actor: RemoteActor) -> None:
-        if actor.kept:
-            self.found.append(Stopped(actor.kept[0].tasks))
-            actor.kept = None
-
     def _heard(self, actor: RemoteActor, stream: Any, hand: Hand) -> None:
         """What an actor says of a batch, or Ray of the actor."""
         try:
             outcome: Outcome = self.ray.get(next(stream))
         except StopIteration:
             self._put_down(actor, stream)
-            self._send_kept(actor)
             return
         except self.ray.exceptions.RayActorError as error:
             self._died(actor, stream, _reason(error))
@@ -352,14 +380,15 @@ class Actors:
 
     def _put_down(self, actor: RemoteActor, stream: Any) -> tuple[Task, ...]:
         hand = actor.in_hand.pop(stream)
-        shutil.rmtree(hand.aside, ignore_errors=True)
+        if hand.aside is not None:
+            shutil.rmtree(hand.aside, ignore_errors=True)
         return hand.left()
 
     def _died(self, actor: RemoteActor, stream: Any, why: str) -> None:
         """Every stream of a dead actor ends so. Ray starts it again, and it loads the model again."""
         left = self._put_down(actor, stream)
         if left:
-            self.found.append(Died(left, f"actor {actor.number}: {why}"))
+            self.found.append(Died(left, f"actor {actor.number}: {why}", actor.place))
         if actor.ready is None:
             return  # known already
         actor.ready = None
@@ -375,7 +404,7 @@ class Actors:
     # Actors
 
     def _greet(self, actor: RemoteActor) -> None:
-        actor.loading = False
+        actor.loading, actor.greeted = False, time.monotonic()
         actor.hello = actor.handle.hello.options(max_task_retries=-1).remote()
 
     def _kill(self, actor: RemoteActor, *, again: bool = False) -> None:
@@ -390,11 +419,10 @@ class Actors:
             (self._again if actor.loading else self._lost)(actor, _reason(error))
             return
         if said is None:
-            actor.hello, actor.loading = actor.handle.load.remote(), True
+            actor.hello, actor.loading, actor.greeted = actor.handle.load.remote(), True, time.monotonic()
         elif isinstance(said, Ready):
             actor.ready = said
             self.tell("joined", **actor.where)
-            self._send_kept(actor)
         elif said.ours:
             self.found.append(Stopped((), SettingsError(said.why)))
         else:
@@ -404,8 +432,7 @@ class Actors:
         """An actor that does not come back."""
         self._kill(actor)
         self.tell("lost", actor=actor.number, why=why)
-        actor.hello = actor.ready = None
-        self._put_kept_down(actor)
+        actor.hello = actor.ready = actor.said = None
         if all(other.hello is None and other.ready is None for other in self.members):
             self.found.append(Stopped((), DeviceError(f"no actor is left, the last one because: {why}; {KEPT}")))
 
@@ -414,7 +441,12 @@ class Actors:
         for actor in self.members:
             if actor.ready:
                 actor.handle.stop.remote()
-            self._put_kept_down(actor)
+
+    def _look_whether_loaded(self) -> None:
+        for actor in self.members:
+            if actor.loading and time.monotonic() - actor.greeted > LOADING:
+                self._kill(actor, again=True)
+                self._again(actor, f"the model was not loaded after {LOADING:g} s")
 
     def _look_whether_gone(self) -> None:
         """Ray waits for a cluster to come back, and ends the process when it does not: say why before that."""
@@ -428,7 +460,6 @@ class Actors:
             for actor in self.members:
                 for stream in list(actor.in_hand):
                     self.found.append(Stopped(self._put_down(actor, stream)))
-                self._put_kept_down(actor)
             self.members = []
             why = f"the Ray cluster at {address} does not answer any more; {KEPT}"
             self.found.append(Stopped((), DeviceError(why)))

@@ -12,7 +12,8 @@ import torch
 from stgfast.errors import SettingsError
 from stgfast.installed import installed_on
 from stgfast.integrations.spec import EACH
-from stgfast.render.jobs import Bad, Job, checked, read_image
+from stgfast.queue.job import Job, read_image
+from stgfast.queue.readers import Bad, checked
 
 if TYPE_CHECKING:
     from stgfast.render.models import Model

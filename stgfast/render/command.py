@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
-import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from stgfast.render.screen import Screen
 
 DONE, SOME, WRONG, DISK, DEVICE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
@@ -74,6 +75,19 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-batch", type=int, default=8, help="clips that are rendered at once at most")
     parser.add_argument("--skip-bad", action="store_true", help="go on without jobs that are wrong")
     parser.add_argument("--retry-failed", action="store_true", help="try jobs again that failed in an earlier run")
+    parser.add_argument(
+        "--retries", type=int, default=2, metavar="N", help="of a job that a process died of; 2 where left out"
+    )
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="for a clip; else many times what others of its shape took"
+    )
+    parser.add_argument("--wait", action="store_true", help="stay when all is done, for jobs that stgfast add brings")
+    parser.add_argument("--verify", action="store_true", help="read clips that are done, and render broken ones again")
+    parser.add_argument(
+        "--same-process",
+        action="store_true",
+        help="render in the command's own process, which nothing replaces where it hangs or dies",
+    )
     parser.add_argument("--plan", action="store_true", help="check and list the jobs, and render nothing")
     parser.add_argument(
         "--vae-tiling", action="store_true", help="decode in tiles, for memory: not quite the same pixels"
@@ -101,14 +115,52 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help="say everything as lines of JSON")
 
 
+def run_render(arguments: argparse.Namespace) -> int:
+    """As `run`, in a process of its own: what still computes after a second interruption ends with it."""
+    if arguments.quiet or arguments.json:
+        from stgfast.render.loading import without_bars
+
+        without_bars()
+    code = run(arguments)
+    if code == INTERRUPTED:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, AttributeError):
+                stream.flush()
+        os._exit(code)
+    return code
+
+
+run_sweep = run_render
+
+
 def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
     """The command, from its arguments to its exit code."""
+    from stgfast.render.screen import Screen
+
+    screen = Screen(
+        arguments.command if "command" in arguments else "render",
+        stdout or sys.stdout,
+        stderr or sys.stderr,
+        quiet=arguments.quiet,
+        as_json=arguments.json,
+    )
+    try:
+        code = _run(arguments, screen)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    finally:
+        screen.close()
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first one alone reports
+        screen.ended(code)
+    return code
+
+
+def _run(arguments: argparse.Namespace, screen: Screen) -> int:
     from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError
+    from stgfast.queue.state import StoreError
     from stgfast.render.run import BadJobs, render
-    from stgfast.render.store import StoreError
     from stgfast.render.together import follows
 
-    screen = Screen(stdout or sys.stdout, stderr or sys.stderr, quiet=arguments.quiet, as_json=arguments.json)
     try:
         report = render(
             arguments.model,
@@ -121,6 +173,10 @@ def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Tex
             max_batch=arguments.max_batch,
             skip_bad=arguments.skip_bad,
             retry_failed=arguments.retry_failed,
+            retries=arguments.retries,
+            timeout=arguments.timeout,
+            wait=arguments.wait,
+            verify=arguments.verify,
             dtype=arguments.dtype,
             device=arguments.device,
             offload=arguments.offload,
@@ -132,13 +188,11 @@ def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Tex
             ray=arguments.ray,
             actors=arguments.actors,
             gpus_per_clip=arguments.gpus_per_clip,
+            same_process=arguments.same_process,
+            bars=not (arguments.quiet or arguments.json),
             listener=screen.show,
             plan_only=arguments.plan,
         )
-        if arguments.plan:
-            screen.listing(arguments.out)
-            return SOME if report.bad else DONE
-        return report.code
     except BadJobs as error:
         screen.error(
             f"{error.count} bad line{'s' * (error.count > 1)}; nothing was rendered (--skip-bad goes on without)"
@@ -148,13 +202,10 @@ def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Tex
         if not follows() or isinstance(error, (LoadError, DeviceError)):
             screen.error(str(error))
         return DISK if isinstance(error, StoreError) else DEVICE if isinstance(error, DeviceError) else WRONG
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    finally:
-        screen.close()
+    return (SOME if report.bad else DONE) if arguments.plan else report.code
 
 
-def jobs_of(arguments: argparse.Namespace) -> Path | list[dict[str, Any]]:
+def jobs_of(arguments: argparse.Namespace) -> Path | list[dict[str, Any]] | None:
     """The file of jobs, or the jobs that the arguments say."""
     from stgfast.errors import SettingsError, wrong
     from stgfast.render.sweep import sweep
@@ -175,16 +226,29 @@ def jobs_of(arguments: argparse.Namespace) -> Path | list[dict[str, Any]]:
             **more,
         )
         return [job.to_dict() for job in jobs]
-    if (arguments.jobs is None) == (arguments.source is None):
+    if arguments.jobs is not None and arguments.source is not None:
         raise SettingsError("jobs: expected a job file, or --from with a clip, and not both")
-    given: Path = arguments.jobs
-    return given if arguments.source is None else [repeated(arguments.source)]
+    if arguments.source is not None:
+        return [repeated(arguments.source)]
+    if arguments.jobs is None and not (arguments.wait or _has_added(arguments.out)):
+        raise SettingsError("jobs: expected a job file, --from with a clip, or --wait for jobs that are added")
+    return arguments.jobs  # type: ignore[no-any-return]
+
+
+def _has_added(out: Path) -> bool:
+    """Whether the folder has jobs that `stgfast add` put there."""
+    from stgfast.queue.desk import Desk
+
+    if not (out / ".stgfast" / "jobs.db").is_file():
+        return False
+    with Desk(out) as desk:
+        return desk.has_added()
 
 
 def prompts_of(given: list[str]) -> list[str]:
     """Prompts as they are given, or those of a file."""
     from stgfast.errors import SettingsError
-    from stgfast.render.jobs import Bad, read
+    from stgfast.queue.readers import Bad, read
 
     if len(given) > 1 or not given[0].lower().endswith(".txt"):
         return given
@@ -193,8 +257,6 @@ def prompts_of(given: list[str]) -> list[str]:
         if isinstance(line, Bad):
             raise SettingsError(f"line {line.number}: {line.why}")
         found += [job.prompt for job in line.jobs]
-    if not found:
-        raise SettingsError(f"prompts: got {given[0]!r} with none, expected one in each line")
     return found
 
 
@@ -212,7 +274,7 @@ def repeated(clip: Path) -> dict[str, Any]:
 def defaults_of(given: Iterable[str]) -> dict[str, Any]:
     """`FIELD=VALUE`, where a value that is no JSON is text."""
     from stgfast.errors import wrong
-    from stgfast.render.jobs import parse_json
+    from stgfast.queue.job import parse_json
 
     defaults: dict[str, Any] = {}
     for one in given:
@@ -224,105 +286,3 @@ def defaults_of(given: Iterable[str]) -> dict[str, Any]:
         except ValueError:
             defaults[name] = text
     return defaults
-
-
-class Screen:
-    """What a person, or a machine, sees of a run."""
-
-    def __init__(self, stdout: TextIO, stderr: TextIO, *, quiet: bool, as_json: bool):
-        self.stdout, self.stderr, self.quiet, self.as_json = stdout, stderr, quiet, as_json
-        self.bar: Any = None
-
-    def show(self, event: dict[str, Any]) -> None:
-        if self.as_json:
-            self._line(self.stdout, json.dumps({"time": round(time.time(), 3), **event}))
-            return
-        said = TOLD.get(event["event"])
-        if event["event"] in ("done", "failed"):
-            self._progress(event)
-        if said is not None and (not self.quiet or event["event"] in ("bad", "failed")):
-            self._line(self.stderr, said.format_map(event))
-
-    def error(self, text: str) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            if self.as_json:
-                self._line(self.stdout, json.dumps({"time": round(time.time(), 3), "event": "error", "error": text}))
-            else:
-                self._line(self.stderr, f"stgfast render: {text}")
-
-    def listing(self, out: Path) -> None:
-        """Every job, one line each."""
-        from stgfast.render.store import Store
-
-        with contextlib.suppress(BrokenPipeError), Store(out) as store:
-            for row in store.rows(every=True):
-                if self.as_json:
-                    line = json.dumps({"file": row.file, "status": row.status, "job": row.job.to_dict()})
-                else:
-                    line = f"{row.status:10} {row.file}"
-                self._line(self.stdout, line)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def _progress(self, event: dict[str, Any]) -> None:
-        if self.quiet:
-            return
-        if self.bar is None:
-            from tqdm import tqdm
-
-            before = event["finished"] - 1
-            self.bar = tqdm(total=event["total"], initial=before, unit="clip", file=self.stderr, dynamic_ncols=True)
-        self.bar.update(event["finished"] - self.bar.n)
-
-    def _line(self, stream: TextIO, text: str) -> None:
-        # Prompts and names come from job files: nothing in them is a command to the terminal.
-        text = "".join(c if c.isprintable() else "\ufffd" for c in text)
-        if self.bar is not None and not self.as_json:
-            self.bar.clear()
-        try:
-            stream.write(text + "\n")
-            stream.flush()
-        except BrokenPipeError:
-            # Nobody reads it any more. What is written after this, or at the end of the process, goes nowhere.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            raise
-
-
-TOLD = {
-    "bad": "line {line}: {error}",
-    "recovered": "{jobs} clips were in hand when an earlier run died; they are rendered again",
-    "planned": "{pending} clips to render, {done} done, {failed} failed earlier",
-    "loading": "loading {model}",
-    "asking": "loading {model} on {actors} {each} of Ray",
-    "joined": "actor {actor}: ready on {node}, {device}",
-    "died": "{files}: again, as who rendered them died: {why}",
-    "lost": "actor {actor} does not come back: {why}",
-    "failed": "{file}: {error}",
-    "again": "{files}: again, smaller or apart: {why}",
-    "page": "the page about the folder could not be written: {error}",
-    "stopping": "{why}: finishing what is in hand",
-    "ended": "{rendered} rendered in {seconds:.1f} s; {done} done, {failed} failed, {waiting} waiting, {bad} bad lines",
-}
-
-
-def main(arguments: argparse.Namespace) -> int:
-    """As `run`, in a process of its own: what still computes after a second interruption ends with it."""
-    if arguments.quiet or arguments.json:
-        _without_bars()
-    code = run(arguments)
-    if code == INTERRUPTED:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
-
-
-def _without_bars() -> None:
-    """Of the libraries that load a model."""
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.disable_progress_bar()

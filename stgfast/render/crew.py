@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from stgfast.render.batches import Batch
+from stgfast.queue.batches import Batch
 from stgfast.render.files import Form
 from stgfast.render.loading import TEXT, USUAL, Loading
 from stgfast.render.models import Model
-from stgfast.render.worker import Others, Outcome, Prompt, Worker
+from stgfast.render.worker import Others, Outcome, Progress, Prompt, Worker
 
 
 class Seat(Protocol):
@@ -25,6 +25,14 @@ class Seat(Protocol):
     @property
     def where(self) -> dict[str, Any]:
         """What the listener is told of it."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has no batch in hand."""
+
+    @property
+    def place(self) -> str:
+        """Which of several it is: a job that a process died of goes to another one."""
 
     def start(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
         """Take a batch; `ahead` are prompts that come later."""
@@ -44,8 +52,21 @@ class Crew(Protocol):
     def busy(self) -> bool:
         """Whether there is an outcome to come."""
 
+    @property
+    def places(self) -> int:
+        """How many of its devices take batches."""
+
     def free(self) -> Seat | None:
         """One that takes another batch."""
+
+    def progress(self) -> list[Progress]:
+        """How far the batches in hand are."""
+
+    def expire(self, batch: Batch, why: str) -> None:
+        """A batch is put down as soon as the thread that renders it can be."""
+
+    def replace(self, batch: Batch, why: str) -> None:
+        """A batch that was not put down in time, with the process that renders it, where it has one of its own."""
 
     def outcome(self, seconds: float) -> Outcome | None:
         """What became of some jobs, if that is known within this time."""

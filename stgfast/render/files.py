@@ -6,10 +6,7 @@ A file is written aside and synced (`write`), then put in its place by one renam
 
 from __future__ import annotations
 
-import errno
 import json
-import os
-import shutil
 import wave
 import zipfile
 from collections.abc import Callable, Mapping
@@ -22,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stgfast.errors import SettingsError, wrong
+from stgfast.queue.placing import sync
 
 Frames = NDArray[np.uint8]  # (frames, height, width, 3)
 KEY = "stgfast"  # marks what a clip says as ours
@@ -50,6 +48,11 @@ class Form:
             raise wrong("fps", self.fps, "a number from 0.1 to 240")
         if isinstance(self.crf, bool) or not isinstance(self.crf, int) or not 0 <= self.crf <= 51:
             raise wrong("crf", self.crf, "a whole number from 0 to 51")
+
+    def told(self, *, with_fps: bool) -> str:
+        """In words; without frames per second where every clip has the model's own."""
+        crf = f", crf {self.crf}" if self.kind == "mp4" else ""
+        return f"{self.kind}{crf}" + (f", {self.fps:g} fps" if with_fps else "")
 
     def file(self, name: str) -> str:
         """What the output of this name is called."""
@@ -92,30 +95,6 @@ def write(path: Path, frames: Frames, form: Form, metadata: Mapping[str, Any], s
     for inner in sorted(path.iterdir()) if path.is_dir() else ():
         sync(inner)
     sync(path)
-
-
-def publish(aside: Path, final: Path) -> None:
-    """Put a written clip in its place, where nothing is yet."""
-    if os.path.lexists(final):
-        raise FileExistsError(errno.EEXIST, "a file that is not of this run is there", str(final))
-    os.rename(aside, final)
-    sync(final.parent)
-
-
-def discard(path: Path) -> None:
-    """Remove what was written aside, whatever it is and whether or not it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_mp4(path: Path, frames: Frames, form: Form, text: str, sound: Sound | None) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 from urllib.parse import quote
 
 from stgfast.pages import halves, safe
-from stgfast.render.files import sync
-from stgfast.render.store import DONE, Row
+from stgfast.queue.placing import sync
+from stgfast.queue.state import DONE
+from stgfast.queue.store import Row
 
 NAME = "index.html"
 SHOWN = ("width", "height", "num_frames", "steps", "image")

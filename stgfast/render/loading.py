@@ -18,9 +18,10 @@ from stgfast.batching.execution import AS_IT_IS, Execution
 from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError, wrong
 from stgfast.guidance import Guidance
 from stgfast.install import accelerate
-from stgfast.installed import INSTALLED, installed_on
+from stgfast.installed import INSTALLED, installed_on, original_class
+from stgfast.integrations import adapter_for
 from stgfast.recipes import Recipe
-from stgfast.render.batches import is_out_of_memory
+from stgfast.render.shortage import is_out_of_memory
 from stgfast.render.texts import encoders_of
 
 LIBRARIES = ("diffusers", "transformers")
@@ -100,9 +101,12 @@ class Loading:
     def prepared(self, pipe: Any) -> Any:
         """The pipeline, guided, and its VAE as it is asked for."""
         if not hasattr(pipe, INSTALLED) or self.compile or self.recipe or self.attention or self.ranks > 1:
+            given, adapter = given_to(pipe), adapter_for(pipe, original_class(type(pipe)))
+            if given is None and self.recipe is None and adapter.announced is None:
+                given = Guidance()  # every job says its own; the default's layers may be none of this model's
             accelerate(
                 pipe,
-                given_to(pipe),
+                given,
                 compile=self.compile,
                 attention=self.attention,
                 branches=torch.distributed.group.WORLD if self.ranks > 1 else None,
@@ -181,6 +185,15 @@ def moves(pipe: Any) -> bool:
     return grouped or any(hasattr(part, "_hf_hook") for part in parts)
 
 
+def without_bars() -> None:
+    """The libraries that load a model show no progress."""
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+
+
 def fingerprint(folder: Path) -> str:
     """What tells the files of a model from those of another, or of another version: settings whole, weights by their
     size and samples of them, since to read them all may take minutes."""
@@ -220,8 +233,9 @@ def check_folder(folder: Path) -> None:
 def read_json(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise wrong("model", str(path), f"a file with JSON ({error})") from None
+    except (OSError, ValueError, RecursionError) as error:
+        why = str(error) if not isinstance(error, RecursionError) else "too many brackets in one another"
+        raise wrong("model", str(path), f"a file with JSON ({why})") from None
     if not isinstance(found, dict):
         raise wrong("model", str(path), "a file with a JSON object")
     return found

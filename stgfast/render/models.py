@@ -7,31 +7,55 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from stgfast import toy
+from stgfast.batching.execution import AS_IT_IS
 from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
 from stgfast.guidance import Guidance
 from stgfast.install import accelerate
-from stgfast.installed import INSTALLED
+from stgfast.installed import INSTALLED, Installed, bound_call, settled
 from stgfast.integrations import ADAPTERS
 from stgfast.integrations.spec import Adapter
+from stgfast.queue.batches import stack_of
+from stgfast.queue.job import Job
 from stgfast.recipes import Recipe
-from stgfast.render.calls import FRAMES, frames_argument
-from stgfast.render.jobs import Job
+from stgfast.render.calls import FRAMES, arguments_of, frames_argument
 from stgfast.render.loading import BY_NAME, USUAL, Loading, check_folder, fingerprint, given_to, read_json, recipe_of
+from stgfast.render.skeleton import skeleton
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model that comes by a name of its own.
+
+    build     the pipeline, accelerated
+    kind      its class, of diffusers
+    guidance  that it is accelerated with
+    job       what its jobs have that do not say otherwise
+    folder    its files, where there are any
+    """
+
+    build: Callable[[], Any]
+    kind: str
+    guidance: Guidance
+    job: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 def _toy() -> Any:
     return accelerate(toy.pipeline(), toy.GUIDANCE)
 
 
-# Models that come by a name of their own: what builds the pipeline, and what their jobs have that do not say otherwise.
-NAMED: dict[str, Callable[[], Any]] = {"toy": _toy}
-DEFAULTS: dict[str, Mapping[str, Any]] = {"toy": toy.JOB}
+RATES = ("frame_rate", "fps")  # arguments of calls
+# What pipelines call how many frames their VAE makes of one.
+STEPS = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_frame_scale_factor")
+CHECKED = 10_000  # calls that are remembered
+NAMED = {"toy": Named(_toy, "LTXPipeline", toy.GUIDANCE, toy.JOB, toy.FOLDER)}
 
 
 @dataclass(frozen=True)
@@ -43,11 +67,13 @@ class Model:
     pipe: Any = None
     trusted: bool = False
     parameters: dict[str, inspect.Parameter] = field(default_factory=dict)
+    checked: set[str] = field(default_factory=set, compare=False)  # calls that nothing is wrong with
     given: Guidance | None = None  # what the pipeline that was handed over, or is built, is accelerated with
     build: Callable[[], Any] | None = None  # of a model that comes by a name of its own
     recipe: Recipe | None = None  # likewise
     revision: str = ""  # of its files: the hub's, or what tells them from others
     config: Mapping[str, Any] = field(default_factory=dict)  # of the pipeline
+    folder: Path | None = None  # of its files, where they are on this machine
 
     def __post_init__(self) -> None:
         self.parameters.update(inspect.signature(self.kind.__call__).parameters)
@@ -92,7 +118,7 @@ class Model:
 
     def defaults_with(self, recipe: Recipe | None) -> Mapping[str, Any]:
         """What its jobs have that do not say otherwise; a recipe's steps come before those."""
-        own = DEFAULTS.get(self.name, {})
+        own = NAMED[self.name].job if self.name in NAMED else {}
         return own if recipe is None else {name: value for name, value in own.items() if name != "steps"}
 
     @property
@@ -110,8 +136,25 @@ class Model:
         named = any(part in kind for part in ("ImageToVideo", "I2V", "StableVideoDiffusion", "VideoToWorld"))
         return named and "image" in self.parameters
 
-    def check(self, job: Job) -> None:
+    def check(self, job: Job, recipe: Recipe | None = None) -> None:
         """What this pipeline cannot do of a job."""
+        self._check_fields(job)
+        key = f"{stack_of(job)} {bool(job.prompt)}"
+        if key not in self.checked:  # jobs differ in prompts and seeds above all
+            self._check_values(job)
+            self._own_check(job)
+            self._check_frames(job)
+            try:
+                self._check_call(self.settled(job, recipe))
+            except SettingsError as error:
+                if job.guidance is not None or self.given is not None:
+                    raise
+                raise SettingsError(f"guidance: got none, and the default does not fit this model: {error}") from None
+            if len(self.checked) > CHECKED:
+                self.checked.clear()
+            self.checked.add(key)
+
+    def _check_fields(self, job: Job) -> None:
         kind, known = self.kind.__name__, self.parameters
         for name in ("image", "negative_prompt", "width", "height"):
             value = getattr(job, name)
@@ -122,10 +165,71 @@ class Model:
         if job.negative_prompt is None and self.adapter.clips.negative:
             raise wrong("negative_prompt", None, f"one, if an empty one: {kind} fails without")
         for name in job.pipeline:
-            if name not in known:
+            if name not in known or name in ("self", "args", "kwargs"):
                 near = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.4)) or ", ".join(known)
                 raise wrong("pipeline", name, f"an argument of {kind}, such as {near}")
-        self._own_check(job)
+
+    def _check_values(self, job: Job) -> None:
+        """That further arguments of the call are of the kind that it takes."""
+        for name, value in job.pipeline.items():
+            parameter = self.parameters[name]
+            default = parameter.default
+            if _takes_tensors_alone(parameter):
+                raise wrong("pipeline", name, "an argument that is no tensor: a job has plain values")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if isinstance(default, bool):
+                if not isinstance(value, bool):
+                    raise wrong(f"pipeline, {name}", value, "true or false")
+            elif isinstance(default, int | float) and not number and not (value is None or isinstance(value, list)):
+                raise wrong(f"pipeline, {name}", value, f"a number, such as {default}")
+            elif isinstance(default, str) and not isinstance(value, str):
+                raise wrong(f"pipeline, {name}", value, f"text, such as {default!r}")
+            if name in RATES and number and not 0.1 <= value <= 240:
+                raise wrong(f"pipeline, {name}", value, "frames in a second, from 0.1 to 240")
+
+    def _check_frames(self, job: Job) -> None:
+        """Where the VAE makes several frames of one, the first alone, and the pipeline's own number is of that form,
+        others are rounded without a word."""
+        pipe, asked = self.skeleton, job.num_frames
+        if pipe is None or asked is None:
+            return
+        step = next((value for name in STEPS if isinstance(value := getattr(pipe, name, None), int)), 1)
+        own = self.parameters[frames_argument(self.parameters)].default
+        if step > 1 and isinstance(own, int) and (own - 1) % step == 0 and (asked - 1) % step:
+            below = (asked - 1) // step * step + 1
+            raise wrong("num_frames", asked, f"{below} or {below + step}, as {self.kind.__name__} makes them")
+
+    def _check_call(self, job: Job) -> None:
+        """The engine's own check of the call."""
+        pipe = self.skeleton
+        if pipe is None:
+            return
+        installed = Installed(self.adapter, job.guidance, AS_IT_IS, None, self.kind)
+        call = arguments_of(pipe, [dataclasses.replace(job, image=None, image_sha256=None, prompt=job.prompt or " ")])
+        given = {"stg": call.pop("stg")} if "stg" in call else {}
+        bound = bound_call(installed, inspect.signature(self.kind.__call__).bind_partial, pipe, **call)
+        settled(pipe, installed, bound.arguments, given)
+
+    @functools.cached_property
+    def skeleton(self) -> Any:
+        """The pipeline without its weights, or None where that cannot be had."""
+        if self.pipe is not None:
+            return self.pipe
+        if self.folder is None and (self.build is not None or self.trusted):
+            return None
+
+        def find(file: str) -> Path | None:
+            if self.folder is not None:
+                return self.folder / file if (self.folder / file).is_file() else None
+            return _of_hub(self.name, file, self.revision)
+
+        return skeleton(self.kind, self.config, self.adapter.denoisers, find)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("skeleton", "checked")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update({**state, "checked": set()})
 
     def _own_check(self, job: Job) -> None:
         """The pipeline's own check of its arguments, as far as it can be had without the weights."""
@@ -141,7 +245,8 @@ class Model:
         taken = list(inspect.signature(checks).parameters)[1:]
         try:
             checks(
-                self.pipe or object.__new__(self.kind), **{name: value for name, value in call.items() if name in taken}
+                self.skeleton or object.__new__(self.kind),
+                **{name: value for name, value in call.items() if name in taken},
             )
         except ValueError as error:
             raise SettingsError(f"{self.kind.__name__}: {error}") from None
@@ -151,7 +256,7 @@ class Model:
 
     def fps(self, job: Job) -> float:
         """Frames in a second, as the call has them, or as the model was trained."""
-        for name in ("frame_rate", "fps"):
+        for name in RATES:
             if name in self.parameters:
                 given = job.pipeline.get(name, self.parameters[name].default)
                 if isinstance(given, (int, float)) and 0.1 <= given <= 240:
@@ -187,8 +292,10 @@ def described(model: Any, *, trust: str | None = None) -> Model:
     if trust is not None and trust != name:
         raise wrong("trust", trust, f"the name of the model, {name!r}, or none")
     if name in NAMED:
-        built = NAMED[name]()
-        return Model(name, type(built), build=NAMED[name], given=given_to(built))
+        named = NAMED[name]
+        config = {} if named.folder is None else read_json(named.folder / "model_index.json")
+        kind = getattr(diffusers, named.kind)
+        return Model(name, kind, build=named.build, given=named.guidance, config=config, folder=named.folder)
     path = Path(name)
     if path.is_dir():
         name, index = str(path.resolve()), path / "model_index.json"
@@ -206,7 +313,19 @@ def described(model: Any, *, trust: str | None = None) -> Model:
         raise wrong("class in model_index.json", declared, f"a pipeline of diffusers; {BY_NAME}")
     _check_supported(declared)
     revision = fingerprint(path) if path.is_dir() else index.parent.name  # the hub's cache has a folder for each
-    return Model(name, getattr(diffusers, declared), trusted=trust is not None, revision=revision, config=config)
+    kind, folder = getattr(diffusers, declared), path.resolve() if path.is_dir() else None
+    return Model(name, kind, trusted=trust is not None, revision=revision, config=config, folder=folder)
+
+
+def _of_hub(name: str, file: str, revision: str) -> Path | None:
+    """A small file of a model on the hub, or None where it has none of this name."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(name, file, revision=revision))
+    except (EntryNotFoundError, HfHubHTTPError, OSError):
+        return None
 
 
 def _index_of(name: str) -> Path:
@@ -233,6 +352,21 @@ def _check_graphs(pipe: Any) -> None:
     options = compilation.get("options") or {}
     if compilation.get("mode") in ("reduce-overhead", "max-autotune") or options.get("triton.cudagraphs"):
         raise wrong("compile of the pipeline", compilation, "no CUDA graphs, as with 'max-autotune-no-cudagraphs'")
+
+
+def _takes_tensors_alone(parameter: inspect.Parameter) -> bool:
+    annotation = parameter.annotation
+    words = set(re.findall(r"\w+", annotation.__name__ if isinstance(annotation, type) else str(annotation)))
+    tensors = {"Tensor", "FloatTensor", "LongTensor"}
+    return bool(words & tensors) and words <= tensors | {
+        "torch",
+        "None",
+        "NoneType",
+        "list",
+        "List",
+        "Optional",
+        "Union",
+    } | {"typing"}
 
 
 @functools.cache

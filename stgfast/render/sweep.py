@@ -8,7 +8,7 @@ from typing import Any
 from stgfast.guidance import Guidance
 from stgfast.kinds import RESIDUAL
 from stgfast.perturbation import Perturbation
-from stgfast.render.jobs import Job
+from stgfast.queue.job import Job
 
 
 def sweep(

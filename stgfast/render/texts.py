@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 MEMORY = 256 << 20  # bytes of encoded prompts that stay in memory; more go to disk
+DISK = 4 << 30  # bytes of them on disk; what is more is forgotten, and encoded again where it is needed again
 TEXTS = ("prompt", "negative_prompt")  # of which one by itself is the same as a list of it
 Encoded = tuple[Tensor | None, ...]
 
@@ -44,14 +45,22 @@ class Texts:
         parts: Mapping[str, nn.Module] | None = None,
         ahead: Callable[[], list[tuple[str, str | None]]] = list,
         memory: int = MEMORY,
+        disk: int = DISK,
     ):
-        self.folder, self.device, self.parts, self.ahead, self.memory = folder, device, parts or {}, ahead, memory
-        self.known: OrderedDict[str, Encoded | None] = OrderedDict()  # None: it is on disk
+        self.folder, self.device, self.parts, self.ahead = folder, device, parts or {}, ahead
+        self.memory, self.disk = memory, disk
+        self.known: OrderedDict[str, Encoded] = OrderedDict()
+        self.spilled: OrderedDict[str, int] = OrderedDict()  # bytes of each on disk
         self.size = 0
         self.lock = threading.Lock()
         self.last: dict[str, Last] = {}
         for part in self.parts.values():
             part.to("cpu")
+
+    def anew(self) -> Texts:
+        """One like it that knows nothing, for where this one is held by a thread that does not go on."""
+        folder = self.folder.with_name(f"{self.folder.name}+")
+        return Texts(folder, self.device, parts=self.parts, ahead=self.ahead, memory=self.memory, disk=self.disk)
 
     def encoding(self, pipe: Any, count: int) -> Callable[..., Any]:
         """Stands in for `pipe.encode_prompt` in calls for the same `count` prompts, which are looked up once."""
@@ -81,7 +90,8 @@ class Texts:
 
     def _encoded(self, pipe: Any, given: dict[str, Any]) -> Any:
         key = _key(given)
-        if key not in self.known:
+        encoded = self._look_up(key)
+        if encoded is None:
             # What is read with an image is read for its own clip alone.
             others = [_with(given, *texts) for texts in self.ahead()] if self.parts and "image" not in given else []
             with self._reader(pipe) as reader:
@@ -91,9 +101,9 @@ class Texts:
                 self._keep(key, encoded)
                 for other in others:
                     theirs = _key(other)
-                    if theirs not in self.known:
+                    if theirs not in self.known and theirs not in self.spilled:
                         self._keep(theirs, type(pipe).encode_prompt(reader, **other))
-        return tuple(None if part is None else part.to(self.device) for part in self._look_up(key))
+        return tuple(None if part is None else part.to(self.device) for part in encoded)
 
     @contextmanager
     def _reader(self, pipe: Any) -> Iterator[Any]:
@@ -117,33 +127,48 @@ class Texts:
         self.known[key] = kept = tuple(None if part is None else part.detach().cpu() for part in encoded)
         self.size += _bytes(kept)
         while self.size > self.memory:
-            oldest = next((k for k, v in self.known.items() if v is not None and k != key), None)
-            if oldest is None:
+            oldest = next(iter(self.known))
+            if oldest == key:
                 return
             self._spill(oldest)
 
     def _spill(self, key: str) -> None:
-        from safetensors.torch import save_file
+        """From memory to disk. Where the disk is full, it is forgotten: that is no fault of the job at hand."""
+        from safetensors.torch import save
 
-        self.folder.mkdir(exist_ok=True)
-        encoded = self.known[key]
-        assert encoded is not None
-        parts = {str(place): part.contiguous() for place, part in enumerate(encoded) if part is not None}
-        save_file(parts, self.folder / key, {"parts": str(len(encoded))})
+        encoded = self.known.pop(key)
         self.size -= _bytes(encoded)
-        self.known[key] = None
+        parts = {str(place): part.contiguous() for place, part in enumerate(encoded) if part is not None}
+        data = save(parts, {"parts": str(len(encoded))})
+        path = self.folder / key
+        try:
+            self.folder.mkdir(exist_ok=True)
+            path.write_bytes(data)
+        except OSError:
+            path.unlink(missing_ok=True)
+            return
+        self.spilled[key] = len(data)
+        while sum(self.spilled.values()) > self.disk:
+            oldest, _ = self.spilled.popitem(last=False)
+            (self.folder / oldest).unlink(missing_ok=True)
 
-    def _look_up(self, key: str) -> Encoded:
-        from safetensors import safe_open
+    def _look_up(self, key: str) -> Encoded | None:
+        from safetensors import SafetensorError, safe_open
 
-        encoded = self.known[key]
-        if encoded is not None:
+        if key in self.known:
             self.known.move_to_end(key)
-            return encoded
-        with safe_open(self.folder / key, "pt") as file:
-            there = set(file.keys())
-            count = int(file.metadata()["parts"])
-            return tuple(file.get_tensor(str(n)) if str(n) in there else None for n in range(count))
+            return self.known[key]
+        if key not in self.spilled:
+            return None
+        self.spilled.move_to_end(key)
+        try:
+            with safe_open(self.folder / key, "pt") as file:
+                there = set(file.keys())
+                count = int(file.metadata()["parts"])
+                return tuple(file.get_tensor(str(n)) if str(n) in there else None for n in range(count))
+        except (OSError, SafetensorError):  # somebody cleared the folder
+            del self.spilled[key]
+            return None
 
 
 class Last:
@@ -239,5 +264,5 @@ def _together(each: list[Any]) -> Any:
     return tuple(None if parts[0] is None else torch.cat(parts) for parts in columns)
 
 
-def _bytes(encoded: Encoded | None) -> int:
-    return sum(part.nbytes for part in encoded or () if part is not None)
+def _bytes(encoded: Encoded) -> int:
+    return sum(part.nbytes for part in encoded if part is not None)

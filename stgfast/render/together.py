@@ -19,8 +19,8 @@ from uuid import uuid4
 import torch.distributed as dist
 
 from stgfast.errors import wrong
+from stgfast.queue.batches import Batch
 from stgfast.ranks.wire import joined
-from stgfast.render.batches import Batch
 from stgfast.render.crew import Setup
 from stgfast.render.loading import execution_of
 from stgfast.render.models import Model

@@ -15,7 +15,9 @@ are stood in for.
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
+import functools
 import queue
 import threading
 import time
@@ -31,15 +33,18 @@ from torch import Tensor, nn
 
 from stgfast.errors import DeviceError
 from stgfast.installed import installed_on
+from stgfast.queue.batches import Batch, Task
+from stgfast.queue.job import Job
+from stgfast.queue.placing import discard
 from stgfast.ranks.wire import Ranks
-from stgfast.render.batches import Batch, Task, free, is_out_of_memory
 from stgfast.render.calls import arguments_of
-from stgfast.render.files import Form, discard, heard, pixels, write
-from stgfast.render.jobs import Job
+from stgfast.render.files import Form, heard, pixels, write
 from stgfast.render.loading import moves
+from stgfast.render.shortage import free, is_out_of_memory
 from stgfast.render.texts import NotStackable, Texts, encoders_of
 from stgfast.version import __version__
 
+ABANDONED = 3  # batches that cannot be put down, after which it is the device
 LESS = " (offload, vae_tiling or a smaller clip take less)"
 TEXT, DENOISER, DECODER, WRITER = STAGES = ("text", "denoise", "decode", "write")
 
@@ -51,6 +56,7 @@ class Written:
     task: Task
     path: Path
     seconds: dict[str, float]
+    remark: str = ""  # what is strange about it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,11 +94,36 @@ class Stopped:
 
 
 @dataclasses.dataclass(frozen=True)
+class Expired:
+    """Jobs of a batch that took longer than it may, or that is not wanted any more."""
+
+    tasks: tuple[Task, ...]
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Died:
     """Jobs that were in hand when the process that rendered them ended."""
 
     tasks: tuple[Task, ...]
     why: str
+    place: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a batch is.
+
+    seconds  that it has computed, without those in which it waited for other batches
+    quiet    seconds since there was a sign of it: a step, or the beginning of a stage
+    """
+
+    batch: Batch
+    stage: str
+    step: int
+    steps: int
+    seconds: float
+    quiet: float
 
 
 class Clip(NamedTuple):
@@ -112,12 +143,16 @@ class Others(Protocol):
         """They make the calls of this batch, too."""
 
 
-Outcome = Written | Failed | Again | Stopped | Died
+Outcome = Written | Failed | Again | Stopped | Expired | Died
 Prompt = tuple[str, str | None]  # and the negative one
 
 
 class Stopping(Exception):
     """Thrown where a batch in hand is to be put down."""
+
+
+class Overdue(BaseException):
+    """Thrown into the thread of a batch that took too long. No library takes it for an error of its own."""
 
 
 class Worker:
@@ -153,6 +188,7 @@ class Worker:
         self.ahead: Sequence[Prompt] = ()
         self.texts = Texts(scratch / "texts", self.device, parts=encoders, ahead=self._to_come)
         self.stopping = self.aborting = False
+        self.abandoned = 0
         self.alike = True
         self.in_hand: dict[threading.Thread, BatchRun] = {}
         self.streams: list[Any] = []
@@ -183,8 +219,21 @@ class Worker:
     def where(self) -> dict[str, Any]:
         return {"device": self.device_name}
 
+    @property
+    def idle(self) -> bool:
+        return not self.in_hand
+
+    @property
+    def place(self) -> str:
+        return ""
+
+    @property
+    def places(self) -> int:
+        return 1
+
     def free(self) -> Worker | None:
-        return self if len(self.in_hand) < len(STAGES) else None  # one in every stage
+        alone = any(run.batch.lonely for run in list(self.in_hand.values()))
+        return self if not alone and len(self.in_hand) < len(STAGES) else None  # one in every stage
 
     def outcome(self, seconds: float) -> Outcome | None:
         try:
@@ -238,6 +287,34 @@ class Worker:
         """What ends the run, where a process has gone that makes clips with this one."""
         return DeviceError(self.others.ranks.lost) if self.others is not None and self.others.ranks.lost else None
 
+    def progress(self) -> list[Progress]:
+        return [run.progress() for run in list(self.in_hand.values())]
+
+    def expire(self, batch: Batch, why: str) -> None:
+        """A batch is put down where it can be: at its next step, or at the next line of Python."""
+        for thread, run in list(self.in_hand.items()):
+            if run.batch == batch and not run.expired:
+                run.expired = why
+                run.interrupt()
+                if thread.ident is not None:
+                    asynchronously = ctypes.pythonapi.PyThreadState_SetAsyncExc
+                    asynchronously(ctypes.c_ulong(thread.ident), ctypes.py_object(Overdue))
+
+    def replace(self, batch: Batch, why: str) -> None:
+        """A batch that could not be put down is left to its thread, which others do not wait for any more."""
+        for thread, run in list(self.in_hand.items()):
+            if run.batch == batch:
+                del self.in_hand[thread]
+                left, run.abandoned = run.left(), True
+                if TEXT in run.held:  # with a lock of its own
+                    self.texts = self.texts.anew()
+                run.leave()
+                self.abandoned += 1
+                self.outcomes.put(Expired(left, why))
+                if self.abandoned >= ABANDONED:
+                    error = DeviceError(f"{ABANDONED} batches could not be ended, the last one after: {why}")
+                    self.outcomes.put(Stopped((), error))
+
     def stop(self) -> None:
         """Batches that do not denoise yet are put down; the others are finished."""
         self.stopping = True
@@ -277,17 +354,21 @@ class Worker:
 
     def _run(self, run: BatchRun) -> None:
         for outcome in self._through(run):
+            if run.abandoned:  # what became of its jobs was said
+                return
             self.outcomes.put(outcome)
 
     def _through(self, run: BatchRun) -> Iterator[Outcome]:
         try:
             yield from run.outcomes()
+        except GeneratorExit:
+            raise
         except BaseException as error:  # which the run has to hear of, whatever it is
-            yield Stopped(run.left(), error)
+            yield Expired(run.left(), run.expired) if run.expired else Stopped(run.left(), error)
         finally:
             run.leave()
             run.close()
-            del self.in_hand[threading.current_thread()]
+            self.in_hand.pop(threading.current_thread(), None)
 
 
 class BatchRun:
@@ -300,6 +381,10 @@ class BatchRun:
         self.settled: set[int] = set()
         self.errors: dict[int, BaseException] = {}  # of the decoder, by the clip's place in the batch
         self.started = self.decoding = 0.0  # when the denoiser was entered, and the decoder
+        self.expired = ""  # why it is to be put down
+        self.abandoned = False  # it was not put down in time
+        self.clock = Clock()
+        self.step = self.steps = 0
         self.pipe: Any = self._copy()
 
     def outcomes(self) -> Iterator[Outcome]:
@@ -308,6 +393,11 @@ class BatchRun:
             tasks = (outcome.task,) if isinstance(outcome, (Written, Failed)) else outcome.tasks
             self.settled |= {task.id for task in tasks}
             yield outcome
+
+    def progress(self) -> Progress:
+        stage = self.held[-1] if self.held else ""
+        clock = self.clock
+        return Progress(self.batch, stage, self.step, self.steps, clock.seconds, clock.quiet)
 
     def interrupt(self) -> None:
         """Denoising, where it is, has no further steps."""
@@ -328,7 +418,7 @@ class BatchRun:
                 clips = self.clips(alone)
                 break
             except Stopping:
-                yield Stopped(tasks)
+                yield Expired(tasks, self.expired) if self.expired else Stopped(tasks)
                 return
             except NotStackable as error:
                 yield Again(tasks, str(error), apart=True)
@@ -354,7 +444,10 @@ class BatchRun:
 
     def _after(self, error: Exception) -> Outcome:
         """What becomes of the jobs after an error of their call."""
-        tasks, broken = self.batch.tasks, self._broken()
+        tasks = self.batch.tasks
+        if self.expired:
+            return Expired(tasks, self.expired)
+        broken = self._broken()
         if broken is not None:
             return Stopped(tasks, broken)
         if self.worker.others is not None and self.worker.aborting:  # the others go on to where this process stopped
@@ -419,6 +512,8 @@ class BatchRun:
             if self.worker.aborting:
                 yield Stopped(self.left())
                 return
+            if self.expired:
+                raise Stopping
             try:
                 started = time.monotonic()
                 discard(path)
@@ -443,12 +538,34 @@ class BatchRun:
     def _copy(self) -> Any:
         pipe = copy.copy(self.worker.pipe)
         parts = vars(pipe)
-        parts["scheduler"] = copy.deepcopy(pipe.scheduler)
+        parts["scheduler"] = self._counting(copy.deepcopy(pipe.scheduler))
         pipe.set_progress_bar_config(disable=True)
         if isinstance(getattr(pipe, "vae", None), nn.Module):
             parts["vae"] = copy.copy(pipe.vae)  # the same weights; what a decoder keeps between calls is its own
             vars(parts["vae"])["decode"] = self._decode_with(parts["vae"].decode)
         return pipe
+
+    def _counting(self, scheduler: Any) -> Any:
+        """The scheduler, whose every step is a sign of the batch, and the place where it can be put down."""
+        step = getattr(type(scheduler), "step", None)
+        if step is None:
+            return scheduler
+        self.step = 0
+
+        @functools.wraps(step)
+        def counted(own: Any, *args: Any, **kwargs: Any) -> Any:
+            if self.worker.aborting or self.expired:
+                raise Stopping
+            made = step(own, *args, **kwargs)
+            if own is scheduler:  # some pipelines make a copy of it, for sound
+                self.step, self.steps = self.step + 1, len(scheduler.timesteps)
+            self.clock.sign()
+            return made
+
+        kind = type(scheduler)
+        named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+        scheduler.__class__ = type(kind.__name__, (kind,), {**named, "step": counted})
+        return scheduler
 
     def _rehearse(self) -> None:
         """Make the call up to its latents: what is wrong with it is known, and its prompts are encoded."""
@@ -466,7 +583,7 @@ class BatchRun:
         try:
             self.pipe(**arguments_of(self.pipe, [task.job for task in self.batch.tasks]))
         except _Reached:  # which is where it was to go
-            parts["scheduler"] = copy.deepcopy(self.worker.pipe.scheduler)
+            parts["scheduler"] = self._counting(copy.deepcopy(self.worker.pipe.scheduler))
         finally:
             del parts["prepare_latents"]
 
@@ -474,8 +591,9 @@ class BatchRun:
         """The VAE's `decode`, which gives the denoiser up first, and then does one clip at a time."""
 
         def standing_in(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.worker.aborting:
+            if self.worker.aborting or self.expired:
                 raise Stopping
+            self.clock.sign()
             if not self.decoding:
                 self._synchronize()
                 self.seconds[DENOISER] = time.monotonic() - self.started
@@ -523,12 +641,18 @@ class BatchRun:
 
     def _enter(self, stage: str) -> None:
         """Wait until a stage is free. Who wants several takes decoder, denoiser, text, in this order."""
+        self.clock.pause()
         self.worker.stages[stage].acquire()
+        self.clock.go()
         self.held.append(stage)
+        if self.abandoned:
+            self.leave()
+            raise Stopping
 
     def _leave(self, stage: str) -> None:
-        self.held.remove(stage)
-        self.worker.stages[stage].release()
+        if stage in self.held:  # an abandoned batch has left all of them
+            self.held.remove(stage)
+            self.worker.stages[stage].release()
 
     def leave(self) -> None:
         for stage in list(self.held):
@@ -555,6 +679,32 @@ class BatchRun:
         except RuntimeError as error:
             return error
         return None
+
+
+class Clock:
+    """How long a batch has computed, without the time in which it waits for others."""
+
+    def __init__(self) -> None:
+        self.before, self.since, self.signed = 0.0, time.monotonic(), time.monotonic()
+        self.waiting = False
+
+    def go(self) -> None:
+        self.since = self.signed = time.monotonic()
+        self.waiting = False
+
+    def pause(self) -> None:
+        self.before, self.waiting = self.seconds, True
+
+    def sign(self) -> None:
+        self.signed = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + (0.0 if self.waiting else time.monotonic() - self.since)
+
+    @property
+    def quiet(self) -> float:
+        return 0.0 if self.waiting else time.monotonic() - self.signed
 
 
 class _Reached(Exception):

@@ -31,9 +31,9 @@ def add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="show no progress")
 
 
-def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
+def run_tune(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
     from stgfast.errors import DeviceError, SettingsError, UnsupportedPipelineError
-    from stgfast.render.store import StoreError
+    from stgfast.queue.state import StoreError
     from stgfast.tune.run import PAGE, RECIPE, tune
 
     stdout, stderr = stdout or sys.stdout, stderr or sys.stderr

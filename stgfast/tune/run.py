@@ -22,9 +22,9 @@ from stgfast.extras import require
 from stgfast.formulas import COND, UNCOND
 from stgfast.install import accelerate
 from stgfast.installed import installed_on
+from stgfast.queue.job import Job
 from stgfast.recipes import Recipe, model_of
 from stgfast.render.calls import arguments_of, jobs_of
-from stgfast.render.jobs import Job
 from stgfast.render.loading import Loading, given_to
 from stgfast.render.models import Model, described
 from stgfast.render.run import render

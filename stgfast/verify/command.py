@@ -20,7 +20,7 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
 
 
-def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
+def run_verify(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
     from stgfast.errors import DeviceError, SettingsError, UnsupportedPipelineError
     from stgfast.render.calls import arguments_of, jobs_of
     from stgfast.render.loading import Loading

@@ -51,7 +51,7 @@ def run(*arguments):
     parser = command.argparse.ArgumentParser()
     command.add_bench(parser)
     out, said = io.StringIO(), io.StringIO()
-    code = command.main(parser.parse_args(arguments), out, said)
+    code = command.run_bench(parser.parse_args(arguments), out, said)
     return code, [json.loads(line) for line in out.getvalue().splitlines()], said.getvalue()
 
 

@@ -11,9 +11,9 @@ from stgfast.cli import main
 from stgfast.errors import SettingsError
 from stgfast.evaluate.measures import Measure, Measured
 from stgfast.evaluate.run import evaluate
+from stgfast.queue.job import Job
+from stgfast.queue.store import Store
 from stgfast.render.files import Form, write
-from stgfast.render.jobs import Job
-from stgfast.render.store import Store
 
 CALL = {"width": 16, "height": 16, "num_frames": 3, "steps": 2}
 WEAK = Guidance(Perturbation([1], scale=0.5))

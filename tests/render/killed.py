@@ -28,11 +28,12 @@ import torch
 
 import stgfast
 from stgfast import Guidance, Perturbation, toy
+from stgfast.queue.state import FOLDER
+from stgfast.queue.store import Store
 from stgfast.render import worker
 from stgfast.render.files import metadata_of, read_frames
 from stgfast.render.gallery import NAME
 from stgfast.render.run import render
-from stgfast.render.store import FOLDER, Store
 from tests.precision import NEAR
 from tests.render import pipes
 

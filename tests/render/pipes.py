@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel, UMT5Config, UMT5EncoderModel
 
+from stgfast import Guidance, Perturbation, accelerate
+from stgfast.render.models import Named
 from tests import models
 
 WORDS = ("a", "red", "blue", "kite", "over", "the", "grey", "sea", "dog", "runs", "bad")
@@ -42,3 +44,15 @@ def pipeline(family: str = "wan", seed: int = 0) -> Any:
     encoder = text_encoder(width, "umt5" if family == "wan" else "t5")
     pipe.register_modules(tokenizer=tokenizer(), text_encoder=encoder)
     return pipe
+
+
+def named(build: Any, guidance: Guidance = Guidance(Perturbation([1]))) -> Named:  # noqa: B008
+    """A model of a name of its own, for `stgfast.render.models.NAMED`."""
+    return Named(build, "WanPipeline", guidance)
+
+
+def guided() -> Any:
+    return accelerate(pipeline("wan"), Guidance(Perturbation([1])))
+
+
+NAMED = named(guided)

@@ -11,12 +11,13 @@ import sys
 import pytest
 import torch
 
-from stgfast import Guidance, Perturbation, accelerate
 from stgfast.errors import SettingsError
+from stgfast.queue.state import FOLDER
+from stgfast.queue.store import Store
 from stgfast.render import command, models, worker
 from stgfast.render.files import read_frames
 from stgfast.render.gallery import NAME
-from stgfast.render.store import FOLDER, Store
+from stgfast.render.screen import Screen
 from tests.render import pipes
 
 SETS = [f"--set={name}={value}" for name, value in pipes.CALL.items()] + ['--set=pipeline={"max_sequence_length": 16}']
@@ -24,15 +25,19 @@ SETS = [f"--set={name}={value}" for name, value in pipes.CALL.items()] + ['--set
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    build = lambda: accelerate(pipes.pipeline("wan"), Guidance(Perturbation([1])))  # noqa: E731
-    monkeypatch.setitem(models.NAMED, "tiny", build)
+    monkeypatch.setitem(models.NAMED, "tiny", pipes.NAMED)
 
 
-def call(*arguments, add=command.add_render):
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def call(*arguments, add=command.add_render, stderr=None):
     parser = argparse.ArgumentParser()
     add(parser)
-    stdout, stderr = io.StringIO(), io.StringIO()
-    code = command.run(parser.parse_args([*map(str, arguments), "--model", "tiny"]), stdout, stderr)
+    stdout, stderr = io.StringIO(), stderr or io.StringIO()
+    code = command.run(parser.parse_args([*map(str, arguments), "--model", "tiny", "--same-process"]), stdout, stderr)
     return code, stdout.getvalue(), stderr.getvalue()
 
 
@@ -42,7 +47,7 @@ def prompts(tmp_path, text="a red kite\nthe grey sea\n"):
 
 
 def test_for_a_person(tmp_path):
-    code, out, err = call(prompts(tmp_path), "--out", tmp_path / "out", *SETS)
+    code, out, err = call(prompts(tmp_path), "--out", tmp_path / "out", *SETS, stderr=Terminal())
     assert (code, out) == (0, "")
     assert "2 clips to render, 0 done" in err
     assert "2/2" in err  # the bar
@@ -50,6 +55,21 @@ def test_for_a_person(tmp_path):
     clips = sorted((tmp_path / "out").glob("*.mp4"))
     assert [clip.name.rpartition("-")[0] for clip in clips] == ["a-red-kite", "the-grey-sea"]
     assert call(tmp_path / "jobs.txt", "--out", tmp_path / "out", "--quiet", *SETS) == (0, "", "")
+
+
+def test_a_log_has_lines(tmp_path):
+    code, _, err = call(prompts(tmp_path), "--out", tmp_path / "out", *SETS)
+    assert code == 0
+    assert "\r" not in err
+    assert re.search(r"^[12] of 2 jobs settled$", err, re.MULTILINE)
+
+
+def test_a_narrow_terminal_gets_short_lines(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    err = call(prompts(tmp_path), "--out", tmp_path / "out", *SETS, stderr=Terminal())[2]
+    bars = [part for part in re.split(r"[\r\n]", err) if re.match(r"\s*[12]/2", part)]
+    assert bars
+    assert max(map(len, bars)) <= 40
 
 
 def test_for_a_machine(tmp_path):
@@ -86,7 +106,7 @@ def test_failed_jobs(tmp_path, monkeypatch):
     assert code == 1
     assert err.count("RuntimeError: no picture") == 2
     monkeypatch.undo()
-    monkeypatch.setitem(models.NAMED, "tiny", lambda: accelerate(pipes.pipeline("wan"), Guidance(Perturbation([1]))))
+    monkeypatch.setitem(models.NAMED, "tiny", pipes.NAMED)
     assert call(tmp_path / "jobs.txt", "--out", tmp_path / "out", "--quiet", *SETS)[0] == 1
     assert call(tmp_path / "jobs.txt", "--out", tmp_path / "out", "--quiet", "--retry-failed", *SETS)[0] == 0
 
@@ -116,7 +136,8 @@ def test_plan(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ((), 2, "expected a job file, or --from with a clip"),
+        ((), 2, "expected a job file, --from with a clip, or --wait for jobs that are added"),
+        (("jobs.txt", "--from", "clip.mp4"), 2, "expected a job file, or --from with a clip, and not both"),
         (("none.jsonl",), 2, "none.jsonl"),
         (("jobs.xls",), 2, "expected a name that ends in"),
         (("jobs.txt", "--set", "steps"), 2, "FIELD=VALUE"),
@@ -171,15 +192,19 @@ def test_a_sweep_over_a_file_of_prompts_and_cfg_scales(tmp_path):
     names = [line.split()[1] for line in out.splitlines()]
     assert len(names) == 8
     assert names[:2] == ["prompt-1-seed-0-cfg-2-cfg-alone.mp4", "prompt-1-seed-0-cfg-2-residual-1-scale-1.mp4"]
-    with Store(tmp_path / "out") as store:
-        rows = list(store.rows(every=True))
-    assert {(row.job.prompt, row.job.pipeline["guidance_scale"]) for row in rows} == {
+    events = [
+        json.loads(line) for line in call(*arguments, "--plan", "--json", *SETS, add=command.add_sweep)[1].splitlines()
+    ]
+    planned = [event["job"] for event in events if event["event"] == "listed"]
+    assert {(job["prompt"], job["pipeline"]["guidance_scale"]) for job in planned} == {
         (prompt, scale) for prompt in ("a red kite", "the grey sea") for scale in (2.0, 4.0)
     }
-    assert {row.job.pipeline["max_sequence_length"] for row in rows} == {16}  # of --set
+    assert {job["pipeline"]["max_sequence_length"] for job in planned} == {16}  # of --set
+    with Store(tmp_path / "out") as store:
+        assert list(store.rows(every=True)) == []  # a plan keeps nothing
     (tmp_path / "prompts.txt").write_text("# none\n")
     code, _, err = call(*arguments, *SETS, add=command.add_sweep)
-    assert (code, "expected one in each line" in err) == (2, True)
+    assert (code, "expected one with a job in it" in err) == (2, True)
 
 
 def test_a_layer_that_the_model_does_not_have(tmp_path):
@@ -212,10 +237,10 @@ def test_a_reader_of_the_output_that_goes_away_ends_nothing(tmp_path):
     jobs.write_text("".join(f"a red kite {number}\n" for number in range(3)))
     code = """
 import sys
-from stgfast import Guidance, Perturbation, accelerate, cli
+from stgfast import cli
 from stgfast.render import models
 from tests.render import pipes
-models.NAMED["tiny"] = lambda: accelerate(pipes.pipeline("wan"), Guidance(Perturbation([1])))
+models.NAMED["tiny"] = pipes.NAMED
 sys.exit(cli.main())
 """
     command = [
@@ -245,7 +270,7 @@ sys.exit(cli.main())
 
 def test_nothing_that_is_printed_is_a_command_to_the_terminal():
     out, err = io.StringIO(), io.StringIO()
-    screen = command.Screen(out, err, quiet=False, as_json=False)
+    screen = Screen("render", out, err, quiet=False, as_json=False)
     screen.show({"event": "failed", "file": "k0", "error": "\x1b[2Jgone\x07", "total": 1, "finished": 1})
     screen.close()
     assert "\x1b[2J" not in err.getvalue()

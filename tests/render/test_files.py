@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from stgfast.errors import SettingsError
+from stgfast.queue.placing import discard, publish
 from stgfast.render import files
-from stgfast.render.files import Form, discard, heard, metadata_of, publish, read_frames, write
+from stgfast.render.files import Form, heard, metadata_of, read_frames, write
 
 SAID = {"job": {"prompt": "<script>alert(1)</script> über \u2603", "seed": 3}, "model": "m"}
 

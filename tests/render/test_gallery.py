@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from stgfast import Guidance, Perturbation
+from stgfast.queue.job import Job
+from stgfast.queue.store import Row
 from stgfast.render.files import Form, write
 from stgfast.render.gallery import write_gallery
-from stgfast.render.jobs import Job
-from stgfast.render.store import Row
 from tests.browser import browser, until
 
 __all__ = ["browser"]

@@ -13,12 +13,12 @@ from stgfast import Guidance, Perturbation
 from stgfast.batching import fastest
 from stgfast.errors import DeviceError, SettingsError
 from stgfast.integrations import ADAPTERS
+from stgfast.queue.store import Store
 from stgfast.render import loading
 from stgfast.render.files import metadata_of, read_frames
 from stgfast.render.loading import Loading, moves
 from stgfast.render.models import Model, described
 from stgfast.render.run import render
-from stgfast.render.store import Store
 from tests.render import pipes
 
 JOB = {**pipes.CALL, "prompt": "a red kite", "pipeline": {"max_sequence_length": 16}, "name": "k"}
@@ -32,7 +32,7 @@ def saved(tmp_path_factory):
 
 
 def frames(model, out, **settings):
-    assert render(model, [JOB], out, format="png", device="cpu", **settings).done == 1
+    assert render(model, [JOB], out, format="png", device="cpu", same_process=True, **settings).done == 1
     return torch.from_numpy(read_frames(out / "k"))
 
 
@@ -178,7 +178,7 @@ def test_files_that_are_wrong(saved, tmp_path):
     (weights,) = (folder / "transformer").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(SettingsError, match=r"model: got one that cannot be loaded: \w*Error: "):
-        render(folder, [JOB], tmp_path / "out", device="cpu")
+        render(folder, [JOB], tmp_path / "out", device="cpu", same_process=True)
 
 
 def test_a_device_that_is_too_small(saved, tmp_path, monkeypatch):
@@ -187,7 +187,7 @@ def test_a_device_that_is_too_small(saved, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Loading, "_place", full)
     with pytest.raises(DeviceError, match="cpu has less memory than the model takes: offload text, model or group"):
-        render(saved, [JOB], tmp_path / "out", device="cpu")
+        render(saved, [JOB], tmp_path / "out", device="cpu", same_process=True)
 
 
 def test_what_was_set_when_it_was_handed_over_stays(saved):

@@ -9,7 +9,7 @@ import torch
 import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.errors import SettingsError, UnsupportedPipelineError
-from stgfast.render.jobs import Job
+from stgfast.queue.job import Job
 from stgfast.render.loading import Loading
 from stgfast.render.models import NAMED, Model, described
 from tests.render import pipes
@@ -134,7 +134,7 @@ def test_models_that_are_none(tmp_path, monkeypatch):
 
 
 def test_models_with_a_name(monkeypatch):
-    monkeypatch.setitem(NAMED, "tiny", lambda: pipes.pipeline("wan"))
+    monkeypatch.setitem(NAMED, "tiny", pipes.NAMED)
     model = described("tiny")
     assert (model.name, model.kind) == ("tiny", diffusers.WanPipeline)
     assert model.load().text_encoder is not None

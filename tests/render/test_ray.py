@@ -16,14 +16,15 @@ import psutil
 import pytest
 
 from stgfast.errors import DeviceError, SettingsError
-from stgfast.render import actors, command, models, store
+from stgfast.queue.state import FOLDER
+from stgfast.queue.store import Store
+from stgfast.render import actors, command, models
 from stgfast.render.actors import Actor, Ready
 from stgfast.render.crew import Setup
 from stgfast.render.files import Form, read_frames
 from stgfast.render.gallery import NAME
 from stgfast.render.models import described
 from stgfast.render.run import render
-from stgfast.render.store import FOLDER, Store
 from stgfast.version import __version__
 from tests.render import pipes
 
@@ -179,15 +180,14 @@ def test_a_broken_device_and_a_job_that_kills(tmp_path, cluster, monkeypatch):
         worker.BatchRun._broken = lambda run: RuntimeError("CUDA error")
         return pipe
 
-    monkeypatch.setitem(models.NAMED, "breaking", breaking)
-    monkeypatch.setattr(store, "DEATHS", 2)  # an actor takes a while to load
+    monkeypatch.setitem(models.NAMED, "breaking", pipes.named(breaking))
     jobs, events = some(4), []
     jobs[1]["prompt"] = "bad"
-    report = go("breaking", jobs, tmp_path / "out", events, ray="auto")
+    report = go("breaking", jobs, tmp_path / "out", events, ray="auto", retries=1)
     assert (report.done, report.failed, report.code) == (3, 1, 1)
     (failed,) = told(events, "failed")
     assert failed["file"] == "k1"
-    assert "who rendered it died 2 times, the last time with nothing else in hand" in failed["error"]
+    assert "the process that rendered it died 2 times, the last time with nothing else claimed" in failed["error"]
     first, *_, last = told(events, "died")
     assert first["why"] == "actor 0: RuntimeError: CUDA error"
     assert last["files"] == ["k1"]
@@ -197,7 +197,7 @@ def test_a_broken_device_and_a_job_that_kills(tmp_path, cluster, monkeypatch):
 
 @pytest.mark.again
 def test_no_actor_is_left(tmp_path, cluster, monkeypatch):
-    monkeypatch.setitem(models.NAMED, "killer", killer(seconds=0.5))
+    monkeypatch.setitem(models.NAMED, "killer", pipes.named(killer(seconds=0.5)))
     monkeypatch.setattr(actors, "LIVES", 1)
     jobs = some(4)
     jobs[3]["prompt"] = "bad"
@@ -218,7 +218,7 @@ def test_an_actor_that_dies_while_it_loads_is_given_up(tmp_path, cluster, monkey
             os.kill(os.getpid(), signal.SIGKILL)
         return pipes.pipeline("wan")
 
-    monkeypatch.setitem(models.NAMED, "heavy", build)
+    monkeypatch.setitem(models.NAMED, "heavy", pipes.named(build))
     monkeypatch.setattr(actors, "LIVES", 1)
     with pytest.raises(DeviceError, match="no actor is left"):
         go("heavy", some(1), tmp_path, ray="auto")

@@ -1,5 +1,6 @@
 """Whole runs on tiny pipelines: clips that depend on nothing but their job, and faults that stay where they are."""
 
+import collections
 import contextlib
 import errno
 import functools
@@ -21,14 +22,15 @@ import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.errors import DeviceError, SettingsError
 from stgfast.integrations.spec import EACH, ONE
+from stgfast.queue.batches import stack_of
+from stgfast.queue.job import Job
+from stgfast.queue.state import FOLDER, StoreError
+from stgfast.queue.store import Store
 from stgfast.render import files, run, worker
-from stgfast.render.batches import stack_of
 from stgfast.render.files import metadata_of, read_frames
 from stgfast.render.gallery import NAME
-from stgfast.render.jobs import Job
 from stgfast.render.loading import fingerprint
 from stgfast.render.run import BadJobs, render
-from stgfast.render.store import FOLDER, Store, StoreError
 from stgfast.render.texts import Texts
 from tests import models
 from tests.precision import near
@@ -446,7 +448,7 @@ def test_clips_with_sound(tmp_path, latents):
         for n in range(2)
     ]
     events = []
-    assert go(pipe, jobs, tmp_path / "out", events, format="npz").done == 2
+    assert go(pipe, jobs, tmp_path / "out", events, format="npz", same_process=True).done == 2
     assert len(told(events, "claimed")) == 1
     assert go(pipe, jobs, tmp_path / "alone", format="npz", max_batch=1).done == 2
     sounds = []
@@ -721,9 +723,11 @@ def test_ten_thousand_jobs(tmp_path, pipe):
 
     Path("/proc/self/clear_refs").write_text("5")
     before = most()
-    report = go(pipe, path, tmp_path / "out", plan_only=True)
+    counted = collections.Counter()
+    report = go(pipe, path, tmp_path / "out", plan_only=True, listener=lambda event: counted.update([event["event"]]))
+    assert counted == {"listed": 10_000, "planned": 1, "ended": 1}
     with Store(tmp_path / "out") as store:
-        assert sum(1 for _ in store.rows(every=True)) == 10_000
+        assert list(store.rows(every=True)) == []  # a plan keeps nothing
     assert (report.waiting, report.rendered) == (10_000, 0)
     assert most() - before < 50 * 1024
 
@@ -748,7 +752,7 @@ def test_what_decides_a_clip_is_part_of_its_name_and_said_by_it(tmp_path):
     jobs = [{**pipes.CALL, **TEXT, "prompt": "a red kite", "pipeline": {**TEXT["pipeline"], "guidance_scale": 4.0}}]
 
     def clip(out):
-        assert render(tmp_path / "model", jobs, tmp_path / out, format="npz").done == 1
+        assert render(tmp_path / "model", jobs, tmp_path / out, format="npz", same_process=True).done == 1
         (made,) = (tmp_path / out).glob("*.npz")
         return made.name, metadata_of(made)
 
@@ -758,17 +762,26 @@ def test_what_decides_a_clip_is_part_of_its_name_and_said_by_it(tmp_path):
     assert clip("same")[0] == name
     # Repeated from what it says of itself, it is the same clip.
     again = {**said["job"], "name": "again"}
-    assert render(tmp_path / "model", [again], tmp_path / "again", format="npz").done == 1
+    assert render(tmp_path / "model", [again], tmp_path / "again", format="npz", same_process=True).done == 1
     assert np.array_equal(
         *(np.load(path)["frames"] for path in (tmp_path / "one" / name, tmp_path / "again/again.npz"))
     )
     # Another version of the weights is another clip, in the same folder.
     pipes.pipeline("wan", seed=1).save_pretrained(tmp_path / "model")
-    assert render(tmp_path / "model", jobs, tmp_path / "one", format="npz").rendered == 1
+    assert render(tmp_path / "model", jobs, tmp_path / "one", format="npz", same_process=True).rendered == 1
     assert len(list((tmp_path / "one").glob("*.npz"))) == 2
     # And so is another type of numbers.
     assert (
-        render(tmp_path / "model", jobs, tmp_path / "one", format="npz", plan_only=True, dtype="bfloat16").waiting == 1
+        render(
+            tmp_path / "model",
+            jobs,
+            tmp_path / "one",
+            format="npz",
+            same_process=True,
+            plan_only=True,
+            dtype="bfloat16",
+        ).waiting
+        == 1
     )
 
 

@@ -57,7 +57,7 @@ def test_a_clip_is_what_the_pipeline_makes(name, tmp_path, monkeypatch):
     events = []
     settings = {"device": "cpu"} if whole.saved else {}
     model = tmp_path / "model" if whole.saved else pipe
-    report = render(model, jobs, tmp_path / "out", format="png", listener=events.append, **settings)
+    report = render(model, jobs, tmp_path / "out", format="png", listener=events.append, same_process=True, **settings)
     assert report.done == 2, [event for event in events if event["event"] in ("failed", "again")]
     again = [event["why"] for event in events if event["event"] == "again"]
     assert len(again) == (name in ALONE)

@@ -54,7 +54,7 @@ def test_the_nearest_within_the_cost_is_chosen(made):
 
 def test_the_folder_is_all_that_a_render_needs(made, tmp_path):
     jobs = [{"prompt": PROMPTS[0], "num_frames": 9}]
-    report = stgfast.render("toy", jobs, tmp_path, format="npz", recipe=made.out / RECIPE)
+    report = stgfast.render("toy", jobs, tmp_path, format="npz", same_process=True, recipe=made.out / RECIPE)
     assert report.rendered == 1
 
 

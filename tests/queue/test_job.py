@@ -9,8 +9,10 @@ from PIL import Image
 
 from stgfast import Guidance, Perturbation
 from stgfast.errors import SettingsError
-from stgfast.render import jobs
-from stgfast.render.jobs import Bad, Job, Line, read, safe_name
+from stgfast.queue import job as jobs
+from stgfast.queue import readers
+from stgfast.queue.job import Job, safe_name
+from stgfast.queue.readers import Bad, Line, read
 
 
 def lines(tmp_path, text, ending=".jsonl", **more):
@@ -116,7 +118,7 @@ def test_long_lines_and_bytes_that_are_no_text(tmp_path):
     long = json.dumps({"prompt": "x" * 20_000})
     text = f"{huge}\n{long}\n".encode() + b'{"prompt": "\xff"}\n{"prompt": "a"}\n' + huge.encode()
     first, second, third, fourth, fifth = lines(tmp_path, text)
-    assert first.why == f"a line: got {len(huge) + 1} bytes, expected {jobs.MAX_LINE} at most"
+    assert first.why == f"a line: got {len(huge) + 1} bytes, expected {readers.MAX_LINE} at most"
     assert second.why == "prompt: got '20000 characters', expected 10000 at most"
     assert third.why.startswith("text: got bytes that are not UTF-8 at column 13")
     assert fourth == Line(4, (Job(prompt="a"),))
@@ -207,8 +209,49 @@ def test_yaml_that_is_hostile_or_wrong(tmp_path):
     assert isinstance(good, Line)
     assert "the rest was not read" in broken.why
     huge = lines(tmp_path, "- a\n- " + "x" * (3 << 20), ".yaml")
-    assert f"more than {jobs.MAX_LINE} bytes in one entry" in huge[-1].why
-    assert lines(tmp_path, "", ".yaml") == []
+    assert f"more than {readers.MAX_LINE} bytes in one entry" in huge[-1].why
+    twice = lines(tmp_path, "- {prompt: a, seed: 1, seed: 2}\n- {prompt: b, pipeline: {x: 1, x: 2}}\n- c\n", ".yaml")
+    assert ["'seed' twice" in twice[0].why, "'x' twice" in twice[1].why] == [True, True]
+    assert twice[2].jobs[0].prompt == "c"
+
+
+def test_every_document_of_a_yaml_file_is_read(tmp_path):
+    made = lines(tmp_path, "---\n- a\n- b\n---\n- prompt: c\n...\n---\n", ".yaml")
+    assert [(line.number, line.jobs[0].prompt) for line in made] == [(2, "a"), (3, "b"), (5, "c")]
+    first, second = lines(tmp_path, "- a\n---\nprompt: b\n", ".yaml")
+    assert first.jobs[0].prompt == "a"
+    assert second == Bad(
+        3, "the file: got no list, expected one, each entry beginning with `- `; the rest was not read"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "ending"),
+    [
+        ("", ".jsonl"),
+        ("\n\n", ".jsonl"),
+        ("prompt,seed\n", ".csv"),
+        ("# none\n", ".txt"),
+        ("", ".yaml"),
+        ("[]", ".yml"),
+        ('{"vars": {"a": "b"}}', ".jsonl"),
+    ],
+)
+def test_a_file_without_jobs_is_wrong(tmp_path, text, ending):
+    with pytest.raises(SettingsError, match=rf"job file: got '.*jobs\{ending}', expected one with a job in it"):
+        lines(tmp_path, text, ending)
+
+
+def test_what_is_null(tmp_path):
+    """`- prompt:` of YAML, and what a JSON writer makes of nothing."""
+    (empty,) = lines(tmp_path, "- prompt:\n", ".yaml")
+    assert empty == Bad(1, "prompt: got 'NoneType', expected text")
+    for field in ("prompt", "name", "seed", "pipeline", "repeat", "priority"):
+        made = only(lines(tmp_path, json.dumps({"prompt": "a", field: None})))
+        assert isinstance(made, Bad), field
+        assert made.why.startswith(f"{field}: got "), made.why
+    for field in ("negative_prompt", "width", "num_frames", "guidance", "image"):
+        assert only(lines(tmp_path, json.dumps({"prompt": "a", field: None}))).jobs == (Job(prompt="a"),)
 
 
 def test_unknown_ending(tmp_path):

@@ -10,9 +10,11 @@ import pytest
 
 from stgfast import Guidance, Perturbation
 from stgfast.errors import SettingsError
-from stgfast.render import store as state
-from stgfast.render.jobs import Job
-from stgfast.render.store import CLAIMED, DONE, FAILED, FOLDER, PENDING, Store, StoreError, trusted
+from stgfast.queue import state
+from stgfast.queue import store as stores
+from stgfast.queue.job import Job
+from stgfast.queue.state import CANCELLED, CLAIMED, DONE, FAILED, FOLDER, PENDING, StoreError
+from stgfast.queue.store import Store, trusted
 
 
 def jobs(count, **more):
@@ -33,7 +35,7 @@ def statuses(store):
 def finish(store, task, text="whole"):
     aside = store.scratch / task.file
     aside.write_text(text)
-    assert store.finish(task, aside, {"denoise": 1.5})
+    assert store.finish(task, aside, {"denoise": 1.5}) == (DONE, "")
 
 
 def test_from_claim_to_done(tmp_path):
@@ -41,7 +43,7 @@ def test_from_claim_to_done(tmp_path):
         assert take_up(store, jobs(3)) == []
         batch = store.claim(2, "cpu")
         assert [task.file for task in batch.tasks] == ["k0.mp4", "k1.mp4"]
-        assert store.counts() == {"pending": 1, "claimed": 2, "publishing": 0, "done": 0, "failed": 0}
+        assert store.counts() == {**dict.fromkeys(state.STATUSES, 0), "pending": 1, "claimed": 2}
         finish(store, batch.tasks[0])
         store.fail(batch.tasks[1], "ValueError: why", {"text": 0.5})
         done, failed, waiting = store.rows()
@@ -119,6 +121,9 @@ def test_names_taken(tmp_path):
     assert "the same name as line 1, expected" in found[5]
     assert "the same clip as line 2, expected" in found[6]
     with Store(tmp_path) as store:
+        batch = store.claim(1, "cpu") or take_up(store, jobs(1)) or store.claim(1, "cpu")
+        finish(store, batch.tasks[0])
+    with Store(tmp_path) as store:
         bad = take_up(store, [Job(prompt="a kite", seed=8, steps=3, name="k0")], model="n")
     assert "with other settings (model, seed, steps)" in bad[0].why
 
@@ -146,8 +151,10 @@ def test_two_runners_share(tmp_path):
         assert len(files) == len(set(files)) == 10
         assert (one.elsewhere(), two.elsewhere()) == (4, 6)
         assert one.recover() == two.recover() == 0  # both live
-        with pytest.raises(StoreError, match="another runner has"):
-            two.finish(claims[0][0], two.scratch / "x", {})
+        assert two.finish(claims[0][0], two.scratch / "x", {})[0] == CANCELLED  # it is not this runner's
+        two.fail(claims[0][0], "no", {})
+        two.give_back(claims[0])
+        assert statuses(one)["k0.mp4"] == CLAIMED
 
 
 def dying(tmp_path, work):
@@ -170,6 +177,7 @@ def dying(tmp_path, work):
 
 
 def test_claims_of_the_dead(tmp_path, monkeypatch):
+    """A run that renders in another process is killed: no job is to blame."""
     other = dying(tmp_path, lambda store: (take_up(store, jobs(4)), store.claim(2, "cpu")))
     runner = next(other)
     with Store(tmp_path) as store:
@@ -179,43 +187,89 @@ def test_claims_of_the_dead(tmp_path, monkeypatch):
         next(other)
         assert (store.recover(), store.elsewhere()) == (2, 0)
         assert not (tmp_path / FOLDER / runner).exists()
-        order = [[task.file for task in store.claim(8, "cpu").tasks] for _ in range(2)]
-        assert order == [["k2.mp4", "k3.mp4"], ["k0.mp4", "k1.mp4"]]  # first those that nobody died of
+        assert [task.file for task in store.claim(8, "cpu").tasks] == ["k0.mp4", "k1.mp4", "k2.mp4", "k3.mp4"]
         assert [row.attempts for row in store.rows()] == [2, 2, 1, 1]
 
 
-def test_what_kills_twice_goes_alone(tmp_path):
-    sizes = []
-    for _ in range(2):
-        other = dying(tmp_path, lambda store: (store.recover(), take_up(store, jobs(3)), store.claim(3, "cpu")))
-        next(other)
-        next(other)
-    with Store(tmp_path) as store:
+def claims(store, size=8, **more):
+    found = []
+    while batch := store.claim(size, "cpu", **more):
+        found.append(([task.file[:2] for task in batch.tasks], batch.lonely))
+    return found
+
+
+def test_what_a_run_dies_of_goes_last_then_apart_and_fails(tmp_path):
+    """It renders in its own process, which a job may take down."""
+
+    def work(store):
+        store.renders_within()
         store.recover()
-        assert [row.attempts for row in store.rows(every=True)] == [2, 2, 2]
-        take_up(store, jobs(4))
-        while batch := store.claim(8, "cpu"):
-            sizes.append([task.file for task in batch.tasks])
-    assert sizes == [["k3.mp4"], ["k0.mp4"], ["k1.mp4"], ["k2.mp4"]]
+        take_up(store, jobs(3))
+        store.claim(3, "cpu")
+
+    expected = [
+        [(["k3"], False), (["k0", "k1", "k2"], True)],
+        [(["k3"], False), (["k0"], True), (["k1"], True), (["k2"], True)],
+        [(["k3"], False)],
+    ]
+    for number, order in enumerate(expected):
+        other = dying(
+            tmp_path, work if number < 2 else lambda store: (work(store), [store.claim(1, "cpu") for _ in "12"])
+        )
+        next(other)
+        next(other)
+        with Store(tmp_path) as store:
+            store.recover()
+            take_up(store, jobs(4))
+            assert claims(store, idle=False) == [([name], lonely) for names, lonely in order[:1] for name in names]
+            assert claims(store) == order[1:]
+    with Store(tmp_path) as store:
+        errors = [row.error for row in store.rows(every=True) if row.status == FAILED]
+        why = "the process that rendered it died 3 times, the last time with nothing else claimed"
+        assert errors == [f"{why}: the process of the run ended"] * 3
 
 
-def test_what_actors_die_of_fails(tmp_path):
-    """The runner lives on. What is under suspicion is in hand with nothing else, so that the other is not blamed."""
+def test_what_a_process_dies_of_fails(tmp_path):
+    """The run lives on. What is under suspicion is rendered with nothing else, so that others are not blamed."""
     with Store(tmp_path) as store:
         take_up(store, jobs(2))
-        for _ in range(2):
+        for lonely in (False, True):
             batch = store.claim(8, "cpu")
-            assert (len(batch), batch.lonely) == (2, False)
+            assert (len(batch), batch.lonely) == (2, lonely)
             assert store.died(batch.tasks, "killed") == []
         batch = store.claim(8, "cpu")
         assert ([task.file for task in batch.tasks], batch.lonely) == (["k0.mp4"], True)
         ((task, error),) = store.died(batch.tasks, "killed")
         assert (task.file, error) == (
-            "k0.mp4", "who rendered it died 3 times, the last time with nothing else in hand: killed"
+            "k0.mp4", "the process that rendered it died 3 times, the last time with nothing else claimed: killed"
         )  # fmt: skip
         batch = store.claim(8, "cpu")
         finish(store, batch.tasks[0])
         assert statuses(store) == {"k0.mp4": FAILED, "k1.mp4": DONE}
+        assert store.retry_failed() == 1
+        assert store.claim(8, "cpu").lonely is False  # with a clean slate
+
+
+@pytest.mark.parametrize("retries", [1, 2, 5])
+def test_a_job_is_tried_again_so_often(tmp_path, retries):
+    with Store(tmp_path, retries=retries) as store:
+        take_up(store, jobs(1))
+        tries = 0
+        while batch := store.claim(8, "cpu"):
+            tries += 1
+            store.died(batch.tasks, "killed")
+        assert tries == retries + 1
+        assert statuses(store) == {"k0.mp4": FAILED}
+
+
+def test_it_is_tried_again_elsewhere(tmp_path):
+    with Store(tmp_path) as store:
+        take_up(store, jobs(1))
+        store.died(store.claim(8, "cpu", place="actor 0").tasks, "killed", "actor 0")
+        assert store.claim(8, "cpu", place="actor 0", others=True) is None
+        assert store.claim(8, "cpu", place="actor 1", others=True, idle=False) is None
+        store.died(store.claim(8, "cpu", place="actor 1", others=True).tasks, "killed", "actor 1")
+        assert store.claim(8, "cpu", place="actor 1") is not None  # there is no other
 
 
 @pytest.mark.parametrize("when", ["before", "after", "lost"])
@@ -251,7 +305,7 @@ def test_a_rename_is_on_record_before_it_happens(tmp_path, monkeypatch):
             assert aside.exists()
             assert not final.exists()
 
-        monkeypatch.setattr(state, "publish", watched)
+        monkeypatch.setattr(stores, "publish", watched)
         take_up(store, jobs(1))
         finish(store, store.claim(1, "cpu").tasks[0])
         assert seen == [("publishing", store.runner)]
@@ -263,7 +317,7 @@ def test_a_file_in_the_way(tmp_path):
         task = store.claim(1, "cpu").tasks[0]
         (tmp_path / "k0.mp4").write_text("somebody else's")
         (store.scratch / task.file).write_text("ours")
-        assert not store.finish(task, store.scratch / task.file, {})
+        assert store.finish(task, store.scratch / task.file, {})[0] == FAILED
         (row,) = store.rows()
     assert row.status == FAILED
     assert "not of this run" in row.error
@@ -282,7 +336,7 @@ def test_folders_that_cannot_be_used(tmp_path):
     assert list((tmp_path / "elsewhere").iterdir()) == []
     with Store(tmp_path / "later") as store:
         store.connection.execute("PRAGMA user_version=99")
-    with pytest.raises(StoreError, match="got version 99, expected 1"):
+    with pytest.raises(StoreError, match="got version 99, expected 2"):
         Store(tmp_path / "later").__enter__()
     (tmp_path / "damaged" / FOLDER).mkdir(parents=True)
     (tmp_path / "damaged" / FOLDER / "jobs.db").write_bytes(b"no database" * 1000)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-import torch
+from stgfast.queue.job import Job
 
-from stgfast.integrations.spec import EACH
-from stgfast.render.jobs import Job
+EACH = "each"  # how a pipeline's call takes images: a list, one for each clip
 
 
 @dataclass(frozen=True)
 class Task:
-    """A job in hand."""
+    """A claimed job."""
 
     id: int
     file: str
@@ -23,14 +22,19 @@ class Task:
 
 @dataclass(frozen=True)
 class Batch:
-    """Jobs that are rendered in one call. `shape` is what their memory depends on, and where.
+    """Jobs that are rendered in one call.
 
-    lonely  an actor has nothing else in hand beside it: should it die, it is known of what
+    shape   what the memory of a clip depends on, and the device
+    lonely  the process that renders it has no other batch meanwhile: should the process die, it is known of what
+    limit   seconds that the batch may take, or None where nothing is known yet: then `quiet` holds
+    quiet   seconds that the batch may go without a sign of progress
     """
 
     tasks: tuple[Task, ...]
     shape: str
     lonely: bool = False
+    limit: float | None = None
+    quiet: float | None = None
 
     def __len__(self) -> int:
         return len(self.tasks)
@@ -51,25 +55,3 @@ def shape_of(job: Job) -> str:
     size = " x ".join("?" if side is None else str(side) for side in (job.num_frames, job.height, job.width))
     branches = "" if job.guidance is None else f", {len(job.guidance.perturbations)} weak"
     return f"{size}{branches}{', image' if job.image else ''}"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this, or what caused it, says that memory ran out; on a CPU torch has no class for it."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, (MemoryError, torch.OutOfMemoryError)):
-            return True
-        said = str(seen) if isinstance(seen, RuntimeError) else ""
-        if "DefaultCPUAllocator: can't allocate memory" in said or "OutOfMemoryError: " in said:  # of another process
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
-
-
-def free(device: torch.device) -> None:
-    """Give back what the allocator keeps for later; it may be in pieces too small for what comes."""
-    import gc
-
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -1,0 +1,175 @@
+"""What is asked of a folder from outside of its runs: jobs are added, cancelled, paused, put first.
+
+A run looks at the folder every second and does as it is told. Where none is on, the next one does.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from stgfast.errors import SettingsError, wrong
+from stgfast.queue.job import MAX_PRIORITY, Job, check_number
+from stgfast.queue.readers import Bad, checked, read
+from stgfast.queue.state import CANCELLED, CLAIMED, FAILED, FOLDER, PENDING, State, StoreError
+from stgfast.queue.store import RETRIED, trusted
+
+PAUSED = "paused"  # the setting of a folder in which nothing is begun
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which jobs are meant.
+
+    names     of clips, with or without their ending; * stands for any letters
+    words     that the prompt has, all of them, in any order
+    statuses  that they have
+    every     all of the folder
+    """
+
+    names: Sequence[str] = ()
+    words: str = ""
+    statuses: Sequence[str] = ()
+    every: bool = False
+
+    def __post_init__(self) -> None:
+        if not (self.names or self.words.split() or self.statuses or self.every):
+            raise SettingsError("jobs: got none, expected names of clips, --words, --status or --all")
+
+    def means(self, file: str, prompt: str, status: str) -> bool:
+        stem = file.rsplit(".", 1)[0]
+        told = prompt.casefold()
+        return (
+            (not self.names or any(fnmatchcase(file, name) or fnmatchcase(stem, name) for name in self.names))
+            and all(word in told for word in self.words.casefold().split())
+            and (not self.statuses or status in self.statuses)
+        )
+
+
+class Desk(State):
+    """A folder's state for a command, as a context manager. Its process is no runner."""
+
+    def __init__(self, out: Path, *, create: bool = False):
+        super().__init__(out)
+        self.create = create
+
+    def __enter__(self) -> Desk:
+        if self.create:
+            self.make_home()
+        elif not (self.home / "jobs.db").is_file() or self.home.is_symlink():
+            raise StoreError(
+                f"output folder {self.out}: got one without {FOLDER}/jobs.db, expected one of stgfast render"
+            )
+        self.connect()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.connection.close()
+
+    def add(self, jobs: Path | Iterable[Mapping[str, Any]], *, priority: int | None = None) -> tuple[int, list[Bad]]:
+        """Put jobs into the folder's inbox: how many, and what is wrong with others. All of them, or none.
+
+        What depends on the model is checked by the run that takes them up; it refuses those that the model cannot do.
+        """
+        if isinstance(jobs, Path):
+            lines, source = read(jobs), jobs.name
+        else:
+            lines = (checked(number, given, base=Path()) for number, given in enumerate(jobs, 1))
+            source = ""
+        if priority is not None:
+            check_number("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
+        bad: list[Bad] = []
+        count = 0
+        self.connection.execute("CREATE TEMP TABLE entries (entry TEXT, line INTEGER)")
+        for line in lines:
+            if isinstance(line, Bad):
+                bad.append(line)
+                continue
+            for job in line.jobs:
+                entry = {**job.to_dict(), **({} if priority is None else {"priority": priority})}
+                self.connection.execute("INSERT INTO entries VALUES (?, ?)", (json.dumps(entry), line.number))
+                count += 1
+        if bad:
+            return 0, bad
+        with self.transaction():
+            insert = "INSERT INTO inbox (entry, line, source) SELECT entry, line, ? FROM entries ORDER BY rowid"
+            self.connection.execute(insert, (source,))
+        return count, []
+
+    def cancel(self, choice: Choice) -> list[str]:
+        """Jobs that are not done are not rendered; a clip that is being made is thrown away."""
+        with self.transaction():
+            found = self._found(choice, (PENDING, CLAIMED, FAILED))
+            self._change(found, "status = 'cancelled', runner = NULL, error = NULL")
+            return self._named(found) + self._of_inbox(choice, "DELETE FROM inbox WHERE id = ?")
+
+    def retry(self, choice: Choice) -> list[str]:
+        """Jobs that failed or were cancelled are rendered after all."""
+        with self.transaction():
+            found = self._found(choice, (FAILED, CANCELLED))
+            self._change(found, f"{RETRIED}, added = 1")
+            return self._named(found)
+
+    def pause(self, choice: Choice | None = None) -> list[str]:
+        """These jobs are not begun, or none of the folder."""
+        return self._paused(choice, 1)
+
+    def resume(self, choice: Choice | None = None) -> list[str]:
+        return self._paused(choice, 0)
+
+    def _paused(self, choice: Choice | None, paused: int) -> list[str]:
+        if choice is None:
+            self.set(PAUSED, "1" if paused else "")
+            return []
+        with self.transaction():
+            found = self._found(choice, (PENDING, CLAIMED, FAILED))
+            self._change(found, f"paused = {paused}")
+            return self._named(found) + self._of_inbox(choice, f"UPDATE inbox SET paused = {paused} WHERE id = ?")
+
+    def prioritise(self, choice: Choice, priority: int) -> list[str]:
+        """Jobs of a higher priority are begun first."""
+        check_number("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
+        with self.transaction():
+            found = self._found(choice, (PENDING, CLAIMED, FAILED, CANCELLED))
+            self._change(found, f"priority = {priority}")
+            change = f"UPDATE inbox SET entry = json_set(entry, '$.priority', {priority}) WHERE id = ?"
+            return self._named(found) + self._of_inbox(choice, change)
+
+    def job(self, file: str) -> Job:
+        """What a clip was asked for as, to ask for another one like it."""
+        found = self.connection.execute("SELECT job FROM jobs WHERE file = ?", (file,)).fetchone()
+        if found is None:
+            raise wrong("clip", file, "one of this folder")
+        return trusted(found["job"])
+
+    def has_added(self) -> bool:
+        """Whether there are jobs that were added and are not rendered yet."""
+        query = "SELECT 1 FROM inbox WHERE error IS NULL UNION SELECT 1 FROM jobs WHERE added AND status != 'done'"
+        return self.connection.execute(f"{query} LIMIT 1").fetchone() is not None
+
+    def _found(self, choice: Choice, statuses: Sequence[str]) -> list[sqlite3.Row]:
+        marks = ", ".join("?" * len(statuses))
+        query = "SELECT id, file, status, json_extract(job, '$.prompt') AS prompt FROM jobs"
+        rows = self.connection.execute(f"{query} WHERE status IN ({marks}) ORDER BY id", tuple(statuses))
+        return [row for row in rows if choice.means(row["file"], row["prompt"], row["status"])]
+
+    def _change(self, rows: Sequence[sqlite3.Row], assignment: str) -> None:
+        change = f"UPDATE jobs SET {assignment} WHERE id = ?"
+        self.connection.executemany(change, [(row["id"],) for row in rows])
+
+    def _of_inbox(self, choice: Choice, change: str) -> list[str]:
+        """Jobs that no run has looked at: their names, where they have any, else their prompts."""
+        query = "SELECT id, json_extract(entry, '$.name') AS name, json_extract(entry, '$.prompt') AS prompt FROM inbox"
+        rows = self.connection.execute(f"{query} ORDER BY id").fetchall()
+        meant = [row for row in rows if choice.means(row["name"] or "", row["prompt"] or "", PENDING)]
+        self.connection.executemany(change, [(row["id"],) for row in meant])
+        return [row["name"] or row["prompt"] for row in meant]
+
+    @staticmethod
+    def _named(rows: Sequence[sqlite3.Row]) -> list[str]:
+        return [row["file"] for row in rows]

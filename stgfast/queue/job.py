@@ -1,0 +1,299 @@
+"""A job: one clip that is asked for, and everything about it that can be wrong before a model is known.
+
+Jobs come from other people. Nothing in one is trusted: prompts and images have limits, the name of an output is one
+harmless word, and what is wrong is said together with what would be right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import hashlib
+import json
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from stgfast.errors import SettingsError, wrong
+from stgfast.guidance import Guidance
+
+MAX_PROMPT = 10_000  # characters: the longest text encoder in use reads some 512 tokens
+MAX_ARGUMENTS = 1 << 16  # bytes of `guidance` or `pipeline`, as JSON
+MAX_NAME = 120  # bytes: with an ending it fits every file system
+MAX_IMAGE = 64 << 20  # bytes of an image file
+MAX_PIXELS = 64 << 20  # and what it may become in memory
+MAX_PRIORITY = 1000
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+# What the worker gives to a pipeline itself: a job has its own words for it, or no say in it.
+TAKEN = {
+    "prompt": "prompt",
+    "negative_prompt": "negative_prompt",
+    "width": "width",
+    "height": "height",
+    "num_frames": "num_frames",
+    "video_length": "num_frames",
+    "num_inference_steps": "steps",
+    "image": "image",
+    "generator": "seed",
+    "stg": "guidance",
+    "num_videos_per_prompt": "repeat",
+    "num_images_per_prompt": "repeat",
+}
+CLOSED = ("output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback")
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+# Names that Windows keeps for devices, with any ending.
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+RESERVED = {"index", "index.html"}  # the page about the clips
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One clip. What is left out is the pipeline's own.
+
+    prompt, negative_prompt, seed, width, height, num_frames, steps   as everywhere
+    guidance   a `Guidance`, or as data; the name of a preset; left out, the default of the model
+    pipeline   further arguments of the pipeline's call
+    image      for image-to-video: a file
+    name       of the output, without an ending; left out, made of prompt and settings
+    priority   jobs of a higher one are rendered first
+    """
+
+    prompt: str = ""
+    negative_prompt: str | None = None
+    seed: int = 0
+    width: int | None = None
+    height: int | None = None
+    num_frames: int | None = None
+    steps: int | None = None
+    guidance: Guidance | None = None
+    pipeline: Mapping[str, Any] = field(default_factory=dict)
+    image: str | None = None
+    image_sha256: str | None = None
+    name: str = ""
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        check_text("prompt", self.prompt)
+        if self.negative_prompt is not None:
+            check_text("negative_prompt", self.negative_prompt)
+        if not self.prompt.strip() and self.image is None:
+            raise wrong("prompt", shown(self.prompt), "what to render, in words, or an image")
+        check_number("seed", self.seed, 0, 2**63 - 1)
+        for name, low, high in (("num_frames", 1, 10_000), ("steps", 1, 1000)):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), low, high)
+        for name in ("width", "height"):
+            side = getattr(self, name)
+            if side is not None:
+                check_number(name, side, 16, 8192)
+                if side % 8:
+                    raise wrong(name, side, f"a multiple of 8, such as {max(16, round(side / 8) * 8)}")
+        object.__setattr__(self, "guidance", _guidance(self.guidance))
+        _check_arguments(self.pipeline)
+        if self.image is not None:
+            object.__setattr__(self, "image_sha256", _check_image(self.image, self.image_sha256))
+        elif self.image_sha256 is not None:
+            raise wrong("image_sha256", self.image_sha256, "an image beside it")
+        if self.name != "":
+            object.__setattr__(self, "name", safe_name(self.name))
+        check_number("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, the same as what `from_dict` takes; what was left out is left out."""
+        mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        mine |= {"guidance": self.guidance and self.guidance.to_dict(), "pipeline": dict(self.pipeline)}
+        usual = {"priority": 0}
+        return {
+            name: value
+            for name, value in mine.items()
+            if name == "prompt" or (value not in (None, "", {}) and (name, value) not in usual.items())
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Job:
+        check_fields(data, FIELDS - {"repeat"})
+        return cls(**data)
+
+    def recipe(self, model: str, made: Mapping[str, Any] = NOTHING) -> str:
+        """Everything that decides what the clip looks like, in one line: equal recipes, equal clips. `made` is what is
+        to be known of the model beside its name."""
+        mine = {name: value for name, value in self.to_dict().items() if name not in ("name", "image", "priority")}
+        return json.dumps({**mine, "model": model, **made}, sort_keys=True)
+
+    def named(self, model: str, made: Mapping[str, Any] = NOTHING) -> Job:
+        """The same job with a name: its own, or one that stays as long as what it asks for."""
+        if self.name:
+            return self
+        digest = hashlib.sha256(self.recipe(model, made).encode()).hexdigest()[:10]
+        return dataclasses.replace(self, name=f"{_slug(self.prompt)}-{digest}")
+
+
+FIELDS = frozenset({f.name for f in dataclasses.fields(Job)} | {"repeat"})
+EXAMPLE = '{"prompt": "a red kite", "seed": 1}'
+NUMBERS = ("seed", "width", "height", "num_frames", "steps", "repeat", "priority")
+
+
+def parse_json(text: str) -> Any:
+    """JSON, more strictly than Python: no name twice, no NaN, no nesting without end."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} twice")
+        return found
+
+    def no_number(name: str) -> Any:
+        raise ValueError(f"{name}, which is no number in JSON")
+
+    try:
+        return json.loads(text, object_pairs_hook=once, parse_constant=no_number)
+    except RecursionError:
+        raise ValueError("too many brackets in one another") from None
+
+
+# Checks of one field each.
+
+
+def safe_name(name: object) -> str:
+    """The name of an output: one part of a path, the same file on every system, and none that means something."""
+    if not isinstance(name, str):
+        raise wrong("name", name, "text")
+    check_text("name", name, MAX_NAME)
+    name = unicodedata.normalize("NFC", name)
+    right = "letters, digits, spaces and . _ - within one folder, such as 'kite-01'"
+    if len(name.encode()) > MAX_NAME:
+        raise wrong("name", f"{len(name.encode())} bytes", f"{MAX_NAME} bytes at most")
+    strange = [c for c in name if not (c.isalnum() or c in " ._-+,=()" or unicodedata.category(c) in ("Mn", "Mc"))]
+    if strange or not name or name[0] in ".- " or name[-1] in ". ":
+        raise wrong("name", name, right)
+    stem = name.split(".")[0].rstrip().casefold()
+    if stem in DEVICES or name.casefold() in RESERVED:
+        raise wrong("name", name, f"another one: {stem!r} is reserved")
+    return name
+
+
+def check_text(name: str, text: object, limit: int = MAX_PROMPT) -> None:
+    if not isinstance(text, str):
+        raise wrong(name, shown(text), "text")
+    if len(text) > limit:
+        raise wrong(name, f"{len(text)} characters", f"{limit} at most")
+    bad = CONTROL.search(text)
+    if bad:
+        raise wrong(name, f"the control character U+{ord(bad[0]):04X}", "text without")
+
+
+def check_number(name: str, number: object, low: int, high: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or not low <= number <= high:
+        raise wrong(name, shown(number), f"a whole number from {low} to {high}")
+
+
+def check_fields(given: Mapping[str, Any], fields: Iterable[str]) -> None:
+    for name in given:
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1)
+            hint = repr(near[0]) if near else f"some of {', '.join(sorted(fields))}"
+            hint = repr(TAKEN[name]) if name in TAKEN else hint
+            raise wrong("field", shown(name), f"{hint}; further arguments of the pipeline go into 'pipeline'")
+
+
+def _guidance(given: object) -> Guidance | None:
+    if given is None or isinstance(given, Guidance):
+        if given is not None:
+            given.to_dict()  # which says what cannot be written as data
+        return given
+    if isinstance(given, str):
+        return Guidance.preset(given)
+    if not isinstance(given, Mapping):
+        raise wrong("guidance", shown(given), "fields of Guidance, or the name of a preset")
+    _check_plain("guidance", given)
+    try:
+        return Guidance.from_dict(given)
+    except (TypeError, AttributeError, KeyError) as error:
+        raise SettingsError(f"guidance: got {shown(given)}, expected fields of Guidance ({error})") from None
+
+
+def _check_arguments(given: object) -> None:
+    if not isinstance(given, Mapping):
+        raise wrong("pipeline", shown(given), "an object with arguments of the pipeline's call")
+    for name in given:
+        if name in TAKEN:
+            raise wrong("pipeline", name, f"the job's own field {TAKEN[name]!r}")
+        if not isinstance(name, str) or not name.isidentifier() or name in CLOSED or name.startswith("stg"):
+            raise wrong("pipeline", shown(name), "an argument of the pipeline's call that a job may set")
+    _check_plain("pipeline", given)
+
+
+def _check_plain(name: str, given: Mapping[Any, Any]) -> None:
+    try:
+        size = len(json.dumps(given, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{name}: got {shown(given)}, expected plain values as in JSON ({error})") from None
+    if size > MAX_ARGUMENTS:
+        raise wrong(name, f"{size} bytes", f"{MAX_ARGUMENTS} at most")
+
+
+def _check_image(path: object, digest: str | None) -> str:
+    """What the file holds, by its digest; after it has been read whole."""
+    if not isinstance(path, str):
+        raise wrong("image", shown(path), "the name of a file")
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise wrong("image", path, f"a file that can be read ({error.strerror})") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise wrong("image", path, "a regular file")
+    if found.st_size > MAX_IMAGE:
+        raise wrong("image", f"{path} of {found.st_size} bytes", f"{MAX_IMAGE} bytes at most")
+    there = _digest_of_image(path, found.st_size, found.st_mtime_ns)
+    if digest not in (None, there):
+        raise wrong("image", f"{path} with digest {there[:12]}...", f"the image of then, {str(digest)[:12]}...")
+    return there
+
+
+@functools.lru_cache(maxsize=1024)  # jobs share images
+def _digest_of_image(path: str, size: int, changed: int) -> str:
+    read_image(path)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def read_image(path: str) -> Any:
+    """The image as RGB, upright. Its size is known, and bounded, before anything is unpacked."""
+    import warnings
+
+    from PIL import Image, ImageOps
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our limit is below the one that raises
+            with Image.open(path, formats=IMAGE_FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise wrong("image", f"{path} of {width} x {height}", f"{MAX_PIXELS} pixels at most")
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except SettingsError:
+        raise
+    except Exception as error:  # whatever a decoder of hostile bytes may raise
+        formats = ", ".join(IMAGE_FORMATS)
+        raise wrong("image", path, f"a whole image ({formats}): {type(error).__name__}: {error}") from None
+
+
+def _slug(prompt: str) -> str:
+    plain = unicodedata.normalize("NFKD", prompt[:200]).encode("ascii", "ignore").decode().lower()
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40].strip("-") or "clip"
+
+
+def shown(value: object) -> str:
+    """A value in a message, which stays short whatever came."""
+    if isinstance(value, int) and abs(value) > 10**30:
+        return "a number of more than 30 digits"
+    text = str(value) if isinstance(value, (str, int, float)) else type(value).__name__
+    return text if len(text) <= 60 else f"{text[:60]}... ({len(text)} characters)"

@@ -1,0 +1,32 @@
+"""Files put in their place: written aside, and then whole under their name, or not there at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+
+def publish(aside: Path, final: Path) -> None:
+    """Put a written clip in its place, where nothing is yet."""
+    if os.path.lexists(final):
+        raise FileExistsError(errno.EEXIST, "a file that is not of this run is there", str(final))
+    os.rename(aside, final)
+    sync(final.parent)
+
+
+def discard(path: Path) -> None:
+    """Remove what was written aside, whatever it is and whether or not it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

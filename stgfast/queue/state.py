@@ -1,0 +1,188 @@
+"""The state of an output folder, in SQLite beside the clips: what every job is, who renders it, and how it went.
+
+    OUT/                    the clips, and nothing else that is not whole
+    OUT/.stgfast/jobs.db    this state
+    OUT/.stgfast/<runner>/  what one running process writes before it is whole, and the lock that says it runs
+
+Several processes use it at once: runs, and commands that add jobs, cancel some, or look.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+FOLDER = ".stgfast"
+PENDING, CLAIMED, PUBLISHING, DONE, FAILED, CANCELLED = STATUSES = (
+    *("pending", "claimed", "publishing", "done", "failed", "cancelled"),
+)
+VERSION = 2
+JOBS = """
+CREATE TABLE jobs (
+    id INTEGER PRIMARY KEY,
+    file TEXT NOT NULL,                    -- of the output, within the folder
+    folded TEXT NOT NULL UNIQUE,           -- the same for names that some file systems take for the same
+    recipe TEXT NOT NULL,
+    job TEXT NOT NULL,                     -- as JSON
+    model TEXT NOT NULL,
+    line INTEGER NOT NULL,
+    stack INTEGER NOT NULL REFERENCES stacks,
+    status TEXT NOT NULL DEFAULT 'pending',
+    runner TEXT,                           -- who has claimed it
+    attempts INTEGER NOT NULL DEFAULT 0,
+    deaths INTEGER NOT NULL DEFAULT 0,     -- how often a process died that rendered it
+    apart INTEGER NOT NULL DEFAULT 0,      -- not to be stacked with others
+    seconds TEXT,                          -- per stage, as JSON
+    error TEXT,
+    finished REAL                          -- by the clock on the wall, for people
+)"""
+# What version 2 has more.
+COLUMNS = {
+    "priority": "INTEGER NOT NULL DEFAULT 0",
+    "paused": "INTEGER NOT NULL DEFAULT 0",
+    "added": "INTEGER NOT NULL DEFAULT 0",  # by another process than a run: any run of the model renders it
+    "place": "TEXT",  # where a process died that rendered it
+    "took": "REAL",  # seconds of all stages, a clip's share of its batch's
+    "bytes": "INTEGER",  # of the clip
+    "form": "TEXT",  # of the clip: its kind, frames per second and quality
+    "remark": "TEXT",  # what is strange about the clip
+}
+REST = """
+CREATE TABLE stacks (id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, shape TEXT NOT NULL);
+CREATE TABLE shapes (key TEXT PRIMARY KEY, rows INTEGER NOT NULL)
+"""  # shapes: how many clips fit into memory at once
+MORE = """
+DROP INDEX IF EXISTS waiting;
+CREATE INDEX waiting ON jobs (status, deaths, priority DESC, apart, stack, id);
+CREATE INDEX finishing ON jobs (status, finished);
+CREATE TABLE inbox (id INTEGER PRIMARY KEY, entry TEXT NOT NULL, line INTEGER NOT NULL, source TEXT NOT NULL,
+    paused INTEGER NOT NULL DEFAULT 0, error TEXT);
+CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE runs (runner TEXT PRIMARY KEY, pid INTEGER NOT NULL, host TEXT NOT NULL, model TEXT NOT NULL,
+    started REAL NOT NULL);
+CREATE TABLE progress (id INTEGER PRIMARY KEY, stage TEXT NOT NULL, step INTEGER NOT NULL, steps INTEGER NOT NULL,
+    seconds REAL NOT NULL, place TEXT NOT NULL)
+"""  # inbox: jobs that were added, and no run has looked at yet
+
+
+class StoreError(RuntimeError):
+    """The output folder or its state cannot be used."""
+
+
+class State:
+    """A connection to the state of a folder."""
+
+    connection: sqlite3.Connection
+
+    def __init__(self, out: Path):
+        self.out, self.home = out, out / FOLDER
+
+    def connect(self) -> None:
+        """Open the state, or make it. Its files are the folder's own: a link might lead anywhere."""
+        try:
+            for name in ("jobs.db", "jobs.db-wal", "jobs.db-shm"):
+                if (self.home / name).is_symlink():
+                    raise StoreError(f"{self.home / name}: got a link, expected a file")
+            self.connection = sqlite3.connect(self.home / "jobs.db", timeout=60, isolation_level=None)
+            try:
+                self._prepare()
+            except BaseException:
+                self.connection.close()
+                raise
+        except (sqlite3.Error, OSError) as error:
+            raise StoreError(f"{self.home / 'jobs.db'}: {error}") from error
+
+    def make_home(self) -> None:
+        """The folder, and the one within it that has the state."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if self.home.is_symlink():
+                raise StoreError(f"{self.home}: got a link, expected a folder")
+            self.home.mkdir(exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"output folder {self.out}: {error}") from error
+
+    def _prepare(self) -> None:
+        connection = self.connection
+        connection.row_factory = sqlite3.Row
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version != VERSION:
+            with self.transaction():
+                self._make(connection.execute("PRAGMA user_version").fetchone()[0])
+        damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+        if damage != "ok":
+            raise StoreError(f"state in {self.home} is damaged ({damage}): move jobs.db away to begin anew")
+
+    def _make(self, version: int) -> None:
+        """The tables, from nothing or from those of an older version."""
+        if version not in (0, 1, VERSION):
+            raise StoreError(f"state in {self.home}: got version {version}, expected {VERSION}")
+        if version == VERSION:  # another process made it meanwhile
+            return
+        statements = [f"ALTER TABLE jobs ADD COLUMN {name} {kind}" for name, kind in COLUMNS.items()]
+        if version == 0:
+            statements = [JOBS, *REST.split(";\n"), *statements]
+        for statement in (*statements, *MORE.split(";\n")):
+            self.connection.execute(statement)
+        self.connection.execute(f"PRAGMA user_version={VERSION}")
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All of it or nothing, with no other process in between."""
+        self.connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            if self.connection.in_transaction:  # a full disk has ended it already
+                self.connection.execute("ROLLBACK")
+            raise
+        self.connection.execute("COMMIT")
+
+    def setting(self, name: str) -> str:
+        """A setting of the folder, such as `paused`; '' where it is not set."""
+        found = self.connection.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
+        return str(found[0]) if found else ""
+
+    def set(self, name: str, value: str) -> None:
+        change = "INSERT INTO settings VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value"
+        self.connection.execute(change, (name, value))
+
+
+def locked(path: Path, *, wait: bool = False) -> int:
+    """A lock on a file, which ends with the process however that ends. The file is no link."""
+    import fcntl  # which Windows does not have; there, the rest of the library works
+
+    handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def lock_of_dead(path: Path) -> int | None:
+    """The lock of a runner that no longer holds it."""
+    import fcntl
+
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def differing(one: dict[str, Any], other: dict[str, Any]) -> str:
+    """Which entries of two differ, in words."""
+    return ", ".join(sorted(name for name in {**one, **other} if one.get(name) != other.get(name)))

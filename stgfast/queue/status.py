@@ -1,0 +1,125 @@
+"""How a folder stands: what runs and how far it is, what waits, how fast it goes, and when it will be done."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from stgfast.queue.desk import PAUSED
+from stgfast.queue.state import CLAIMED, DONE, PENDING, STATUSES, State, lock_of_dead
+
+HOUR = 3600.0
+
+
+@dataclass(frozen=True)
+class Running:
+    """A job that is rendered now."""
+
+    file: str
+    stage: str
+    step: int
+    steps: int
+    seconds: float
+    place: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """A folder at one moment.
+
+    runs     the runs that are on: process, host, model, seconds since they began
+    inbox    jobs that were added, and no run has looked at yet
+    refused  jobs that were added and are wrong for the model, with the reason
+    rate     clips in an hour, by those of the last one; None where there are none
+    seconds  until all is done, at that rate; None where it is not known
+    """
+
+    counts: dict[str, int]
+    paused: bool
+    held: int
+    inbox: int
+    refused: list[tuple[str, str]]
+    runs: list[dict[str, Any]]
+    running: list[Running]
+    failures: list[tuple[str, str]]
+    rate: float | None
+    seconds: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def status_of(state: State, *, shown: int = 20) -> Status:
+    """How a folder stands; `shown` of the running, the refused and the failed are named."""
+    query = state.connection.execute
+    counts = {
+        **dict.fromkeys(STATUSES, 0),
+        **dict(query("SELECT status, COUNT(*) FROM jobs GROUP BY status").fetchall()),
+    }
+    (held,) = query("SELECT COUNT(*) FROM jobs WHERE status = 'pending' AND paused").fetchone()
+    (inbox,) = query("SELECT COUNT(*) FROM inbox WHERE error IS NULL").fetchone()
+    running = query(
+        "SELECT file, stage, step, steps, progress.seconds, progress.place FROM jobs LEFT JOIN progress USING (id) "
+        "WHERE status IN ('claimed', 'publishing') ORDER BY progress.stage IS NULL, progress.seconds DESC LIMIT ?",
+        (shown,),
+    )
+    named = "COALESCE(json_extract(entry, '$.name'), json_extract(entry, '$.prompt'))"
+    refused = query(f"SELECT {named}, error FROM inbox WHERE error IS NOT NULL ORDER BY id LIMIT ?", (shown,))
+    failures = query("SELECT file, error FROM jobs WHERE status = 'failed' ORDER BY finished DESC LIMIT ?", (shown,))
+    runs = [
+        {
+            "pid": row["pid"],
+            "host": row["host"],
+            "model": row["model"],
+            "seconds": round(time.time() - row["started"], 1),
+        }
+        for row in query("SELECT * FROM runs ORDER BY started").fetchall()
+        if _lives(state, row["runner"])
+    ]
+    rate = _rate(state, counts[DONE])
+    left = counts[PENDING] - held + counts[CLAIMED] + inbox
+    return Status(
+        counts=counts,
+        paused=bool(state.setting(PAUSED)),
+        held=held,
+        inbox=inbox,
+        refused=[tuple(row) for row in refused],
+        runs=runs,
+        running=[
+            Running(
+                row["file"],
+                row["stage"] or "begins",
+                row["step"] or 0,
+                row["steps"] or 0,
+                row["seconds"] or 0.0,
+                row["place"] or "",
+            )
+            for row in running
+        ],
+        failures=[tuple(row) for row in failures],
+        rate=rate,
+        seconds=None if rate is None or not runs else left / rate * HOUR,
+    )
+
+
+def _rate(state: State, done: int) -> float | None:
+    """Clips in an hour, by those that were finished last: of an hour, or of the runs that are on where that is less."""
+    now = time.time()
+    query = "SELECT COUNT(*), MIN(finished) FROM jobs WHERE status = 'done' AND finished > ?"
+    (began,) = state.connection.execute("SELECT MIN(started) FROM runs").fetchone()
+    since = max(now - HOUR, began or 0.0)
+    count, first = state.connection.execute(query, (since,)).fetchone()
+    if not count:
+        return None
+    return float(count / max(now - (since if began else first), 1.0) * HOUR)
+
+
+def _lives(state: State, runner: str) -> bool:
+    import os
+
+    lock = lock_of_dead(state.home / runner / "lock")
+    if lock is None:
+        return (state.home / runner / "lock").exists()
+    os.close(lock)
+    return False

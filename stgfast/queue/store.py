@@ -1,0 +1,542 @@
+"""The state of an output folder as a run sees it, which claims jobs and records what becomes of them.
+
+Who is alive is asked of the kernel: a runner holds a lock on its own file, which ends with the process however that
+ends. No clock decides anything. A clip goes from `claimed` over `publishing` (written aside, about to be renamed) to
+`done`; where a runner died in between, the next one finishes the rename or gives the job back.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import socket
+import sqlite3
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stgfast.errors import SettingsError
+from stgfast.guidance import Guidance
+from stgfast.queue.batches import Batch, Task, shape_of, stack_of
+from stgfast.queue.job import NOTHING, Job
+from stgfast.queue.placing import discard, publish
+from stgfast.queue.readers import Bad
+from stgfast.queue.state import (
+    CANCELLED,
+    DONE,
+    FAILED,
+    PENDING,
+    PUBLISHING,
+    STATUSES,
+    State,
+    StoreError,
+    differing,
+    lock_of_dead,
+    locked,
+)
+
+RETRIES = 2  # of a job that a process died of, or a device gave out with
+WITHIN = "within"  # marks a runner that renders in its own process: what kills it may be a job
+RETRIED = "status = 'pending', error = NULL, deaths = 0, apart = 0, place = NULL"
+AFRESH = {"status": PENDING, "attempts": 0, "deaths": 0, "error": None, "seconds": None, "took": None, "remark": None}
+Staged = tuple[Job, str, int, str]  # a job, its file, its line, and how its pipeline takes images
+PROGRESS = 1.0  # seconds between records of how far running jobs are
+WAITS = "status = 'pending' AND NOT paused AND jobs.id IN mine"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One job as it stands."""
+
+    file: str
+    status: str
+    attempts: int
+    line: int
+    job: Job
+    seconds: Mapping[str, float]
+    error: str | None
+    model: str
+    remark: str = ""
+
+
+class Store(State):
+    """One run's view of an output folder, as a context manager: within it, this process is a living runner.
+
+    retries  how often a job is tried again that a process died of
+    adopt    the recipe that a clip says it was made by, or None
+    """
+
+    def __init__(self, out: Path, *, retries: int = RETRIES, adopt: Callable[[Path], str | None] | None = None):
+        super().__init__(out)
+        self.retries, self.adopt = retries, adopt or (lambda path: None)
+        self.runner = uuid.uuid4().hex
+        self.scratch = self.home / self.runner
+
+    def __enter__(self) -> Store:
+        self.make_home()
+        try:
+            with self._registering():
+                self.scratch.mkdir()
+                self.lock = locked(self.scratch / "lock")
+        except OSError as error:
+            raise StoreError(f"output folder {self.out}: {error}") from error
+        try:
+            self.connect()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if (self.home / "jobs.db").exists():  # and the folder was not deleted meanwhile
+                (self.scratch / WITHIN).unlink(missing_ok=True)  # it ends in order, and nothing died
+                self.connection.execute("DELETE FROM runs WHERE runner = ?", (self.runner,))
+                self._recover(self.runner)  # what is claimed waits again
+        except (sqlite3.Error, OSError):
+            if kind is None:
+                raise  # else the first error says why; the next runner finds this one's lock free, and does the same
+        finally:
+            self.connection.close()
+            self._leave()
+
+    def _leave(self) -> None:
+        try:
+            if self.home.is_dir():  # and was not deleted meanwhile
+                with self._registering():
+                    # A thread that was stopped may still write there. What stays, the next runner clears away.
+                    shutil.rmtree(self.scratch, ignore_errors=True)
+        finally:
+            os.close(self.lock)
+
+    def _prepare(self) -> None:
+        super()._prepare()
+        connection = self.connection
+        connection.execute("CREATE TEMP TABLE mine (id INTEGER PRIMARY KEY)")  # the jobs that this run is about
+        staged = "id INTEGER PRIMARY KEY, file TEXT, job TEXT, line INTEGER, stack TEXT, apart INTEGER"
+        connection.execute(f"CREATE TEMP TABLE staged ({staged})")
+
+    @contextmanager
+    def _registering(self) -> Iterator[None]:
+        """Runners come, and dead ones are cleared away, one at a time."""
+        lock = locked(self.home / "lock", wait=True)
+        try:
+            yield
+        finally:
+            os.close(lock)
+
+    def begin(self, model: str) -> None:
+        """This run is on, for whoever looks."""
+        values = (self.runner, os.getpid(), socket.gethostname(), model, time.time())
+        self.connection.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?)", values)
+
+    def renders_within(self) -> None:
+        """Jobs are rendered in this process, and may take it down."""
+        (self.scratch / WITHIN).touch()
+
+    # Planning
+
+    def stage(self, job: Job, file: str, line: int, images: str = "") -> None:
+        """Put a job on this run's list, which nobody else sees yet; its pipeline takes images as its adapter says."""
+        insert = "INSERT INTO staged (file, job, line, stack, apart) VALUES (?, ?, ?, ?, ?)"
+        apart = job.image is not None and not images
+        self.connection.execute(insert, (file, json.dumps(job.to_dict()), line, stack_of(job, images), apart))
+
+    @contextmanager
+    def taking_up(
+        self, model: str, bad: Iterable[Bad], made: Mapping[str, Any] = NOTHING, *, keep: bool = True
+    ) -> Iterator[Iterator[Bad]]:
+        """Everything that was staged becomes work of this folder, or is found again with what was done for it.
+
+        `bad` stages jobs as it goes, before the folder is locked. It is given, and after it what cannot be taken up.
+        Where the block raises, nothing was; nor where it is not to be kept, once the block has looked.
+        """
+        try:
+            yield itertools.chain(bad, self._take_up(model, made))
+        except BaseException:
+            if self.connection.in_transaction:
+                self.connection.execute("ROLLBACK")
+            raise
+        self.connection.execute("COMMIT" if keep else "ROLLBACK")
+
+    def _take_up(self, model: str, made: Mapping[str, Any]) -> Iterator[Bad]:
+        self.connection.execute("BEGIN IMMEDIATE")
+        for row in self.connection.execute("SELECT * FROM staged ORDER BY id"):
+            try:
+                self._add(trusted(row["job"]), row, model, made)
+            except SettingsError as error:
+                yield Bad(row["line"], str(error))
+        self.connection.execute("DELETE FROM staged")
+
+    def _add(self, job: Job, staged: sqlite3.Row, model: str, made: Mapping[str, Any]) -> int:
+        file, recipe = staged["file"], job.recipe(model, made)
+        there = self.connection.execute("SELECT * FROM jobs WHERE folded = ?", (file.casefold(),)).fetchone()
+        final = self.out / file
+        values = {
+            **{"file": file, "folded": file.casefold(), "recipe": recipe, "job": json.dumps(job.to_dict())},
+            **{"model": model, "line": staged["line"], "priority": job.priority, "apart": staged["apart"]},
+            "stack": self._stack(job, staged["stack"]),
+        }
+        if there is None:
+            if os.path.lexists(final):
+                self._check_adoptable(final, recipe)
+                values |= {"status": DONE, "bytes": _size(final)}
+            identity = self._insert(values)
+        else:
+            identity = there["id"]
+            if self.connection.execute("SELECT 1 FROM mine WHERE id = ?", (identity,)).fetchone():
+                same = "the same clip" if there["recipe"] == recipe else "the same name"
+                raise SettingsError(
+                    f"name: got {file!r}, {same} as line {there['line']}, expected another seed or another name"
+                )
+            self._change(there, values, final)
+        self.connection.execute("INSERT INTO mine VALUES (?)", (identity,))
+        return int(identity)
+
+    def _insert(self, values: Mapping[str, Any]) -> int:
+        insert = f"INSERT INTO jobs ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})"
+        return int(self.connection.execute(insert, tuple(values.values())).lastrowid or 0)
+
+    def _check_adoptable(self, final: Path, recipe: str) -> None:
+        """A clip of which the list says nothing is the job's own where it says so itself: the list was lost."""
+        found = self.adopt(final)
+        if found == recipe:
+            return
+        how = "" if found is None else f" ({differing(json.loads(found), json.loads(recipe))})"
+        raise SettingsError(
+            f"name: got {final.name!r}, which is in the folder but not on its list{how}, expected another"
+        )
+
+    def _change(self, there: sqlite3.Row, values: Mapping[str, Any], final: Path) -> None:
+        """A job that the list has already: it is the same, or takes the place of one that was not rendered."""
+        changes = {name: values[name] for name in ("line", "job", "priority")}
+        if there["recipe"] != values["recipe"]:
+            if there["status"] not in (PENDING, FAILED, CANCELLED):
+                how = differing(json.loads(there["recipe"]), json.loads(values["recipe"]))
+                raise SettingsError(
+                    f"name: got {final.name!r}, which this folder has with other settings ({how}), expected another "
+                    f"name or another folder"
+                )
+            changes = {**values, **AFRESH}
+        elif there["status"] == DONE and (_size(final) is None or _size(final) != (there["bytes"] or _size(final))):
+            changes |= AFRESH  # who deletes a clip wants it again, and one that was cut short is not whole
+            discard(final)
+        assignments = ", ".join(f"{name} = ?" for name in changes)
+        self.connection.execute(f"UPDATE jobs SET {assignments} WHERE id = ?", (*changes.values(), there["id"]))
+
+    def _stack(self, job: Job, key: str) -> int:
+        self.connection.execute("INSERT OR IGNORE INTO stacks (key, shape) VALUES (?, ?)", (key, shape_of(job)))
+        return int(self.connection.execute("SELECT id FROM stacks WHERE key = ?", (key,)).fetchone()[0])
+
+    def retry_failed(self) -> int:
+        """Failed jobs of this run are to be tried again."""
+        change = f"UPDATE jobs SET {RETRIED} WHERE status = 'failed' AND id IN mine"
+        return self.connection.execute(change).rowcount
+
+    def lose(self, file: str) -> None:
+        """A clip that is done turned out not to be whole: it is removed, and rendered again."""
+        discard(self.out / file)
+        self.connection.execute("UPDATE jobs SET status = 'pending' WHERE file = ? AND status = 'done'", (file,))
+
+    # Jobs that others add
+
+    def take_in(
+        self, model: str, made: Mapping[str, Any], check: Callable[[str, int], Staged], limit: int = 200
+    ) -> tuple[int, list[tuple[int, str]]]:
+        """Take up jobs that were added, and those that an earlier run took up so: how many are new, and those refused.
+
+        `check` gives the job of an entry, with its file and how it is stacked; what it raises is why it is refused.
+        """
+        new = self._adopt_added(model, made)
+        if not self.connection.execute("SELECT 1 FROM inbox WHERE error IS NULL LIMIT 1").fetchone():
+            return new, []
+        refused = []
+        with self.transaction():
+            query = "SELECT * FROM inbox WHERE error IS NULL ORDER BY id LIMIT ?"
+            for row in self.connection.execute(query, (limit,)).fetchall():
+                self.connection.execute("SAVEPOINT one")
+                try:
+                    self.stage(*check(row["entry"], row["line"]))
+                    (staged,) = self.connection.execute("SELECT * FROM staged").fetchall()
+                    identity = self._add(trusted(staged["job"]), staged, model, made)
+                except SettingsError as error:
+                    self.connection.execute("ROLLBACK TO one")
+                    self.connection.execute("UPDATE inbox SET error = ? WHERE id = ?", (str(error), row["id"]))
+                    refused.append((row["line"], str(error)))
+                else:
+                    new += 1
+                    change = "UPDATE jobs SET added = 1, paused = ? WHERE id = ?"
+                    self.connection.execute(change, (row["paused"], identity))
+                    self.connection.execute("DELETE FROM inbox WHERE id = ?", (row["id"],))
+                self.connection.execute("DELETE FROM staged")
+                self.connection.execute("RELEASE one")
+        return new, refused
+
+    def _adopt_added(self, model: str, made: Mapping[str, Any]) -> int:
+        """Jobs that another run took up for whoever has this model, made in the same way."""
+        query = "SELECT id, recipe FROM jobs WHERE added AND model = ? AND status IN ('pending', 'claimed', 'failed')"
+        rows = self.connection.execute(f"{query} AND id NOT IN mine", (model,)).fetchall()
+        ours = [row["id"] for row in rows if made.items() <= json.loads(row["recipe"]).items()]
+        self.connection.executemany("INSERT INTO mine VALUES (?)", [(one,) for one in ours])
+        return len(ours)
+
+    # Rendering
+
+    def claim(
+        self, size: int, device: str, *, idle: bool = True, place: str = "", others: bool = False
+    ) -> Batch | None:
+        """Take up to `size` waiting jobs that fit together, fewer where memory is known to hold fewer.
+
+        idle    the process that asks renders nothing else
+        place   where it is
+        others  there are other places
+
+        A job that was rendered when a process died goes last: if it is what kills, the others are done before. It then
+        has a process to itself, with others like it first, and at last alone. It goes to another place where there is
+        one.
+        """
+        if self.setting("paused"):
+            return None
+        with self.transaction():
+            may = f"{WAITS} AND (deaths = 0 OR (? AND NOT (? AND place IS ?)))"
+            asks = (idle, others, place)
+            first = self.connection.execute(
+                f"SELECT jobs.*, stacks.shape FROM jobs JOIN stacks ON stacks.id = stack WHERE {may} "
+                "ORDER BY deaths, priority DESC, apart, stack, jobs.id LIMIT 1",
+                asks,
+            ).fetchone()
+            if first is None:
+                return None
+            shape = f"{device} {first['shape']}"
+            known = self.connection.execute("SELECT rows FROM shapes WHERE key = ?", (shape,)).fetchone()
+            size = min(size, known["rows"]) if known else size
+            rows = [first]
+            if size > 1 and not first["apart"] and first["deaths"] < self._alone:
+                rows = self.connection.execute(
+                    f"SELECT * FROM jobs WHERE {may} AND deaths = ? AND NOT apart AND stack = ? AND priority = ? "
+                    "ORDER BY id LIMIT ?",
+                    (*asks, first["deaths"], first["stack"], first["priority"], size),
+                ).fetchall()
+            ids = [(self.runner, row["id"]) for row in rows]
+            claim = "UPDATE jobs SET status = 'claimed', runner = ?, attempts = attempts + 1 WHERE id = ?"
+            self.connection.executemany(claim, ids)
+        return Batch(tuple(_task(row) for row in rows), shape, lonely=first["deaths"] > 0)
+
+    @property
+    def _alone(self) -> int:
+        """From how many deaths on a job is rendered alone."""
+        return min(2, self.retries)
+
+    def slowest(self, shape: str) -> float | None:
+        """Seconds that a clip of this shape has taken at most in this folder."""
+        query = "SELECT MAX(took) FROM jobs JOIN stacks ON stacks.id = stack WHERE status = 'done' AND shape = ?"
+        found = self.connection.execute(query, (shape,)).fetchone()[0]
+        return None if found is None else float(found)
+
+    def waiting_prompts(self, count: int) -> list[tuple[str, str | None]]:
+        """Prompt and negative prompt of the jobs that come next, for reading them ahead."""
+        order = "ORDER BY deaths, priority DESC, apart, stack, id"
+        rows = self.connection.execute(f"SELECT job FROM jobs WHERE {WAITS} {order} LIMIT ?", (count,))
+        found = (json.loads(row["job"]) for row in rows)
+        return list(dict.fromkeys((job["prompt"], job.get("negative_prompt")) for job in found))
+
+    def finish(
+        self, task: Task, aside: Path, seconds: Mapping[str, float], *, form: str = "", remark: str = ""
+    ) -> tuple[str, str]:
+        """A clip that is written aside becomes the job's output: what the job is then, and why.
+
+        Its name is on record before it is moved. It fails where somebody else's file has that name by now. A job that
+        was cancelled meanwhile stays so.
+        """
+        took, size = sum(seconds.values()), _size(aside)
+        values = {"seconds": json.dumps(seconds), "took": took, "bytes": size, "form": form, "remark": remark}
+        change = f"UPDATE jobs SET status = 'publishing', error = NULL, {', '.join(f'{name} = ?' for name in values)}"
+        mine = (task.id, self.runner)
+        if not self.connection.execute(f"{change} WHERE id = ? AND runner = ?", (*values.values(), *mine)).rowcount:
+            discard(aside)
+            return CANCELLED, "it was cancelled"
+        try:
+            publish(aside, self.out / task.file)
+        except FileExistsError as error:
+            discard(aside)
+            why = f"{error.strerror}: {task.file}"
+            self.fail(task, why, seconds)
+            return FAILED, why
+        done = "UPDATE jobs SET status = 'done', finished = ?, runner = NULL WHERE id = ?"
+        self.connection.execute(done, (time.time(), task.id))
+        return DONE, ""
+
+    def fail(self, task: Task, error: str, seconds: Mapping[str, float]) -> bool:
+        """Whether it was still this run's to fail: a job that was cancelled stays so."""
+        change = "UPDATE jobs SET status = 'failed', error = ?, seconds = ?, finished = ?, runner = NULL"
+        values = (error, json.dumps(seconds), time.time(), task.id, self.runner)
+        return self.connection.execute(f"{change} WHERE id = ? AND runner = ?", values).rowcount > 0
+
+    def fail_waiting(self, shape: str, error: str) -> list[str]:
+        """Jobs of this run that wait and have this shape have failed, untried: their files."""
+        with self.transaction():
+            rows = self.connection.execute(
+                f"SELECT jobs.id, file FROM jobs JOIN stacks ON stacks.id = stack WHERE {WAITS} AND shape = ? "
+                "ORDER BY jobs.id",
+                (shape,),
+            ).fetchall()
+            change = "UPDATE jobs SET status = 'failed', error = ?, finished = ? WHERE id = ?"
+            self.connection.executemany(change, [(error, time.time(), row["id"]) for row in rows])
+        return [row["file"] for row in rows]
+
+    def give_back(self, tasks: Iterable[Task], *, apart: bool = False, error: str | None = None) -> None:
+        """Claimed jobs wait again; `apart`, each on its own."""
+        change = "UPDATE jobs SET status = 'pending', runner = NULL, apart = MAX(apart, ?), error = ?"
+        with self.transaction():
+            values = [(int(apart), error, task.id, self.runner) for task in tasks]
+            self.connection.executemany(f"{change} WHERE id = ? AND runner = ?", values)
+
+    def died(self, tasks: Iterable[Task], why: str, place: str = "") -> list[tuple[Task, str]]:
+        """Jobs that were rendered by a process that died wait again. Returns those that failed by it."""
+        with self.transaction():
+            ids = {task.id: task for task in tasks}
+            marks = ", ".join("?" * len(ids))
+            query = f"SELECT id, deaths FROM jobs WHERE runner = ? AND id IN ({marks})"
+            rows = self.connection.execute(query, (self.runner, *ids)).fetchall()
+            failed = [(ids[row["id"]], error) for row in rows if (error := self._die(row, why, place))]
+        return failed
+
+    def _die(self, row: sqlite3.Row, why: str, place: str) -> str:
+        """A job whose process died waits again, or has failed, and why."""
+        deaths = row["deaths"] + 1
+        if row["deaths"] < max(self._alone, self.retries):
+            change = "UPDATE jobs SET status = 'pending', runner = NULL, deaths = ?, place = ?, error = ? WHERE id = ?"
+            self.connection.execute(change, (deaths, place, why, row["id"]))
+            return ""
+        error = f"the process that rendered it died {deaths} times, the last time with nothing else claimed: {why}"
+        change = "UPDATE jobs SET status = 'failed', runner = NULL, deaths = ?, error = ?, finished = ? WHERE id = ?"
+        self.connection.execute(change, (deaths, error, time.time(), row["id"]))
+        return error
+
+    def bound(self, shape: str, rows: int) -> None:
+        """Remember that no more clips of this shape than these fit into memory."""
+        change = "INSERT INTO shapes VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET rows = MIN(rows, excluded.rows)"
+        self.connection.execute(change, (shape, rows))
+
+    def record(self, progress: Iterable[tuple[int, str, int, int, float, str]]) -> None:
+        """How far running jobs are: job, stage, step, of how many steps, seconds, place. A crash may lose it."""
+        self.connection.execute("PRAGMA synchronous=OFF")
+        try:
+            with self.transaction():
+                theirs = "SELECT id FROM jobs WHERE runner IS NOT NULL AND runner != ?"
+                self.connection.execute(f"DELETE FROM progress WHERE id NOT IN ({theirs})", (self.runner,))
+                self.connection.executemany("INSERT OR REPLACE INTO progress VALUES (?, ?, ?, ?, ?, ?)", progress)
+        finally:
+            self.connection.execute("PRAGMA synchronous=FULL")
+
+    def cancelled(self, ids: Iterable[int]) -> set[int]:
+        """Which of these jobs were cancelled."""
+        wanted = list(ids)
+        marks = ", ".join("?" * len(wanted))
+        query = f"SELECT id FROM jobs WHERE status = 'cancelled' AND id IN ({marks})"
+        return {row["id"] for row in self.connection.execute(query, wanted)}
+
+    # Other runners
+
+    def recover(self) -> int:
+        """Take over from runners that died: finish their renames, give back their jobs, clear their folders away."""
+        recovered = 0
+        with self._registering():
+            held = {row["runner"] for row in self.connection.execute("SELECT DISTINCT runner FROM jobs")} - {None}
+            there = {path.name for path in self.home.iterdir() if path.is_dir()}
+            for runner in (held | there) - {self.runner}:
+                lock = lock_of_dead(self.home / runner / "lock")
+                if lock is None and (self.home / runner / "lock").exists():
+                    continue  # it lives
+                recovered += self._recover(runner, blamed=(self.home / runner / WITHIN).exists())
+                if runner in there:
+                    shutil.rmtree(self.home / runner)
+                if lock is not None:
+                    os.close(lock)
+        return recovered
+
+    def _recover(self, runner: str, *, blamed: bool = False) -> int:
+        """What a runner had claimed waits again. `blamed`: it may be that one of these jobs took it down."""
+        with self.transaction():
+            self.connection.execute("DELETE FROM runs WHERE runner = ?", (runner,))
+            rows = self.connection.execute("SELECT * FROM jobs WHERE runner = ?", (runner,)).fetchall()
+            for row in rows:
+                if row["status"] == PUBLISHING and self._roll_forward(self.home / runner / row["file"], row["file"]):
+                    change = "UPDATE jobs SET status = 'done', finished = ?, runner = NULL WHERE id = ?"
+                    self.connection.execute(change, (time.time(), row["id"]))
+                elif blamed:
+                    self._die(row, "the process of the run ended", "")
+                else:
+                    change = "UPDATE jobs SET status = 'pending', runner = NULL WHERE id = ?"
+                    self.connection.execute(change, (row["id"],))
+        return len(rows)
+
+    def _roll_forward(self, aside: Path, file: str) -> bool:
+        """A clip was about to be renamed: it is in one of two places, and whole in either."""
+        there = os.path.lexists(self.out / file)
+        if os.path.lexists(aside):
+            if there:
+                return False  # somebody put a file there meanwhile; the next attempt will say so
+            publish(aside, self.out / file)
+        elif not there:
+            return False
+        return True
+
+    def waiting(self) -> int:
+        """How many of this run's jobs may be begun, but for a folder that is paused."""
+        return int(self.connection.execute(f"SELECT COUNT(*) FROM jobs WHERE {WAITS}").fetchone()[0])
+
+    def of_another_form(self, form: str) -> int:
+        """How many clips of this run are done, in another form than it would give them."""
+        query = "SELECT COUNT(*) FROM jobs WHERE status = 'done' AND form != ? AND id IN mine"
+        return int(self.connection.execute(query, (form,)).fetchone()[0])
+
+    def elsewhere(self) -> int:
+        """How many of this run's jobs other runners have in hand."""
+        count = "SELECT COUNT(*) FROM jobs WHERE runner IS NOT NULL AND runner != ? AND id IN mine"
+        return int(self.connection.execute(count, (self.runner,)).fetchone()[0])
+
+    # Looking
+
+    def counts(self) -> dict[str, int]:
+        """How many of this run's jobs stand where."""
+        rows = self.connection.execute("SELECT status, COUNT(*) FROM jobs WHERE id IN mine GROUP BY status")
+        return {**dict.fromkeys(STATUSES, 0), **{row[0]: row[1] for row in rows}}
+
+    def rows(self, *, status: str | None = None, every: bool = False) -> Iterator[Row]:
+        """This run's jobs, or every one in the folder, in order, one at a time."""
+        where = "(? IS NULL OR status = ?)" + ("" if every else " AND id IN mine")
+        for row in self.connection.execute(f"SELECT * FROM jobs WHERE {where} ORDER BY id", (status, status)):
+            seconds = json.loads(row["seconds"] or "{}")
+            job = trusted(row["job"])
+            places = row["file"], row["status"], row["attempts"], row["line"], job, seconds, row["error"], row["model"]
+            yield Row(*places, row["remark"] or "")
+
+
+def trusted(text: str) -> Job:
+    """A job from its JSON, without a second look at what was checked when it was taken up, its image above all."""
+    data = json.loads(text)
+    guidance = data.pop("guidance", None)
+    job = object.__new__(Job)  # which has its defaults from its class, but for what can be changed
+    vars(job).update({"pipeline": {}, **data, "guidance": guidance and Guidance.from_dict(guidance)})
+    return job
+
+
+def _task(row: sqlite3.Row) -> Task:
+    return Task(row["id"], row["file"], trusted(row["job"]), row["model"])
+
+
+def _size(path: Path) -> int | None:
+    """Bytes of a clip, which may be a folder of pictures; None where it is not there."""
+    try:
+        if path.is_dir():
+            return sum(inner.stat().st_size for inner in path.iterdir())
+        return path.stat().st_size
+    except OSError:
+        return None

@@ -1,0 +1,30 @@
+"""What happens in a run, told to whoever listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from stgfast.recipes import Recipe
+
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+
+
+class Events:
+    """One run's events. `note` is for the page about its folder."""
+
+    def __init__(self, listener: Listener | None, recipe: Recipe | None = None):
+        self.listener = listener or _nobody
+        self.note = "" if recipe is None else f"Made by a recipe, approximately: {recipe}."
+
+    def tell(self, event: str, **more: Any) -> None:
+        try:
+            self.listener({"event": event, **more})
+        except BrokenPipeError:  # whoever read what is printed went away, as `| head` does: the night goes on
+            self.listener = _nobody
+            self.note = f"{self.note} Nobody reads the output of the run any more; it went on.".strip()
+
+
+def _nobody(event: Event) -> None:
+    pass

@@ -1,0 +1,151 @@
+"""What a run is about: jobs are checked against the model, and taken up by the folder; so are those that are added."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from stgfast.errors import SettingsError, wrong
+from stgfast.queue.job import Job
+from stgfast.queue.readers import Bad, Line, checked, read
+from stgfast.queue.state import DONE
+from stgfast.queue.store import Staged, Store, trusted
+from stgfast.render.files import Form, metadata_of, read_frames
+from stgfast.render.loading import Loading
+from stgfast.render.models import Model
+
+SHOWN = 1000  # bad lines that are kept for the report; all are told to the listener
+
+
+class BadJobs(SettingsError):
+    """Lines of a job file that cannot be rendered. Nothing was taken up."""
+
+    def __init__(self, lines: list[Bad], count: int):
+        self.lines, self.count = lines, count
+        first = "; ".join(f"line {line.number}: {line.why}" for line in lines[:3])
+        super().__init__(f"jobs: got {count} bad line{'s' * (count > 1)}, expected none ({first})")
+
+
+class Planning:
+    """Jobs for one model, which is loaded in one way, whose clips have one form.
+
+    defaults  what every job has that does not say otherwise
+    formed    the form of clips, in words
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        loading: Loading,
+        form: Form,
+        formed: str,
+        defaults: Mapping[str, Any],
+        tell: Callable[..., None],
+    ):
+        self.model, self.form, self.formed, self.tell = model, form, formed, tell
+        self.made, self.recipe = model.made(loading), model.recipe_of(loading)
+        self.defaults = {**model.defaults_with(self.recipe), **defaults}
+        self.bad = 0
+
+    def plan(self, store: Store, jobs: Jobs, *, skip_bad: bool, keep: bool = True) -> dict[str, int]:
+        """Check every line; then take all of them up, or none: how many jobs stand where.
+
+        What is not to be kept is listed.
+        """
+        kept: list[Bad] = []
+        staged = self._staged(store, lines_of(jobs, self.defaults))
+        with store.taking_up(self.model.name, staged, self.made, keep=keep) as wrong_lines:
+            for line in wrong_lines:
+                self.bad += 1
+                if len(kept) < SHOWN:
+                    kept.append(line)
+                self.tell("bad", line=line.number, error=line.why)
+            if kept and not skip_bad:
+                raise BadJobs(kept, self.bad)
+            counts = store.counts()
+            for row in store.rows() if not keep else ():
+                self.tell("listed", file=row.file, status=row.status, job=row.job.to_dict())
+            other = store.of_another_form(self.formed)
+        self.tell("planned", **counts, bad=self.bad)
+        if other:
+            self.tell("kept", clips=other, form=self.formed)
+        return counts
+
+    def _staged(self, store: Store, lines: Iterable[Line | Bad]) -> Iterator[Bad]:
+        for line in lines:
+            if isinstance(line, Bad):
+                yield line
+                continue
+            for job in line.jobs:
+                try:
+                    store.stage(*self._checked(job, line.number))
+                except SettingsError as error:
+                    yield Bad(line.number, str(error))
+                    break
+
+    def _checked(self, job: Job, line: int) -> Staged:
+        """A job as it is rendered, or what this model cannot do of it."""
+        self.model.check(job, self.recipe)
+        named = self.model.settled(job, self.recipe).named(self.model.name, self.made)
+        return named, self.form.file(named.name), line, self.model.images
+
+    def take_in(self, store: Store) -> None:
+        """Jobs that were added since."""
+
+        def check(entry: str, number: int) -> Staged:
+            line = checked(number, json.loads(entry), base=Path(), defaults=self.defaults)
+            if isinstance(line, Bad):
+                raise SettingsError(line.why)
+            (job,) = line.jobs
+            return self._checked(job, number)
+
+        new, refused = store.take_in(self.model.name, self.made, check)
+        if new:
+            self.tell("added", jobs=new)
+        for line, why in refused:
+            self.tell("refused", line=line, error=why)
+
+    def verify(self, store: Store) -> None:
+        """Clips that are done and cannot be read whole are rendered again."""
+        for row in store.rows(status=DONE):
+            try:
+                frames = read_frames(store.out / row.file)
+                why = "" if len(frames) else "no frames"
+            except Exception as error:  # whatever a decoder of broken bytes may raise
+                why = f"{type(error).__name__}: {error}"
+            if why:
+                store.lose(row.file)
+                self.tell("broken", file=row.file, why=why)
+
+
+Jobs = str | Path | Iterable[Job | Mapping[str, Any]] | None
+
+
+def lines_of(jobs: Jobs, defaults: Mapping[str, Any]) -> Iterator[Line | Bad]:
+    if jobs is None:
+        return
+    if isinstance(jobs, (str, Path)):
+        yield from read(Path(jobs), defaults=defaults)
+        return
+    given: Iterable[object] = jobs
+    for number, job in enumerate(given, 1):
+        if isinstance(job, Job):
+            yield Line(number, (job,))
+        elif isinstance(job, Mapping):
+            yield checked(number, job, base=Path(), defaults=defaults)
+        else:
+            yield Bad(number, str(wrong("job", type(job).__name__, "a Job, or a mapping with its fields")))
+
+
+def recipe_in(clip: Path) -> str | None:
+    """What a clip says it was made by, in the form of `Job.recipe`; None where it says nothing."""
+    try:
+        said = metadata_of(clip)
+        made = {"dtype": said.get("dtype"), "revision": said.get("revision")}
+        made["solver"] = (said.get("recipe") or {}).get("solver")
+        job = trusted(json.dumps(said["job"]))
+        return job.recipe(said["model"], {name: value for name, value in made.items() if value})
+    except (SettingsError, KeyError, TypeError, AttributeError):  # whatever is in a file of this name
+        return None

@@ -1,0 +1,200 @@
+"""A worker in a process of its own, as a crew: where it hangs or dies, another process takes its place.
+
+This process alone has the state of the folder. The other one writes clips into a folder of its own, aside.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+from stgfast.errors import DeviceError
+from stgfast.queue.batches import Batch
+from stgfast.queue.placing import discard
+from stgfast.queue.store import Store
+from stgfast.render.child import Begin, Ready
+from stgfast.render.crew import Setup
+from stgfast.render.hands import LIVES, LOADING, Hand, silent
+from stgfast.render.worker import STAGES, Died, Expired, Failed, Outcome, Progress, Prompt, Stopped, Written
+
+
+class OwnProcess:
+    """One process that renders, at a time; it is its own seat."""
+
+    alike = True
+    places = 1
+    place = ""
+
+    def __init__(self, setup: Setup, store: Store, tell: Callable[..., None], *, bars: bool = True):
+        self.setup, self.scratch, self.lock, self.tell, self.bars = setup, store.scratch, store.lock, tell, bars
+        self.stopping = self.aborting = self.told_to_stop = False
+        self.found: deque[Outcome] = deque()
+        self.hands: list[Hand] = []
+        self.asked = 0.0  # when it was asked how far it is, and has not answered
+        self.started = self.deaths = 0
+        self.device_name = ""
+        self._start()
+
+    def _start(self) -> None:
+        self.started += 1
+        self.folder = self.scratch / f"process-{self.started}"
+        self.folder.mkdir()
+        self.ready, self.asked, self.since = False, 0.0, time.monotonic()
+        self.connection, theirs = Pipe()
+        with theirs:
+            # The lock that says that this run lives is the other process's too, as long as it may write.
+            handles = (theirs.fileno(), self.lock)
+            command = [sys.executable, "-m", "stgfast.render.child", str(theirs.fileno())]
+            path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+            environment = {**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)}
+            self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=handles, env=environment)
+        self._send(sys.path, Begin(self.folder, self.bars))
+        self._send_one(self.setup)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.found or self.hands)
+
+    @property
+    def idle(self) -> bool:
+        return not self.hands
+
+    @property
+    def where(self) -> dict[str, Any]:
+        return {"device": self.device_name, "pid": self.process.pid}
+
+    def free(self) -> OwnProcess | None:
+        alone = any(hand.batch.lonely for hand in self.hands)
+        return self if self.ready and not alone and len(self.hands) < len(STAGES) else None
+
+    def start(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
+        self.hands.append(Hand(batch))
+        self._send("start", batch, ahead)
+
+    def outcome(self, seconds: float) -> Outcome | None:
+        if self.stopping and not self.told_to_stop:
+            self.told_to_stop = True
+            self._send("stop")
+        if not self.found:
+            self._listen(seconds)
+        if not self.ready and time.monotonic() - self.since > LOADING:
+            self._end(f"the model was not loaded after {LOADING:g} s")
+        return self.found.popleft() if self.found else None
+
+    def progress(self) -> list[Progress]:
+        """What the process has said last, and the time since: one that hangs says nothing."""
+        if self.ready and not self.asked and self.hands:
+            self.asked = time.monotonic()
+            self._send("progress")
+        elif self.asked and (why := silent(self.hands, self.asked)):
+            self._end(why)
+        return [hand.progress(alone=len(self.hands) == 1) for hand in self.hands]
+
+    def expire(self, batch: Batch, why: str) -> None:
+        self._send("expire", batch, why)
+
+    def replace(self, batch: Batch, why: str) -> None:
+        overdue = [hand for hand in self.hands if hand.batch == batch]
+        self.hands = [hand for hand in self.hands if hand.batch != batch]
+        self.found.extend(Expired(hand.left(), why) for hand in overdue)
+        self.found.extend(Stopped(hand.left()) for hand in self.hands)  # which wait again, and are not at fault
+        self.hands = []
+        self.tell("replaced", pid=self.process.pid, why=why)
+        self._kill()
+        self._start()
+
+    def stop(self) -> None:
+        self.stopping = True  # this may be within a signal: the process hears of it at the next look
+
+    def abort(self) -> None:
+        self.stopping = self.aborting = True
+
+    def close(self, seconds: float) -> None:
+        """The process is gone, and what it has not finished is not there."""
+        self._kill()
+
+    def _send(self, *message: Any) -> None:
+        self._send_one(message)
+
+    def _send_one(self, message: Any) -> None:
+        try:
+            self.connection.send(message)
+        except (BrokenPipeError, ConnectionResetError):  # which is found when it is next listened to
+            return
+
+    def _listen(self, seconds: float) -> None:
+        try:
+            if not self.connection.poll(seconds):
+                return
+            said = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self._end(_ending(self.process))
+            return
+        if isinstance(said, Ready):
+            self.ready, self.device_name = True, said.device_name
+            self.tell("ready", **self.where)
+        elif isinstance(said, BaseException):
+            self.found.append(Stopped((), said))
+        elif isinstance(said, list):
+            self.asked = 0.0
+            for hand in self.hands:
+                hand.hear(said)
+        else:
+            self._heard(said)
+
+    def _heard(self, outcome: Outcome) -> None:
+        if isinstance(outcome, Stopped) and outcome.error is not None and not isinstance(outcome.error, OSError):
+            self._end(str(outcome.error))  # its device is past use for a process that began on it
+            return
+        if isinstance(outcome, Written):
+            path = self.scratch / outcome.task.file
+            discard(path)
+            os.rename(outcome.path, path)
+            outcome = dataclasses.replace(outcome, path=path)
+        tasks = (outcome.task,) if isinstance(outcome, (Written, Failed)) else outcome.tasks
+        settled = {task.id for task in tasks}
+        for hand in self.hands:
+            hand.settled |= settled
+        self.hands = [hand for hand in self.hands if hand.left()]
+        self.deaths = 0
+        self.found.append(outcome)
+
+    def _end(self, why: str) -> None:
+        """The process died, or is of no use any more: another one begins."""
+        self._kill()
+        left = tuple(task for hand in self.hands for task in hand.left())
+        self.hands = []
+        if left:
+            self.found.append(Died(left, why))
+        self.deaths += 1
+        if self.deaths >= LIVES:
+            error = DeviceError(f"the process that renders died {LIVES} times in a row, the last time because: {why}")
+            self.found.append(Stopped((), error))
+        elif not self.stopping:
+            self.tell("replaced", pid=self.process.pid, why=why)
+            self._start()
+
+    def _kill(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _ending(process: subprocess.Popen[bytes]) -> str:
+    code = process.wait()
+    if code >= 0:
+        return f"the process that renders ended with exit code {code}"
+    name = signal.Signals(-code).name
+    more = ", as the system ends one where memory is short" if name == "SIGKILL" else ""
+    return f"the process that renders was ended by {name}{more}"

@@ -1,0 +1,247 @@
+"""The work of a run: batches are handed out, and what became of their jobs is recorded, until nothing waits."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from stgfast.errors import DeviceError, SettingsError, UnsupportedPipelineError
+from stgfast.queue.batches import Task, shape_of
+from stgfast.queue.desk import PAUSED
+from stgfast.queue.state import CANCELLED, DONE, FAILED
+from stgfast.queue.store import Store
+from stgfast.render.crew import Crew
+from stgfast.render.events import Event, Events
+from stgfast.render.gallery import NAME, write_gallery
+from stgfast.render.limits import Limits
+from stgfast.render.planning import Planning
+from stgfast.render.worker import Again, Died, Expired, Failed, Outcome, Written
+
+PAGE = 60.0  # seconds between new versions of the page about the folder
+POLL = 0.5  # seconds between looks at what other runners do
+LOOK = 1.0  # seconds between looks at what is asked of the folder, and at how far batches are
+ENDING = 5.0  # seconds that batches have to put themselves down when a run stops at once
+
+
+class Rendering:
+    """One run in charge of what it has claimed in a folder.
+
+    ahead      how many prompts that come later are encoded with those of a batch
+    footprint  what decides how many clips fit into memory, beside the device and their shape
+    stays      when all is done, for jobs that are added
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        planning: Planning,
+        limits: Limits,
+        events: Events,
+        *,
+        max_batch: int,
+        ahead: int,
+        footprint: str,
+        stays: bool,
+    ):
+        self.store, self.planning, self.limits, self.events = store, planning, limits, events
+        self.tell = events.tell
+        self.max_batch, self.ahead, self.footprint, self.stays = max_batch, ahead, footprint, stays
+        self.where: dict[int, Event] = {}  # claimed jobs
+        self.fits: set[str] = set()  # shapes that clips were rendered of
+        self.rendered = self.interrupts = 0
+        self.signal = ""  # that came, and was not told of yet
+        self.paused = False
+        self.fault: BaseException | None = None
+        self.paged = time.monotonic()
+        self.looked = 0.0
+
+    def recover(self) -> None:
+        recovered = self.store.recover()
+        if recovered:
+            self.tell("recovered", jobs=recovered)
+
+    def work(self, crew: Crew) -> None:
+        """Until nothing waits that this run may render; then until other runners have done theirs, or died."""
+        try:
+            with self._interruptible(crew):
+                while not crew.aborting:
+                    self._tell_of_signal()
+                    self._look(crew)
+                    self._hand_out(crew)
+                    if crew.busy:
+                        self._settle(crew.outcome(0.1), crew)  # in time for a look at whether the run is to stop
+                    elif crew.stopping:
+                        break
+                    elif self.store.waiting():
+                        self._settle(crew.outcome(0.1), crew)
+                    elif self.stays or self.store.elsewhere():
+                        self._settle(crew.outcome(POLL), crew)
+                        self.recover()
+                    else:
+                        break
+                    if time.monotonic() - self.paged > PAGE:
+                        self.page()
+                self._tell_of_signal()
+        except BaseException:
+            crew.abort()
+            raise
+        finally:
+            crew.close(ENDING)
+        if isinstance(self.fault, (OSError, SettingsError, UnsupportedPipelineError, DeviceError)):
+            raise self.fault
+        if self.fault is not None:
+            said = f"{type(self.fault).__name__}: {self.fault}"
+            raise DeviceError(
+                f"the device, or the worker on it, gave out ({said}); what is done is kept"
+            ) from self.fault
+
+    def _hand_out(self, crew: Crew) -> None:
+        while not crew.stopping and (seat := crew.free()) is not None:
+            device, others = seat.device_name + self.footprint, crew.places > 1
+            batch = self.store.claim(self.max_batch, device, idle=seat.idle, place=seat.place, others=others)
+            if batch is None:
+                return
+            batch = self.limits.on(batch, self.store)
+            self.where.update({task.id: seat.where for task in batch.tasks})
+            self.tell("claimed", files=[task.file for task in batch.tasks], **seat.where)
+            seat.start(batch, self.store.waiting_prompts(self.ahead) if self.ahead else ())
+
+    def _look(self, crew: Crew) -> None:
+        """Once a second: what was asked of the folder meanwhile, and how far batches are."""
+        if time.monotonic() - self.looked < LOOK:
+            return
+        self.looked = time.monotonic()
+        self.planning.take_in(self.store)
+        paused = bool(self.store.setting(PAUSED))
+        if paused != self.paused:
+            self.paused = paused
+            self.tell("paused" if paused else "resumed")
+        progress = crew.progress()
+        self.store.record(
+            (task.id, each.stage, each.step, each.steps, round(each.seconds, 1), self.where[task.id].get("device", ""))
+            for each in progress
+            for task in each.batch.tasks
+            if task.id in self.where
+        )
+        self.limits.enforce(crew, progress, self.store.cancelled(self.where))
+
+    def _settle(self, outcome: Outcome | None, crew: Crew) -> None:
+        """Record what became of jobs."""
+        if outcome is None:
+            return
+        store = self.store
+        tasks = (outcome.task,) if isinstance(outcome, (Written, Failed)) else outcome.tasks
+        where: Event = {}
+        for task in tasks:
+            where = self.where.pop(task.id, {})
+            self.limits.settled(task)
+        if isinstance(outcome, Written):
+            self._written(outcome, where)
+        elif isinstance(outcome, Failed):
+            self._failed(outcome.task, outcome.error, outcome.seconds, trace=outcome.trace, **where)
+            self._fail_alike(outcome, crew)
+        elif isinstance(outcome, Again):
+            self._again(outcome, where)
+        elif isinstance(outcome, Expired):
+            if len(tasks) == 1:
+                self._failed(tasks[0], outcome.why, {}, **where)
+            else:  # it may be one of them
+                self._again(Again(tasks, outcome.why, apart=True), where)
+        elif isinstance(outcome, Died):
+            failed = store.died(tasks, outcome.why, outcome.place)
+            self.tell("died", files=[task.file for task in tasks], why=outcome.why, **where)
+            for task, error in failed:
+                self.tell("failed", file=task.file, error=error, **where, **self._progress())
+        else:
+            store.give_back(tasks)
+            if outcome.error is not None and self.fault is None:
+                self.fault = outcome.error
+                crew.stop()
+                self.tell("stopping", why=f"{type(outcome.error).__name__}: {outcome.error}")
+
+    def _written(self, outcome: Written, where: Event) -> None:
+        task, seconds = outcome.task, outcome.seconds
+        status, why = self.store.finish(task, outcome.path, seconds, form=self.planning.formed, remark=outcome.remark)
+        if status == DONE:
+            self.rendered += 1
+            self.fits.add(shape_of(task.job))
+            remark = {"remark": outcome.remark} if outcome.remark else {}
+            self.tell("done", file=task.file, seconds=seconds, **remark, **where, **self._progress())
+        elif status == CANCELLED:
+            self.tell("cancelled", file=task.file, **where, **self._progress())
+        else:
+            self.tell("failed", file=task.file, error=why, **self._progress())
+
+    def _again(self, outcome: Again, where: Event) -> None:
+        if outcome.rows:
+            self.store.bound(outcome.shape, outcome.rows)
+        self.store.give_back(outcome.tasks, apart=outcome.apart, error=outcome.why)
+        files = [task.file for task in outcome.tasks]
+        self.tell("again", files=files, why=outcome.why, rows=outcome.rows, apart=outcome.apart, **where)
+
+    def _failed(self, task: Task, error: str, seconds: Mapping[str, float], **more: Any) -> None:
+        if self.store.fail(task, error, seconds):
+            self.tell("failed", file=task.file, error=error, **more, **self._progress())
+        else:
+            self.tell("cancelled", file=task.file, **self._progress())
+
+    def _fail_alike(self, failed: Failed, crew: Crew) -> None:
+        """Where there is no memory for a job, no night is spent on others of its shape, of which none was rendered."""
+        shape = shape_of(failed.task.job)
+        if not failed.memory or not crew.alike or shape in self.fits:
+            return
+        error = f"not tried: as large as {failed.task.file}, which there is no memory for"
+        files = self.store.fail_waiting(shape, error)
+        progress = self._progress()
+        for file in files:
+            self.tell("failed", file=file, error=error, **progress)
+
+    def _progress(self) -> Event:
+        counts = self.store.counts()
+        finished = counts[DONE] + counts[FAILED] + counts[CANCELLED]
+        return {"total": sum(counts.values()), "finished": finished}
+
+    @contextmanager
+    def _interruptible(self, crew: Crew) -> Iterator[None]:
+        """Within the block, the first signal to end lets batches in hand finish, and the second one does not."""
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.interrupts += 1
+            if self.interrupts == 1:
+                self.signal = signal.Signals(number).name
+                crew.stop()
+            else:
+                crew.abort()
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # signals are the main thread's
+            return
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, handle) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _tell_of_signal(self) -> None:
+        """Not within the signal: what that interrupts may be the listener, which would be called within itself."""
+        name, self.signal = self.signal, ""
+        if name:
+            self.tell("stopping", why=name)
+
+    def page(self) -> None:
+        """The page about the folder, as it stands. Clips that are done are done without it."""
+        try:
+            rows = self.store.rows(every=True)
+            write_gallery(self.store.out, rows, self.store.scratch / NAME, note=self.events.note)
+        except OSError as error:
+            self.tell("page", error=str(error))
+        self.paged = time.monotonic()

@@ -1,0 +1,135 @@
+"""What a person, or a machine, sees of a run.
+
+A machine sees lines of JSON: each has `version`, the form of these lines; `time`; `event`; and what that event has.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from typing import Any, TextIO
+
+VERSION = 1
+NARROW = 72  # columns, below which the bar has no room for a bar
+EVERY = 60.0  # seconds between lines about how far a run is, where there is no terminal for a bar
+
+
+class Screen:
+    """The output of one command."""
+
+    def __init__(self, command: str, stdout: TextIO | None, stderr: TextIO | None, *, quiet: bool, as_json: bool):
+        self.command, self.stdout, self.stderr, self.quiet, self.as_json = command, stdout, stderr, quiet, as_json
+        self.bar: Any = None
+        self.said = 0.0
+        self.report: dict[str, Any] = {}
+
+    def show(self, event: dict[str, Any]) -> None:
+        """An event of the run. Raises BrokenPipeError where nobody reads any more."""
+        kind = event["event"]
+        if kind == "ended":
+            self.report = {name: value for name, value in event.items() if name not in ("event", "code")}
+        if self.as_json:
+            if kind != "ended":  # which is said last, with the exit code
+                self._json(event)
+            return
+        if kind in ("done", "failed", "cancelled"):
+            self._progress(event)
+        if kind == "listed":
+            self._line(self.stdout, f"{event['status']:10} {event['file']}")
+        told = TOLD.get(kind)
+        if told is not None and (not self.quiet or kind in ("bad", "failed", "refused")):
+            self._line(self.stderr, told.format_map(event))
+
+    def error(self, text: str) -> None:
+        self.report["error"] = text
+        try:
+            if self.as_json:
+                self._json({"event": "error", "error": text})
+            else:
+                self._line(self.stderr, f"stgfast {self.command}: {text}")
+        except BrokenPipeError:  # there is nobody to tell
+            return
+
+    def ended(self, code: int) -> None:
+        """The last line for a machine, in every case."""
+        if not self.as_json:
+            return
+        try:
+            self._json({"event": "ended", "code": code, **self.report})
+        except BrokenPipeError:
+            return
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def _json(self, event: dict[str, Any]) -> None:
+        self._line(self.stdout, json.dumps({"version": VERSION, "time": round(time.time(), 3), **event}))
+
+    def _progress(self, event: dict[str, Any]) -> None:
+        if self.quiet:
+            return
+        if not (self.stderr is not None and self.stderr.isatty()):
+            if time.monotonic() - self.said > EVERY:  # a bar would fill a log
+                self.said = time.monotonic()
+                self._line(self.stderr, f"{event['finished']} of {event['total']} jobs settled")
+            return
+        if self.bar is None:
+            from tqdm import tqdm
+
+            narrow = shutil.get_terminal_size().columns < NARROW
+            form = "{n_fmt}/{total_fmt} [{elapsed}<{remaining}]" if narrow else None
+            before = event["finished"] - 1
+            self.bar = tqdm(
+                total=event["total"], initial=before, unit="clip", file=self.stderr, dynamic_ncols=True, bar_format=form
+            )
+        self.bar.total = event["total"]
+        self.bar.update(event["finished"] - self.bar.n)
+
+    def _line(self, stream: TextIO | None, text: str) -> None:
+        if stream is None:
+            return
+        # Prompts and names come from job files: nothing in them is a command to the terminal.
+        text = "".join(c if c.isprintable() else "\ufffd" for c in text)
+        if self.bar is not None and not self.as_json:
+            self.bar.clear()
+        try:
+            stream.write(text + "\n")
+            stream.flush()
+        except (OSError, ValueError) as error:
+            # Nobody reads it any more. What is written after this, or at the end of the process, goes nowhere.
+            try:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            except (OSError, ValueError):
+                self.stdout = None if stream is self.stdout else self.stdout
+                self.stderr = None if stream is self.stderr else self.stderr
+            raise BrokenPipeError from error
+
+
+TOLD = {
+    "bad": "line {line}: {error}",
+    "refused": "added, line {line}: {error}",
+    "added": "{jobs} jobs were added",
+    "recovered": "{jobs} clips were claimed when an earlier run died; they are rendered again",
+    "planned": "{pending} clips to render, {done} done, {failed} failed earlier",
+    "kept": "{clips} clips are done in another form than {form}; they stay as they are",
+    "broken": "{file}: cannot be read, and is rendered again: {why}",
+    "loading": "loading {model}",
+    "asking": "loading {model} on {actors} {each} of Ray",
+    "ready": "ready on {device}",
+    "joined": "actor {actor}: ready on {node}, {device}",
+    "died": "{files}: again, as the process that rendered them died: {why}",
+    "replaced": "another process renders from here: {why}",
+    "lost": "actor {actor} does not come back: {why}",
+    "overdue": "{files}: ended: {why}",
+    "failed": "{file}: {error}",
+    "cancelled": "{file}: cancelled",
+    "again": "{files}: again, smaller or apart: {why}",
+    "paused": "paused: nothing is begun until stgfast resume",
+    "resumed": "resumed",
+    "page": "the page about the folder could not be written: {error}",
+    "stopping": "{why}: finishing what is in flight",
+    "ended": "{rendered} rendered in {seconds:.1f} s; {done} done, {failed} failed, {waiting} waiting, {bad} bad lines",
+}

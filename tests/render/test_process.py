@@ -1,0 +1,219 @@
+"""A worker in a process of its own: jobs that hang, or take their process down, fail alone, and the night goes on."""
+
+import collections
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import psutil
+import pytest
+
+from stgfast.errors import DeviceError, LoadError
+from stgfast.queue.state import FOLDER
+from stgfast.queue.store import Store
+from stgfast.render import limits, models, process, rendering, run, worker
+from stgfast.render.gallery import NAME
+from stgfast.render.run import render
+from tests.render import pipes, standins
+
+TEXT = {"pipeline": {"max_sequence_length": 16}}
+
+
+def some(count, bad=()):
+    return [
+        {**pipes.CALL, **TEXT, "prompt": "bad" if n in bad else "a red kite", "seed": n, "name": f"k{n:02}"}
+        for n in range(count)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr(limits, "GRACE", 1.0)
+    monkeypatch.setattr(rendering, "LOOK", 0.1)
+
+
+def go(model, jobs, out, events, **more):
+    return render(model, jobs, out, **{"format": "png", "max_batch": 1, "listener": events.append, **more})
+
+
+def told(events, name):
+    return [event for event in events if event["event"] == name]
+
+
+def nothing_stray(out, files):
+    assert sorted(path.name for path in out.iterdir()) == sorted([FOLDER, NAME, *files])
+    assert sorted(path.name for path in (out / FOLDER).iterdir()) == ["jobs.db", "lock"]
+
+
+def children():
+    return [child.pid for child in psutil.Process().children() if "stgfast.render.child" in child.cmdline()]
+
+
+@pytest.mark.parametrize("what", ["sleeps", "blocks", "blocks all"])
+def test_a_job_that_hangs_fails_within_its_limit(tmp_path, monkeypatch, what):
+    monkeypatch.setitem(models.NAMED, "standing", standins.named(what))
+    events = []
+    report = go("standing", some(20, bad=[7]), tmp_path / "out", events, timeout=4.0)
+    assert (report.done, report.failed, report.waiting, report.code) == (19, 1, 0, 1)
+    (failed,) = told(events, "failed")
+    assert failed["file"] == "k07"
+    where = "its beginning" if what == "blocks all" else "denoise"
+    assert failed["error"].startswith(f"it took longer than 4 s (in {where}")
+    # A thread that can be stopped costs no process; where nobody knows which of several batches hangs, it costs two.
+    assert len(told(events, "ready")) == {"sleeps": 1, "blocks": 2, "blocks all": 3}[what]
+    nothing_stray(tmp_path / "out", [f"k{n:02}" for n in range(20) if n != 7])
+    assert children() == []
+    with Store(tmp_path / "out") as store:
+        assert collections.Counter(row.attempts for row in store.rows(every=True))[1] >= 15  # others were in flight
+
+
+@pytest.mark.parametrize("what", ["sleeps", "blocks"])
+@pytest.mark.parametrize("handed_over", [False, True], ids=["by name", "a pipeline"])
+def test_a_job_that_hangs_in_the_process_of_the_run(tmp_path, monkeypatch, what, handed_over):
+    monkeypatch.setattr(worker.BatchRun, "watched", False, raising=False)
+    monkeypatch.setattr(worker.BatchRun, "clips", worker.BatchRun.clips)
+    monkeypatch.setitem(models.NAMED, "standing", standins.named(what))
+    model, more = (standins.build(what), {}) if handed_over else ("standing", {"same_process": True})
+    events = []
+    report = go(model, some(20, bad=[7]), tmp_path / "out", events, timeout=4.0, **more)
+    assert (report.done, report.failed, report.waiting) == (19, 1, 0)
+    assert [event["file"] for event in told(events, "failed")] == ["k07"]
+    nothing_stray(tmp_path / "out", [f"k{n:02}" for n in range(20) if n != 7])
+
+
+def test_a_batch_that_hangs_is_rendered_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.NAMED, "standing", standins.named("sleeps"))
+    events = []
+    report = go("standing", some(6, bad=[2]), tmp_path / "out", events, timeout=3.0, max_batch=3)
+    assert (report.done, report.failed) == (5, 1)
+    assert [event["file"] for event in told(events, "failed")] == ["k02"]
+    assert told(events, "again")[0]["files"] == ["k00", "k01", "k02"]
+
+
+def test_limits_are_by_what_others_took(tmp_path, monkeypatch):
+    """Where none was rendered, a batch may be silent for a while; then it may take many times what they took."""
+    monkeypatch.setitem(models.NAMED, "standing", standins.named("sleeps"))
+    monkeypatch.setattr(limits, "QUIET", 3.0)
+    events = []
+    assert go("standing", some(1, bad=[0]), tmp_path / "out", events).failed == 1
+    assert told(events, "failed")[0]["error"].startswith("it did nothing for 3 s (in denoise")
+    assert go("standing", some(2, bad=[0]), tmp_path / "out", events).done == 1
+    monkeypatch.setattr(limits, "LEAST", 3.5)
+    monkeypatch.setattr(limits, "GENEROUS", 0.01)
+    assert go("standing", some(1, bad=[0]), tmp_path / "out", events, retry_failed=True).failed == 1
+    assert told(events, "failed")[-1]["error"].startswith("it took longer than 3.5 s (in denoise")
+
+
+@pytest.mark.parametrize("what", ["exits", "is killed", "breaks the device"])
+def test_a_job_that_takes_its_process_down_fails(tmp_path, monkeypatch, what):
+    """And no other one with it. What was rendered beside it is not blamed for ever."""
+    monkeypatch.setitem(models.NAMED, "standing", standins.named(what))
+    events = []
+    report = go("standing", some(12, bad=[3]), tmp_path / "out", events, max_batch=2)
+    assert (report.done, report.failed, report.waiting, report.code) == (11, 1, 0, 1)
+    (failed,) = told(events, "failed")
+    assert failed["file"] == "k03"
+    why = {
+        "exits": "the process that renders ended with exit code 137",
+        "is killed": "the process that renders was ended by SIGKILL, as the system ends one where memory is short",
+        "breaks the device": "RuntimeError: CUDA error",
+    }[what]
+    said = "the process that rendered it died 3 times, the last time with nothing else claimed: "
+    assert failed["error"] == said + why
+    assert [event["files"] for event in told(events, "died")][-1] == ["k03"]
+    nothing_stray(tmp_path / "out", [f"k{n:02}" for n in range(12) if n != 3])
+
+
+def test_what_may_be_the_machine_s_fault_is_tried_again(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.NAMED, "standing", standins.named("is killed", tmp_path / "marker"))
+    events = []
+    report = go("standing", some(6, bad=[1]), tmp_path / "out", events, max_batch=2)
+    assert (report.done, report.failed, report.code) == (6, 0, 0)
+    assert len(told(events, "died")) == 1
+    assert len(told(events, "replaced")) == 1
+
+
+def test_a_process_that_always_dies_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.NAMED, "dying", pipes.named(dying))
+    monkeypatch.setattr(process, "LIVES", 2)
+    said = "the process that renders died 2 times in a row, the last time because: .* exit code 9"
+    with pytest.raises(DeviceError, match=said):
+        go("dying", some(2), tmp_path / "out", [])
+    assert children() == []
+    with Store(tmp_path / "out") as store:
+        assert [row.status for row in store.rows(every=True)] == ["pending", "pending"]
+
+
+def dying():
+    os._exit(9)
+
+
+def test_a_model_that_does_not_load(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.NAMED, "wrong", pipes.named(unloadable))
+    with pytest.raises(LoadError, match="ValueError: no weights"):
+        go("wrong", some(1), tmp_path / "out", [])
+    monkeypatch.setitem(models.NAMED, "slow", pipes.named(standins.forever))
+    monkeypatch.setattr(process, "LOADING", 1.0)
+    monkeypatch.setattr(process, "LIVES", 1)
+    with pytest.raises(DeviceError, match="the model was not loaded after 1 s"):
+        go("slow", some(1), tmp_path / "out", [])
+    assert children() == []
+
+
+def unloadable():
+    raise ValueError("no weights")
+
+
+def test_the_process_ends_with_the_run(tmp_path):
+    """However that ends: here by SIGKILL, while the other process does nothing that could notice it."""
+    code = """
+    import sys
+    from stgfast.render import models
+    from stgfast.render.run import render
+    from tests.render import standins
+    from tests.render.test_process import some
+    models.NAMED["standing"] = standins.named("blocks all")
+    render("standing", some(1, bad=[0]), sys.argv[1], format="png", listener=lambda event: print(event, flush=True))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        pid = 0
+        for line in parent.stdout:
+            if "'event': 'claimed'" in line:
+                pid = int(line.split("'pid': ")[1].rstrip("}\n, "))
+                break
+        time.sleep(2.0)  # it hangs
+        parent.kill()
+    for _ in range(100):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("the process that renders lives on")
+    with Store(tmp_path / "out") as store:
+        assert store.recover() == 1
+        deaths = store.connection.execute("SELECT deaths, status FROM jobs").fetchall()
+    assert [tuple(row) for row in deaths] == [(0, "pending")]  # a run that is killed blames no job
+
+
+def test_ctrl_c_finishes_what_is_in_flight(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.NAMED, "standing", standins.named("sleeps"))
+    events = []
+
+    def listener(event):
+        events.append(event)
+        if event["event"] == "done" and len(told(events, "done")) == 1:
+            os.kill(os.getpid(), signal.SIGHUP)  # as when the terminal closes
+
+    report = render("standing", some(12), tmp_path / "out", format="png", max_batch=1, listener=listener)
+    assert report.interrupted
+    assert report.code == 130
+    assert 1 <= report.done < 12
+    assert told(events, "stopping")[0]["why"] == "SIGHUP"
+    with Store(tmp_path / "out") as store:
+        found = store.connection.execute("SELECT deaths FROM jobs").fetchall()
+    assert {row[0] for row in found} == {0}
+    assert run.render("standing", some(12), tmp_path / "out", format="png", listener=listener).done == 12
