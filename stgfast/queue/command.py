@@ -150,6 +150,8 @@ def table(status) -> str:  # type: ignore[no-untyped-def]
         lines.append(f"  {job.stage + step:16} {clock(job.seconds):>8}  {job.file}")
     for file, error in status.failures[:SHOWN]:
         lines.append(f"  failed: {file}: {error}")
+    for file, remark in status.strange[:SHOWN]:
+        lines.append(f"  done, but strange: {file}: {remark}")
     for name, error in status.refused[:SHOWN]:
         lines.append(f"  refused: {name}: {error}")
     return "".join(f"{_plain(line)}\n" for line in lines)

@@ -30,6 +30,7 @@ class Status:
 
     runs     the runs that are on: process, host, model, seconds since they began
     inbox    jobs that were added, and no run has looked at yet
+    strange  clips that are done and look wrong, as black ones do
     refused  jobs that were added and are wrong for the model, with the reason
     rate     clips in an hour, by those of the last one; None where there are none
     seconds  until all is done, at that rate; None where it is not known
@@ -43,6 +44,7 @@ class Status:
     runs: list[dict[str, Any]]
     running: list[Running]
     failures: list[tuple[str, str]]
+    strange: list[tuple[str, str]]
     rate: float | None
     seconds: float | None
 
@@ -67,6 +69,9 @@ def status_of(state: State, *, shown: int = 20) -> Status:
     named = "COALESCE(json_extract(entry, '$.name'), json_extract(entry, '$.prompt'))"
     refused = query(f"SELECT {named}, error FROM inbox WHERE error IS NOT NULL ORDER BY id LIMIT ?", (shown,))
     failures = query("SELECT file, error FROM jobs WHERE status = 'failed' ORDER BY finished DESC LIMIT ?", (shown,))
+    strange = query(
+        "SELECT file, remark FROM jobs WHERE status = 'done' AND remark != '' ORDER BY finished DESC LIMIT ?", (shown,)
+    )
     runs = [
         {
             "pid": row["pid"],
@@ -98,6 +103,7 @@ def status_of(state: State, *, shown: int = 20) -> Status:
             for row in running
         ],
         failures=[tuple(row) for row in failures],
+        strange=[tuple(row) for row in strange],
         rate=rate,
         seconds=None if rate is None or not runs else left / rate * HOUR,
     )

@@ -265,9 +265,9 @@ class Actors:
     def places(self) -> int:
         return sum(actor.ready is not None for actor in self.members)
 
-    def free(self) -> RemoteActor | None:
+    def free(self) -> Sequence[RemoteActor]:
         able = [actor for actor in self.members if actor.has_room]
-        return min(able, key=lambda actor: len(actor.in_hand), default=None)
+        return sorted(able, key=lambda actor: len(actor.in_hand))
 
     def stop(self) -> None:
         self.stopping = True  # this may be within a signal: actors hear of it at the next look

@@ -56,8 +56,8 @@ class Crew(Protocol):
     def places(self) -> int:
         """How many of its devices take batches."""
 
-    def free(self) -> Seat | None:
-        """One that takes another batch."""
+    def free(self) -> Sequence[Seat]:
+        """Those that take another batch, beginning with the one that has fewest in hand."""
 
     def progress(self) -> list[Progress]:
         """How far the batches in hand are."""

@@ -24,6 +24,7 @@ from stgfast.queue.placing import sync
 Frames = NDArray[np.uint8]  # (frames, height, width, 3)
 KEY = "stgfast"  # marks what a clip says as ours
 MAX_METADATA = 1 << 20
+BLACK = 8  # of 255: nothing brighter is seen
 AAC_FRAME = 1024  # samples
 ENDINGS = {"mp4": ".mp4", "gif": ".gif", "png": "", "npz": ".npz"}  # the PNGs of a clip have a folder
 
@@ -73,6 +74,19 @@ def pixels(clip: Any) -> Frames:
     _check_finite("frames", frames, "0 to 1")
     made: Frames = (frames * 255).round().clip(0, 255).astype(np.uint8)
     return made
+
+
+def remark_on(frames: Frames, asked: int | None) -> str:
+    """What is strange about a clip, for whoever looks through a folder: it is done all the same."""
+    if frames.max() < BLACK:
+        return "it is black"
+    if int(frames.max()) - int(frames.min()) <= 1:
+        return "it is of one colour"
+    if len(frames) > 1 and (frames == frames[:1]).all():
+        return "it does not move: all frames are the same"
+    if asked is not None and len(frames) != asked:
+        return f"it has {len(frames)} frames, where {asked} were asked for"
+    return ""
 
 
 def heard(samples: Any, rate: int) -> Sound:

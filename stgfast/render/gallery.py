@@ -63,7 +63,7 @@ def clip(out: Path, row: Row) -> dict[str, Any]:
         "guidance": _guidance(guidance) if guidance is not None else [],
         "recipe": guidance.to_dict() if guidance is not None else {},
         "seconds": {stage: round(seconds, 2) for stage, seconds in row.seconds.items()},
-        "error": row.error or "",
+        "error": row.error or (f"strange: {row.remark}" if row.remark else ""),
     }
 
 

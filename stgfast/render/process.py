@@ -73,9 +73,9 @@ class OwnProcess:
     def where(self) -> dict[str, Any]:
         return {"device": self.device_name, "pid": self.process.pid}
 
-    def free(self) -> OwnProcess | None:
+    def free(self) -> Sequence[OwnProcess]:
         alone = any(hand.batch.lonely for hand in self.hands)
-        return self if self.ready and not alone and len(self.hands) < len(STAGES) else None
+        return [self] if self.ready and not alone and len(self.hands) < len(STAGES) else []
 
     def start(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
         self.hands.append(Hand(batch))

@@ -15,7 +15,7 @@ from stgfast.queue.batches import Task, shape_of
 from stgfast.queue.desk import PAUSED
 from stgfast.queue.state import CANCELLED, DONE, FAILED
 from stgfast.queue.store import Store
-from stgfast.render.crew import Crew
+from stgfast.render.crew import Crew, Seat
 from stgfast.render.events import Event, Events
 from stgfast.render.gallery import NAME, write_gallery
 from stgfast.render.limits import Limits
@@ -101,15 +101,20 @@ class Rendering:
             ) from self.fault
 
     def _hand_out(self, crew: Crew) -> None:
-        while not crew.stopping and (seat := crew.free()) is not None:
-            device, others = seat.device_name + self.footprint, crew.places > 1
-            batch = self.store.claim(self.max_batch, device, idle=seat.idle, place=seat.place, others=others)
-            if batch is None:
-                return
-            batch = self.limits.on(batch, self.store)
-            self.where.update({task.id: seat.where for task in batch.tasks})
-            self.tell("claimed", files=[task.file for task in batch.tasks], **seat.where)
-            seat.start(batch, self.store.waiting_prompts(self.ahead) if self.ahead else ())
+        while not crew.stopping and any(self._claim(seat, others=crew.places > 1) for seat in crew.free()):
+            pass
+
+    def _claim(self, seat: Seat, *, others: bool) -> bool:
+        """Whether there was a batch for this seat."""
+        device = seat.device_name + self.footprint
+        batch = self.store.claim(self.max_batch, device, idle=seat.idle, place=seat.place, others=others)
+        if batch is None:
+            return False
+        batch = self.limits.on(batch, self.store)
+        self.where.update({task.id: seat.where for task in batch.tasks})
+        self.tell("claimed", files=[task.file for task in batch.tasks], **seat.where)
+        seat.start(batch, self.store.waiting_prompts(self.ahead) if self.ahead else ())
+        return True
 
     def _look(self, crew: Crew) -> None:
         """Once a second: what was asked of the folder meanwhile, and how far batches are."""
@@ -170,8 +175,9 @@ class Rendering:
         if status == DONE:
             self.rendered += 1
             self.fits.add(shape_of(task.job))
-            remark = {"remark": outcome.remark} if outcome.remark else {}
-            self.tell("done", file=task.file, seconds=seconds, **remark, **where, **self._progress())
+            self.tell("done", file=task.file, seconds=seconds, **where, **self._progress())
+            if outcome.remark:
+                self.tell("strange", file=task.file, remark=outcome.remark)
         elif status == CANCELLED:
             self.tell("cancelled", file=task.file, **where, **self._progress())
         else:

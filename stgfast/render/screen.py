@@ -39,7 +39,7 @@ class Screen:
         if kind == "listed":
             self._line(self.stdout, f"{event['status']:10} {event['file']}")
         told = TOLD.get(kind)
-        if told is not None and (not self.quiet or kind in ("bad", "failed", "refused")):
+        if told is not None and (not self.quiet or kind in ("bad", "failed", "refused", "strange")):
             self._line(self.stderr, told.format_map(event))
 
     def error(self, text: str) -> None:
@@ -125,6 +125,7 @@ TOLD = {
     "lost": "actor {actor} does not come back: {why}",
     "overdue": "{files}: ended: {why}",
     "failed": "{file}: {error}",
+    "strange": "{file}: done, but {remark}",
     "cancelled": "{file}: cancelled",
     "again": "{files}: again, smaller or apart: {why}",
     "paused": "paused: nothing is begun until stgfast resume",

@@ -38,7 +38,7 @@ from stgfast.queue.job import Job
 from stgfast.queue.placing import discard
 from stgfast.ranks.wire import Ranks
 from stgfast.render.calls import arguments_of
-from stgfast.render.files import Form, heard, pixels, write
+from stgfast.render.files import Form, heard, pixels, remark_on, write
 from stgfast.render.loading import moves
 from stgfast.render.shortage import free, is_out_of_memory
 from stgfast.render.texts import NotStackable, Texts, encoders_of
@@ -231,9 +231,9 @@ class Worker:
     def places(self) -> int:
         return 1
 
-    def free(self) -> Worker | None:
+    def free(self) -> Sequence[Worker]:
         alone = any(run.batch.lonely for run in list(self.in_hand.values()))
-        return self if not alone and len(self.in_hand) < len(STAGES) else None  # one in every stage
+        return [self] if not alone and len(self.in_hand) < len(STAGES) else []  # one in every stage
 
     def outcome(self, seconds: float) -> Outcome | None:
         try:
@@ -520,7 +520,9 @@ class BatchRun:
                 form = self.worker.form_of(task.job)
                 clip = clips[place]
                 sound = None if clip.sound is None else heard(clip.sound, clip.rate)
-                write(path, pixels(clip.frames), form, self.worker.metadata_for(task, form), sound)
+                frames = pixels(clip.frames)
+                metadata = {**self.worker.metadata_for(task, form), "frames": len(frames)}
+                write(path, frames, form, metadata, sound)
                 share = {**self._share(), WRITER: round(time.monotonic() - started, 4)}
             except OSError as fault:  # the disk's, and not the job's: the run cannot go on
                 yield Stopped(self.left(), fault)
@@ -531,7 +533,7 @@ class BatchRun:
                 continue
             finally:
                 self.leave()
-            yield Written(task, path, share)
+            yield Written(task, path, share, remark_on(frames, task.job.num_frames))
 
     # The pipeline's call
 

@@ -18,7 +18,7 @@ import pytest
 from stgfast.errors import DeviceError, SettingsError
 from stgfast.queue.state import FOLDER
 from stgfast.queue.store import Store
-from stgfast.render import actors, command, models
+from stgfast.render import actors, command, limits, models
 from stgfast.render.actors import Actor, Ready
 from stgfast.render.crew import Setup
 from stgfast.render.files import Form, read_frames
@@ -26,7 +26,7 @@ from stgfast.render.gallery import NAME
 from stgfast.render.models import described
 from stgfast.render.run import render
 from stgfast.version import __version__
-from tests.render import pipes
+from tests.render import pipes, standins
 
 pytestmark = pytest.mark.xdist_group("ray")  # one Ray for all of them
 
@@ -53,7 +53,7 @@ def together(monkeypatch):
     free = actors.Actors.free
 
     def later(crew):
-        return None if any(actor.hello for actor in crew.members) else free(crew)
+        return [] if any(actor.hello for actor in crew.members) else free(crew)
 
     monkeypatch.setattr(actors.Actors, "free", later)
 
@@ -384,7 +384,7 @@ def test_ray_is_imported_where_it_is_asked_for(tmp_path, model):
     """In a process of its own, for which there is no cluster at this address."""
     code = f"""
 import sys, stgfast
-from tests.render import pipes
+from tests.render import pipes, standins
 jobs = [dict(pipes.CALL, prompt="a", pipeline=dict(max_sequence_length=16))]
 stgfast.render({str(model)!r}, jobs, "out")
 print("ray" in sys.modules)
@@ -413,3 +413,20 @@ def test_the_option(tmp_path, model):
     stderr = io.StringIO()
     assert command.run(parser.parse_args(arguments), io.StringIO(), stderr) == 2
     assert stderr.getvalue() == f"stgfast render: ray: got 'no', expected {actors.ADDRESSES}\n"
+
+
+@pytest.mark.parametrize("what", ["sleeps", pytest.param("blocks all", marks=pytest.mark.again)])
+def test_a_job_that_hangs_fails_within_its_limit(tmp_path, cluster, monkeypatch, what):
+    """One whose thread can be stopped, and one with which its actor has to go."""
+    monkeypatch.setitem(models.NAMED, "standing", standins.named(what))
+    monkeypatch.setattr(limits, "GRACE", 1.0)
+    jobs, events = some(20), []
+    for number, job in enumerate(jobs):
+        job["prompt"] = "bad" if number == 7 else "a kite"
+    report = go("standing", jobs, tmp_path / "out", events, ray="auto", timeout=5.0)
+    assert (report.done, report.failed, report.waiting, report.code) == (19, 1, 0, 1)
+    (failed,) = told(events, "failed")
+    assert failed["file"] == "k7"
+    assert failed["error"].startswith("it took longer than 5 s")
+    assert (len(told(events, "joined")) == 1) == (what == "sleeps")
+    nothing_stray(tmp_path / "out", [job["name"] for job in jobs if job["name"] != "k7"])

@@ -200,7 +200,7 @@ def test_text_encoder_leaves_the_device(tmp_path, pipe, latents, monkeypatch, la
 
         def started(self, *given):
             start(self, *given)
-            if self.free() is None:
+            if not self.free():
                 handed_out.set()
 
         monkeypatch.setattr(Texts, "encoding", waiting)
