@@ -88,7 +88,11 @@ def test_the_job_that_is_shown(tmp_path):
 
 @pytest.mark.parametrize(
     ("page", "commands"),
-    [("stgfast/render", ("render", "sweep")), ("bench", ("bench",)), ("stgfast/tune", ("tune", "render"))],
+    [
+        ("stgfast/render", ("render", "sweep", "status", "add", "cancel", "priority")),
+        ("bench", ("bench",)),
+        ("stgfast/tune", ("tune", "render")),
+    ],
 )
 def test_the_options_that_are_named(page, commands, capsys):
     for command in commands:

@@ -47,6 +47,7 @@ COLUMNS = {
     "added": "INTEGER NOT NULL DEFAULT 0",  # by another process than a run: any run of the model renders it
     "place": "TEXT",  # where a process died that rendered it
     "took": "REAL",  # seconds of all stages, a clip's share of its batch's
+    "wall": "REAL",  # seconds since the clip before it was done, by which a night is forecast
     "bytes": "INTEGER",  # of the clip
     "form": "TEXT",  # of the clip: its kind, frames per second and quality
     "remark": "TEXT",  # what is strange about the clip

@@ -347,7 +347,14 @@ class Store(State):
         return list(dict.fromkeys((job["prompt"], job.get("negative_prompt")) for job in found))
 
     def finish(
-        self, task: Task, aside: Path, seconds: Mapping[str, float], *, form: str = "", remark: str = ""
+        self,
+        task: Task,
+        aside: Path,
+        seconds: Mapping[str, float],
+        *,
+        wall: float | None = None,
+        form: str = "",
+        remark: str = "",
     ) -> tuple[str, str]:
         """A clip that is written aside becomes the job's output: what the job is then, and why.
 
@@ -355,7 +362,8 @@ class Store(State):
         was cancelled meanwhile stays so.
         """
         took, size = sum(seconds.values()), _size(aside)
-        values = {"seconds": json.dumps(seconds), "took": took, "bytes": size, "form": form, "remark": remark}
+        values = {"seconds": json.dumps(seconds), "took": took, "wall": wall, "bytes": size}
+        values |= {"form": form, "remark": remark}
         change = f"UPDATE jobs SET status = 'publishing', error = NULL, {', '.join(f'{name} = ?' for name in values)}"
         mine = (task.id, self.runner)
         if not self.connection.execute(f"{change} WHERE id = ? AND runner = ?", (*values.values(), *mine)).rowcount:

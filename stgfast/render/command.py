@@ -88,7 +88,15 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="render in the command's own process, which nothing replaces where it hangs or dies",
     )
-    parser.add_argument("--plan", action="store_true", help="check and list the jobs, and render nothing")
+    parser.add_argument(
+        "--plan", action="store_true", help="check and list the jobs, say how long they take, and render nothing"
+    )
+    parser.add_argument(
+        "--like", type=Path, metavar="DIR", help="with --plan: go by the clips of another folder in place of --out"
+    )
+    parser.add_argument("--on-done", metavar="COMMAND", help="run where all is done; it reads the report as JSON")
+    parser.add_argument("--on-fail", metavar="COMMAND", help="run at every other end; it reads the report as JSON")
+    parser.add_argument("--webhook", metavar="URL", help="to which the report is sent when the run is over")
     parser.add_argument(
         "--vae-tiling", action="store_true", help="decode in tiles, for memory: not quite the same pixels"
     )
@@ -135,6 +143,8 @@ run_sweep = run_render
 
 def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
     """The command, from its arguments to its exit code."""
+    from stgfast.errors import SettingsError
+    from stgfast.render.hooks import Hooks
     from stgfast.render.screen import Screen
 
     screen = Screen(
@@ -144,14 +154,22 @@ def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Tex
         quiet=arguments.quiet,
         as_json=arguments.json,
     )
+    hooks = Hooks()
     try:
+        hooks = Hooks(arguments.on_done, arguments.on_fail, arguments.webhook)
         code = _run(arguments, screen)
+    except SettingsError as error:
+        screen.error(str(error))
+        code = WRONG
     except KeyboardInterrupt:
         code = INTERRUPTED
     finally:
         screen.close()
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first one alone reports
         screen.ended(code)
+        if not arguments.plan:
+            told = {"out": str(arguments.out), "model": arguments.model, **screen.report}
+            hooks.run(code, told, screen.complain)
     return code
 
 
@@ -192,6 +210,7 @@ def _run(arguments: argparse.Namespace, screen: Screen) -> int:
             bars=not (arguments.quiet or arguments.json),
             listener=screen.show,
             plan_only=arguments.plan,
+            like=arguments.like,
         )
     except BadJobs as error:
         screen.error(

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from stgfast.errors import SettingsError, wrong
+from stgfast.queue.desk import Desk
+from stgfast.queue.forecast import forecast
 from stgfast.queue.job import Job
 from stgfast.queue.readers import Bad, Line, checked, read
 from stgfast.queue.state import DONE
-from stgfast.queue.store import Staged, Store, trusted
+from stgfast.queue.store import WAITS, Staged, Store, trusted
 from stgfast.render.files import Form, metadata_of, read_frames
 from stgfast.render.loading import Loading
 from stgfast.render.models import Model
@@ -49,10 +52,12 @@ class Planning:
         self.defaults = {**model.defaults_with(self.recipe), **defaults}
         self.bad = 0
 
-    def plan(self, store: Store, jobs: Jobs, *, skip_bad: bool, keep: bool = True) -> dict[str, int]:
+    def plan(
+        self, store: Store, jobs: Jobs, *, skip_bad: bool, keep: bool = True, like: str | Path | None = None
+    ) -> dict[str, int]:
         """Check every line; then take all of them up, or none: how many jobs stand where.
 
-        What is not to be kept is listed.
+        What is not to be kept is listed, with how long it will take by the clips of this folder, or of another one.
         """
         kept: list[Bad] = []
         staged = self._staged(store, lines_of(jobs, self.defaults))
@@ -67,11 +72,22 @@ class Planning:
             counts = store.counts()
             for row in store.rows() if not keep else ():
                 self.tell("listed", file=row.file, status=row.status, job=row.job.to_dict())
+            if not keep:
+                self._forecast(store, like)
             other = store.of_another_form(self.formed)
         self.tell("planned", **counts, bad=self.bad)
         if other:
             self.tell("kept", clips=other, form=self.formed)
         return counts
+
+    def _forecast(self, store: Store, like: str | Path | None) -> None:
+        free = shutil.disk_usage(store.out).free
+        if like is None:
+            found = forecast(store, WAITS, store)
+        else:
+            with Desk(Path(like)) as desk:
+                found = forecast(store, WAITS, desk)
+        self.tell("forecast", **found.to_dict(), free=free)
 
     def _staged(self, store: Store, lines: Iterable[Line | Bad]) -> Iterator[Bad]:
         for line in lines:

@@ -59,6 +59,7 @@ class Rendering:
         self.fault: BaseException | None = None
         self.paged = time.monotonic()
         self.looked = 0.0
+        self.since = 0.0  # when the last clip was done, or the first batch claimed
 
     def recover(self) -> None:
         recovered = self.store.recover()
@@ -111,6 +112,8 @@ class Rendering:
         if batch is None:
             return False
         batch = self.limits.on(batch, self.store)
+        if not self.where:
+            self.since = time.monotonic()
         self.where.update({task.id: seat.where for task in batch.tasks})
         self.tell("claimed", files=[task.file for task in batch.tasks], **seat.where)
         seat.start(batch, self.store.waiting_prompts(self.ahead) if self.ahead else ())
@@ -171,7 +174,10 @@ class Rendering:
 
     def _written(self, outcome: Written, where: Event) -> None:
         task, seconds = outcome.task, outcome.seconds
-        status, why = self.store.finish(task, outcome.path, seconds, form=self.planning.formed, remark=outcome.remark)
+        now = time.monotonic()
+        more = {"form": self.planning.formed, "remark": outcome.remark}
+        status, why = self.store.finish(task, outcome.path, seconds, wall=now - self.since, **more)
+        self.since = now
         if status == DONE:
             self.rendered += 1
             self.fits.add(shape_of(task.job))

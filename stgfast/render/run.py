@@ -97,6 +97,7 @@ def render(
     bars: bool = True,
     listener: Listener | None = None,
     plan_only: bool = False,
+    like: str | Path | None = None,
 ) -> Report:
     """Render jobs into a folder; what is there already is not rendered again.
 
@@ -131,6 +132,7 @@ def render(
     bars          the process that loads the model may show how that goes
     listener      is told of everything that happens
     plan_only     check and list the jobs, and neither render nor keep anything
+    like          another folder, by whose clips a plan says how long these will take
 
     In float32 a clip is the same, but for roundings, whatever it is rendered with, in whatever order, after whatever
     restart.
@@ -186,7 +188,7 @@ def render(
                 stays=wait,
             )
             rendering.recover()
-            counts = planning.plan(store, jobs, skip_bad=skip_bad, keep=not plan_only)
+            counts = planning.plan(store, jobs, skip_bad=skip_bad, keep=not plan_only, like=like)
             if plan_only:
                 return report(counts)
             planning.take_in(store)

@@ -1,6 +1,7 @@
 """What a person, or a machine, sees of a run.
 
-A machine sees lines of JSON: each has `version`, the form of these lines; `time`; `event`; and what that event has.
+A machine sees lines of JSON: each has `version`, the form of these lines; `run`, the same in all lines of a run;
+`time`; `event`; and what that event has.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from typing import Any, TextIO
 
 VERSION = 1
@@ -21,6 +23,7 @@ class Screen:
 
     def __init__(self, command: str, stdout: TextIO | None, stderr: TextIO | None, *, quiet: bool, as_json: bool):
         self.command, self.stdout, self.stderr, self.quiet, self.as_json = command, stdout, stderr, quiet, as_json
+        self.run = uuid.uuid4().hex[:12]
         self.bar: Any = None
         self.said = 0.0
         self.report: dict[str, Any] = {}
@@ -39,11 +42,17 @@ class Screen:
         if kind == "listed":
             self._line(self.stdout, f"{event['status']:10} {event['file']}")
         told = TOLD.get(kind)
+        if kind == "forecast":
+            event = {"told": _forecast(event)}
         if told is not None and (not self.quiet or kind in ("bad", "failed", "refused", "strange")):
             self._line(self.stderr, told.format_map(event))
 
     def error(self, text: str) -> None:
         self.report["error"] = text
+        self.complain(text)
+
+    def complain(self, text: str) -> None:
+        """Something went wrong that is no event of the run."""
         try:
             if self.as_json:
                 self._json({"event": "error", "error": text})
@@ -66,7 +75,8 @@ class Screen:
             self.bar.close()
 
     def _json(self, event: dict[str, Any]) -> None:
-        self._line(self.stdout, json.dumps({"version": VERSION, "time": round(time.time(), 3), **event}))
+        line = {"version": VERSION, "run": self.run, "time": round(time.time(), 3), **event}
+        self._line(self.stdout, json.dumps(line))
 
     def _progress(self, event: dict[str, Any]) -> None:
         if self.quiet:
@@ -108,6 +118,19 @@ class Screen:
             raise BrokenPipeError from error
 
 
+def _forecast(event: dict[str, Any]) -> str:
+    """How long, and how many bytes, as far as it is known."""
+    known = event["jobs"] - event["unknown"]
+    if not known:
+        return "how long it takes is not known: no clip of these shapes is in this folder (--like names another)"
+    hours, minutes = divmod(round(event["seconds"] / 60), 60)
+    long = f"{hours} h {minutes} min" if hours or minutes else f"{event['seconds']:.0f} s"
+    size, free = (f"{event[name] / 1e9:.2f} GB" for name in ("bytes", "free"))
+    rest = f"; of {event['unknown']} others it is not known" if event["unknown"] else ""
+    small = ", which is too little" if event["bytes"] > event["free"] else ""
+    return f"{known} clips will take about {long} and {size}; the disk has {free}{small}{rest}"
+
+
 TOLD = {
     "bad": "line {line}: {error}",
     "refused": "added, line {line}: {error}",
@@ -116,6 +139,7 @@ TOLD = {
     "planned": "{pending} clips to render, {done} done, {failed} failed earlier",
     "kept": "{clips} clips are done in another form than {form}; they stay as they are",
     "broken": "{file}: cannot be read, and is rendered again: {why}",
+    "forecast": "{told}",
     "loading": "loading {model}",
     "asking": "loading {model} on {actors} {each} of Ray",
     "ready": "ready on {device}",

@@ -1,13 +1,17 @@
 """The command: what a person sees, what a machine reads, and what the shell is told."""
 
 import argparse
+import http.server
 import io
 import json
 import os
 import re
 import subprocess
 import sys
+import threading
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -286,3 +290,105 @@ def test_a_reader_of_the_list_that_goes_away(tmp_path):
     given = [prompts(tmp_path), "--out", tmp_path / "out", "--plan", "--model", "tiny", *SETS]
     with os.fdopen(writing, "w") as stdout:
         assert command.run(parser.parse_args([str(part) for part in given]), stdout, io.StringIO()) == 0
+
+
+def test_a_plan_says_how_long_and_how_many_bytes(tmp_path):
+    jobs = prompts(tmp_path)
+    out = tmp_path / "out"
+    assert "how long it takes is not known" in call(jobs, "--out", out, "--plan", *SETS)[2]
+    call(jobs, "--out", out, *SETS)
+    jobs.write_text("a red kite\na dog\n")
+    _, said, _ = call(jobs, "--out", out, "--plan", "--json", *SETS)
+    (found,) = [event for event in map(json.loads, said.splitlines()) if event["event"] == "forecast"]
+    assert (found["jobs"], found["unknown"]) == (1, 0)
+    assert found["seconds"] > 0
+    assert found["bytes"] == pytest.approx(np.mean([clip.stat().st_size for clip in out.glob("*.mp4")]), abs=1)
+    err = call(jobs, "--out", tmp_path / "other", "--plan", "--like", out, *SETS)[2]
+    assert re.search(r"^2 clips will take about \d+ s and 0\.0\d GB; the disk has [0-9.]+ GB$", err, re.MULTILINE), err
+    assert call(jobs, "--out", out, "--plan", "--like", tmp_path / "none", *SETS)[0] == 3
+
+
+def test_a_disk_that_is_too_small(tmp_path):
+    event = {"event": "forecast", "jobs": 3, "unknown": 1, "seconds": 7260.0, "bytes": 2 * 10**9, "free": 10**9}
+    err = io.StringIO()
+    Screen("render", io.StringIO(), err, quiet=False, as_json=False).show(event)
+    assert err.getvalue() == (
+        "2 clips will take about 2 h 1 min and 2.00 GB; the disk has 1.00 GB, which is too little; of 1 others it is "
+        "not known\n"
+    )
+
+
+def test_somebody_is_told_when_it_is_over(tmp_path):
+    """A command reads the report, and an address gets it; where they fail, the run ended as it did."""
+    got = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            got.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_):
+            """Silence."""
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        hooks = ("--on-done", f"cat > {tmp_path}/done", "--on-fail", f"cat > {tmp_path}/fail")
+        webhook = ("--webhook", f"http://127.0.0.1:{server.server_port}/")
+        assert call(prompts(tmp_path), "--out", tmp_path / "out", *hooks, *webhook, *SETS)[0] == 0
+        report = json.loads((tmp_path / "done").read_text())
+        assert (report["code"], report["done"], report["rendered"]) == (0, 2, 2)
+        assert (report["out"], report["model"]) == (str(tmp_path / "out"), "tiny")
+        assert got == [report]
+        assert not (tmp_path / "fail").exists()
+        assert call(tmp_path / "none.txt", "--out", tmp_path / "out", *hooks, *webhook, *SETS)[0] == 2
+        failed = json.loads((tmp_path / "fail").read_text())
+        assert failed["code"] == 2
+        assert "none.txt" in failed["error"]
+        assert got[1:] == [failed]
+        server.shutdown()
+    code, _, err = call(prompts(tmp_path), "--out", tmp_path / "out", "--on-done", "exit 3", *webhook, *SETS)
+    assert code == 0
+    assert "stgfast render: --on-done: the command ended with exit code 3" in err
+    assert "stgfast render: --webhook: " in err
+    code, _, err = call(prompts(tmp_path), "--out", tmp_path / "out", "--webhook", "file:///etc/passwd", *SETS)
+    assert (code, "--webhook: got 'file:///etc/passwd', expected an address" in err) == (2, True)
+
+
+def test_every_line_for_a_machine_has_its_form(tmp_path):
+    """However a run ends, the last line says with which exit code."""
+    known, seen = documented(), []
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 1}\n')
+    for arguments, code in (
+        ((prompts(tmp_path), *SETS), 0),
+        ((tmp_path / "bad.jsonl",), 2),
+        ((tmp_path / "bad.jsonl", "--skip-bad"), 1),
+        ((prompts(tmp_path), "--plan", *SETS), 0),
+        ((tmp_path / "none.txt",), 2),
+        ((prompts(tmp_path), "--device", "cuda:9", *SETS), 2),
+    ):
+        found, said, err = call(*arguments, "--json", "--out", tmp_path / f"out-{len(seen)}")
+        seen.append(found)
+        assert (found, err) == (code, "")
+        events = [json.loads(line) for line in said.splitlines()]
+        assert [event["event"] for event in events].count("ended") == 1
+        assert (events[-1]["event"], events[-1]["code"]) == ("ended", code)
+        for event in events:
+            assert event["version"] == 1
+            assert event["run"] == events[0]["run"]
+            assert set(event) - {"version", "run", "time", "event"} <= known[event["event"]], event
+
+
+def documented():
+    """The table of events of the README: what each has."""
+    text = (Path(command.__file__).parent / "README.md").read_text().partition("## For programs")[2]
+    rows = re.findall(r"^\| `([a-z]+)` \|\s*([^|]*?)\s*\|", text, re.MULTILINE)
+    return {name: set(re.findall(r"`(\w+)`", fields)) for name, fields in rows}
+
+
+def test_every_event_is_documented():
+    told = set()
+    for path in Path(command.__file__).parent.glob("*.py"):
+        told |= set(re.findall(r"""(?:tell\(|"event": )\s*"([a-z]+)\"""", path.read_text()))
+    assert len(told) > 20
+    assert told | {"resumed", "paused"} == set(documented())

@@ -15,7 +15,7 @@ from stgfast.errors import UnsupportedPipelineError
 from stgfast.integrations import ADAPTERS
 from stgfast.render.calls import frames_argument
 from stgfast.render.files import pixels, read_frames
-from stgfast.render.models import Model
+from stgfast.render.models import Model, described
 from stgfast.render.run import render
 from tests.render.wholes import WHOLES
 
@@ -57,6 +57,9 @@ def test_a_clip_is_what_the_pipeline_makes(name, tmp_path, monkeypatch):
     events = []
     settings = {"device": "cpu"} if whole.saved else {}
     model = tmp_path / "model" if whole.saved else pipe
+    built = described(model).skeleton  # by which calls are checked before a model loads
+    parts = [getattr(built, name) for name in (adapter.denoisers[0], "vae")]
+    assert all(part.device.type == "meta" for part in parts) or not whole.saved
     report = render(model, jobs, tmp_path / "out", format="png", listener=events.append, same_process=True, **settings)
     assert report.done == 2, [event for event in events if event["event"] in ("failed", "again")]
     again = [event["why"] for event in events if event["event"] == "again"]

@@ -1,0 +1,61 @@
+"""How long jobs will take, and how many bytes, by clips of the same shapes that were rendered before."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from stgfast.queue.state import State
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of jobs that wait.
+
+    jobs     how many there are
+    unknown  of how many nothing is known: no clip of their shape was rendered
+    seconds  that the others take on the same devices, without loading the model
+    bytes    of their clips
+    """
+
+    jobs: int
+    unknown: int
+    seconds: float
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def forecast(state: State, waiting: str, past: State) -> Forecast:
+    """For the jobs of a state of which `waiting` is true, by those of `past` that are done.
+
+    Clips of the same call but for its prompt and seed are asked first; then those of the same size and number of
+    branches, whose seconds go by steps.
+    """
+    query = (
+        f"SELECT key, shape, COUNT(*) AS count FROM jobs JOIN stacks ON stacks.id = stack WHERE {waiting} GROUP BY key"
+    )
+    jobs, unknown, seconds, size = 0, 0, 0.0, 0.0
+    for row in state.connection.execute(query).fetchall():
+        jobs += row["count"]
+        known = _known(past, row["key"], row["shape"])
+        if known is None:
+            unknown += row["count"]
+        else:
+            seconds += row["count"] * known[0]
+            size += row["count"] * known[1]
+    return Forecast(jobs, unknown, round(seconds, 3), round(size))
+
+
+def _known(past: State, key: str, shape: str) -> tuple[float, float] | None:
+    """Seconds and bytes of a clip."""
+    done = "FROM jobs JOIN stacks ON stacks.id = stack WHERE status = 'done' AND wall IS NOT NULL"
+    wall, size = past.connection.execute(f"SELECT AVG(wall), AVG(bytes) {done} AND key = ?", (key,)).fetchone()
+    if wall is not None:
+        return wall, size or 0.0
+    steps = json.loads(key).get("steps")
+    each = "AVG(wall / json_extract(key, '$.steps')), AVG(bytes)"
+    wall, size = past.connection.execute(f"SELECT {each} {done} AND shape = ?", (shape,)).fetchone()
+    return None if wall is None or steps is None else (wall * steps, size or 0.0)
