@@ -108,7 +108,11 @@ class Job:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, the same as what `from_dict` takes; what was left out is left out."""
-        mine = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return dict(self._data)
+
+    @functools.cached_property
+    def _data(self) -> dict[str, Any]:
+        mine = {name: getattr(self, name) for name in OWN}
         mine |= {"guidance": self.guidance and self.guidance.to_dict(), "pipeline": dict(self.pipeline)}
         usual = {"priority": 0}
         return {
@@ -136,7 +140,8 @@ class Job:
         return dataclasses.replace(self, name=f"{_slug(self.prompt)}-{digest}")
 
 
-FIELDS = frozenset({f.name for f in dataclasses.fields(Job)} | {"repeat"})
+OWN = tuple(f.name for f in dataclasses.fields(Job))
+FIELDS = frozenset({*OWN, "repeat"})
 EXAMPLE = '{"prompt": "a red kite", "seed": 1}'
 NUMBERS = ("seed", "width", "height", "num_frames", "steps", "repeat", "priority")
 

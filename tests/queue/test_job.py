@@ -5,6 +5,8 @@ import tracemalloc
 import zlib
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from stgfast import Guidance, Perturbation
@@ -300,3 +302,37 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     finally:
         tracemalloc.stop()
     assert peak < 1 << 20 < path.stat().st_size
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = st.sampled_from([*sorted(jobs.FIELDS), "vars", "modell"]) | st.text(max_size=8)
+PATHS = st.sampled_from(["../x", "/etc/passwd", "a/b", "..", "con", "index", "x\x00y", "a\\b", "~", "é" * 70, "k.mp4"])
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.lists(st.dictionaries(NAMES, VALUES | PATHS, max_size=5), max_size=3))
+def test_any_entry_is_a_job_or_a_bad_line(tmp_path_factory, entries):
+    folder = tmp_path_factory.getbasetemp()
+    text = "\n".join([json.dumps(entry) for entry in entries] + ['{"prompt": "a"}'])
+    for line in lines(folder, text):
+        assert isinstance(line, (Bad, Line))
+        for job in line.jobs if isinstance(line, Line) else ():
+            assert Job.from_dict(job.to_dict()) == job
+            name = job.named("m").name
+            assert (folder / name).resolve().parent == folder.resolve(), name
+            assert name == safe_name(name)
+
+
+SIGNS = "-: {}[],\"'\n\t &*!|>%@#aé\x00\\$0"
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(alphabet=st.sampled_from(SIGNS), max_size=80), st.sampled_from(sorted(readers.FORMATS)))
+def test_any_file_is_read_to_its_end(tmp_path_factory, text, ending):
+    found = lines(tmp_path_factory.getbasetemp(), '"a"\n' + text, ending)
+    assert found
+    assert all(isinstance(line, (Bad, Line)) for line in found)

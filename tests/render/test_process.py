@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -70,11 +71,16 @@ def test_a_job_that_hangs_fails_within_its_limit(tmp_path, monkeypatch, what):
         assert collections.Counter(row.attempts for row in store.rows(every=True))[1] >= 15  # others were in flight
 
 
-@pytest.mark.parametrize("what", ["sleeps", "blocks"])
-@pytest.mark.parametrize("handed_over", [False, True], ids=["by name", "a pipeline"])
-def test_a_job_that_hangs_in_the_process_of_the_run(tmp_path, monkeypatch, what, handed_over):
+@pytest.fixture
+def unwatched(monkeypatch):
+    """What a stand-in puts into this process is taken out again."""
     monkeypatch.setattr(worker.BatchRun, "watched", False, raising=False)
     monkeypatch.setattr(worker.BatchRun, "clips", worker.BatchRun.clips)
+
+
+@pytest.mark.parametrize("what", ["sleeps", "blocks"])
+@pytest.mark.parametrize("handed_over", [False, True], ids=["by name", "a pipeline"])
+def test_a_job_that_hangs_in_the_process_of_the_run(tmp_path, monkeypatch, unwatched, what, handed_over):
     monkeypatch.setitem(models.NAMED, "standing", standins.named(what))
     model, more = (standins.build(what), {}) if handed_over else ("standing", {"same_process": True})
     events = []
@@ -84,26 +90,27 @@ def test_a_job_that_hangs_in_the_process_of_the_run(tmp_path, monkeypatch, what,
     nothing_stray(tmp_path / "out", [f"k{n:02}" for n in range(20) if n != 7])
 
 
-def test_a_batch_that_hangs_is_rendered_one_by_one(tmp_path, monkeypatch):
+def test_a_batch_that_hangs_is_rendered_one_by_one(tmp_path, monkeypatch, unwatched):
     monkeypatch.setitem(models.NAMED, "standing", standins.named("sleeps"))
     events = []
-    report = go("standing", some(6, bad=[2]), tmp_path / "out", events, timeout=3.0, max_batch=3)
+    more = {"timeout": 2.0, "max_batch": 3, "same_process": True}
+    report = go("standing", some(6, bad=[2]), tmp_path / "out", events, **more)
     assert (report.done, report.failed) == (5, 1)
     assert [event["file"] for event in told(events, "failed")] == ["k02"]
     assert told(events, "again")[0]["files"] == ["k00", "k01", "k02"]
 
 
-def test_limits_are_by_what_others_took(tmp_path, monkeypatch):
+def test_limits_are_by_what_others_took(tmp_path, monkeypatch, unwatched):
     """Where none was rendered, a batch may be silent for a while; then it may take many times what they took."""
     monkeypatch.setitem(models.NAMED, "standing", standins.named("sleeps"))
     monkeypatch.setattr(limits, "QUIET", 3.0)
-    events = []
-    assert go("standing", some(1, bad=[0]), tmp_path / "out", events).failed == 1
+    events, here = [], {"same_process": True}
+    assert go("standing", some(1, bad=[0]), tmp_path / "out", events, **here).failed == 1
     assert told(events, "failed")[0]["error"].startswith("it did nothing for 3 s (in denoise")
-    assert go("standing", some(2, bad=[0]), tmp_path / "out", events).done == 1
+    assert go("standing", some(2, bad=[0]), tmp_path / "out", events, **here).done == 1
     monkeypatch.setattr(limits, "LEAST", 3.5)
     monkeypatch.setattr(limits, "GENEROUS", 0.01)
-    assert go("standing", some(1, bad=[0]), tmp_path / "out", events, retry_failed=True).failed == 1
+    assert go("standing", some(1, bad=[0]), tmp_path / "out", events, retry_failed=True, **here).failed == 1
     assert told(events, "failed")[-1]["error"].startswith("it took longer than 3.5 s (in denoise")
 
 
@@ -215,3 +222,18 @@ def test_ctrl_c_finishes_what_is_in_flight(tmp_path, monkeypatch):
         found = store.connection.execute("SELECT deaths FROM jobs").fetchall()
     assert {row[0] for row in found} == {0}
     assert run.render("standing", some(12), tmp_path / "out", format="png", listener=listener).done == 12
+
+
+def test_the_process_inherits_the_lock_of_its_run(tmp_path, monkeypatch):
+    """As long as it may write, nobody takes the run for dead."""
+    monkeypatch.setitem(models.NAMED, "standing", standins.named("sleeps"))
+    held = []
+
+    def listener(event):
+        if event["event"] == "ready":
+            (lock,) = (tmp_path / "out" / FOLDER).glob("*/lock")
+            handles = Path(f"/proc/{event['pid']}/fd").iterdir()
+            held.append(str(lock.resolve()) in {os.readlink(handle) for handle in handles})
+
+    assert render("standing", some(1), tmp_path / "out", format="png", listener=listener).done == 1
+    assert held == [True]

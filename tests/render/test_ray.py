@@ -415,7 +415,8 @@ def test_the_option(tmp_path, model):
     assert stderr.getvalue() == f"stgfast render: ray: got 'no', expected {actors.ADDRESSES}\n"
 
 
-@pytest.mark.parametrize("what", ["sleeps", pytest.param("blocks all", marks=pytest.mark.again)])
+@pytest.mark.again
+@pytest.mark.parametrize("what", ["sleeps", "blocks all"])
 def test_a_job_that_hangs_fails_within_its_limit(tmp_path, cluster, monkeypatch, what):
     """One whose thread can be stopped, and one with which its actor has to go."""
     monkeypatch.setitem(models.NAMED, "standing", standins.named(what))

@@ -725,7 +725,7 @@ def test_ten_thousand_jobs(tmp_path, pipe):
     before = most()
     counted = collections.Counter()
     report = go(pipe, path, tmp_path / "out", plan_only=True, listener=lambda event: counted.update([event["event"]]))
-    assert counted == {"listed": 10_000, "planned": 1, "ended": 1}
+    assert counted == {"listed": 10_000, "planned": 1, "forecast": 1, "ended": 1}
     with Store(tmp_path / "out") as store:
         assert list(store.rows(every=True)) == []  # a plan keeps nothing
     assert (report.waiting, report.rendered) == (10_000, 0)
