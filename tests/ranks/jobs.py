@@ -102,6 +102,7 @@ def ending(how):
             elif how == "raises":
                 raise ValueError("a sentence of the callback")
             elif how == "is interrupted":
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has none
                 signal.raise_signal(signal.SIGINT)
             elif how == "is killed":
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -204,7 +204,15 @@ def test_the_process_ends_with_the_run(tmp_path):
     assert [tuple(row) for row in deaths] == [(0, "pending")]  # a run that is killed blames no job
 
 
-def test_ctrl_c_finishes_what_is_in_flight(tmp_path, monkeypatch):
+@pytest.fixture
+def hangs_up():
+    """SIGHUP has its usual meaning, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+def test_a_terminal_that_closes_loses_nothing(tmp_path, monkeypatch, hangs_up):
     monkeypatch.setitem(models.NAMED, "standing", standins.named("sleeps"))
     events = []
 
