@@ -884,6 +884,27 @@ FAULTS = [
         "tests/render/test_faults_of_nights.py -k before_the_model_loads",
     ),
     Fault(
+        "LoRAs of the batch before",
+        "render/loras.py",
+        "            self.pipe.unload_lora_weights()\n        try:",
+        "            pass\n        try:",
+        "tests/render/test_loras.py",
+    ),
+    Fault(
+        "a LoRA that does nothing",
+        "render/loras.py",
+        "if not any(name in names for names in self.pipe.get_list_adapters().values()):",
+        "if False:",
+        "tests/render/test_loras.py",
+    ),
+    Fault(
+        "other LoRAs in one call",
+        "queue/batches.py",
+        "    if job.loras:\n",
+        "    if False:\n",
+        "tests/render/test_loras.py",
+    ),
+    Fault(
         "a last line without the exit code",
         "render/screen.py",
         '{"event": "ended", "code": code, **self.report}',

@@ -45,6 +45,8 @@ def stack_of(job: Job, images: str = "") -> str:
     data = job.to_dict()
     apart = {name: data.get(name) for name in ("width", "height", "num_frames", "steps", "guidance", "pipeline")}
     apart["negative"] = job.negative_prompt is not None  # pipelines have a negative prompt of their own
+    if job.loras:
+        apart["loras"] = [[lora.sha256, lora.weight, lora.second] for lora in job.loras]
     if job.image is not None:
         apart["image"] = "each its own" if images == EACH else job.image_sha256
     return json.dumps(apart, sort_keys=True)

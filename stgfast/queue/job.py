@@ -30,6 +30,8 @@ MAX_NAME = 120  # bytes: with an ending it fits every file system
 MAX_IMAGE = 64 << 20  # bytes of an image file
 MAX_PIXELS = 64 << 20  # and what it may become in memory
 MAX_PRIORITY = 1000
+MAX_LORAS, MAX_WEIGHT = 8, 10
+MAX_LORA = 8 << 30  # bytes of a file
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 # What the worker gives to a pipeline itself: a job has its own words for it, or no say in it.
 TAKEN = {
@@ -55,6 +57,38 @@ RESERVED = {"index", "index.html"}  # the page about the clips
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Weights that change a model, for one clip.
+
+    path    a .safetensors file
+    weight  how much of them
+    second  they are for the second of two denoisers, as Wan 2.2 has them
+    sha256  of the file
+    """
+
+    path: str
+    weight: float = 1.0
+    second: bool = False
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.weight, int | float) and not isinstance(self.weight, bool)
+        if not number or not -MAX_WEIGHT <= self.weight <= MAX_WEIGHT:
+            raise wrong("weight of a LoRA", shown(self.weight), f"a number from {-MAX_WEIGHT} to {MAX_WEIGHT}")
+        if not isinstance(self.second, bool):
+            raise wrong("second of a LoRA", shown(self.second), "true or false")
+        object.__setattr__(self, "weight", float(self.weight))
+        there = _check_lora(self.path)
+        if self.sha256 not in ("", there):
+            raise wrong("loras", f"{self.path} with digest {there[:12]}...", f"the file of then, {self.sha256[:12]}...")
+        object.__setattr__(self, "sha256", there)
+
+    def to_dict(self) -> dict[str, Any]:
+        usual = {"weight": 1.0, "second": False}
+        return {name: value for name, value in vars(self).items() if (name, value) not in usual.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """One clip. What is left out is the pipeline's own.
 
@@ -63,6 +97,7 @@ class Job:
     pipeline   further arguments of the pipeline's call
     image      for image-to-video: a file
     name       of the output, without an ending; left out, made of prompt and settings
+    loras      weights that change the model, as `Lora` or as data
     priority   jobs of a higher one are rendered first
     """
 
@@ -78,6 +113,7 @@ class Job:
     image: str | None = None
     image_sha256: str | None = None
     name: str = ""
+    loras: tuple[Lora, ...] = ()
     priority: int = 0
 
     def __post_init__(self) -> None:
@@ -104,6 +140,7 @@ class Job:
             raise wrong("image_sha256", self.image_sha256, "an image beside it")
         if self.name != "":
             object.__setattr__(self, "name", safe_name(self.name))
+        object.__setattr__(self, "loras", _loras(self.loras))
         check_number("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,11 +151,12 @@ class Job:
     def _data(self) -> dict[str, Any]:
         mine = {name: getattr(self, name) for name in OWN}
         mine |= {"guidance": self.guidance and self.guidance.to_dict(), "pipeline": dict(self.pipeline)}
+        mine["loras"] = [lora.to_dict() for lora in self.loras]
         usual = {"priority": 0}
         return {
             name: value
             for name, value in mine.items()
-            if name == "prompt" or (value not in (None, "", {}) and (name, value) not in usual.items())
+            if name == "prompt" or (value not in (None, "", {}, []) and (name, value) not in usual.items())
         }
 
     @classmethod
@@ -130,6 +168,8 @@ class Job:
         """Everything that decides what the clip looks like, in one line: equal recipes, equal clips. `made` is what is
         to be known of the model beside its name."""
         mine = {name: value for name, value in self.to_dict().items() if name not in ("name", "image", "priority")}
+        if self.loras:  # wherever their files are
+            mine["loras"] = [{k: v for k, v in lora.to_dict().items() if k != "path"} for lora in self.loras]
         return json.dumps({**mine, "model": model, **made}, sort_keys=True)
 
     def named(self, model: str, made: Mapping[str, Any] = NOTHING) -> Job:
@@ -244,6 +284,45 @@ def _check_plain(name: str, given: Mapping[Any, Any]) -> None:
         raise SettingsError(f"{name}: got {shown(given)}, expected plain values as in JSON ({error})") from None
     if size > MAX_ARGUMENTS:
         raise wrong(name, f"{size} bytes", f"{MAX_ARGUMENTS} at most")
+
+
+def _loras(given: object) -> tuple[Lora, ...]:
+    right = 'a list such as [{"path": "style.safetensors", "weight": 0.8}]'
+    if not isinstance(given, list | tuple) or len(given) > MAX_LORAS:
+        raise wrong("loras", shown(given), f"{right}, of {MAX_LORAS} at most")
+    return tuple(one if isinstance(one, Lora) else _lora(one, right) for one in given)
+
+
+def _lora(given: object, right: str) -> Lora:
+    if not isinstance(given, Mapping) or not {"path"} <= set(given) <= {"path", "weight", "second", "sha256"}:
+        raise wrong("loras", shown(dict(given) if isinstance(given, Mapping) else given), right)
+    return Lora(**given)
+
+
+def _check_lora(path: object) -> str:
+    """The digest of a file of weights."""
+    right = "a .safetensors file that can be read"
+    if not isinstance(path, str) or not path.endswith(".safetensors"):
+        raise wrong("path of a LoRA", shown(path), right)
+    check_text("path of a LoRA", path, 4096)
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_LORA:
+            raise wrong("path of a LoRA", path, f"a file of {MAX_LORA} bytes at most")
+        return _digest_of_lora(path, found.st_size, found.st_mtime_ns)
+    except OSError as error:
+        raise wrong("path of a LoRA", path, f"{right} ({error.strerror})") from None
+
+
+@functools.lru_cache(maxsize=1024)  # jobs share LoRAs
+def _digest_of_lora(path: str, size: int, changed: int) -> str:
+    with open(path, "rb") as file:
+        head = file.read(9)
+        # Which is the length of a header in JSON, and its first bracket.
+        if len(head) < 9 or int.from_bytes(head[:8], "little") > size or head[8:] != b"{":
+            raise wrong("path of a LoRA", path, "a whole .safetensors file")
+        file.seek(0)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_image(path: object, digest: str | None) -> str:

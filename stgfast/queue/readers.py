@@ -92,6 +92,8 @@ def jobs_of(given: dict[str, Any], base: Path, words: Words | None = None) -> It
     check_number("repeat", repeat, 1, MAX_REPEAT)
     if isinstance(given.get("image"), str):
         given["image"] = str(base.resolve() / _local(given["image"]))
+    if isinstance(given.get("loras"), list):
+        given["loras"] = [_beside(base, lora) for lora in given["loras"]]
     first = Job.from_dict(given)
     width = len(str(repeat - 1))
     for index in range(repeat):
@@ -108,11 +110,18 @@ def jobs_of(given: dict[str, Any], base: Path, words: Words | None = None) -> It
         yield dataclasses.replace(first, **changes) if changes else first
 
 
-def _local(image: str) -> str:
-    check_text("image", image, 4096)
-    if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+:", image):
-        raise wrong("image", image, "a file")
-    return image
+def _beside(base: Path, lora: object) -> object:
+    """A LoRA with its path, which is looked for beside the job file."""
+    if isinstance(lora, dict) and isinstance(lora.get("path"), str):
+        return {**lora, "path": str(base.resolve() / _local(lora["path"], "path of a LoRA"))}
+    return lora
+
+
+def _local(path: str, what: str = "image") -> str:
+    check_text(what, path, 4096)
+    if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+:", path):
+        raise wrong(what, path, "a file")
+    return path
 
 
 # Readers: each gives numbers of lines with an entry, or with what is wrong.
@@ -206,7 +215,7 @@ def _cell(name: str, cell: str) -> Any:
             return int(cell)
         except ValueError:
             raise wrong(name, shown(cell), "a whole number") from None
-    if name in ("guidance", "pipeline") and cell.lstrip().startswith(("{", "[")):
+    if name in ("guidance", "pipeline", "loras") and cell.lstrip().startswith(("{", "[")):
         try:
             return parse_json(cell)
         except ValueError as error:

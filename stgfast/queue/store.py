@@ -24,7 +24,7 @@ from typing import Any
 from stgfast.errors import SettingsError
 from stgfast.guidance import Guidance
 from stgfast.queue.batches import Batch, Task, shape_of, stack_of
-from stgfast.queue.job import NOTHING, Job
+from stgfast.queue.job import NOTHING, Job, Lora
 from stgfast.queue.placing import discard, publish
 from stgfast.queue.readers import Bad
 from stgfast.queue.state import (
@@ -532,7 +532,12 @@ def trusted(text: str) -> Job:
     data = json.loads(text)
     guidance = data.pop("guidance", None)
     job = object.__new__(Job)  # which has its defaults from its class, but for what can be changed
-    vars(job).update({"pipeline": {}, **data, "guidance": guidance and Guidance.from_dict(guidance)})
+    loras = []
+    for given in data.pop("loras", ()):
+        loras.append(lora := object.__new__(Lora))
+        vars(lora).update({"weight": 1.0, "second": False, **given})
+    more = {"guidance": guidance and Guidance.from_dict(guidance), "loras": tuple(loras)}
+    vars(job).update({"pipeline": {}, **data, **more})
     return job
 
 

@@ -46,6 +46,8 @@ def clip(out: Path, row: Row) -> dict[str, Any]:
     job = row.job
     settings: dict[str, Any] = {name: getattr(job, name) for name in SHOWN if getattr(job, name) is not None}
     settings |= {name: value for name, value in job.pipeline.items() if isinstance(value, str | int | float | bool)}
+    if job.loras:
+        settings["loras"] = ", ".join(f"{Path(lora.path).stem} {lora.weight:g}" for lora in job.loras)
     guidance = job.guidance
     if guidance is not None and guidance.reuses:
         settings["approximate"] = str(guidance).removeprefix(f"{guidance.exact}; ")

@@ -26,6 +26,7 @@ from stgfast.queue.job import Job
 from stgfast.recipes import Recipe
 from stgfast.render.calls import FRAMES, arguments_of, frames_argument
 from stgfast.render.loading import BY_NAME, USUAL, Loading, check_folder, fingerprint, given_to, read_json, recipe_of
+from stgfast.render.loras import lacking
 from stgfast.render.skeleton import skeleton
 
 
@@ -156,6 +157,9 @@ class Model:
 
     def _check_fields(self, job: Job) -> None:
         kind, known = self.kind.__name__, self.parameters
+        lacks = lacking(self.kind, job.loras)
+        if lacks:
+            raise wrong("loras", len(job.loras), lacks)
         for name in ("image", "negative_prompt", "width", "height"):
             value = getattr(job, name)
             if value is not None and name not in known:

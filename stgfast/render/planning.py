@@ -16,7 +16,7 @@ from stgfast.queue.readers import Bad, Line, checked, read
 from stgfast.queue.state import DONE
 from stgfast.queue.store import WAITS, Staged, Store, trusted
 from stgfast.render.files import Form, metadata_of, read_frames
-from stgfast.render.loading import Loading
+from stgfast.render.loading import Loading, execution_of
 from stgfast.render.models import Model
 
 SHOWN = 1000  # bad lines that are kept for the report; all are told to the listener
@@ -50,6 +50,7 @@ class Planning:
         self.model, self.form, self.formed, self.tell = model, form, formed, tell
         self.made, self.recipe = model.made(loading), model.recipe_of(loading)
         self.defaults = {**model.defaults_with(self.recipe), **defaults}
+        self.compiled = loading.compile or (model.pipe is not None and execution_of(model.pipe).compilation is not None)
         self.bad = 0
 
     def plan(
@@ -104,6 +105,8 @@ class Planning:
     def _checked(self, job: Job, line: int) -> Staged:
         """A job as it is rendered, or what this model cannot do of it."""
         self.model.check(job, self.recipe)
+        if job.loras and self.compiled:
+            raise wrong("loras", len(job.loras), "none with compiled blocks: these do not change")
         named = self.model.settled(job, self.recipe).named(self.model.name, self.made)
         return named, self.form.file(named.name), line, self.model.images
 

@@ -40,6 +40,7 @@ from stgfast.ranks.wire import Ranks
 from stgfast.render.calls import arguments_of
 from stgfast.render.files import Form, heard, pixels, remark_on, write
 from stgfast.render.loading import moves
+from stgfast.render.loras import Loras
 from stgfast.render.shortage import free, is_out_of_memory
 from stgfast.render.texts import NotStackable, Texts, encoders_of
 from stgfast.version import __version__
@@ -187,6 +188,7 @@ class Worker:
         # Prompts that come later are encoded in one go where the text encoder leaves the device.
         self.ahead: Sequence[Prompt] = ()
         self.texts = Texts(scratch / "texts", self.device, parts=encoders, ahead=self._to_come)
+        self.loras = Loras(pipe)
         self.stopping = self.aborting = False
         self.abandoned = 0
         self.alike = True
@@ -474,6 +476,7 @@ class BatchRun:
             if self.worker.stopping:
                 raise Stopping
             self.started, self.decoding = time.monotonic(), 0.0
+            self.worker.loras.use(self.batch.tasks[0].job.loras)
             made = self.pipe(**arguments_of(self.pipe, [task.job for task in self.batch.tasks]))
             clips = [Clip(frames) for frames in made.frames]
             if getattr(made, "audio", None) is not None:
