@@ -31,6 +31,7 @@ COMMANDS = {
     "render": Command("render a file of jobs into a folder", "render.command", "render"),
     "sweep": Command("render one prompt at several layers and scales", "render.command", "render"),
     "status": Command("what is rendered in a folder, what waits, and when it will be done", "queue.command"),
+    "pack": Command("put a job file, its images and its LoRAs into one archive", "queue.command"),
     "add": Command("add jobs to a folder, for the run that is on or the next one", "queue.command"),
     "cancel": Command("cancel jobs of a folder that are not done", "queue.command"),
     "pause": Command("pause a folder, or some of its jobs", "queue.command"),

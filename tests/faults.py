@@ -853,14 +853,14 @@ FAULTS = [
         "render/limits.py",
         "if batch.limit is not None and progress.seconds > batch.limit:",
         "if batch.limit is not None and progress.seconds > 10 * batch.limit:",
-        "tests/render/test_process.py -k 'limit and sleeps and fails'",
+        "tests/render/test_limits.py",
     ),
     Fault(
         "time in which a batch waits for others",
         "render/worker.py",
         "return self.before + (0.0 if self.waiting else time.monotonic() - self.since)",
         "return self.before + (time.monotonic() - self.since)",
-        "tests/render/test_process.py -k 'fails_within'",
+        "tests/render/test_limits.py",
     ),
     Fault(
         "a process that lives on without its run",

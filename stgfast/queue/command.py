@@ -42,6 +42,11 @@ def add_add(parser: argparse.ArgumentParser) -> None:
     _add_out(parser)
 
 
+def add_pack(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("jobs", type=Path, help="a .jsonl, .csv, .yaml or .txt file, one job in each entry")
+    parser.add_argument("archive", type=Path, help="a .zip file, which stgfast render and stgfast add take")
+
+
 def add_priority(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("priority", type=int, help="a higher one is rendered first; 0 is usual")
     _add_choice(parser)
@@ -74,6 +79,17 @@ def run_add(arguments: argparse.Namespace) -> int:
         return DONE
 
     return _told("add", add)
+
+
+def run_pack(arguments: argparse.Namespace) -> int:
+    def make() -> int:
+        from stgfast.queue.pack import pack
+
+        jobs, files = pack(arguments.jobs, arguments.archive)
+        sys.stdout.write(f"{jobs} job{'s' * (jobs != 1)} and {files} file{'s' * (files != 1)} in {arguments.archive}\n")
+        return DONE
+
+    return _told("pack", make)
 
 
 def run_cancel(arguments: argparse.Namespace) -> int:

@@ -15,8 +15,9 @@ from typing import Any
 
 from stgfast.errors import SettingsError, wrong
 from stgfast.queue.job import MAX_PRIORITY, Job, check_number
+from stgfast.queue.pack import is_archive, read_packed
 from stgfast.queue.readers import Bad, checked, read
-from stgfast.queue.state import CANCELLED, CLAIMED, FAILED, FOLDER, PENDING, State, StoreError
+from stgfast.queue.state import CANCELLED, CLAIMED, FAILED, FOLDER, PACKED, PENDING, State, StoreError
 from stgfast.queue.store import RETRIED, trusted
 
 PAUSED = "paused"  # the setting of a folder in which nothing is begun
@@ -77,7 +78,8 @@ class Desk(State):
         What depends on the model is checked by the run that takes them up; it refuses those that the model cannot do.
         """
         if isinstance(jobs, Path):
-            lines, source = read(jobs), jobs.name
+            lines = read_packed(jobs, self.home / PACKED) if is_archive(jobs) else read(jobs)
+            source = jobs.name
         else:
             lines = (checked(number, given, base=Path()) for number, given in enumerate(jobs, 1))
             source = ""

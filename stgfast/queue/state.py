@@ -2,6 +2,7 @@
 
     OUT/                    the clips, and nothing else that is not whole
     OUT/.stgfast/jobs.db    this state
+    OUT/.stgfast/packed/    images and LoRAs that came in archives of jobs
     OUT/.stgfast/<runner>/  what one running process writes before it is whole, and the lock that says it runs
 
 Several processes use it at once: runs, and commands that add jobs, cancel some, or look.
@@ -20,6 +21,7 @@ FOLDER = ".stgfast"
 PENDING, CLAIMED, PUBLISHING, DONE, FAILED, CANCELLED = STATUSES = (
     *("pending", "claimed", "publishing", "done", "failed", "cancelled"),
 )
+PACKED = "packed"  # within it: the files of archives
 VERSION = 2
 JOBS = """
 CREATE TABLE jobs (

@@ -31,6 +31,7 @@ from stgfast.queue.state import (
     CANCELLED,
     DONE,
     FAILED,
+    PACKED,
     PENDING,
     PUBLISHING,
     STATUSES,
@@ -457,7 +458,7 @@ class Store(State):
         recovered = 0
         with self._registering():
             held = {row["runner"] for row in self.connection.execute("SELECT DISTINCT runner FROM jobs")} - {None}
-            there = {path.name for path in self.home.iterdir() if path.is_dir()}
+            there = {path.name for path in self.home.iterdir() if path.is_dir()} - {PACKED}
             for runner in (held | there) - {self.runner}:
                 lock = lock_of_dead(self.home / runner / "lock")
                 if lock is None and (self.home / runner / "lock").exists():

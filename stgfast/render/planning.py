@@ -12,8 +12,9 @@ from stgfast.errors import SettingsError, wrong
 from stgfast.queue.desk import Desk
 from stgfast.queue.forecast import forecast
 from stgfast.queue.job import Job
+from stgfast.queue.pack import is_archive, read_packed
 from stgfast.queue.readers import Bad, Line, checked, read
-from stgfast.queue.state import DONE
+from stgfast.queue.state import DONE, PACKED
 from stgfast.queue.store import WAITS, Staged, Store, trusted
 from stgfast.render.files import Form, metadata_of, read_frames
 from stgfast.render.loading import Loading, execution_of
@@ -61,7 +62,7 @@ class Planning:
         What is not to be kept is listed, with how long it will take by the clips of this folder, or of another one.
         """
         kept: list[Bad] = []
-        staged = self._staged(store, lines_of(jobs, self.defaults))
+        staged = self._staged(store, lines_of(jobs, self.defaults, store.home / PACKED))
         with store.taking_up(self.model.name, staged, self.made, keep=keep) as wrong_lines:
             for line in wrong_lines:
                 self.bad += 1
@@ -142,8 +143,12 @@ class Planning:
 Jobs = str | Path | Iterable[Job | Mapping[str, Any]] | None
 
 
-def lines_of(jobs: Jobs, defaults: Mapping[str, Any]) -> Iterator[Line | Bad]:
+def lines_of(jobs: Jobs, defaults: Mapping[str, Any], packed: Path) -> Iterator[Line | Bad]:
+    """Jobs from wherever they come; the files of an archive are put into `packed`."""
     if jobs is None:
+        return
+    if isinstance(jobs, (str, Path)) and is_archive(Path(jobs)):
+        yield from read_packed(Path(jobs), packed, defaults=defaults)
         return
     if isinstance(jobs, (str, Path)):
         yield from read(Path(jobs), defaults=defaults)

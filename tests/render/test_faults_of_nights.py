@@ -93,6 +93,8 @@ def test_what_is_on_disk_of_prompts_is_bounded(tmp_path):
 
 def test_a_plan_keeps_nothing_and_what_is_not_rendered_can_be_changed(tmp_path, pipe):
     go(pipe, some(), tmp_path, plan_only=True)
+    with Store(tmp_path) as store:
+        assert list(store.rows(every=True)) == []
     events = []
     assert go(pipe, some(steps=3), tmp_path, events, plan_only=True).waiting == 3
     assert [event["job"]["steps"] for event in told(events, "listed")] == [3, 3, 3]

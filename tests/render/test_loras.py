@@ -10,6 +10,7 @@ from diffusers import LattePipeline, WanPipeline
 from stgfast import Guidance, Perturbation, accelerate
 from stgfast.errors import SettingsError
 from stgfast.queue.job import Job
+from stgfast.queue.pack import pack
 from stgfast.queue.readers import Bad, read
 from stgfast.render import models
 from stgfast.render.files import metadata_of, read_frames
@@ -121,6 +122,15 @@ def test_one_that_is_of_another_model_fails_its_job(tmp_path, files):
     (failed,) = [event for event in events if event["event"] == "failed"]
     assert failed["file"] == "k1"
     assert "got 'other.safetensors', none of whose weights is for this model" in failed["error"]
+
+
+def test_an_archive_is_rendered(tmp_path, files):
+    assert pack(write(files, [job(0), job(1, *LOOKS[2])]), tmp_path / "night.zip") == (2, 1)
+    assert go(pipes.guided(), tmp_path / "night.zip", tmp_path / "out").done == 2
+    go(pipes.guided(), write(files, [job(0), job(1, *LOOKS[2])]), tmp_path / "files")
+    one, other = (read_frames(tmp_path / where / "k1") for where in ("out", "files"))
+    assert (one == other).all()
+    assert go(pipes.guided(), tmp_path / "night.zip", tmp_path / "out").rendered == 0
 
 
 @pytest.mark.parametrize(
