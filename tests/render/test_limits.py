@@ -83,7 +83,7 @@ def test_time_in_which_a_batch_waits_for_others_is_not_its_own(clock):
 
 
 def test_what_a_process_has_not_said_since_is_added(clock):
-    one, other = Hand(batch(1, limit=9.0)), Hand(batch(2, limit=9.0))
+    one, other = (Hand(batch(number, limit=9.0), at=clock[0]) for number in (1, 2))
     clock[0] += 5
     assert one.progress(alone=True).seconds == 5
     assert one.progress(alone=False).seconds == 0  # it may wait
