@@ -774,7 +774,7 @@ FAULTS = [
     Fault(
         "a pause that nobody keeps",
         "queue/store.py",
-        'if self.setting("paused"):',
+        "if self.setting(PAUSED):",
         'if self.setting("pause"):',
         "tests/queue/test_desk.py",
     ),
@@ -787,7 +787,7 @@ FAULTS = [
     ),
     Fault(
         "added jobs of runs that make other clips",
-        "queue/store.py",
+        "queue/taking.py",
         'if made.items() <= json.loads(row["recipe"]).items()',
         "if True",
         "tests/queue/test_desk.py",
@@ -808,21 +808,21 @@ FAULTS = [
     ),
     Fault(
         "a plan that claims names",
-        "queue/store.py",
+        "queue/taking.py",
         '"COMMIT" if keep else "ROLLBACK"',
         '"COMMIT"',
         "tests/render/test_faults_of_nights.py",
     ),
     Fault(
         "a clip that was cut short and counts",
-        "queue/store.py",
-        '(_size(final) is None or _size(final) != (there["bytes"] or _size(final)))',
-        "_size(final) is None",
+        "queue/taking.py",
+        "found is not None and size in (None, found)",
+        "found is not None",
         "tests/render/test_faults_of_nights.py -k whole",
     ),
     Fault(
         "a list of another model that is taken for this one's",
-        "queue/store.py",
+        "queue/taking.py",
         "if found == recipe:",
         "if found is not None:",
         "tests/render/test_faults_of_nights.py -k list_was_lost",
@@ -857,7 +857,7 @@ FAULTS = [
     ),
     Fault(
         "time in which a batch waits for others",
-        "render/worker.py",
+        "render/outcomes.py",
         "return self.before + (0.0 if self.waiting else time.monotonic() - self.since)",
         "return self.before + (time.monotonic() - self.since)",
         "tests/render/test_limits.py",

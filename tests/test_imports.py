@@ -153,6 +153,13 @@ def test_imports_point_one_way():
     assert seen > 30
 
 
+def test_every_room_is_a_package():
+    """Else it is there in a checkout, and is not installed."""
+    rooms = {path.parent for path in ROOT.rglob("*.py")}
+    assert len(rooms) > 15
+    assert [room for room in rooms if not (room / "__init__.py").is_file()] == []
+
+
 def test_no_adapter_imports_another():
     families = {path.stem for path in (ROOT / "integrations" / "families").glob("*.py")} - {"__init__"}
     assert len(families) > 10

@@ -17,10 +17,8 @@ from stgfast.errors import SettingsError, wrong
 from stgfast.queue.job import MAX_PRIORITY, Job, check_number
 from stgfast.queue.pack import is_archive, read_packed
 from stgfast.queue.readers import Bad, checked, read
-from stgfast.queue.state import CANCELLED, CLAIMED, FAILED, FOLDER, PACKED, PENDING, State, StoreError
-from stgfast.queue.store import RETRIED, trusted
-
-PAUSED = "paused"  # the setting of a folder in which nothing is begun
+from stgfast.queue.state import CANCELLED, CLAIMED, FAILED, FOLDER, PACKED, PAUSED, PENDING, State, StoreError
+from stgfast.queue.taking import RETRIED, trusted
 
 
 @dataclass(frozen=True)

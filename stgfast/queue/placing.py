@@ -24,6 +24,16 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def size_of(path: Path) -> int | None:
+    """Bytes of a clip, which may be a folder of pictures; None where it is not there."""
+    try:
+        if path.is_dir():
+            return sum(inner.stat().st_size for inner in path.iterdir())
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
 def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

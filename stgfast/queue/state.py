@@ -21,6 +21,7 @@ FOLDER = ".stgfast"
 PENDING, CLAIMED, PUBLISHING, DONE, FAILED, CANCELLED = STATUSES = (
     *("pending", "claimed", "publishing", "done", "failed", "cancelled"),
 )
+PAUSED = "paused"  # the setting of a folder in which nothing is begun
 PACKED = "packed"  # within it: the files of archives
 VERSION = 2
 JOBS = """

@@ -6,8 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stgfast.queue.desk import PAUSED
-from stgfast.queue.state import CLAIMED, DONE, PENDING, STATUSES, State, lock_of_dead
+from stgfast.queue.state import CLAIMED, DONE, PAUSED, PENDING, STATUSES, State, lock_of_dead
 
 HOUR = 3600.0
 

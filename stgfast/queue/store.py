@@ -7,7 +7,6 @@ ends. No clock decides anything. A clip goes from `claimed` over `publishing` (w
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -19,35 +18,26 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from stgfast.errors import SettingsError
-from stgfast.guidance import Guidance
-from stgfast.queue.batches import Batch, Task, shape_of, stack_of
-from stgfast.queue.job import NOTHING, Job, Lora
-from stgfast.queue.placing import discard, publish
-from stgfast.queue.readers import Bad
+from stgfast.queue.batches import Batch, Task
+from stgfast.queue.job import Job
+from stgfast.queue.placing import discard, publish, size_of
 from stgfast.queue.state import (
     CANCELLED,
     DONE,
     FAILED,
     PACKED,
-    PENDING,
+    PAUSED,
     PUBLISHING,
     STATUSES,
-    State,
     StoreError,
-    differing,
     lock_of_dead,
     locked,
 )
+from stgfast.queue.taking import Taking, trusted
 
 RETRIES = 2  # of a job that a process died of, or a device gave out with
 WITHIN = "within"  # marks a runner that renders in its own process: what kills it may be a job
-RETRIED = "status = 'pending', error = NULL, deaths = 0, apart = 0, place = NULL"
-AFRESH = {"status": PENDING, "attempts": 0, "deaths": 0, "error": None, "seconds": None, "took": None, "remark": None}
-Staged = tuple[Job, str, int, str]  # a job, its file, its line, and how its pipeline takes images
-PROGRESS = 1.0  # seconds between records of how far running jobs are
 WAITS = "status = 'pending' AND NOT paused AND jobs.id IN mine"
 
 
@@ -66,7 +56,7 @@ class Row:
     remark: str = ""
 
 
-class Store(State):
+class Store(Taking):
     """One run's view of an output folder, as a context manager: within it, this process is a living runner.
 
     retries  how often a job is tried again that a process died of
@@ -116,13 +106,6 @@ class Store(State):
         finally:
             os.close(self.lock)
 
-    def _prepare(self) -> None:
-        super()._prepare()
-        connection = self.connection
-        connection.execute("CREATE TEMP TABLE mine (id INTEGER PRIMARY KEY)")  # the jobs that this run is about
-        staged = "id INTEGER PRIMARY KEY, file TEXT, job TEXT, line INTEGER, stack TEXT, apart INTEGER"
-        connection.execute(f"CREATE TEMP TABLE staged ({staged})")
-
     @contextmanager
     def _registering(self) -> Iterator[None]:
         """Runners come, and dead ones are cleared away, one at a time."""
@@ -141,152 +124,6 @@ class Store(State):
         """Jobs are rendered in this process, and may take it down."""
         (self.scratch / WITHIN).touch()
 
-    # Planning
-
-    def stage(self, job: Job, file: str, line: int, images: str = "") -> None:
-        """Put a job on this run's list, which nobody else sees yet; its pipeline takes images as its adapter says."""
-        insert = "INSERT INTO staged (file, job, line, stack, apart) VALUES (?, ?, ?, ?, ?)"
-        apart = job.image is not None and not images
-        self.connection.execute(insert, (file, json.dumps(job.to_dict()), line, stack_of(job, images), apart))
-
-    @contextmanager
-    def taking_up(
-        self, model: str, bad: Iterable[Bad], made: Mapping[str, Any] = NOTHING, *, keep: bool = True
-    ) -> Iterator[Iterator[Bad]]:
-        """Everything that was staged becomes work of this folder, or is found again with what was done for it.
-
-        `bad` stages jobs as it goes, before the folder is locked. It is given, and after it what cannot be taken up.
-        Where the block raises, nothing was; nor where it is not to be kept, once the block has looked.
-        """
-        try:
-            yield itertools.chain(bad, self._take_up(model, made))
-        except BaseException:
-            if self.connection.in_transaction:
-                self.connection.execute("ROLLBACK")
-            raise
-        self.connection.execute("COMMIT" if keep else "ROLLBACK")
-
-    def _take_up(self, model: str, made: Mapping[str, Any]) -> Iterator[Bad]:
-        self.connection.execute("BEGIN IMMEDIATE")
-        for row in self.connection.execute("SELECT * FROM staged ORDER BY id"):
-            try:
-                self._add(trusted(row["job"]), row, model, made)
-            except SettingsError as error:
-                yield Bad(row["line"], str(error))
-        self.connection.execute("DELETE FROM staged")
-
-    def _add(self, job: Job, staged: sqlite3.Row, model: str, made: Mapping[str, Any]) -> int:
-        file, recipe = staged["file"], job.recipe(model, made)
-        there = self.connection.execute("SELECT * FROM jobs WHERE folded = ?", (file.casefold(),)).fetchone()
-        final = self.out / file
-        values = {
-            **{"file": file, "folded": file.casefold(), "recipe": recipe, "job": json.dumps(job.to_dict())},
-            **{"model": model, "line": staged["line"], "priority": job.priority, "apart": staged["apart"]},
-            "stack": self._stack(job, staged["stack"]),
-        }
-        if there is None:
-            if os.path.lexists(final):
-                self._check_adoptable(final, recipe)
-                values |= {"status": DONE, "bytes": _size(final)}
-            identity = self._insert(values)
-        else:
-            identity = there["id"]
-            if self.connection.execute("SELECT 1 FROM mine WHERE id = ?", (identity,)).fetchone():
-                same = "the same clip" if there["recipe"] == recipe else "the same name"
-                raise SettingsError(
-                    f"name: got {file!r}, {same} as line {there['line']}, expected another seed or another name"
-                )
-            self._change(there, values, final)
-        self.connection.execute("INSERT INTO mine VALUES (?)", (identity,))
-        return int(identity)
-
-    def _insert(self, values: Mapping[str, Any]) -> int:
-        insert = f"INSERT INTO jobs ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})"
-        return int(self.connection.execute(insert, tuple(values.values())).lastrowid or 0)
-
-    def _check_adoptable(self, final: Path, recipe: str) -> None:
-        """A clip of which the list says nothing is the job's own where it says so itself: the list was lost."""
-        found = self.adopt(final)
-        if found == recipe:
-            return
-        how = "" if found is None else f" ({differing(json.loads(found), json.loads(recipe))})"
-        raise SettingsError(
-            f"name: got {final.name!r}, which is in the folder but not on its list{how}, expected another"
-        )
-
-    def _change(self, there: sqlite3.Row, values: Mapping[str, Any], final: Path) -> None:
-        """A job that the list has already: it is the same, or takes the place of one that was not rendered."""
-        changes = {name: values[name] for name in ("line", "job", "priority")}
-        if there["recipe"] != values["recipe"]:
-            if there["status"] not in (PENDING, FAILED, CANCELLED):
-                how = differing(json.loads(there["recipe"]), json.loads(values["recipe"]))
-                raise SettingsError(
-                    f"name: got {final.name!r}, which this folder has with other settings ({how}), expected another "
-                    f"name or another folder"
-                )
-            changes = {**values, **AFRESH}
-        elif there["status"] == DONE and (_size(final) is None or _size(final) != (there["bytes"] or _size(final))):
-            changes |= AFRESH  # who deletes a clip wants it again, and one that was cut short is not whole
-            discard(final)
-        assignments = ", ".join(f"{name} = ?" for name in changes)
-        self.connection.execute(f"UPDATE jobs SET {assignments} WHERE id = ?", (*changes.values(), there["id"]))
-
-    def _stack(self, job: Job, key: str) -> int:
-        self.connection.execute("INSERT OR IGNORE INTO stacks (key, shape) VALUES (?, ?)", (key, shape_of(job)))
-        return int(self.connection.execute("SELECT id FROM stacks WHERE key = ?", (key,)).fetchone()[0])
-
-    def retry_failed(self) -> int:
-        """Failed jobs of this run are to be tried again."""
-        change = f"UPDATE jobs SET {RETRIED} WHERE status = 'failed' AND id IN mine"
-        return self.connection.execute(change).rowcount
-
-    def lose(self, file: str) -> None:
-        """A clip that is done turned out not to be whole: it is removed, and rendered again."""
-        discard(self.out / file)
-        self.connection.execute("UPDATE jobs SET status = 'pending' WHERE file = ? AND status = 'done'", (file,))
-
-    # Jobs that others add
-
-    def take_in(
-        self, model: str, made: Mapping[str, Any], check: Callable[[str, int], Staged], limit: int = 200
-    ) -> tuple[int, list[tuple[int, str]]]:
-        """Take up jobs that were added, and those that an earlier run took up so: how many are new, and those refused.
-
-        `check` gives the job of an entry, with its file and how it is stacked; what it raises is why it is refused.
-        """
-        new = self._adopt_added(model, made)
-        if not self.connection.execute("SELECT 1 FROM inbox WHERE error IS NULL LIMIT 1").fetchone():
-            return new, []
-        refused = []
-        with self.transaction():
-            query = "SELECT * FROM inbox WHERE error IS NULL ORDER BY id LIMIT ?"
-            for row in self.connection.execute(query, (limit,)).fetchall():
-                self.connection.execute("SAVEPOINT one")
-                try:
-                    self.stage(*check(row["entry"], row["line"]))
-                    (staged,) = self.connection.execute("SELECT * FROM staged").fetchall()
-                    identity = self._add(trusted(staged["job"]), staged, model, made)
-                except SettingsError as error:
-                    self.connection.execute("ROLLBACK TO one")
-                    self.connection.execute("UPDATE inbox SET error = ? WHERE id = ?", (str(error), row["id"]))
-                    refused.append((row["line"], str(error)))
-                else:
-                    new += 1
-                    change = "UPDATE jobs SET added = 1, paused = ? WHERE id = ?"
-                    self.connection.execute(change, (row["paused"], identity))
-                    self.connection.execute("DELETE FROM inbox WHERE id = ?", (row["id"],))
-                self.connection.execute("DELETE FROM staged")
-                self.connection.execute("RELEASE one")
-        return new, refused
-
-    def _adopt_added(self, model: str, made: Mapping[str, Any]) -> int:
-        """Jobs that another run took up for whoever has this model, made in the same way."""
-        query = "SELECT id, recipe FROM jobs WHERE added AND model = ? AND status IN ('pending', 'claimed', 'failed')"
-        rows = self.connection.execute(f"{query} AND id NOT IN mine", (model,)).fetchall()
-        ours = [row["id"] for row in rows if made.items() <= json.loads(row["recipe"]).items()]
-        self.connection.executemany("INSERT INTO mine VALUES (?)", [(one,) for one in ours])
-        return len(ours)
-
     # Rendering
 
     def claim(
@@ -302,7 +139,7 @@ class Store(State):
         has a process to itself, with others like it first, and at last alone. It goes to another place where there is
         one.
         """
-        if self.setting("paused"):
+        if self.setting(PAUSED):
             return None
         with self.transaction():
             may = f"{WAITS} AND (deaths = 0 OR (? AND NOT (? AND place IS ?)))"
@@ -362,7 +199,7 @@ class Store(State):
         Its name is on record before it is moved. It fails where somebody else's file has that name by now. A job that
         was cancelled meanwhile stays so.
         """
-        took, size = sum(seconds.values()), _size(aside)
+        took, size = sum(seconds.values()), size_of(aside)
         values = {"seconds": json.dumps(seconds), "took": took, "wall": wall, "bytes": size}
         values |= {"form": form, "remark": remark}
         change = f"UPDATE jobs SET status = 'publishing', error = NULL, {', '.join(f'{name} = ?' for name in values)}"
@@ -528,29 +365,5 @@ class Store(State):
             yield Row(*places, row["remark"] or "")
 
 
-def trusted(text: str) -> Job:
-    """A job from its JSON, without a second look at what was checked when it was taken up, its image above all."""
-    data = json.loads(text)
-    guidance = data.pop("guidance", None)
-    job = object.__new__(Job)  # which has its defaults from its class, but for what can be changed
-    loras = []
-    for given in data.pop("loras", ()):
-        loras.append(lora := object.__new__(Lora))
-        vars(lora).update({"weight": 1.0, "second": False, **given})
-    more = {"guidance": guidance and Guidance.from_dict(guidance), "loras": tuple(loras)}
-    vars(job).update({"pipeline": {}, **data, **more})
-    return job
-
-
 def _task(row: sqlite3.Row) -> Task:
     return Task(row["id"], row["file"], trusted(row["job"]), row["model"])
-
-
-def _size(path: Path) -> int | None:
-    """Bytes of a clip, which may be a folder of pictures; None where it is not there."""
-    try:
-        if path.is_dir():
-            return sum(inner.stat().st_size for inner in path.iterdir())
-        return path.stat().st_size
-    except OSError:
-        return None

@@ -1,15 +1,18 @@
 """Production batch rendering: many jobs in, video files out, and a night's work that finishes.
 
-models.py     which pipeline a model is
+models.py     which pipeline a model is, and what it can do of a job
+skeleton.py   a pipeline without its weights, by which jobs are checked
 loading.py    loading it, and where its parts are meanwhile
 planning.py   jobs, checked against the model, and taken up
 rendering.py  batches handed out, and what became of them recorded
 limits.py     how long a batch may take
 worker.py     batches in, written clips out
+outcomes.py   what became of their jobs
+loras.py      weights that a job changes the model by
 texts.py      prompts encoded once
 files.py      clips as files, which say inside how they were made
 crew.py       who renders: a worker here,
-process.py    one in a process of its own, or
+process.py    one in a process of its own (child.py), or
 actors.py     the devices of a Ray cluster
 run.py        all of these, until nothing waits
 

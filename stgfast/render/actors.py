@@ -28,7 +28,7 @@ from stgfast.ranks.wire import joined
 from stgfast.render.crew import Setup
 from stgfast.render.hands import LIVES, LOADING, Hand, silent
 from stgfast.render.models import Model
-from stgfast.render.worker import Died, Expired, Failed, Outcome, Progress, Prompt, Stopped, Written
+from stgfast.render.outcomes import Died, Expired, Failed, Outcome, Progress, Prompt, Stopped, Written
 from stgfast.version import __version__
 
 IN_HAND = 3  # batches of an actor: one is decoded, one denoised, one comes next

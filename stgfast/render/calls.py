@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 
-from stgfast.errors import SettingsError
 from stgfast.installed import installed_on
 from stgfast.integrations.spec import EACH
 from stgfast.queue.job import Job, read_image
-from stgfast.queue.readers import Bad, checked
-
-if TYPE_CHECKING:
-    from stgfast.render.models import Model
-
 
 FRAMES = ("num_frames", "video_length", "frames")  # what pipelines call how many frames there are to be
 
@@ -46,15 +39,3 @@ def arguments_of(pipe: Any, jobs: Sequence[Job]) -> dict[str, Any]:
     # Some pipelines take one of each, and no list.
     call |= {name: values if len(jobs) > 1 else values[0] for name, values in of_each.items()}
     return {**call, "output_type": "np"}
-
-
-def jobs_of(model: Model, prompts: Sequence[str], clips: int, seed: int, defaults: Mapping[str, Any]) -> Iterator[Job]:
-    """One job for every clip, the prompts in turn; raises where the model cannot do one of them."""
-    for number in range(clips):
-        given = {"prompt": prompts[number % len(prompts)], "seed": seed + number // len(prompts)}
-        line = checked(number + 1, given, base=Path(), defaults={**model.defaults_with(None), **defaults})
-        if isinstance(line, Bad):
-            raise SettingsError(line.why)
-        for job in line.jobs:
-            model.check(job)
-            yield model.settled(job)

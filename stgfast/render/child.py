@@ -80,7 +80,7 @@ def main(handle: int) -> int:
 
 
 def _plain_within(outcome: Any) -> Any:
-    from stgfast.render.worker import Stopped
+    from stgfast.render.outcomes import Stopped
 
     if isinstance(outcome, Stopped) and outcome.error is not None:
         return Stopped(outcome.tasks, plain(outcome.error))

@@ -12,7 +12,8 @@ from stgfast.queue.batches import Batch
 from stgfast.render.files import Form
 from stgfast.render.loading import TEXT, USUAL, Loading
 from stgfast.render.models import Model
-from stgfast.render.worker import Others, Outcome, Progress, Prompt, Worker
+from stgfast.render.outcomes import Outcome, Progress, Prompt
+from stgfast.render.worker import Others, Worker
 
 
 class Seat(Protocol):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from stgfast.queue.batches import Batch, Task
-from stgfast.render.worker import Progress
+from stgfast.render.outcomes import Progress
 
 LIVES = 5  # a process that died so often in a row, while it loads or with no job settled in between, is given up
 LOADING = 2 * 3600.0  # seconds that loading a model may take, with downloading it

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from stgfast.queue.batches import Batch, Task, shape_of
 from stgfast.queue.store import Store
 from stgfast.render.crew import Crew
-from stgfast.render.worker import Progress
+from stgfast.render.outcomes import Progress
 
 # A batch may take this many times what the slowest clip of its shape took, for each of its clips, and not less than
 # this; where none was rendered yet, so many seconds without a step, or another sign of it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from stgfast.queue.job import Job
 from stgfast.queue.pack import is_archive, read_packed
 from stgfast.queue.readers import Bad, Line, checked, read
 from stgfast.queue.state import DONE, PACKED
-from stgfast.queue.store import WAITS, Staged, Store, trusted
+from stgfast.queue.store import WAITS, Store
+from stgfast.queue.taking import Staged, trusted
 from stgfast.render.files import Form, metadata_of, read_frames
 from stgfast.render.loading import Loading, execution_of
 from stgfast.render.models import Model
@@ -173,3 +174,15 @@ def recipe_in(clip: Path) -> str | None:
         return job.recipe(said["model"], {name: value for name, value in made.items() if value})
     except (SettingsError, KeyError, TypeError, AttributeError):  # whatever is in a file of this name
         return None
+
+
+def jobs_of(model: Model, prompts: Sequence[str], clips: int, seed: int, defaults: Mapping[str, Any]) -> Iterator[Job]:
+    """One job for every clip, the prompts in turn; raises where the model cannot do one of them."""
+    for number in range(clips):
+        given = {"prompt": prompts[number % len(prompts)], "seed": seed + number // len(prompts)}
+        line = checked(number + 1, given, base=Path(), defaults={**model.defaults_with(None), **defaults})
+        if isinstance(line, Bad):
+            raise SettingsError(line.why)
+        for job in line.jobs:
+            model.check(job)
+            yield model.settled(job)

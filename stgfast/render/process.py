@@ -25,7 +25,8 @@ from stgfast.queue.store import Store
 from stgfast.render.child import Begin, Ready
 from stgfast.render.crew import Setup
 from stgfast.render.hands import LIVES, LOADING, Hand, silent
-from stgfast.render.worker import STAGES, Died, Expired, Failed, Outcome, Progress, Prompt, Stopped, Written
+from stgfast.render.outcomes import Died, Expired, Failed, Outcome, Progress, Prompt, Stopped, Written
+from stgfast.render.worker import STAGES
 
 
 class OwnProcess:

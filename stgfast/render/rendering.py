@@ -12,15 +12,14 @@ from typing import Any
 
 from stgfast.errors import DeviceError, SettingsError, UnsupportedPipelineError
 from stgfast.queue.batches import Task, shape_of
-from stgfast.queue.desk import PAUSED
-from stgfast.queue.state import CANCELLED, DONE, FAILED
+from stgfast.queue.state import CANCELLED, DONE, FAILED, PAUSED
 from stgfast.queue.store import Store
 from stgfast.render.crew import Crew, Seat
 from stgfast.render.events import Event, Events
 from stgfast.render.gallery import NAME, write_gallery
 from stgfast.render.limits import Limits
+from stgfast.render.outcomes import Again, Died, Expired, Failed, Outcome, Written
 from stgfast.render.planning import Planning
-from stgfast.render.worker import Again, Died, Expired, Failed, Outcome, Written
 
 PAGE = 60.0  # seconds between new versions of the page about the folder
 POLL = 0.5  # seconds between looks at what other runners do

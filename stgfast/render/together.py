@@ -24,7 +24,8 @@ from stgfast.ranks.wire import joined
 from stgfast.render.crew import Setup
 from stgfast.render.loading import execution_of
 from stgfast.render.models import Model
-from stgfast.render.worker import Prompt, Worker
+from stgfast.render.outcomes import Prompt
+from stgfast.render.worker import Worker
 
 LOOK = 0.02  # seconds between looks for the next batch
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ from stgfast.render.calls import arguments_of
 from stgfast.render.files import Form, heard, pixels, remark_on, write
 from stgfast.render.loading import moves
 from stgfast.render.loras import Loras
+from stgfast.render.outcomes import Again, Clip, Clock, Expired, Failed, Outcome, Progress, Prompt, Stopped, Written
 from stgfast.render.shortage import free, is_out_of_memory
 from stgfast.render.texts import NotStackable, Texts, encoders_of
 from stgfast.version import __version__
@@ -50,91 +51,6 @@ LESS = " (offload, vae_tiling or a smaller clip take less)"
 TEXT, DENOISER, DECODER, WRITER = STAGES = ("text", "denoise", "decode", "write")
 
 
-@dataclasses.dataclass(frozen=True)
-class Written:
-    """A clip that is whole, aside."""
-
-    task: Task
-    path: Path
-    seconds: dict[str, float]
-    remark: str = ""  # what is strange about it
-
-
-@dataclasses.dataclass(frozen=True)
-class Failed:
-    """A job that cannot be rendered; `memory`: it takes more than the device has, with nothing else on it."""
-
-    task: Task
-    error: str
-    seconds: dict[str, float]
-    trace: str = ""
-    memory: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Again:
-    """Jobs that nothing is wrong with, and that are to be rendered another time.
-
-    rows   no more of this shape than so many fit into memory
-    apart  each alone: together they cannot, or something is wrong with one of them
-    """
-
-    tasks: tuple[Task, ...]
-    why: str
-    shape: str = ""
-    rows: int = 0
-    apart: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Stopped:
-    """Jobs that were put down because the run ends, and the error that ends it."""
-
-    tasks: tuple[Task, ...]
-    error: BaseException | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Expired:
-    """Jobs of a batch that took longer than it may, or that is not wanted any more."""
-
-    tasks: tuple[Task, ...]
-    why: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Died:
-    """Jobs that were in hand when the process that rendered them ended."""
-
-    tasks: tuple[Task, ...]
-    why: str
-    place: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """How far a batch is.
-
-    seconds  that it has computed, without those in which it waited for other batches
-    quiet    seconds since there was a sign of it: a step, or the beginning of a stage
-    """
-
-    batch: Batch
-    stage: str
-    step: int
-    steps: int
-    seconds: float
-    quiet: float
-
-
-class Clip(NamedTuple):
-    """As the pipeline hands it over."""
-
-    frames: Any
-    sound: Any = None
-    rate: int = 0
-
-
 class Others(Protocol):
     """The processes that make every clip together with this one."""
 
@@ -142,10 +58,6 @@ class Others(Protocol):
 
     def begin(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
         """They make the calls of this batch, too."""
-
-
-Outcome = Written | Failed | Again | Stopped | Expired | Died
-Prompt = tuple[str, str | None]  # and the negative one
 
 
 class Stopping(Exception):
@@ -684,32 +596,6 @@ class BatchRun:
         except RuntimeError as error:
             return error
         return None
-
-
-class Clock:
-    """How long a batch has computed, without the time in which it waits for others."""
-
-    def __init__(self) -> None:
-        self.before, self.since, self.signed = 0.0, time.monotonic(), time.monotonic()
-        self.waiting = False
-
-    def go(self) -> None:
-        self.since = self.signed = time.monotonic()
-        self.waiting = False
-
-    def pause(self) -> None:
-        self.before, self.waiting = self.seconds, True
-
-    def sign(self) -> None:
-        self.signed = time.monotonic()
-
-    @property
-    def seconds(self) -> float:
-        return self.before + (0.0 if self.waiting else time.monotonic() - self.since)
-
-    @property
-    def quiet(self) -> float:
-        return 0.0 if self.waiting else time.monotonic() - self.signed
 
 
 class _Reached(Exception):

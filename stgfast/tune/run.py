@@ -24,9 +24,10 @@ from stgfast.install import accelerate
 from stgfast.installed import installed_on
 from stgfast.queue.job import Job
 from stgfast.recipes import Recipe, model_of
-from stgfast.render.calls import arguments_of, jobs_of
+from stgfast.render.calls import arguments_of
 from stgfast.render.loading import Loading, given_to
 from stgfast.render.models import Model, described
+from stgfast.render.planning import jobs_of
 from stgfast.render.run import render
 from stgfast.solvers import check_solver
 from stgfast.tune.page import write_page

@@ -22,9 +22,10 @@ def add_verify(parser: argparse.ArgumentParser) -> None:
 
 def run_verify(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
     from stgfast.errors import DeviceError, SettingsError, UnsupportedPipelineError
-    from stgfast.render.calls import arguments_of, jobs_of
+    from stgfast.render.calls import arguments_of
     from stgfast.render.loading import Loading
     from stgfast.render.models import described
+    from stgfast.render.planning import jobs_of
     from stgfast.verify.run import verify
 
     stdout, stderr = stdout or sys.stdout, stderr or sys.stderr

@@ -14,7 +14,8 @@ from stgfast.queue import state
 from stgfast.queue import store as stores
 from stgfast.queue.job import Job
 from stgfast.queue.state import CANCELLED, CLAIMED, DONE, FAILED, FOLDER, PENDING, StoreError
-from stgfast.queue.store import Store, trusted
+from stgfast.queue.store import Store
+from stgfast.queue.taking import trusted
 
 
 def jobs(count, **more):

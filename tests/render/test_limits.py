@@ -7,7 +7,7 @@ from stgfast.queue.job import Job
 from stgfast.render import limits, worker
 from stgfast.render.hands import Hand, silent
 from stgfast.render.limits import Limits
-from stgfast.render.worker import Clock, Progress
+from stgfast.render.outcomes import Clock, Progress
 
 
 @pytest.fixture
