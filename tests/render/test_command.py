@@ -258,6 +258,7 @@ sys.exit(cli.main())
         "--out",
         tmp_path / "out",
         "--json",
+        "--same-process",
         *SETS,
     ]
     with subprocess.Popen(

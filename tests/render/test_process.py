@@ -15,7 +15,7 @@ import pytest
 from stgfast.errors import DeviceError, LoadError
 from stgfast.queue.state import FOLDER
 from stgfast.queue.store import Store
-from stgfast.render import limits, models, process, rendering, run, worker
+from stgfast.render import limits, models, process, rendering, worker
 from stgfast.render.gallery import NAME
 from stgfast.render.run import render
 from tests.render import pipes, standins
@@ -134,6 +134,7 @@ def test_a_job_that_takes_its_process_down_fails(tmp_path, monkeypatch, what):
     nothing_stray(tmp_path / "out", [f"k{n:02}" for n in range(12) if n != 3])
 
 
+@pytest.mark.again
 def test_what_may_be_the_machine_s_fault_is_tried_again(tmp_path, monkeypatch):
     monkeypatch.setitem(models.NAMED, "standing", standins.named("is killed", tmp_path / "marker"))
     events = []
@@ -143,6 +144,7 @@ def test_what_may_be_the_machine_s_fault_is_tried_again(tmp_path, monkeypatch):
     assert len(told(events, "replaced")) == 1
 
 
+@pytest.mark.again
 def test_a_process_that_always_dies_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setitem(models.NAMED, "dying", pipes.named(dying))
     monkeypatch.setattr(process, "LIVES", 2)
@@ -212,7 +214,7 @@ def hangs_up():
     signal.signal(signal.SIGHUP, before)
 
 
-def test_a_terminal_that_closes_loses_nothing(tmp_path, monkeypatch, hangs_up):
+def test_a_terminal_that_closes_loses_nothing(tmp_path, monkeypatch, hangs_up, unwatched):
     monkeypatch.setitem(models.NAMED, "standing", standins.named("sleeps"))
     events = []
 
@@ -221,7 +223,8 @@ def test_a_terminal_that_closes_loses_nothing(tmp_path, monkeypatch, hangs_up):
         if event["event"] == "done" and len(told(events, "done")) == 1:
             os.kill(os.getpid(), signal.SIGHUP)  # as when the terminal closes
 
-    report = render("standing", some(12), tmp_path / "out", format="png", max_batch=1, listener=listener)
+    more = {"format": "png", "listener": listener, "same_process": True}
+    report = render("standing", some(12), tmp_path / "out", max_batch=1, **more)
     assert report.interrupted
     assert report.code == 130
     assert 1 <= report.done < 12
@@ -229,7 +232,7 @@ def test_a_terminal_that_closes_loses_nothing(tmp_path, monkeypatch, hangs_up):
     with Store(tmp_path / "out") as store:
         found = store.connection.execute("SELECT deaths FROM jobs").fetchall()
     assert {row[0] for row in found} == {0}
-    assert run.render("standing", some(12), tmp_path / "out", format="png", listener=listener).done == 12
+    assert render("standing", some(12), tmp_path / "out", **more).done == 12
 
 
 def test_the_process_inherits_the_lock_of_its_run(tmp_path, monkeypatch):
