@@ -90,6 +90,7 @@ def test_a_job_that_hangs_in_the_process_of_the_run(tmp_path, monkeypatch, unwat
     nothing_stray(tmp_path / "out", [f"k{n:02}" for n in range(20) if n != 7])
 
 
+@pytest.mark.again
 def test_a_batch_that_hangs_is_rendered_one_by_one(tmp_path, monkeypatch, unwatched):
     monkeypatch.setitem(models.NAMED, "standing", standins.named("sleeps"))
     events = []

@@ -139,6 +139,7 @@ def test_two_actors_render_what_one_process_does(tmp_path, model, cluster, toget
         assert apart.max() <= 1, f"{job['name']}: {(apart > 0).sum()} of {apart.size} differ, by {apart.max()} at most"
 
 
+@pytest.mark.again
 def test_an_actor_that_is_killed_loses_nothing(tmp_path, model, cluster, together):
     """Killed when the first of its clips is done, it has others in hand, which are rendered again."""
     jobs, events = some(16, steps=8), []
@@ -161,6 +162,7 @@ def test_an_actor_that_is_killed_loses_nothing(tmp_path, model, cluster, togethe
         assert np.abs(one - other).max() <= 1, name
 
 
+@pytest.mark.again
 def test_a_broken_device_and_a_job_that_kills(tmp_path, cluster, monkeypatch):
     """A device past use has a new process begin on it; a job that kills every process fails, and no other with it."""
     here, marker = os.getpid(), tmp_path / "broke"
