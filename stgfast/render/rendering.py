@@ -101,7 +101,9 @@ class Rendering:
             ) from self.fault
 
     def _hand_out(self, crew: Crew) -> None:
-        while not crew.stopping and any(self._claim(seat, others=crew.places > 1) for seat in crew.free()):
+        while not (crew.stopping or self.paused) and any(
+            self._claim(seat, others=crew.places > 1) for seat in crew.free()
+        ):
             pass
 
     def _claim(self, seat: Seat, *, others: bool) -> bool:
