@@ -28,7 +28,8 @@ def size_of(path: Path) -> int | None:
     """Bytes of a clip, which may be a folder of pictures; None where it is not there."""
     try:
         if path.is_dir():
-            return sum(inner.stat().st_size for inner in path.iterdir())
+            parts = [inner for inner in path.iterdir() if inner.suffix in (".png", ".wav")]  # and no file manager's
+            return sum(inner.stat().st_size for inner in parts)
         return path.stat().st_size
     except OSError:
         return None

@@ -121,9 +121,7 @@ class Taking(State):
                     f"name or another folder"
                 )
             changes = {**values, **AFRESH}
-        elif there["status"] == DONE and (
-            size_of(final) is None or size_of(final) != (there["bytes"] or size_of(final))
-        ):
+        elif there["status"] == DONE and not _whole(final, there["bytes"]):
             changes |= AFRESH  # who deletes a clip wants it again, and one that was cut short is not whole
             discard(final)
         assignments = ", ".join(f"{name} = ?" for name in changes)

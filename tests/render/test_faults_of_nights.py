@@ -204,6 +204,14 @@ def test_a_clip_that_is_not_whole_is_rendered_again(tmp_path, pipe):
     assert go(pipe, some(), tmp_path, format="mp4", verify=True).rendered == 0
 
 
+def test_what_a_file_manager_leaves_in_a_folder_of_pictures_is_no_damage(tmp_path, pipe):
+    go(pipe, some(1), tmp_path)
+    (tmp_path / "k0" / ".DS_Store").write_text("x")
+    assert go(pipe, some(1), tmp_path).rendered == 0
+    (tmp_path / "k0" / "0002.png").unlink()
+    assert go(pipe, some(1), tmp_path).rendered == 1
+
+
 def test_strange_clips_are_flagged(tmp_path, pipe, monkeypatch):
     frames = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3)).astype(np.uint8)
     assert remark_on(frames, 5) == remark_on(frames, None) == ""
