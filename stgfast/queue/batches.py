@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from stgfast.queue.job import Job
@@ -38,6 +39,12 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.tasks)
+
+
+def takes_more(batches: Iterable[Batch], most: int) -> bool:
+    """Whether a process that has these takes another one: none beside a lonely batch, and not more than so many."""
+    there = list(batches)
+    return len(there) < most and not any(batch.lonely for batch in there)
 
 
 def stack_of(job: Job, images: str = "") -> str:

@@ -13,12 +13,12 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from stgfast.errors import SettingsError, wrong
-from stgfast.queue.job import MAX_PRIORITY, Job, check_number
+from stgfast.errors import SettingsError
+from stgfast.queue.job import MAX_PRIORITY, check_number
 from stgfast.queue.pack import is_archive, read_packed
 from stgfast.queue.readers import Bad, checked, read
 from stgfast.queue.state import CANCELLED, CLAIMED, FAILED, FOLDER, PACKED, PAUSED, PENDING, State, StoreError
-from stgfast.queue.taking import RETRIED, trusted
+from stgfast.queue.taking import RETRIED
 
 
 @dataclass(frozen=True)
@@ -139,13 +139,6 @@ class Desk(State):
             self._change(found, f"priority = {priority}")
             change = f"UPDATE inbox SET entry = json_set(entry, '$.priority', {priority}) WHERE id = ?"
             return self._named(found) + self._of_inbox(choice, change)
-
-    def job(self, file: str) -> Job:
-        """What a clip was asked for as, to ask for another one like it."""
-        found = self.connection.execute("SELECT job FROM jobs WHERE file = ?", (file,)).fetchone()
-        if found is None:
-            raise wrong("clip", file, "one of this folder")
-        return trusted(found["job"])
 
     def has_added(self) -> bool:
         """Whether there are jobs that were added and are not rendered yet."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stgfast.queue.state import CLAIMED, DONE, PAUSED, PENDING, STATUSES, State, lock_of_dead
+from stgfast.queue.state import CLAIMED, PAUSED, PENDING, STATUSES, State, lock_of_dead
 
 HOUR = 3600.0
 
@@ -81,7 +82,7 @@ def status_of(state: State, *, shown: int = 20) -> Status:
         for row in query("SELECT * FROM runs ORDER BY started").fetchall()
         if _lives(state, row["runner"])
     ]
-    rate = _rate(state, counts[DONE])
+    rate = _rate(state)
     left = counts[PENDING] - held + counts[CLAIMED] + inbox
     return Status(
         counts=counts,
@@ -108,7 +109,7 @@ def status_of(state: State, *, shown: int = 20) -> Status:
     )
 
 
-def _rate(state: State, done: int) -> float | None:
+def _rate(state: State) -> float | None:
     """Clips in an hour, by those that were finished last: of an hour, or of the runs that are on where that is less."""
     now = time.time()
     query = "SELECT COUNT(*), MIN(finished) FROM jobs WHERE status = 'done' AND finished > ?"
@@ -121,8 +122,6 @@ def _rate(state: State, done: int) -> float | None:
 
 
 def _lives(state: State, runner: str) -> bool:
-    import os
-
     lock = lock_of_dead(state.home / runner / "lock")
     if lock is None:
         return (state.home / runner / "lock").exists()

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError, wrong
-from stgfast.queue.batches import Batch, Task
-from stgfast.queue.placing import discard
+from stgfast.queue.batches import Batch, Task, takes_more
 from stgfast.ranks.wire import joined
 from stgfast.render.crew import Setup
-from stgfast.render.hands import LIVES, LOADING, Hand, silent
+from stgfast.render.hands import LIVES, LOADING, Hand, brought, silent
 from stgfast.render.models import Model
-from stgfast.render.outcomes import Died, Expired, Failed, Outcome, Progress, Prompt, Stopped, Written
+from stgfast.render.outcomes import Died, Expired, Outcome, Progress, Prompt, Stopped, tasks_of
 from stgfast.version import __version__
 
 IN_HAND = 3  # batches of an actor: one is decoded, one denoised, one comes next
@@ -194,8 +193,7 @@ class RemoteActor:
 
     @property
     def has_room(self) -> bool:
-        alone = any(hand.batch.lonely for hand in self.in_hand.values())
-        return self.ready is not None and not alone and len(self.in_hand) < IN_HAND
+        return self.ready is not None and takes_more((hand.batch for hand in self.in_hand.values()), IN_HAND)
 
     @property
     def idle(self) -> bool:
@@ -300,8 +298,9 @@ class Actors:
             if actor.said is not None and self.ray.wait([actor.said], timeout=0)[0]:
                 said, actor.said = actor.said, None
                 with contextlib.suppress(self.ray.exceptions.RayError):  # that it died is heard by its batches
+                    progress = self.ray.get(said)
                     for hand in actor.in_hand.values():
-                        hand.hear(self.ray.get(said))
+                        hand.hear(progress)
             if actor.said is None and actor.ready and actor.in_hand:
                 actor.said, actor.asked = actor.handle.progress.remote(), time.monotonic()
             elif actor.said is not None and (why := silent(list(actor.in_hand.values()), actor.asked)):
@@ -368,12 +367,8 @@ class Actors:
             self._kill(actor, again=True)  # its device is past use for a process that began on it
             self._died(actor, stream, str(outcome.error))
             return
-        if isinstance(outcome, Written):
-            path = self.scratch / outcome.task.file
-            discard(path)
-            os.rename(outcome.path, path)
-            outcome = dataclasses.replace(outcome, path=path)
-        tasks = (outcome.task,) if isinstance(outcome, (Written, Failed)) else outcome.tasks
+        outcome = brought(outcome, self.scratch)
+        tasks = tasks_of(outcome)
         hand.settled |= {task.id for task in tasks}
         actor.deaths = 0
         self.found.append(outcome)

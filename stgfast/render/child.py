@@ -54,7 +54,9 @@ def main(handle: int) -> int:
     try:
         setup = parent.recv()
         if not begin.bars:
-            _without_bars()
+            from stgfast.render.loading import without_bars
+
+            without_bars()
         worker = setup.worker(begin.scratch)
     except Exception as error:
         send(plain(error))
@@ -105,12 +107,6 @@ def _end_with_parent() -> None:
     with contextlib.suppress(OSError, AttributeError):  # Linux has it
         death_signal = 1
         ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)
-
-
-def _without_bars() -> None:
-    from stgfast.render.loading import without_bars
-
-    without_bars()
 
 
 if __name__ == "__main__":

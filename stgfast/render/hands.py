@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from stgfast.queue.batches import Batch, Task
-from stgfast.render.outcomes import Progress
+from stgfast.queue.placing import discard
+from stgfast.render.outcomes import Outcome, Progress, Written
 
 LIVES = 5  # a process that died so often in a row, while it loads or with no job settled in between, is given up
 LOADING = 2 * 3600.0  # seconds that loading a model may take, with downloading it
@@ -24,6 +26,16 @@ def silent(hands: Sequence[Hand], asked: float) -> str:
     if len(hands) < 2 or any(limit is None or since <= limit for limit in limits):
         return ""
     return f"the process that renders did not answer for {max(limit or 0.0 for limit in limits):g} s"
+
+
+def brought(outcome: Outcome, scratch: Path) -> Outcome:
+    """An outcome of another process, whose clip, if there is one, is in the run's own folder now."""
+    if not isinstance(outcome, Written):
+        return outcome
+    path = scratch / outcome.task.file
+    discard(path)
+    os.rename(outcome.path, path)
+    return dataclasses.replace(outcome, path=path)
 
 
 @dataclasses.dataclass

@@ -123,3 +123,8 @@ class Clock:
 
 Outcome = Written | Failed | Again | Stopped | Expired | Died
 Prompt = tuple[str, str | None]  # and the negative one
+
+
+def tasks_of(outcome: Outcome) -> tuple[Task, ...]:
+    """The jobs that an outcome is about."""
+    return (outcome.task,) if isinstance(outcome, (Written, Failed)) else outcome.tasks

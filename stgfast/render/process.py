@@ -5,7 +5,6 @@ This process alone has the state of the folder. The other one writes clips into 
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 import signal
@@ -19,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from stgfast.errors import DeviceError
-from stgfast.queue.batches import Batch
-from stgfast.queue.placing import discard
+from stgfast.queue.batches import Batch, takes_more
 from stgfast.queue.store import Store
 from stgfast.render.child import Begin, Ready
 from stgfast.render.crew import Setup
-from stgfast.render.hands import LIVES, LOADING, Hand, silent
-from stgfast.render.outcomes import Died, Expired, Failed, Outcome, Progress, Prompt, Stopped, Written
+from stgfast.render.hands import LIVES, LOADING, Hand, brought, silent
+from stgfast.render.outcomes import Died, Expired, Outcome, Progress, Prompt, Stopped, tasks_of
 from stgfast.render.worker import STAGES
 
 
@@ -75,8 +73,7 @@ class OwnProcess:
         return {"device": self.device_name, "pid": self.process.pid}
 
     def free(self) -> Sequence[OwnProcess]:
-        alone = any(hand.batch.lonely for hand in self.hands)
-        return [self] if self.ready and not alone and len(self.hands) < len(STAGES) else []
+        return [self] if self.ready and takes_more((hand.batch for hand in self.hands), len(STAGES)) else []
 
     def start(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
         self.hands.append(Hand(batch))
@@ -157,12 +154,8 @@ class OwnProcess:
         if isinstance(outcome, Stopped) and outcome.error is not None and not isinstance(outcome.error, OSError):
             self._end(str(outcome.error))  # its device is past use for a process that began on it
             return
-        if isinstance(outcome, Written):
-            path = self.scratch / outcome.task.file
-            discard(path)
-            os.rename(outcome.path, path)
-            outcome = dataclasses.replace(outcome, path=path)
-        tasks = (outcome.task,) if isinstance(outcome, (Written, Failed)) else outcome.tasks
+        outcome = brought(outcome, self.scratch)
+        tasks = tasks_of(outcome)
         settled = {task.id for task in tasks}
         for hand in self.hands:
             hand.settled |= settled

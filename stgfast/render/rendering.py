@@ -18,7 +18,7 @@ from stgfast.render.crew import Crew, Seat
 from stgfast.render.events import Event, Events
 from stgfast.render.gallery import NAME, write_gallery
 from stgfast.render.limits import Limits
-from stgfast.render.outcomes import Again, Died, Expired, Failed, Outcome, Written
+from stgfast.render.outcomes import Again, Died, Expired, Failed, Outcome, Written, tasks_of
 from stgfast.render.planning import Planning
 
 PAGE = 60.0  # seconds between new versions of the page about the folder
@@ -144,7 +144,7 @@ class Rendering:
         if outcome is None:
             return
         store = self.store
-        tasks = (outcome.task,) if isinstance(outcome, (Written, Failed)) else outcome.tasks
+        tasks = tasks_of(outcome)
         where: Event = {}
         for task in tasks:
             where = self.where.pop(task.id, {})

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from stgfast.errors import DeviceError
 from stgfast.installed import installed_on
-from stgfast.queue.batches import Batch, Task
+from stgfast.queue.batches import Batch, Task, takes_more
 from stgfast.queue.job import Job
 from stgfast.queue.placing import discard
 from stgfast.ranks.wire import Ranks
@@ -41,7 +41,19 @@ from stgfast.render.calls import arguments_of
 from stgfast.render.files import Form, heard, pixels, remark_on, write
 from stgfast.render.loading import moves
 from stgfast.render.loras import Loras
-from stgfast.render.outcomes import Again, Clip, Clock, Expired, Failed, Outcome, Progress, Prompt, Stopped, Written
+from stgfast.render.outcomes import (
+    Again,
+    Clip,
+    Clock,
+    Expired,
+    Failed,
+    Outcome,
+    Progress,
+    Prompt,
+    Stopped,
+    Written,
+    tasks_of,
+)
 from stgfast.render.shortage import free, is_out_of_memory
 from stgfast.render.texts import NotStackable, Texts, encoders_of
 from stgfast.version import __version__
@@ -146,8 +158,8 @@ class Worker:
         return 1
 
     def free(self) -> Sequence[Worker]:
-        alone = any(run.batch.lonely for run in list(self.in_hand.values()))
-        return [self] if not alone and len(self.in_hand) < len(STAGES) else []  # one in every stage
+        batches = [run.batch for run in list(self.in_hand.values())]
+        return [self] if takes_more(batches, len(STAGES)) else []  # one in every stage
 
     def outcome(self, seconds: float) -> Outcome | None:
         try:
@@ -304,7 +316,7 @@ class BatchRun:
     def outcomes(self) -> Iterator[Outcome]:
         """What became of every job; none is left out."""
         for outcome in self._outcomes():
-            tasks = (outcome.task,) if isinstance(outcome, (Written, Failed)) else outcome.tasks
+            tasks = tasks_of(outcome)
             self.settled |= {task.id for task in tasks}
             yield outcome
 
