@@ -37,6 +37,7 @@ COMMANDS = {
     "pause": Command("pause a folder, or some of its jobs", "queue.command"),
     "resume": Command("resume what is paused", "queue.command"),
     "retry": Command("try failed or cancelled jobs of a folder again", "queue.command"),
+    "serve": Command("a page of a folder that lives: what runs, what waits, and buttons", "serve.command", "serve"),
     "priority": Command("change which jobs of a folder come first", "queue.command"),
     "evaluate": Command("measure the clips of a folder", "evaluate.command", "render"),
     "tune": Command("find the cheapest recipe for a model: solver, steps, reuse", "tune.command", "render"),

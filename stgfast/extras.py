@@ -7,7 +7,12 @@ import importlib.util
 from stgfast.errors import SettingsError
 
 RENDER = ("av", "yaml", "PIL", "tqdm", "accelerate", "ftfy", "sentencepiece", "google.protobuf")
-EXTRAS = {"render": RENDER, "toy": RENDER, "ray": (*RENDER, "ray")}  # as in pyproject.toml, by what is imported
+EXTRAS = {  # as in pyproject.toml, by what is imported
+    "render": RENDER,
+    "toy": RENDER,
+    "ray": (*RENDER, "ray"),
+    "serve": (*RENDER, "starlette", "uvicorn"),
+}
 
 
 class MissingError(SettingsError):

@@ -1,6 +1,7 @@
 """A browser that looks at a page, where there is one."""
 
 import shutil
+from contextlib import contextmanager
 
 import pytest
 
@@ -10,23 +11,32 @@ FLAGS = (
 )
 
 
-@pytest.fixture(scope="module")
-def browser():
+@contextmanager
+def opened_browser(*flags):
+    """A browser of its own."""
     webdriver = pytest.importorskip("selenium.webdriver")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
         pytest.skip("there is no chromium and chromedriver")
     options = webdriver.ChromeOptions()
-    for flag in FLAGS:
+    for flag in (*FLAGS, *flags):
         options.add_argument(flag)
     options.binary_location = chromium
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     made = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield made
-    made.quit()
+    try:
+        yield made
+    finally:
+        made.quit()
 
 
-def until(browser, script):
+@pytest.fixture(scope="module")
+def browser():
+    with opened_browser() as made:
+        yield made
+
+
+def until(browser, script, seconds=10):
     from selenium.webdriver.support.ui import WebDriverWait
 
-    return WebDriverWait(browser, 10, 0.05).until(lambda browser: browser.execute_script(f"return {script}"))
+    return WebDriverWait(browser, seconds, 0.05).until(lambda browser: browser.execute_script(f"return {script}"))

@@ -59,6 +59,7 @@ MAY = {
     "render": COMMON
     | {"batching", "extras", "install", "installed", "integrations", "pages", "queue", "ranks", "recipes", "toy"}
     | {"version"},
+    "serve": COMMON | {"pages", "queue", "render"},
     "evaluate": COMMON | {"extras", "install", "pages", "queue", "render", "toy"},
     "tune": COMMON
     | {"explain", "extras", "install", "installed", "pages", "queue", "recipes", "render", "solvers", "toy", "version"},
@@ -89,6 +90,8 @@ FOREIGN = {  # third-party packages, and the only parts that may import them
     "diffusers": {"integrations", "render", "solvers", "toy", "bench"},
     "triton": {"kernels"},
     "ray": {"render"},
+    "starlette": {"serve"},
+    "uvicorn": {"serve"},
     "transformers": {"toy", "render"},
     "torch": {
         "combining",

@@ -89,7 +89,7 @@ def test_the_job_that_is_shown(tmp_path):
 @pytest.mark.parametrize(
     ("page", "commands"),
     [
-        ("stgfast/render", ("render", "sweep", "status", "add", "cancel", "priority")),
+        ("stgfast/render", ("render", "sweep", "status", "add", "cancel", "priority", "serve")),
         ("bench", ("bench",)),
         ("stgfast/tune", ("tune", "render")),
     ],

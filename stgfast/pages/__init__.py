@@ -1,7 +1,10 @@
-"""Pages that are opened from disk: each one file, with its data in it as JSON, which a script in it draws.
+"""Pages: each a template, in which a line such as `// common.js` stands for a part that several of them share.
 
-A page is a template, in which a line `/* common.css */` or `// common.js` stands for what pages of plots share. What
-comes from elsewhere is data there and never markup: the script puts it in as text alone.
+common.css, common.js                of pages of plots
+clips.css, clips.js, compare.html    of pages of clips
+
+What comes from elsewhere is data there and never markup: the script puts it in as text alone. Pages that are opened
+from disk have their data in them as JSON.
 """
 
 from __future__ import annotations
@@ -9,15 +12,27 @@ from __future__ import annotations
 from importlib import resources
 
 MARK = "<!-- data -->"
-COMMON = {"/* common.css */\n": "common.css", "// common.js\n": "common.js"}
+PARTS = {
+    "/* common.css */\n": "common.css",
+    "// common.js\n": "common.js",
+    "/* clips.css */\n": "clips.css",
+    "// clips.js\n": "clips.js",
+    "<!-- compare.html -->\n": "compare.html",
+}
+
+
+def whole(package: str, name: str) -> str:
+    """A template with its parts."""
+    page = resources.files(package).joinpath(name).read_text("utf-8")
+    for line, part in PARTS.items():
+        if line in page:
+            page = page.replace(line, resources.files(__name__).joinpath(part).read_text("utf-8"))
+    return page
 
 
 def halves(package: str, name: str) -> tuple[str, str]:
     """What comes before the data of a page, and what comes after."""
-    page = resources.files(package).joinpath(name).read_text("utf-8")
-    for line, part in COMMON.items():
-        page = page.replace(line, resources.files(__name__).joinpath(part).read_text("utf-8"))
-    before, after = page.split(MARK)
+    before, after = whole(package, name).split(MARK)
     return before, after
 
 

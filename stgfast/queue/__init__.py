@@ -11,6 +11,7 @@ batches.py   which jobs are rendered together
 placing.py   files that appear whole or not at all
 desk.py      what is asked of a folder from outside of its runs
 status.py    how it stands
+listing.py   its jobs, some at a time
 forecast.py  how long jobs will take
 command.py   all of these from a shell
 """

@@ -25,7 +25,7 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="of a clip; * stands for any letters")
-    parser.add_argument("--words", default="", help="jobs whose prompt has these words")
+    parser.add_argument("--words", default="", help="jobs whose prompt or name has these words")
     parser.add_argument(
         "--status", dest="statuses", action="append", default=[], choices=STATUSES, help="and this status"
     )

@@ -13,12 +13,13 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from stgfast.errors import SettingsError
-from stgfast.queue.job import MAX_PRIORITY, check_number
+from stgfast.errors import SettingsError, wrong
+from stgfast.queue.job import MAX_PRIORITY, check_number, shown
 from stgfast.queue.pack import is_archive, read_packed
 from stgfast.queue.readers import Bad, checked, read
 from stgfast.queue.state import CANCELLED, CLAIMED, FAILED, FOLDER, PACKED, PAUSED, PENDING, State, StoreError
 from stgfast.queue.taking import RETRIED
+from stgfast.queue.words import Words
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Choice:
     """Which jobs are meant.
 
     names     of clips, with or without their ending; * stands for any letters
-    words     that the prompt has, all of them, in any order
+    words     that prompt and name have, all of them, in any order
     statuses  that they have
     every     all of the folder
     """
@@ -42,7 +43,7 @@ class Choice:
 
     def means(self, file: str, prompt: str, status: str) -> bool:
         stem = file.rsplit(".", 1)[0]
-        told = prompt.casefold()
+        told = f"{prompt} {file}".casefold()
         return (
             (not self.names or any(fnmatchcase(file, name) or fnmatchcase(stem, name) for name in self.names))
             and all(word in told for word in self.words.casefold().split())
@@ -51,11 +52,15 @@ class Choice:
 
 
 class Desk(State):
-    """A folder's state for a command, as a context manager. Its process is no runner."""
+    """A folder's state for a command, as a context manager. Its process is no runner.
 
-    def __init__(self, out: Path, *, create: bool = False):
+    create  the folder, where it is not there
+    check   that the state is not damaged, which reads all of it
+    """
+
+    def __init__(self, out: Path, *, create: bool = False, check: bool = True):
         super().__init__(out)
-        self.create = create
+        self.create, self.check = create, check
 
     def __enter__(self) -> Desk:
         if self.create:
@@ -64,22 +69,25 @@ class Desk(State):
             raise StoreError(
                 f"output folder {self.out}: got one without {FOLDER}/jobs.db, expected one of stgfast render"
             )
-        self.connect()
+        self.connect(check=self.check)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.connection.close()
 
-    def add(self, jobs: Path | Iterable[Mapping[str, Any]], *, priority: int | None = None) -> tuple[int, list[Bad]]:
+    def add(
+        self, jobs: Path | Iterable[Mapping[str, Any]], *, priority: int | None = None, words: Words | None = None
+    ) -> tuple[int, list[Bad]]:
         """Put jobs into the folder's inbox: how many, and what is wrong with others. All of them, or none.
 
-        What depends on the model is checked by the run that takes them up; it refuses those that the model cannot do.
+        The prompts of mappings are taken as they are, or have choices and variables with `words`. What depends on the
+        model is checked by the run that takes them up; it refuses those that the model cannot do.
         """
         if isinstance(jobs, Path):
             lines = read_packed(jobs, self.home / PACKED) if is_archive(jobs) else read(jobs)
             source = jobs.name
         else:
-            lines = (checked(number, given, base=Path()) for number, given in enumerate(jobs, 1))
+            lines = (checked(number, given, base=Path(), words=words) for number, given in enumerate(jobs, 1))
             source = ""
         if priority is not None:
             check_number("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
@@ -100,6 +108,22 @@ class Desk(State):
             insert = "INSERT INTO inbox (entry, line, source) SELECT entry, line, ? FROM entries ORDER BY rowid"
             self.connection.execute(insert, (source,))
         return count, []
+
+    def again(self, file: str, changes: Mapping[str, Any]) -> list[Bad]:
+        """Add a job of the folder once more, with some fields changed, or left out where they are None."""
+        row = self.connection.execute("SELECT job FROM jobs WHERE file = ?", (file,)).fetchone()
+        if row is None:
+            raise wrong("name", shown(file), "a clip of this folder")
+        job = json.loads(row["job"])
+        for field in ("name", *(("image_sha256",) if "image" in changes else ())):
+            job.pop(field, None)
+        job |= changes
+        _, bad = self.add([{field: value for field, value in job.items() if value is not None}])
+        return bad
+
+    def dismiss(self) -> int:
+        """Forget added jobs that were refused: how many."""
+        return self.connection.execute("DELETE FROM inbox WHERE error IS NOT NULL").rowcount
 
     def cancel(self, choice: Choice) -> list[str]:
         """Jobs that are not done are not rendered; a clip that is being made is thrown away."""

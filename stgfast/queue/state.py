@@ -85,8 +85,9 @@ class State:
     def __init__(self, out: Path):
         self.out, self.home = out, out / FOLDER
 
-    def connect(self) -> None:
-        """Open the state, or make it. Its files are the folder's own: a link might lead anywhere."""
+    def connect(self, *, check: bool = True) -> None:
+        """Open the state, or make it, and check whether it is damaged. Its files are the folder's own: a link might
+        lead anywhere."""
         try:
             for name in ("jobs.db", "jobs.db-wal", "jobs.db-shm"):
                 if (self.home / name).is_symlink():
@@ -94,6 +95,8 @@ class State:
             self.connection = sqlite3.connect(self.home / "jobs.db", timeout=60, isolation_level=None)
             try:
                 self._prepare()
+                if check:
+                    self._check()
             except BaseException:
                 self.connection.close()
                 raise
@@ -119,7 +122,9 @@ class State:
         if version != VERSION:
             with self.transaction():
                 self._make(connection.execute("PRAGMA user_version").fetchone()[0])
-        damage = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+
+    def _check(self) -> None:
+        damage = self.connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if damage != "ok":
             raise StoreError(f"state in {self.home} is damaged ({damage}): move jobs.db away to begin anew")
 

@@ -55,6 +55,21 @@ class Row:
     model: str
     remark: str = ""
 
+    @classmethod
+    def of(cls, row: sqlite3.Row) -> Row:
+        """From the list of the folder."""
+        return cls(
+            file=row["file"],
+            status=row["status"],
+            attempts=row["attempts"],
+            line=row["line"],
+            job=trusted(row["job"]),
+            seconds=json.loads(row["seconds"] or "{}"),
+            error=row["error"],
+            model=row["model"],
+            remark=row["remark"] or "",
+        )
+
 
 class Store(Taking):
     """One run's view of an output folder, as a context manager: within it, this process is a living runner.
@@ -359,10 +374,7 @@ class Store(Taking):
         """This run's jobs, or every one in the folder, in order, one at a time."""
         where = "(? IS NULL OR status = ?)" + ("" if every else " AND id IN mine")
         for row in self.connection.execute(f"SELECT * FROM jobs WHERE {where} ORDER BY id", (status, status)):
-            seconds = json.loads(row["seconds"] or "{}")
-            job = trusted(row["job"])
-            places = row["file"], row["status"], row["attempts"], row["line"], job, seconds, row["error"], row["model"]
-            yield Row(*places, row["remark"] or "")
+            yield Row.of(row)
 
 
 def _task(row: sqlite3.Row) -> Task:

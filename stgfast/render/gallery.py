@@ -34,15 +34,15 @@ def write_gallery(out: Path, rows: Iterable[Row], aside: Path, *, note: str = ""
         page.write(before)
         for number, row in enumerate(rows):
             page.write(",\n" if number else "\n")
-            page.write(safe(json.dumps(clip(out, row), ensure_ascii=False)))
+            page.write(safe(json.dumps({**described(row), "frames": _frames(out, row)}, ensure_ascii=False)))
         page.write(after)
     sync(aside)
     os.replace(aside, out / NAME)
     return out / NAME
 
 
-def clip(out: Path, row: Row) -> dict[str, Any]:
-    """What the page knows of a job."""
+def described(row: Row) -> dict[str, Any]:
+    """What a page knows of a job."""
     job = row.job
     settings: dict[str, Any] = {name: getattr(job, name) for name in SHOWN if getattr(job, name) is not None}
     settings |= {name: value for name, value in job.pipeline.items() if isinstance(value, str | int | float | bool)}
@@ -53,7 +53,6 @@ def clip(out: Path, row: Row) -> dict[str, Any]:
         settings["approximate"] = str(guidance).removeprefix(f"{guidance.exact}; ")
     return {
         "name": row.file,
-        "frames": _frames(out, row),
         "status": row.status,
         "model": row.model,
         "line": row.line,

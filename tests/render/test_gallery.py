@@ -106,6 +106,19 @@ def test_filters(browser, folder):
     assert "image: got a text" in browser.find_element("css selector", "article .bad").text
 
 
+def test_more_are_shown_after_those_that_are_there(browser, tmp_path):
+    write_gallery(tmp_path, (row(f"{n}.mp4", status="failed") for n in range(130)), tmp_path / "aside")
+    opened(browser, tmp_path)
+    browser.execute_script("window.first = document.querySelector('article')")
+    more = browser.find_element("id", "more")
+    for count in (60, 120, 130):
+        assert visible(browser) == list(range(count))
+        assert more.is_displayed() == (count < 130)
+        assert browser.execute_script("return window.first.isConnected")  # nothing was drawn again
+        if count < 130:
+            browser.execute_script("arguments[0].click()", more)
+
+
 def test_two_clips_in_step(browser, folder):
     opened(browser, folder)
     buttons = browser.find_elements("css selector", "article button")
