@@ -59,7 +59,7 @@ class Recipe:
 
     def put_on(self, pipe: Any, adapter: Adapter) -> None:
         """Give a pipeline its solver, if it was found for this pipeline's model."""
-        self._check(model_of(pipe, adapter))
+        self.check_model(pipe, adapter)
         if self.solver:
             solver(pipe, self.solver)
         else:
@@ -78,7 +78,9 @@ class Recipe:
         if self.model["pipeline"] != name:
             self._raise(self.model["pipeline"], name)
 
-    def _check(self, mine: Mapping[str, Any]) -> None:
+    def check_model(self, pipe: Any, adapter: Adapter) -> None:
+        """That it was found for this pipeline's model."""
+        mine = model_of(pipe, adapter)
         self.check_pipeline(mine["pipeline"])
         for name in sorted({*self.model, *mine} - {"pipeline"}):
             one, other = self.model.get(name), mine.get(name)

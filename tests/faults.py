@@ -532,8 +532,8 @@ FAULTS = [
     Fault(
         "a recipe for another model",
         "recipes.py",
-        "self._check(model_of(pipe, adapter))",
-        "pass",
+        "        mine = model_of(pipe, adapter)\n",
+        "        mine = self.model\n",
         "tests/test_recipes.py",
     ),
     Fault(
@@ -551,11 +551,39 @@ FAULTS = [
         "tests/test_recipes.py",
     ),
     Fault(
-        "clips of a recipe that are taken for others",
-        "render/models.py",
-        '"revision": self.revision, "solver": solver}',
-        '"revision": self.revision}',
-        "tests/test_recipes.py",
+        "clips of a solver that are taken for others",
+        "queue/job.py",
+        'if name not in ("name", "image", "priority")',
+        'if name not in ("name", "image", "priority", "solver")',
+        "tests/test_recipes.py tests/queue/test_job.py",
+    ),
+    Fault(
+        "clips of a solver by another one",
+        "render/worker.py",
+        "if name := self.batch.tasks[0].job.solver:",
+        'if name := "":',
+        "tests/render/test_several_models.py -k recipe",
+    ),
+    Fault(
+        "clips of a model by another one",
+        "queue/store.py",
+        "AND (model = ? OR ? = '') AND (deaths",
+        "AND (model = ? OR ? != 'x') AND (deaths",
+        "tests/queue/test_store.py -k models tests/render/test_several_models.py",
+    ),
+    Fault(
+        "a model that is loaded for every job",
+        "render/rendering.py",
+        "(not crew.stopping and self.store.waiting(self.model))",
+        "(not crew.stopping and self.store.waiting(self.model) and not self.claimed)",
+        "tests/render/test_several_models.py",
+    ),
+    Fault(
+        "a model that cannot be loaded, and the night with it",
+        "render/rendering.py",
+        "if self.claimed or self.interrupts or not",
+        "if True or not",
+        "tests/render/test_several_models.py",
     ),
     Fault(
         "a recipe that is given up too soon",
@@ -865,15 +893,15 @@ FAULTS = [
     Fault(
         "added jobs of runs that make other clips",
         "queue/taking.py",
-        'if made.items() <= json.loads(row["recipe"]).items()',
+        'if made.items() <= json.loads(row["identity"]).items()',
         "if True",
         "tests/queue/test_desk.py",
     ),
     Fault(
         "what may kill beside what may not",
         "queue/store.py",
-        'may = f"{WAITS} AND (deaths = 0 OR (? AND NOT (? AND place IS ?)))"',
-        'may = f"{WAITS} AND (deaths = 0 OR ? OR NOT (? AND place IS ?))"',
+        "(deaths = 0 OR (? AND NOT (? AND place IS ?)))",
+        "(deaths = 0 OR ? OR NOT (? AND place IS ?))",
         "tests/queue/test_store.py",
     ),
     Fault(
@@ -900,7 +928,7 @@ FAULTS = [
     Fault(
         "a list of another model that is taken for this one's",
         "queue/taking.py",
-        "if found == recipe:",
+        "if found == identity:",
         "if found is not None:",
         "tests/render/test_faults_of_nights.py -k list_was_lost",
     ),
@@ -955,9 +983,9 @@ FAULTS = [
     ),
     Fault(
         "layers that the model does not have",
-        "render/models.py",
-        "            self._check_frames(job)\n            try:\n",
-        "            self._check_frames(job)\n            return\n            try:\n",
+        "render/checks.py",
+        "        _check_solver(model, settled_job.solver)\n",
+        "        return\n",
         "tests/render/test_faults_of_nights.py -k before_the_model_loads",
     ),
     Fault(

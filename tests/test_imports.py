@@ -57,8 +57,8 @@ MAY = {
     # Which is read by commands that load no torch.
     "queue": COMMON,
     "render": COMMON
-    | {"batching", "extras", "install", "installed", "integrations", "pages", "queue", "ranks", "recipes", "toy"}
-    | {"version"},
+    | {"batching", "extras", "install", "installed", "integrations", "pages", "queue", "ranks", "recipes", "solvers"}
+    | {"toy", "version"},
     "serve": COMMON | {"pages", "queue", "render"},
     "evaluate": COMMON | {"extras", "install", "pages", "queue", "render", "toy"},
     "tune": COMMON

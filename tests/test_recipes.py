@@ -181,8 +181,8 @@ def test_a_folder_of_clips_by_a_recipe(tmp_path):
     assert stgfast.render("toy", jobs, tmp_path / "out", **given).rendered == 0
     clip = next((tmp_path / "out").glob("*.npz"))
     said = metadata_of(clip)
-    assert Recipe.from_dict(said["recipe"]) == recipe
-    assert (said["job"]["steps"], said["job"]["guidance"]["reuse"]) == (6, 2)
+    assert (said["job"]["solver"], said["job"]["steps"], said["job"]["guidance"]["reuse"]) == ("unipc", 6, 2)
+    assert "recipe" not in said["job"]  # whose words these are
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Made by a recipe, approximately: unipc, 6 steps, reuse 2" in page
     assert '"approximate": "reuse 2; reuse_cfg but in steps 0, 1, 2, 4; order 1"' in page
@@ -198,7 +198,8 @@ def test_a_folder_of_clips_by_a_recipe(tmp_path):
         ).rendered
         == 1
     )
-    assert metadata_of(next((tmp_path / "mine").glob("*.npz")))["recipe"] == said["recipe"]
+    mine = metadata_of(next((tmp_path / "mine").glob("*.npz")))["job"]
+    assert {**mine, "prompt": "", "name": ""} == {**said["job"], "prompt": "", "name": ""}
     # The same jobs without it are other clips.
     assert stgfast.render("toy", jobs, tmp_path / "out", format="npz", same_process=True).rendered == 2
 
@@ -213,8 +214,9 @@ def test_jobs_that_do_not_go_with_a_recipe_stop_before_the_first(tmp_path):
         stgfast.render(
             "toy", [{"prompt": "a"}], tmp_path, recipe=recipe_for(LTX.pipe(), model={"pipeline": "WanPipeline"})
         )
-    with pytest.raises(SettingsError, match=r"recipe: got .*, expected none for a pipeline that is loaded"):
-        stgfast.render(stgfast.accelerate(toy.pipeline(), GUIDANCE), [{"prompt": "a"}], tmp_path, recipe=recipe)
+    pipe = stgfast.accelerate(toy.pipeline(), GUIDANCE, recipe=recipe)
+    with pytest.raises(SettingsError, match="recipe: got one, expected none: the pipeline has another"):
+        stgfast.render(pipe, [{"prompt": "a", **toy.JOB, "steps": 6}], tmp_path, recipe=recipe)
 
 
 def test_a_model_with_a_scheduler_of_its_own_is_said_before_it_is_used():

@@ -52,6 +52,8 @@ def stack_of(job: Job, images: str = "") -> str:
     data = job.to_dict()
     apart = {name: data.get(name) for name in ("width", "height", "num_frames", "steps", "guidance", "pipeline")}
     apart["negative"] = job.negative_prompt is not None  # pipelines have a negative prompt of their own
+    if job.solver:
+        apart["solver"] = job.solver
     if job.loras:
         apart["loras"] = [[lora.sha256, lora.weight, lora.second] for lora in job.loras]
     if job.image is not None:

@@ -111,15 +111,20 @@ class Desk(State):
 
     def again(self, file: str, changes: Mapping[str, Any]) -> list[Bad]:
         """Add a job of the folder once more, with some fields changed, or left out where they are None."""
-        row = self.connection.execute("SELECT job FROM jobs WHERE file = ?", (file,)).fetchone()
+        row = self.connection.execute("SELECT job, model FROM jobs WHERE file = ?", (file,)).fetchone()
         if row is None:
             raise wrong("name", shown(file), "a clip of this folder")
-        job = json.loads(row["job"])
+        job = {**json.loads(row["job"]), "model": row["model"]}
         for field in ("name", *(("image_sha256",) if "image" in changes else ())):
             job.pop(field, None)
         job |= changes
         _, bad = self.add([{field: value for field, value in job.items() if value is not None}])
         return bad
+
+    def models(self) -> list[str]:
+        """Those of its jobs, and of the runs that are on."""
+        query = "SELECT model FROM jobs UNION SELECT model FROM runs ORDER BY model"
+        return [str(row[0]) for row in self.connection.execute(query)]
 
     def dismiss(self) -> int:
         """Forget added jobs that were refused: how many."""

@@ -34,13 +34,12 @@ def forecast(state: State, waiting: str, past: State) -> Forecast:
     Clips of the same call but for its prompt and seed are asked first; then those of the same size and number of
     branches, whose seconds go by steps.
     """
-    query = (
-        f"SELECT key, shape, COUNT(*) AS count FROM jobs JOIN stacks ON stacks.id = stack WHERE {waiting} GROUP BY key"
-    )
+    each, of = "key, shape, model", "jobs JOIN stacks ON stacks.id = stack"
+    query = f"SELECT {each}, COUNT(*) AS count FROM {of} WHERE {waiting} GROUP BY {each}"
     jobs, unknown, seconds, size = 0, 0, 0.0, 0.0
     for row in state.connection.execute(query).fetchall():
         jobs += row["count"]
-        known = _known(past, row["key"], row["shape"])
+        known = _known(past, row["model"], row["key"], row["shape"])
         if known is None:
             unknown += row["count"]
         else:
@@ -49,13 +48,13 @@ def forecast(state: State, waiting: str, past: State) -> Forecast:
     return Forecast(jobs, unknown, round(seconds, 3), round(size))
 
 
-def _known(past: State, key: str, shape: str) -> tuple[float, float] | None:
+def _known(past: State, model: str, key: str, shape: str) -> tuple[float, float] | None:
     """Seconds and bytes of a clip."""
-    done = "FROM jobs JOIN stacks ON stacks.id = stack WHERE status = 'done' AND wall IS NOT NULL"
-    wall, size = past.connection.execute(f"SELECT AVG(wall), AVG(bytes) {done} AND key = ?", (key,)).fetchone()
+    done = "FROM jobs JOIN stacks ON stacks.id = stack WHERE status = 'done' AND wall IS NOT NULL AND model = ?"
+    wall, size = past.connection.execute(f"SELECT AVG(wall), AVG(bytes) {done} AND key = ?", (model, key)).fetchone()
     if wall is not None:
         return wall, size or 0.0
     steps = json.loads(key).get("steps")
     each = "AVG(wall / json_extract(key, '$.steps')), AVG(bytes)"
-    wall, size = past.connection.execute(f"SELECT {each} {done} AND shape = ?", (shape,)).fetchone()
+    wall, size = past.connection.execute(f"SELECT {each} {done} AND shape = ?", (model, shape)).fetchone()
     return None if wall is None or steps is None else (wall * steps, size or 0.0)

@@ -30,6 +30,7 @@ MAX_NAME = 120  # bytes: with an ending it fits every file system
 MAX_IMAGE = 64 << 20  # bytes of an image file
 MAX_PIXELS = 64 << 20  # and what it may become in memory
 MAX_PRIORITY = 1000
+MAX_PATH = 4096
 MAX_LORAS, MAX_WEIGHT = 8, 10
 MAX_LORA = 8 << 30  # bytes of a file
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
@@ -98,6 +99,9 @@ class Job:
     image      for image-to-video: a file
     name       of the output, without an ending; left out, made of prompt and settings
     loras      weights that change the model, as `Lora` or as data
+    solver     that makes its steps, of `stgfast.solver`
+    recipe     what `stgfast tune` found, as data: its steps, solver and reuse
+    model      a folder or a name on the hub; left out, the run's own
     priority   jobs of a higher one are rendered first
     """
 
@@ -114,6 +118,9 @@ class Job:
     image_sha256: str | None = None
     name: str = ""
     loras: tuple[Lora, ...] = ()
+    solver: str = ""
+    recipe: Mapping[str, Any] | None = None
+    model: str = ""
     priority: int = 0
 
     def __post_init__(self) -> None:
@@ -141,6 +148,9 @@ class Job:
         if self.name != "":
             object.__setattr__(self, "name", safe_name(self.name))
         object.__setattr__(self, "loras", _loras(self.loras))
+        for name in ("solver", "model"):
+            check_text(name, getattr(self, name), MAX_PATH)
+        object.__setattr__(self, "recipe", _recipe(self.recipe, self.solver))
         check_number("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,6 +162,7 @@ class Job:
         mine = {name: getattr(self, name) for name in OWN}
         mine |= {"guidance": self.guidance and self.guidance.to_dict(), "pipeline": dict(self.pipeline)}
         mine["loras"] = [lora.to_dict() for lora in self.loras]
+        mine["recipe"] = self.recipe and dict(self.recipe)
         usual = {"priority": 0}
         return {
             name: value
@@ -164,9 +175,9 @@ class Job:
         check_fields(data, FIELDS - {"repeat"})
         return cls(**data)
 
-    def recipe(self, model: str, made: Mapping[str, Any] = NOTHING) -> str:
-        """Everything that decides what the clip looks like, in one line: equal recipes, equal clips. `made` is what is
-        to be known of the model beside its name."""
+    def identity(self, model: str, made: Mapping[str, Any] = NOTHING) -> str:
+        """Everything that decides what the clip looks like, in one line: where it is equal, clips are. `made` is what
+        is to be known of the model beside its name."""
         mine = {name: value for name, value in self.to_dict().items() if name not in ("name", "image", "priority")}
         if self.loras:  # wherever their files are
             mine["loras"] = [{k: v for k, v in lora.to_dict().items() if k != "path"} for lora in self.loras]
@@ -176,7 +187,7 @@ class Job:
         """The same job with a name: its own, or one that stays as long as what it asks for."""
         if self.name:
             return self
-        digest = hashlib.sha256(self.recipe(model, made).encode()).hexdigest()[:10]
+        digest = hashlib.sha256(self.identity(model, made).encode()).hexdigest()[:10]
         return dataclasses.replace(self, name=f"{_slug(self.prompt)}-{digest}")
 
 
@@ -286,6 +297,18 @@ def _check_plain(name: str, given: Mapping[Any, Any]) -> None:
         raise wrong(name, f"{size} bytes", f"{MAX_ARGUMENTS} at most")
 
 
+def _recipe(given: object, solver: str) -> Mapping[str, Any] | None:
+    """The data of a recipe, but for what was measured of it. What it says is checked where the model is known."""
+    if given is None:
+        return None
+    if solver:
+        raise SettingsError("solver beside a recipe: got both, expected one of them")
+    if not isinstance(given, Mapping):
+        raise wrong("recipe", shown(given), "what is in a file that stgfast tune wrote")
+    _check_plain("recipe", given)
+    return {name: value for name, value in given.items() if name != "found"}
+
+
 def _loras(given: object) -> tuple[Lora, ...]:
     right = 'a list such as [{"path": "style.safetensors", "weight": 0.8}]'
     if not isinstance(given, list | tuple) or len(given) > MAX_LORAS:
@@ -304,7 +327,7 @@ def _check_lora(path: object) -> str:
     right = "a .safetensors file that can be read"
     if not isinstance(path, str) or not path.endswith(".safetensors"):
         raise wrong("path of a LoRA", shown(path), right)
-    check_text("path of a LoRA", path, 4096)
+    check_text("path of a LoRA", path, MAX_PATH)
     try:
         found = os.stat(path)
         if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_LORA:

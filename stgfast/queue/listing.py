@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from stgfast.queue.desk import Choice
 from stgfast.queue.state import State
-from stgfast.queue.store import Row
+from stgfast.queue.store import ORDER, Row
 
 ORDERS = {
     "listed": "jobs.id",
     "latest": "finished IS NULL, finished DESC, jobs.id",
-    "next": "status != 'pending', paused, deaths, priority DESC, apart, stack, jobs.id",
+    "next": f"status != 'pending', paused, {ORDER}",
 }
 
 

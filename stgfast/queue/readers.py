@@ -14,7 +14,18 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from stgfast.errors import SettingsError, wrong
-from stgfast.queue.job import EXAMPLE, FIELDS, NUMBERS, Job, check_fields, check_number, check_text, parse_json, shown
+from stgfast.queue.job import (
+    EXAMPLE,
+    FIELDS,
+    MAX_PATH,
+    NUMBERS,
+    Job,
+    check_fields,
+    check_number,
+    check_text,
+    parse_json,
+    shown,
+)
 from stgfast.queue.words import Words
 
 MAX_LINE = 1 << 20  # bytes of one line, and of one entry of a YAML list
@@ -80,9 +91,17 @@ def checked(
 ) -> Line | Bad:
     """One entry, as jobs or as what is wrong with it."""
     try:
-        return Line(number, tuple(jobs_of({**(defaults or {}), **given}, base, words)))
+        return Line(number, tuple(jobs_of(over(defaults or {}, given), base, words)))
     except (SettingsError, TypeError, ValueError) as error:
         return Bad(number, str(error))
+
+
+def over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a job has that does not say otherwise, and what it says; a recipe says how many steps."""
+    kept = dict(defaults)
+    if given.get("recipe") is not None:
+        kept.pop("steps", None)
+    return {**kept, **given}
 
 
 def jobs_of(given: dict[str, Any], base: Path, words: Words | None = None) -> Iterator[Job]:
@@ -94,6 +113,12 @@ def jobs_of(given: dict[str, Any], base: Path, words: Words | None = None) -> It
         given["image"] = str(base.resolve() / _local(given["image"]))
     if isinstance(given.get("loras"), list):
         given["loras"] = [_beside(base, lora) for lora in given["loras"]]
+    if isinstance(given.get("recipe"), str):
+        given["recipe"] = _recipe(base / _local(given["recipe"], "recipe"))
+    if isinstance(given.get("model"), str) and given["model"]:
+        check_text("model", given["model"], MAX_PATH)
+        beside = base / given["model"]
+        given["model"] = str(beside.resolve()) if beside.is_dir() else given["model"]
     first = Job.from_dict(given)
     width = len(str(repeat - 1))
     for index in range(repeat):
@@ -117,8 +142,21 @@ def _beside(base: Path, lora: object) -> object:
     return lora
 
 
+def _recipe(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_LINE + 1)
+        if len(text) > MAX_LINE:
+            raise wrong("recipe", str(path), f"{MAX_LINE} bytes at most")
+        return parse_json(text.decode())
+    except (OSError, ValueError) as error:
+        if isinstance(error, SettingsError):
+            raise
+        raise wrong("recipe", str(path), f"a file that stgfast tune wrote ({error})") from None
+
+
 def _local(path: str, what: str = "image") -> str:
-    check_text(what, path, 4096)
+    check_text(what, path, MAX_PATH)
     if re.match(r"^[A-Za-z][A-Za-z0-9+.-]+:", path):
         raise wrong(what, path, "a file")
     return path

@@ -23,13 +23,13 @@ PENDING, CLAIMED, PUBLISHING, DONE, FAILED, CANCELLED = STATUSES = (
 )
 PAUSED = "paused"  # the setting of a folder in which nothing is begun
 PACKED = "packed"  # within it: the files of archives
-VERSION = 2
+VERSION = 3
 JOBS = """
 CREATE TABLE jobs (
     id INTEGER PRIMARY KEY,
     file TEXT NOT NULL,                    -- of the output, within the folder
     folded TEXT NOT NULL UNIQUE,           -- the same for names that some file systems take for the same
-    recipe TEXT NOT NULL,
+    identity TEXT NOT NULL,                -- everything that decides the clip
     job TEXT NOT NULL,                     -- as JSON
     model TEXT NOT NULL,
     line INTEGER NOT NULL,
@@ -43,7 +43,7 @@ CREATE TABLE jobs (
     error TEXT,
     finished REAL                          -- by the clock on the wall, for people
 )"""
-# What version 2 has more.
+# What version 2 has more; version 3 has another name for `identity`, which was `recipe`.
 COLUMNS = {
     "priority": "INTEGER NOT NULL DEFAULT 0",
     "paused": "INTEGER NOT NULL DEFAULT 0",
@@ -130,14 +130,16 @@ class State:
 
     def _make(self, version: int) -> None:
         """The tables, from nothing or from those of an older version."""
-        if version not in (0, 1, VERSION):
+        if version not in range(VERSION + 1):
             raise StoreError(f"state in {self.home}: got version {version}, expected {VERSION}")
         if version == VERSION:  # another process made it meanwhile
             return
-        statements = [f"ALTER TABLE jobs ADD COLUMN {name} {kind}" for name, kind in COLUMNS.items()]
-        if version == 0:
-            statements = [JOBS, *REST.split(";\n"), *statements]
-        for statement in (*statements, *MORE.split(";\n")):
+        parts = {
+            0: (JOBS, *REST.split(";\n")),
+            1: (*(f"ALTER TABLE jobs ADD COLUMN {name} {kind}" for name, kind in COLUMNS.items()), *MORE.split(";\n")),
+            2: ("ALTER TABLE jobs RENAME COLUMN recipe TO identity",) if version else (),
+        }
+        for statement in (each for since, part in parts.items() if since >= version for each in part):
             self.connection.execute(statement)
         self.connection.execute(f"PRAGMA user_version={VERSION}")
 

@@ -38,6 +38,7 @@ from stgfast.queue.taking import Taking, trusted
 
 RETRIES = 2  # of a job that a process died of, or a device gave out with
 WITHIN = "within"  # marks a runner that renders in its own process: what kills it may be a job
+ORDER = "deaths, priority DESC, apart, stack, jobs.id"  # in which jobs are begun
 WAITS = "status = 'pending' AND NOT paused AND jobs.id IN mine"
 
 
@@ -75,7 +76,7 @@ class Store(Taking):
     """One run's view of an output folder, as a context manager: within it, this process is a living runner.
 
     retries  how often a job is tried again that a process died of
-    adopt    the recipe that a clip says it was made by, or None
+    adopt    what a clip says it was made of, as `Job.identity`, or None
     """
 
     def __init__(self, out: Path, *, retries: int = RETRIES, adopt: Callable[[Path], str | None] | None = None):
@@ -141,11 +142,18 @@ class Store(Taking):
 
     # Rendering
 
+    def next_model(self) -> str | None:
+        """That of the waiting job which comes first."""
+        query = f"SELECT model FROM jobs WHERE {WAITS} ORDER BY {ORDER} LIMIT 1"
+        found = self.connection.execute(query).fetchone()
+        return None if found is None else str(found["model"])
+
     def claim(
-        self, size: int, device: str, *, idle: bool = True, place: str = "", others: bool = False
+        self, size: int, device: str, *, model: str = "", idle: bool = True, place: str = "", others: bool = False
     ) -> Batch | None:
         """Take up to `size` waiting jobs that fit together, fewer where memory is known to hold fewer.
 
+        model   theirs; of whichever where left out
         idle    the process that asks renders nothing else
         place   where it is
         others  there are other places
@@ -157,24 +165,24 @@ class Store(Taking):
         if self.setting(PAUSED):
             return None
         with self.transaction():
-            may = f"{WAITS} AND (deaths = 0 OR (? AND NOT (? AND place IS ?)))"
-            asks = (idle, others, place)
+            may = f"{WAITS} AND (model = ? OR ? = '') AND (deaths = 0 OR (? AND NOT (? AND place IS ?)))"
+            asks = (model, model, idle, others, place)
             first = self.connection.execute(
                 f"SELECT jobs.*, stacks.shape FROM jobs JOIN stacks ON stacks.id = stack WHERE {may} "
-                "ORDER BY deaths, priority DESC, apart, stack, jobs.id LIMIT 1",
+                f"ORDER BY {ORDER} LIMIT 1",
                 asks,
             ).fetchone()
             if first is None:
                 return None
-            shape = f"{device} {first['shape']}"
+            shape = f"{device}, {first['model']}: {first['shape']}"
             known = self.connection.execute("SELECT rows FROM shapes WHERE key = ?", (shape,)).fetchone()
             size = min(size, known["rows"]) if known else size
             rows = [first]
             if size > 1 and not first["apart"] and first["deaths"] < self._alone:
                 rows = self.connection.execute(
                     f"SELECT * FROM jobs WHERE {may} AND deaths = ? AND NOT apart AND stack = ? AND priority = ? "
-                    "ORDER BY id LIMIT ?",
-                    (*asks, first["deaths"], first["stack"], first["priority"], size),
+                    "AND model = ? ORDER BY id LIMIT ?",
+                    (*asks, first["deaths"], first["stack"], first["priority"], first["model"], size),
                 ).fetchall()
             ids = [(self.runner, row["id"]) for row in rows]
             claim = "UPDATE jobs SET status = 'claimed', runner = ?, attempts = attempts + 1 WHERE id = ?"
@@ -186,16 +194,16 @@ class Store(Taking):
         """From how many deaths on a job is rendered alone."""
         return min(2, self.retries)
 
-    def slowest(self, shape: str) -> float | None:
+    def slowest(self, model: str, shape: str) -> float | None:
         """Seconds that a clip of this shape has taken at most in this folder."""
-        query = "SELECT MAX(took) FROM jobs JOIN stacks ON stacks.id = stack WHERE status = 'done' AND shape = ?"
-        found = self.connection.execute(query, (shape,)).fetchone()[0]
+        query = "SELECT MAX(took) FROM jobs JOIN stacks ON stacks.id = stack WHERE status = 'done'"
+        found = self.connection.execute(f"{query} AND model = ? AND shape = ?", (model, shape)).fetchone()[0]
         return None if found is None else float(found)
 
-    def waiting_prompts(self, count: int) -> list[tuple[str, str | None]]:
+    def waiting_prompts(self, count: int, model: str) -> list[tuple[str, str | None]]:
         """Prompt and negative prompt of the jobs that come next, for reading them ahead."""
-        order = "ORDER BY deaths, priority DESC, apart, stack, id"
-        rows = self.connection.execute(f"SELECT job FROM jobs WHERE {WAITS} {order} LIMIT ?", (count,))
+        query = f"SELECT job FROM jobs WHERE {WAITS} AND model = ? ORDER BY {ORDER} LIMIT ?"
+        rows = self.connection.execute(query, (model, count))
         found = (json.loads(row["job"]) for row in rows)
         return list(dict.fromkeys((job["prompt"], job.get("negative_prompt")) for job in found))
 
@@ -239,13 +247,14 @@ class Store(Taking):
         values = (error, json.dumps(seconds), time.time(), task.id, self.runner)
         return self.connection.execute(f"{change} WHERE id = ? AND runner = ?", values).rowcount > 0
 
-    def fail_waiting(self, shape: str, error: str) -> list[str]:
-        """Jobs of this run that wait and have this shape have failed, untried: their files."""
+    def fail_waiting(self, model: str, error: str, shape: str = "") -> list[str]:
+        """Jobs of this run that wait for this model, and have this shape where it is given, have failed, untried: their
+        files."""
         with self.transaction():
             rows = self.connection.execute(
-                f"SELECT jobs.id, file FROM jobs JOIN stacks ON stacks.id = stack WHERE {WAITS} AND shape = ? "
-                "ORDER BY jobs.id",
-                (shape,),
+                f"SELECT jobs.id, file FROM jobs JOIN stacks ON stacks.id = stack WHERE {WAITS} AND model = ? "
+                "AND (shape = ? OR ? = '') ORDER BY jobs.id",
+                (model, shape, shape),
             ).fetchall()
             change = "UPDATE jobs SET status = 'failed', error = ?, finished = ? WHERE id = ?"
             self.connection.executemany(change, [(error, time.time(), row["id"]) for row in rows])
@@ -349,9 +358,11 @@ class Store(Taking):
             return False
         return True
 
-    def waiting(self) -> int:
-        """How many of this run's jobs may be begun, but for a folder that is paused."""
-        return int(self.connection.execute(f"SELECT COUNT(*) FROM jobs WHERE {WAITS}").fetchone()[0])
+    def waiting(self, model: str = "") -> int:
+        """How many of this run's jobs, of one model where it is given, may be begun, but for a folder that is
+        paused."""
+        query = f"SELECT COUNT(*) FROM jobs WHERE {WAITS} AND (model = ? OR ? = '')"
+        return int(self.connection.execute(query, (model, model)).fetchone()[0])
 
     def of_another_form(self, form: str) -> int:
         """How many clips of this run are done, in another form than it would give them."""

@@ -21,13 +21,13 @@ from stgfast.queue.state import CANCELLED, DONE, FAILED, PENDING, State, differi
 
 RETRIED = "status = 'pending', error = NULL, deaths = 0, apart = 0, place = NULL"
 AFRESH = {"status": PENDING, "attempts": 0, "deaths": 0, "error": None, "seconds": None, "took": None, "remark": None}
-Staged = tuple[Job, str, int, str]  # a job, its file, its line, and how its pipeline takes images
+Staged = tuple[Job, str, int, str, str, Mapping[str, Any]]  # what `Taking.stage` takes
 
 
 class Taking(State):
     """A run's own part of a folder's list.
 
-    adopt  the recipe that a clip says it was made by, or None
+    adopt  what a clip says it was made of, as `Job.identity`, or None
     """
 
     adopt: Callable[[Path], str | None]
@@ -36,76 +36,80 @@ class Taking(State):
         super()._prepare()
         connection = self.connection
         connection.execute("CREATE TEMP TABLE mine (id INTEGER PRIMARY KEY)")  # the jobs that this run is about
-        staged = "id INTEGER PRIMARY KEY, file TEXT, job TEXT, line INTEGER, stack TEXT, apart INTEGER"
-        connection.execute(f"CREATE TEMP TABLE staged ({staged})")
+        staged = "id INTEGER PRIMARY KEY, file TEXT, job TEXT, line INTEGER, stack TEXT, apart INTEGER, model TEXT"
+        connection.execute(f"CREATE TEMP TABLE staged ({staged}, identity TEXT)")
 
-    def stage(self, job: Job, file: str, line: int, images: str = "") -> None:
-        """Put a job on this run's list, which nobody else sees yet; its pipeline takes images as its adapter says."""
-        insert = "INSERT INTO staged (file, job, line, stack, apart) VALUES (?, ?, ?, ?, ?)"
-        apart = job.image is not None and not images
-        self.connection.execute(insert, (file, json.dumps(job.to_dict()), line, stack_of(job, images), apart))
+    def stage(self, job: Job, file: str, line: int, images: str, model: str, made: Mapping[str, Any] = NOTHING) -> None:
+        """Put a job on this run's list, which nobody else sees yet.
+
+        images  how its pipeline takes them, as its adapter says
+        made    what decides clips of this model beside its name
+        """
+        values = {
+            **{"file": file, "job": json.dumps(job.to_dict()), "line": line, "stack": stack_of(job, images)},
+            **{"apart": job.image is not None and not images, "model": model, "identity": job.identity(model, made)},
+        }
+        self._insert("staged", values)
 
     @contextmanager
-    def taking_up(
-        self, model: str, bad: Iterable[Bad], made: Mapping[str, Any] = NOTHING, *, keep: bool = True
-    ) -> Iterator[Iterator[Bad]]:
+    def taking_up(self, bad: Iterable[Bad], *, keep: bool = True) -> Iterator[Iterator[Bad]]:
         """Everything that was staged becomes work of this folder, or is found again with what was done for it.
 
         `bad` stages jobs as it goes, before the folder is locked. It is given, and after it what cannot be taken up.
         Where the block raises, nothing was; nor where it is not to be kept, once the block has looked.
         """
         try:
-            yield itertools.chain(bad, self._take_up(model, made))
+            yield itertools.chain(bad, self._take_up())
         except BaseException:
             if self.connection.in_transaction:
                 self.connection.execute("ROLLBACK")
             raise
         self.connection.execute("COMMIT" if keep else "ROLLBACK")
 
-    def _take_up(self, model: str, made: Mapping[str, Any]) -> Iterator[Bad]:
+    def _take_up(self) -> Iterator[Bad]:
         self.connection.execute("BEGIN IMMEDIATE")
         for row in self.connection.execute("SELECT * FROM staged ORDER BY id"):
             try:
-                self._add(trusted(row["job"]), row, model, made)
+                self._add(row)
             except SettingsError as error:
                 yield Bad(row["line"], str(error))
         self.connection.execute("DELETE FROM staged")
 
-    def _add(self, job: Job, staged: sqlite3.Row, model: str, made: Mapping[str, Any]) -> int:
-        file, recipe = staged["file"], job.recipe(model, made)
+    def _add(self, staged: sqlite3.Row) -> int:
+        file, identity, job = staged["file"], staged["identity"], trusted(staged["job"])
         there = self.connection.execute("SELECT * FROM jobs WHERE folded = ?", (file.casefold(),)).fetchone()
         final = self.out / file
         values = {
-            **{"file": file, "folded": file.casefold(), "recipe": recipe, "job": json.dumps(job.to_dict())},
-            **{"model": model, "line": staged["line"], "priority": job.priority, "apart": staged["apart"]},
+            **{"file": file, "folded": file.casefold(), "identity": identity, "job": staged["job"]},
+            **{"model": staged["model"], "line": staged["line"], "priority": job.priority, "apart": staged["apart"]},
             "stack": self._stack(job, staged["stack"]),
         }
         if there is None:
             if os.path.lexists(final):
-                self._check_adoptable(final, recipe)
+                self._check_adoptable(final, identity)
                 values |= {"status": DONE, "bytes": size_of(final)}
-            identity = self._insert(values)
+            number = self._insert("jobs", values)
         else:
-            identity = there["id"]
-            if self.connection.execute("SELECT 1 FROM mine WHERE id = ?", (identity,)).fetchone():
-                same = "the same clip" if there["recipe"] == recipe else "the same name"
+            number = int(there["id"])
+            if self.connection.execute("SELECT 1 FROM mine WHERE id = ?", (number,)).fetchone():
+                same = "the same clip" if there["identity"] == identity else "the same name"
                 raise SettingsError(
                     f"name: got {file!r}, {same} as line {there['line']}, expected another seed or another name"
                 )
             self._change(there, values, final)
-        self.connection.execute("INSERT INTO mine VALUES (?)", (identity,))
-        return int(identity)
+        self.connection.execute("INSERT INTO mine VALUES (?)", (number,))
+        return number
 
-    def _insert(self, values: Mapping[str, Any]) -> int:
-        insert = f"INSERT INTO jobs ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})"
+    def _insert(self, table: str, values: Mapping[str, Any]) -> int:
+        insert = f"INSERT INTO {table} ({', '.join(values)}) VALUES ({', '.join('?' * len(values))})"
         return int(self.connection.execute(insert, tuple(values.values())).lastrowid or 0)
 
-    def _check_adoptable(self, final: Path, recipe: str) -> None:
+    def _check_adoptable(self, final: Path, identity: str) -> None:
         """A clip of which the list says nothing is the job's own where it says so itself: the list was lost."""
         found = self.adopt(final)
-        if found == recipe:
+        if found == identity:
             return
-        how = "" if found is None else f" ({differing(json.loads(found), json.loads(recipe))})"
+        how = "" if found is None else f" ({differing(json.loads(found), json.loads(identity))})"
         raise SettingsError(
             f"name: got {final.name!r}, which is in the folder but not on its list{how}, expected another"
         )
@@ -113,9 +117,9 @@ class Taking(State):
     def _change(self, there: sqlite3.Row, values: Mapping[str, Any], final: Path) -> None:
         """A job that the list has already: it is the same, or takes the place of one that was not rendered."""
         changes = {name: values[name] for name in ("line", "job", "priority")}
-        if there["recipe"] != values["recipe"]:
+        if there["identity"] != values["identity"]:
             if there["status"] not in (PENDING, FAILED, CANCELLED):
-                how = differing(json.loads(there["recipe"]), json.loads(values["recipe"]))
+                how = differing(json.loads(there["identity"]), json.loads(values["identity"]))
                 raise SettingsError(
                     f"name: got {final.name!r}, which this folder has with other settings ({how}), expected another "
                     f"name or another folder"
@@ -143,14 +147,21 @@ class Taking(State):
 
     # Jobs that others add
 
+    def models_added(self) -> list[str]:
+        """Which models the added jobs name; '' for the run's own."""
+        named = "COALESCE(json_extract(entry, '$.model'), '')"
+        query = f"SELECT DISTINCT {named} FROM inbox WHERE error IS NULL"
+        return [str(row[0]) for row in self.connection.execute(query)]
+
     def take_in(
-        self, model: str, made: Mapping[str, Any], check: Callable[[str, int], Staged], limit: int = 200
+        self, models: Mapping[str, Mapping[str, Any]], check: Callable[[str, int], Staged], limit: int = 200
     ) -> tuple[int, list[tuple[int, str]]]:
         """Take up jobs that were added, and those that an earlier run took up so: how many are new, and those refused.
 
-        `check` gives the job of an entry, with its file and how it is stacked; what it raises is why it is refused.
+        models  that this run has, and what decides their clips beside their names
+        check   gives the job of an entry as it is staged; what it raises is why it is refused
         """
-        new = self._adopt_added(model, made)
+        new = sum(self._adopt_added(model, made) for model, made in models.items())
         if not self.connection.execute("SELECT 1 FROM inbox WHERE error IS NULL LIMIT 1").fetchone():
             return new, []
         refused = []
@@ -161,7 +172,7 @@ class Taking(State):
                 try:
                     self.stage(*check(row["entry"], row["line"]))
                     (staged,) = self.connection.execute("SELECT * FROM staged").fetchall()
-                    identity = self._add(trusted(staged["job"]), staged, model, made)
+                    number = self._add(staged)
                 except SettingsError as error:
                     self.connection.execute("ROLLBACK TO one")
                     self.connection.execute("UPDATE inbox SET error = ? WHERE id = ?", (str(error), row["id"]))
@@ -169,7 +180,7 @@ class Taking(State):
                 else:
                     new += 1
                     change = "UPDATE jobs SET added = 1, paused = ? WHERE id = ?"
-                    self.connection.execute(change, (row["paused"], identity))
+                    self.connection.execute(change, (row["paused"], number))
                     self.connection.execute("DELETE FROM inbox WHERE id = ?", (row["id"],))
                 self.connection.execute("DELETE FROM staged")
                 self.connection.execute("RELEASE one")
@@ -177,9 +188,9 @@ class Taking(State):
 
     def _adopt_added(self, model: str, made: Mapping[str, Any]) -> int:
         """Jobs that another run took up for whoever has this model, made in the same way."""
-        query = "SELECT id, recipe FROM jobs WHERE added AND model = ? AND status IN ('pending', 'claimed', 'failed')"
+        query = "SELECT id, identity FROM jobs WHERE added AND model = ? AND status IN ('pending', 'claimed', 'failed')"
         rows = self.connection.execute(f"{query} AND id NOT IN mine", (model,)).fetchall()
-        ours = [row["id"] for row in rows if made.items() <= json.loads(row["recipe"]).items()]
+        ours = [row["id"] for row in rows if made.items() <= json.loads(row["identity"]).items()]
         self.connection.executemany("INSERT INTO mine VALUES (?)", [(one,) for one in ours])
         return len(ours)
 

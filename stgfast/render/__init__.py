@@ -1,9 +1,10 @@
 """Production batch rendering: many jobs in, video files out, and a night's work that finishes.
 
-models.py     which pipeline a model is, and what it can do of a job
+models.py     which pipeline a model is
+checks.py     what it cannot do of a job
 skeleton.py   a pipeline without its weights, by which jobs are checked
 loading.py    loading it, and where its parts are meanwhile
-planning.py   jobs, checked against the model, and taken up
+planning.py   jobs, checked against their models, and taken up
 rendering.py  batches handed out, and what became of them recorded
 limits.py     how long a batch may take
 worker.py     batches in, written clips out

@@ -38,7 +38,7 @@ KEPT = "what is done is kept"
 ADDRESSES = '"local", "auto", or the host:port of a cluster'
 
 
-def check(model: Model, address: str | None, actors: int | None) -> None:
+def check(model: Model | None, address: str | None, actors: int | None) -> None:
     """What can be said before there is a cluster."""
     if address is None:
         raise wrong("actors", actors, f"none without ray: {ADDRESSES}")
@@ -47,7 +47,7 @@ def check(model: Model, address: str | None, actors: int | None) -> None:
     host, _, port = str(address).rpartition(":")
     if address not in ("local", "auto") and not (host and port.isdigit() and "/" not in host):
         raise wrong("ray", address, ADDRESSES)
-    if model.pipe is not None:
+    if model is not None and model.pipe is not None:
         raise wrong("model", type(model.pipe).__name__, "a folder or a name: another machine cannot be sent a pipeline")
     _ray(address)
 

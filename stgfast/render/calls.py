@@ -12,6 +12,7 @@ from stgfast.installed import installed_on
 from stgfast.integrations.spec import EACH
 from stgfast.queue.job import Job, read_image
 
+RATES = ("frame_rate", "fps")  # what calls take frames in a second by
 FRAMES = ("num_frames", "video_length", "frames")  # what pipelines call how many frames there are to be
 
 

@@ -23,7 +23,7 @@ DONE, SOME, WRONG, DISK, DEVICE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 def add_render(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("jobs", nargs="?", type=Path, help="a .jsonl, .csv, .yaml or .txt file, one job in each entry")
     parser.add_argument("--from", dest="source", type=Path, metavar="CLIP", help="repeat a clip that stgfast rendered")
-    _add_common(parser)
+    _add_common(parser, required=False)
 
 
 def add_sweep(parser: argparse.ArgumentParser) -> None:
@@ -43,10 +43,11 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
     _add_common(parser)
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Which model, how it is had, and what all clips have."""
+    rest = "" if required else "; left out where every job names its own"
     parser.add_argument(
-        "--model", required=True, metavar="NAME_OR_PATH", help="a model's folder, or its name on the hub"
+        "--model", required=required, metavar="NAME_OR_PATH", help=f"a model's folder, or its name on the hub{rest}"
     )
     parser.add_argument(
         "--set",
@@ -66,8 +67,8 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trust", metavar="NAME", help="the model's name again, for one that brings code of its own")
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
+def _add_common(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    add_model(parser, required=required)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder for clips and their state")
     parser.add_argument("--format", choices=("mp4", "gif", "png", "npz"), default="mp4")
     parser.add_argument("--fps", type=float, help="frames in a second; the model's own where left out")
@@ -106,7 +107,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--attention", choices=["auto"], help="auto: every layer attends by what is fastest for its shape"
     )
     parser.add_argument(
-        "--recipe", type=Path, metavar="FILE", help="make all clips by what stgfast tune found: an approximation"
+        "--recipe", type=Path, metavar="FILE", help="make clips by what stgfast tune found: an approximation"
     )
     parser.add_argument(
         "--ray", metavar="ADDRESS", help="render on the GPUs of a Ray cluster: local (this machine), auto, or host:port"

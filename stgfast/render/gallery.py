@@ -19,7 +19,7 @@ from stgfast.queue.state import DONE
 from stgfast.queue.store import Row
 
 NAME = "index.html"
-SHOWN = ("width", "height", "num_frames", "steps", "image")
+SHOWN = ("width", "height", "num_frames", "steps", "solver", "image")
 
 
 def write_gallery(out: Path, rows: Iterable[Row], aside: Path, *, note: str = "") -> Path:
@@ -44,7 +44,7 @@ def write_gallery(out: Path, rows: Iterable[Row], aside: Path, *, note: str = ""
 def described(row: Row) -> dict[str, Any]:
     """What a page knows of a job."""
     job = row.job
-    settings: dict[str, Any] = {name: getattr(job, name) for name in SHOWN if getattr(job, name) is not None}
+    settings: dict[str, Any] = {name: getattr(job, name) for name in SHOWN if getattr(job, name) not in (None, "")}
     settings |= {name: value for name, value in job.pipeline.items() if isinstance(value, str | int | float | bool)}
     if job.loras:
         settings["loras"] = ", ".join(f"{Path(lora.path).stem} {lora.weight:g}" for lora in job.loras)
@@ -62,7 +62,7 @@ def described(row: Row) -> dict[str, Any]:
         "seed": job.seed,
         "settings": settings,
         "guidance": _guidance(guidance) if guidance is not None else [],
-        "recipe": guidance.to_dict() if guidance is not None else {},
+        "as_data": guidance.to_dict() if guidance is not None else {},
         "seconds": {stage: round(seconds, 2) for stage, seconds in row.seconds.items()},
         "error": row.error or (f"strange: {row.remark}" if row.remark else ""),
     }

@@ -32,7 +32,7 @@ class Limits:
         """The batch with the time that it may take."""
         if self.timeout is not None:
             return dataclasses.replace(batch, limit=self.timeout * len(batch))
-        slowest = store.slowest(shape_of(batch.tasks[0].job))
+        slowest = store.slowest(batch.tasks[0].model, shape_of(batch.tasks[0].job))
         if slowest is None:
             return dataclasses.replace(batch, quiet=QUIET)
         return dataclasses.replace(batch, limit=max(LEAST, GENEROUS * slowest * len(batch)))

@@ -42,7 +42,6 @@ class Loading:
     vae_tiling  the VAE decodes a clip in tiles, for memory: not quite the same pixels
     compile     the denoiser's blocks are compiled
     attention   "auto": every layer attends by what is fastest for its shape
-    recipe      by which clips are made, approximately
     ranks       over how many processes every clip is divided, this one among them
     """
 
@@ -51,7 +50,6 @@ class Loading:
     offload: str | None = None
     vae_tiling: bool = False
     compile: bool = False
-    recipe: Recipe | None = None
     attention: str | None = None
     ranks: int = 1
 
@@ -100,9 +98,9 @@ class Loading:
 
     def prepared(self, pipe: Any) -> Any:
         """The pipeline, guided, and its VAE as it is asked for."""
-        if not hasattr(pipe, INSTALLED) or self.compile or self.recipe or self.attention or self.ranks > 1:
+        if not hasattr(pipe, INSTALLED) or self.compile or self.attention or self.ranks > 1:
             given, adapter = given_to(pipe), adapter_for(pipe, original_class(type(pipe)))
-            if given is None and self.recipe is None and adapter.announced is None:
+            if given is None and adapter.announced is None:
                 given = Guidance()  # every job says its own; the default's layers may be none of this model's
             accelerate(
                 pipe,
@@ -110,7 +108,6 @@ class Loading:
                 compile=self.compile,
                 attention=self.attention,
                 branches=torch.distributed.group.WORLD if self.ranks > 1 else None,
-                recipe=self.recipe,
             )
         if self.vae_tiling or installed_on(pipe).adapter.clips.tiled:
             vae: Any = getattr(pipe, "vae", None)

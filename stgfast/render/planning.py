@@ -1,14 +1,16 @@
-"""What a run is about: jobs are checked against the model, and taken up by the folder; so are those that are added."""
+"""What a run is about: jobs are checked against their models and taken up by the folder, those that are added too."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stgfast.errors import SettingsError, wrong
+from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
 from stgfast.queue.desk import Desk
 from stgfast.queue.forecast import forecast
 from stgfast.queue.job import Job
@@ -33,26 +35,69 @@ class BadJobs(SettingsError):
         super().__init__(f"jobs: got {count} bad line{'s' * (count > 1)}, expected none ({first})")
 
 
+class Part:
+    """One model of a run: its jobs are checked, and get what decides their clips.
+
+    made  that is beside the model's name
+    """
+
+    def __init__(self, model: Model, loading: Loading, form: Form):
+        self.model, self.form, self.made = model, form, model.made(loading)
+        self.compiled = loading.compile or (model.pipe is not None and execution_of(model.pipe).compilation is not None)
+
+    def staged(self, job: Job, line: int) -> Staged:
+        """A job as it is rendered, or what this model cannot do of it."""
+        self.model.check(job)
+        if job.loras and self.compiled:
+            raise wrong("loras", len(job.loras), "none with compiled blocks: these do not change")
+        job = self.model.settled(job).named(self.model.name, self.made)
+        return job, self.form.file(job.name), line, self.model.images, self.model.name, self.made
+
+
+class Parts:
+    """The models of a run: the one that it was given, and those that its jobs name."""
+
+    def __init__(self, first: Part | None, make: Callable[[str], Part]):
+        self.first, self.make = first, make
+        self.named: dict[str, Part] = {} if first is None else {first.model.name: first}
+        self.wrong: dict[str, str] = {}
+
+    def of(self, name: str) -> Part:
+        """That of a job, by the name in it; '' for the run's own."""
+        if not name and self.first is None:
+            raise wrong("model", None, "one for this job, or --model for all that name none")
+        if not name and self.first is not None:
+            return self.first
+        if name not in self.named and name not in self.wrong:
+            try:
+                part = self.make(name)
+                self.named[name] = self.named.setdefault(part.model.name, part)
+            except (SettingsError, UnsupportedPipelineError) as error:
+                self.wrong[name] = str(error)
+        if name in self.wrong:
+            raise SettingsError(self.wrong[name])
+        return self.named[name]
+
+    def check_trust(self, trust: str | None) -> None:
+        """That the model which may bring code of its own is one of these."""
+        if trust is not None and not any(part.model.trusted for part in self.named.values()):
+            raise wrong("trust", trust, f"the name of the model, such as {', '.join(self.models)!r}, or none")
+
+    @property
+    def models(self) -> dict[str, Mapping[str, Any]]:
+        """Their names, and what else decides their clips."""
+        return {part.model.name: part.made for part in self.named.values()}
+
+
 class Planning:
-    """Jobs for one model, which is loaded in one way, whose clips have one form.
+    """The jobs of a run.
 
     defaults  what every job has that does not say otherwise
     formed    the form of clips, in words
     """
 
-    def __init__(
-        self,
-        model: Model,
-        loading: Loading,
-        form: Form,
-        formed: str,
-        defaults: Mapping[str, Any],
-        tell: Callable[..., None],
-    ):
-        self.model, self.form, self.formed, self.tell = model, form, formed, tell
-        self.made, self.recipe = model.made(loading), model.recipe_of(loading)
-        self.defaults = {**model.defaults_with(self.recipe), **defaults}
-        self.compiled = loading.compile or (model.pipe is not None and execution_of(model.pipe).compilation is not None)
+    def __init__(self, parts: Parts, defaults: Mapping[str, Any], formed: str, tell: Callable[..., None]):
+        self.parts, self.defaults, self.formed, self.tell = parts, defaults, formed, tell
         self.bad = 0
 
     def plan(
@@ -64,7 +109,7 @@ class Planning:
         """
         kept: list[Bad] = []
         staged = self._staged(store, lines_of(jobs, self.defaults, store.home / PACKED))
-        with store.taking_up(self.model.name, staged, self.made, keep=keep) as wrong_lines:
+        with store.taking_up(staged, keep=keep) as wrong_lines:
             for line in wrong_lines:
                 self.bad += 1
                 if len(kept) < SHOWN:
@@ -99,30 +144,25 @@ class Planning:
                 continue
             for job in line.jobs:
                 try:
-                    store.stage(*self._checked(job, line.number))
+                    store.stage(*self.parts.of(job.model).staged(job, line.number))
                 except SettingsError as error:
                     yield Bad(line.number, str(error))
                     break
 
-    def _checked(self, job: Job, line: int) -> Staged:
-        """A job as it is rendered, or what this model cannot do of it."""
-        self.model.check(job, self.recipe)
-        if job.loras and self.compiled:
-            raise wrong("loras", len(job.loras), "none with compiled blocks: these do not change")
-        named = self.model.settled(job, self.recipe).named(self.model.name, self.made)
-        return named, self.form.file(named.name), line, self.model.images
-
     def take_in(self, store: Store) -> None:
         """Jobs that were added since."""
+        for name in store.models_added():
+            with contextlib.suppress(SettingsError):  # which is said of each of its jobs
+                self.parts.of(name)  # now, and not while the folder is locked: it may be on the hub
 
         def check(entry: str, number: int) -> Staged:
             line = checked(number, json.loads(entry), base=Path(), defaults=self.defaults)
             if isinstance(line, Bad):
                 raise SettingsError(line.why)
             (job,) = line.jobs
-            return self._checked(job, number)
+            return self.parts.of(job.model).staged(job, number)
 
-        new, refused = store.take_in(self.model.name, self.made, check)
+        new, refused = store.take_in(self.parts.models, check)
         if new:
             self.tell("added", jobs=new)
         for line, why in refused:
@@ -157,21 +197,20 @@ def lines_of(jobs: Jobs, defaults: Mapping[str, Any], packed: Path) -> Iterator[
     given: Iterable[object] = jobs
     for number, job in enumerate(given, 1):
         if isinstance(job, Job):
-            yield Line(number, (job,))
+            recipe = defaults.get("recipe") if job.recipe is None else job.recipe
+            yield Line(number, (dataclasses.replace(job, recipe=recipe),))
         elif isinstance(job, Mapping):
             yield checked(number, job, base=Path(), defaults=defaults)
         else:
             yield Bad(number, str(wrong("job", type(job).__name__, "a Job, or a mapping with its fields")))
 
 
-def recipe_in(clip: Path) -> str | None:
-    """What a clip says it was made by, in the form of `Job.recipe`; None where it says nothing."""
+def identity_in(clip: Path) -> str | None:
+    """What a clip says it was made of, as `Job.identity`; None where it says nothing."""
     try:
         said = metadata_of(clip)
-        made = {"dtype": said.get("dtype"), "revision": said.get("revision")}
-        made["solver"] = (said.get("recipe") or {}).get("solver")
-        job = trusted(json.dumps(said["job"]))
-        return job.recipe(said["model"], {name: value for name, value in made.items() if value})
+        made = {name: said[name] for name in ("dtype", "revision") if said.get(name)}
+        return trusted(json.dumps(said["job"])).identity(said["model"], made)
     except (SettingsError, KeyError, TypeError, AttributeError):  # whatever is in a file of this name
         return None
 
@@ -180,7 +219,7 @@ def jobs_of(model: Model, prompts: Sequence[str], clips: int, seed: int, default
     """One job for every clip, the prompts in turn; raises where the model cannot do one of them."""
     for number in range(clips):
         given = {"prompt": prompts[number % len(prompts)], "seed": seed + number // len(prompts)}
-        line = checked(number + 1, given, base=Path(), defaults={**model.defaults_with(None), **defaults})
+        line = checked(number + 1, given, base=Path(), defaults=defaults)
         if isinstance(line, Bad):
             raise SettingsError(line.why)
         for job in line.jobs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -51,7 +51,9 @@ class Rendering:
         self.tell = events.tell
         self.max_batch, self.ahead, self.footprint, self.stays = max_batch, ahead, footprint, stays
         self.where: dict[int, Event] = {}  # claimed jobs
-        self.fits: set[str] = set()  # shapes that clips were rendered of
+        self.fits: set[tuple[str, str]] = set()  # models and shapes that clips were rendered of
+        self.model = ""  # that is loaded
+        self.claimed = self.ending = False  # a batch for it; no other model is loaded
         self.rendered = self.interrupts = 0
         self.signal = ""  # that came, and was not told of yet
         self.paused = False
@@ -65,24 +67,37 @@ class Rendering:
         if recovered:
             self.tell("recovered", jobs=recovered)
 
-    def work(self, crew: Crew) -> None:
-        """Until nothing waits that this run may render; then until other runners have done theirs, or died."""
+    def work(self, crew_for: Callable[[str], Crew], first: str) -> None:
+        """Until nothing waits that this run may render, one model after another, and other runners have done theirs,
+        or died.
+
+        first  the model that is loaded where no job waits for one
+        """
+        while not self.ending and (self.store.waiting() or self.stays or self.store.elsewhere()):
+            self.model, self.claimed = self.store.next_model() or first, False
+            try:
+                self._work(crew_for(self.model))
+            except (SettingsError, UnsupportedPipelineError, DeviceError) as error:
+                if self.claimed or self.interrupts or not self._give_up_model(str(error)):
+                    raise
+                self.fault, self.ending = None, False
+
+    def _give_up_model(self, error: str) -> bool:
+        """All jobs of a model that cannot be loaded have failed; not where the run has no others."""
+        files = [] if len(self.planning.parts.models) < 2 else self.store.fail_waiting(self.model, error)
+        for file in files:
+            self.tell("failed", file=file, error=error, **self._progress())
+        return bool(files)
+
+    def _work(self, crew: Crew) -> None:
+        """Until no job waits for the model that is loaded."""
         try:
             with self._interruptible(crew):
                 while not crew.aborting:
                     self._tell_of_signal()
                     self._look(crew)
                     self._hand_out(crew)
-                    if crew.busy:
-                        self._settle(crew.outcome(0.1), crew)  # in time for a look at whether the run is to stop
-                    elif crew.stopping:
-                        break
-                    elif self.store.waiting():
-                        self._settle(crew.outcome(0.1), crew)
-                    elif self.stays or self.store.elsewhere():
-                        self._settle(crew.outcome(POLL), crew)
-                        self.recover()
-                    else:
+                    if not self._goes_on(crew):
                         break
                     if time.monotonic() - self.paged > PAGE:
                         self.page()
@@ -92,6 +107,7 @@ class Rendering:
             raise
         finally:
             crew.close(ENDING)
+        self.ending = crew.stopping
         if isinstance(self.fault, (OSError, SettingsError, UnsupportedPipelineError, DeviceError)):
             raise self.fault
         if self.fault is not None:
@@ -99,6 +115,20 @@ class Rendering:
             raise DeviceError(
                 f"the device, or the worker on it, gave out ({said}); what is done is kept"
             ) from self.fault
+
+    def _goes_on(self, crew: Crew) -> bool:
+        """Wait a moment for an outcome; whether there is anything for this crew to do."""
+        if crew.busy or (not crew.stopping and self.store.waiting(self.model)):
+            self._settle(crew.outcome(0.1), crew)  # in time for a look at whether the run is to stop
+            return True
+        if crew.stopping or self.store.waiting():  # for another model
+            return False
+        if self.stays or self.store.elsewhere():
+            self._settle(crew.outcome(POLL), crew)
+            self.recover()
+            return True
+        self.planning.take_in(self.store)  # what was added since the last look
+        return self.store.waiting() > 0
 
     def _hand_out(self, crew: Crew) -> None:
         while not (crew.stopping or self.paused) and any(
@@ -109,15 +139,18 @@ class Rendering:
     def _claim(self, seat: Seat, *, others: bool) -> bool:
         """Whether there was a batch for this seat."""
         device = seat.device_name + self.footprint
-        batch = self.store.claim(self.max_batch, device, idle=seat.idle, place=seat.place, others=others)
+        batch = self.store.claim(
+            self.max_batch, device, model=self.model, idle=seat.idle, place=seat.place, others=others
+        )
         if batch is None:
             return False
+        self.claimed = True
         batch = self.limits.on(batch, self.store)
         if not self.where:
             self.since = time.monotonic()
         self.where.update({task.id: seat.where for task in batch.tasks})
         self.tell("claimed", files=[task.file for task in batch.tasks], **seat.where)
-        seat.start(batch, self.store.waiting_prompts(self.ahead) if self.ahead else ())
+        seat.start(batch, self.store.waiting_prompts(self.ahead, self.model) if self.ahead else ())
         return True
 
     def _look(self, crew: Crew) -> None:
@@ -181,7 +214,7 @@ class Rendering:
         self.since = now
         if status == DONE:
             self.rendered += 1
-            self.fits.add(shape_of(task.job))
+            self.fits.add((task.model, shape_of(task.job)))
             self.tell("done", file=task.file, seconds=seconds, **where, **self._progress())
             if outcome.remark:
                 self.tell("strange", file=task.file, remark=outcome.remark)
@@ -205,11 +238,11 @@ class Rendering:
 
     def _fail_alike(self, failed: Failed, crew: Crew) -> None:
         """Where there is no memory for a job, no night is spent on others of its shape, of which none was rendered."""
-        shape = shape_of(failed.task.job)
-        if not failed.memory or not crew.alike or shape in self.fits:
+        model, shape = failed.task.model, shape_of(failed.task.job)
+        if not failed.memory or not crew.alike or (model, shape) in self.fits:
             return
         error = f"not tried: as large as {failed.task.file}, which there is no memory for"
-        files = self.store.fail_waiting(shape, error)
+        files = self.store.fail_waiting(model, error, shape)
         progress = self._progress()
         for file in files:
             self.tell("failed", file=file, error=error, **progress)

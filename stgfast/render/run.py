@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stgfast.errors import wrong
 from stgfast.extras import require
+from stgfast.queue.readers import over
 from stgfast.queue.state import CANCELLED, CLAIMED, DONE, FAILED, PENDING, PUBLISHING, StoreError
 from stgfast.queue.store import RETRIES, Store
 from stgfast.ranks.wire import device_of
@@ -23,7 +25,7 @@ from stgfast.render.files import Form
 from stgfast.render.limits import Limits
 from stgfast.render.loading import TEXT, Loading
 from stgfast.render.models import Model, described
-from stgfast.render.planning import BadJobs, Jobs, Planning, recipe_in
+from stgfast.render.planning import BadJobs, Jobs, Part, Parts, Planning, identity_in
 from stgfast.render.process import OwnProcess
 from stgfast.render.rendering import Rendering
 
@@ -101,7 +103,7 @@ def render(
 ) -> Report:
     """Render jobs into a folder; what is there already is not rendered again.
 
-    model         a pipeline, guided or not; or the folder or hub name of one
+    model         a pipeline, guided or not; or the folder or hub name of one; None where every job names its own
     jobs          a file (.jsonl, .csv, .yaml, .txt), or jobs themselves, as `Job` or as mappings; None for those alone
                   that were added to the folder
     defaults      what every job has that does not say otherwise
@@ -119,7 +121,7 @@ def render(
     vae_tiling    decode in tiles, for memory: not quite the same pixels
     compile       compile the model's blocks
     attention     "auto": every layer attends by what is fastest for its shape
-    recipe        by which all clips are made, or its file: an approximation
+    recipe        by which clips are made that have no other, or its file: an approximation
     trust         the name of the model, for one that brings code of its own
     ray           render on every GPU of a Ray cluster: its host:port, "auto" for the one that this machine is part of,
                   or "local" for one of this machine alone, unless this process is part of one already; the model is a
@@ -141,22 +143,26 @@ def render(
     require("render")
     _check(max_batch, retries, timeout)
     form = Form(kind=format, fps=24.0 if fps is None else fps, crf=crf)
-    known = described(model, trust=trust)
+    known = None if model is None else described(model, trust=None if trust != str(model) else trust)
+    if known is None and wait:
+        raise wrong("model", None, "one to wait with")
     ranks = together.check(gpus_per_clip, ray, known)
     _check_ray(known, ray, actors)
     started = ranks > 1 and ray is None
     device = device_of(device) if started else device
-    loading = Loading(dtype, device, offload, vae_tiling, compile, taken(recipe), attention, ranks)
-    if known.pipe is not None:
+    loading = Loading(dtype, device, offload, vae_tiling, compile, attention, ranks)
+    if known is not None and known.pipe is not None:
         loading.check_handed_over()
-    setup = Setup(known, form, fps is None, loading)
     others = together.Started(device) if started else None
     if others is not None and not others.first:
-        others.follow(setup)
+        others.follow()
         return Report(done=0, failed=0, waiting=0, bad=0, rendered=0, seconds=0.0)
-    events = Events(listener, known.recipe_of(loading))
+    by = taken(recipe)
+    events = Events(listener, by if by is not None or known is None else known.recipe)
     formed = form.told(with_fps=fps is not None)
-    planning = Planning(known, loading, form, formed, defaults or {}, events.tell)
+    parts = Parts(None if known is None else Part(known, loading, form), _maker(known, loading, form, trust))
+    usual = over({} if by is None else {"recipe": by.to_dict()}, defaults or {})
+    planning = Planning(parts, usual, formed, events.tell)
     began = time.monotonic()
 
     def report(counts: Mapping[str, int], rendered: int = 0, *, interrupted: bool = False) -> Report:
@@ -164,19 +170,8 @@ def render(
         events.tell("ended", **dataclasses.asdict(told), code=told.code)
         return told
 
-    def crew_for(store: Store) -> Crew:
-        if ray is not None:
-            from stgfast.render.actors import Actors
-
-            return Actors(setup, store.scratch, ray, actors, events.tell)
-        events.tell("loading", model=known.name)
-        if known.pipe is None and not same_process and others is None:
-            return OwnProcess(setup, store, events.tell, bars=bars)
-        store.renders_within()
-        return setup.worker(store.scratch) if others is None else others.worker(setup, store.scratch)
-
     try:
-        with Store(Path(out), retries=retries, adopt=recipe_in) as store:
+        with Store(Path(out), retries=retries, adopt=identity_in) as store:
             rendering = Rendering(
                 store,
                 planning,
@@ -189,6 +184,7 @@ def render(
             )
             rendering.recover()
             counts = planning.plan(store, jobs, skip_bad=skip_bad, keep=not plan_only, like=like)
+            parts.check_trust(trust)
             if plan_only:
                 return report(counts)
             planning.take_in(store)
@@ -197,8 +193,9 @@ def render(
             if verify:
                 planning.verify(store)
             if store.waiting() or store.elsewhere() or wait:
-                store.begin(known.name)
-                rendering.work(crew_for(store))
+                store.begin(", ".join(parts.models))
+                crews = Crews(store, parts, events.tell, loading, form, fps is None, bars, same_process, others)
+                rendering.work(lambda name: crews.of(name, ray, actors), next(iter(parts.models)))
             rendering.page()
             return report(store.counts(), rendering.rendered, interrupted=rendering.interrupts > 0)
     except (sqlite3.Error, OSError) as error:
@@ -208,7 +205,50 @@ def render(
             others.end()
 
 
-def _check_ray(model: Model, ray: str | None, actors: int | None) -> None:
+@dataclass(frozen=True)
+class Crews:
+    """Who renders a run's jobs: one crew after another, each for one model."""
+
+    store: Store
+    parts: Parts
+    tell: Callable[..., None]
+    loading: Loading
+    form: Form
+    own_fps: bool
+    bars: bool
+    same_process: bool
+    others: together.Started | None
+
+    def of(self, name: str, ray: str | None, actors: int | None) -> Crew:
+        """That of a model, on a cluster or here."""
+        gc.collect()  # what there is of a model before this one
+        model = self.parts.of(name).model
+        setup = Setup(model, self.form, self.own_fps, self.loading)
+        if ray is not None:
+            from stgfast.render.actors import Actors
+
+            return Actors(setup, self.store.scratch, ray, actors, self.tell)
+        self.tell("loading", model=model.name)
+        if model.pipe is None and not self.same_process and self.others is None:
+            return OwnProcess(setup, self.store, self.tell, bars=self.bars)
+        self.store.renders_within()
+        if self.others is not None:
+            return self.others.worker(setup, self.store.scratch)
+        return setup.worker(self.store.scratch)
+
+
+def _maker(known: Model | None, loading: Loading, form: Form, trust: str | None) -> Callable[[str], Part]:
+    """What makes the part of a model that a job names."""
+
+    def make(name: str) -> Part:
+        if known is not None and known.pipe is not None:
+            raise wrong("model", name, "none: a pipeline was handed over")
+        return Part(described(name, trust=trust if trust == name else None), loading, form)
+
+    return make
+
+
+def _check_ray(model: Model | None, ray: str | None, actors: int | None) -> None:
     if ray is not None or actors is not None:
         from stgfast.render.actors import check
 

@@ -6,6 +6,7 @@ Here for processes that torchrun has started; those of a Ray cluster are in acto
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import signal
@@ -30,9 +31,9 @@ from stgfast.render.worker import Worker
 LOOK = 0.02  # seconds between looks for the next batch
 
 
-def check(gpus_per_clip: int | None, ray: str | None, model: Model) -> int:
+def check(gpus_per_clip: int | None, ray: str | None, model: Model | None) -> int:
     """Over how many processes every clip is divided."""
-    if model.pipe is not None:
+    if model is not None and model.pipe is not None:
         if gpus_per_clip is not None or execution_of(model.pipe).ranks is not None:
             right = (
                 "a folder or a name, for clips that several processes make together: each loads a pipeline of its own"
@@ -67,7 +68,7 @@ class Started:
     def __init__(self, device: str | None):
         from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
-        self.ranks = joined(device)
+        self.device, self.ranks = device, joined(device)
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         # A new name where torchrun has started all of them again.
         self.store = PrefixStore(f"stgfast {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
@@ -79,7 +80,7 @@ class Started:
 
     def worker(self, setup: Setup, scratch: Path) -> Worker:
         """That of the first process, with which the others work."""
-        self._say("load", scratch)
+        self._say("load", setup, scratch)
         return setup.worker(scratch, self)
 
     def begin(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
@@ -91,7 +92,7 @@ class Started:
         """Nothing comes any more."""
         self._say("end")
 
-    def follow(self, setup: Setup) -> None:
+    def follow(self) -> None:
         """What the other processes do, until the first one ends it. It is that one which is interrupted."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
@@ -101,7 +102,10 @@ class Started:
             if what == "end":
                 return
             if what == "load":
-                worker = setup.worker(Path(more[0]) / uuid4().hex, self)  # where it keeps prompts
+                worker = None  # nor its model
+                setup, scratch = more
+                own = dataclasses.replace(setup, loading=dataclasses.replace(setup.loading, device=self.device))
+                worker = own.worker(scratch / uuid4().hex, self)  # where it keeps prompts
             elif worker is not None:
                 worker.follow(*more)
 

@@ -56,6 +56,7 @@ from stgfast.render.outcomes import (
 )
 from stgfast.render.shortage import free, is_out_of_memory
 from stgfast.render.texts import NotStackable, Texts, encoders_of
+from stgfast.solvers import solver
 from stgfast.version import __version__
 
 ABANDONED = 3  # batches that cannot be put down, after which it is the device
@@ -119,9 +120,7 @@ class Worker:
         self.in_hand: dict[threading.Thread, BatchRun] = {}
         self.streams: list[Any] = []
         layout, *_ = installed_on(pipe).adapter.layouts(pipe).values()
-        recipe = installed_on(pipe).recipe
         self.made_with = {
-            **({} if recipe is None else {"recipe": recipe.to_dict()}),
             **({"revision": revision} if revision else {}),
             **({"processes": others.ranks.size} if others is not None else {}),
             "dtype": str(layout.denoiser.dtype).removeprefix("torch."),
@@ -466,8 +465,11 @@ class BatchRun:
 
     def _copy(self) -> Any:
         pipe = copy.copy(self.worker.pipe)
+        if name := self.batch.tasks[0].job.solver:
+            solver(pipe, name)
+        self.scheduler = pipe.scheduler
         parts = vars(pipe)
-        parts["scheduler"] = self._counting(copy.deepcopy(pipe.scheduler))
+        parts["scheduler"] = self._counting(copy.deepcopy(self.scheduler))
         pipe.set_progress_bar_config(disable=True)
         if isinstance(getattr(pipe, "vae", None), nn.Module):
             parts["vae"] = copy.copy(pipe.vae)  # the same weights; what a decoder keeps between calls is its own
@@ -512,7 +514,7 @@ class BatchRun:
         try:
             self.pipe(**arguments_of(self.pipe, [task.job for task in self.batch.tasks]))
         except _Reached:  # which is where it was to go
-            parts["scheduler"] = self._counting(copy.deepcopy(self.worker.pipe.scheduler))
+            parts["scheduler"] = self._counting(copy.deepcopy(self.scheduler))
         finally:
             del parts["prepare_latents"]
 

@@ -26,8 +26,9 @@ FAR = 1 << 40
 Given = Mapping[str, Any]
 
 
-def status(state: State) -> dict[str, Any]:
-    return {"folder": state.out.resolve().name, "time": time.time(), **status_of(state).to_dict()}
+def status(state: Desk) -> dict[str, Any]:
+    models = state.models()
+    return {"folder": state.out.resolve().name, "time": time.time(), "models": models, **status_of(state).to_dict()}
 
 
 def jobs(state: State, asked: Mapping[str, str]) -> dict[str, Any]:
@@ -91,6 +92,10 @@ def _fields(desk: Desk, given: object) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise wrong("job", shown(given), "an object with fields of a job")
     check_fields(given, FIELDS - {"loras", "image_sha256"})  # files of this machine
+    if isinstance(given.get("recipe"), str):
+        raise wrong("recipe", shown(given["recipe"]), "what is in its file")
+    if given.get("model") is not None and given["model"] not in desk.models():
+        raise wrong("model", shown(given["model"]), "one that this folder has clips of")
     if given.get("image") is not None:
         return {**given, "image": kept_image(desk, given["image"])}
     return given

@@ -176,10 +176,14 @@ function fill(job) {
   const settings = job ? job.settings : {};
   const values = {
     prompt: job ? job.prompt : "", negative_prompt: job ? job.negative : "", seed: job ? job.seed + 1 : 0, repeat: 1, name: "",
-    priority: job ? job.priority : 0, guidance: job && Object.keys(job.recipe).length ? JSON.stringify(job.recipe) : "",
+    priority: job ? job.priority : 0, guidance: job && Object.keys(job.as_data).length ? JSON.stringify(job.as_data) : "",
     pipeline: job && Object.keys(job.pipeline).length ? JSON.stringify(job.pipeline) : "",
   };
   for (const name of ["steps", "num_frames", "width", "height"]) values[name] = settings[name] ?? "";
+  const models = status ? status.models : [], options = job ? models : ["", ...models];
+  form.elements.model.replaceChildren(...options.map(name => Object.assign(make("option", name || "the run's own"), {value: name})));
+  form.elements.model.closest("label").hidden = options.length < 2;
+  values.model = job ? job.model : "";
   for (const [name, value] of Object.entries(values)) { form.elements[name].value = value; shownOf[name] = form.elements[name].value; }
   form.elements.image.value = "";
   at("form-title").textContent = job ? `Again: ${job.name}` : "Add a job";

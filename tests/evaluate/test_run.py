@@ -29,8 +29,8 @@ def folder(out, jobs, failed=()):
     """As a run leaves it, without a model."""
     with Store(out) as store:
         for number, job in enumerate(jobs):
-            store.stage(job.named("m"), Form(kind="npz").file(f"{number:03}"), number)
-        with store.taking_up("m", []) as bad:
+            store.stage(job.named("m"), Form(kind="npz").file(f"{number:03}"), number, "", "m")
+        with store.taking_up([]) as bad:
             assert not list(bad)
         while batch := store.claim(1, "cpu"):
             (task,) = batch.tasks

@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+from functools import partial
 
 import pytest
 
@@ -23,11 +24,11 @@ def store(tmp_path):
         yield found
 
 
-def check(entry, line):
+def check(entry, line, **made):
     job = Job.from_dict(json.loads(entry))
     if job.steps == 13:
         raise SettingsError("steps: got 13, expected another")
-    return job.named("m"), f"{job.named('m').name}.mp4", line, ""
+    return job.named("m"), f"{job.named('m').name}.mp4", line, "", "m", made
 
 
 def claimed(store, size=1):
@@ -44,13 +45,13 @@ def test_added_jobs_are_taken_up_by_the_run_that_is_on(tmp_path, store):
         ]
         assert desk.add(given, priority=3) == (3, [])
         assert status_of(desk).inbox == 3
-    new, refused = store.take_in("m", {}, check)
+    new, refused = store.take_in({"m": {}}, check)
     assert new == 1
     assert [line for line, _ in refused] == [2, 3]
     assert "steps: got 13" in refused[0][1]
     assert "the same clip as line 2" in refused[1][1]
     assert claimed(store) == ["dog"]
-    assert store.take_in("m", {}, check) == (0, [])  # what is refused is refused once
+    assert store.take_in({"m": {}}, check) == (0, [])  # what is refused is refused once
     with Desk(tmp_path) as desk:
         found = status_of(desk)
     assert (found.inbox, [name for name, _ in found.refused]) == (0, ["no", "k1"])
@@ -60,12 +61,12 @@ def test_added_jobs_are_any_run_s_of_the_same_model(tmp_path):
     with Desk(tmp_path, create=True) as desk:
         desk.add([{"prompt": "a dog", "name": "dog"}])
     with Store(tmp_path) as store:
-        assert store.take_in("m", {"dtype": "float32"}, check)[0] == 1
+        assert store.take_in({"m": {"dtype": "float32"}}, partial(check, dtype="float32"))[0] == 1
     with Store(tmp_path) as other, Store(tmp_path) as store:
-        assert other.take_in("n", {"dtype": "float32"}, check)[0] == 0
-        assert other.take_in("m", {"dtype": "bfloat16"}, check)[0] == 0
+        assert other.take_in({"n": {"dtype": "float32"}}, partial(check, dtype="float32"))[0] == 0
+        assert other.take_in({"m": {"dtype": "bfloat16"}}, partial(check, dtype="float32"))[0] == 0
         assert claimed(other) == []
-        assert store.take_in("m", {"dtype": "float32"}, check)[0] == 1
+        assert store.take_in({"m": {"dtype": "float32"}}, partial(check, dtype="float32"))[0] == 1
         assert claimed(store) == ["dog"]
 
 
@@ -133,7 +134,7 @@ def test_priorities(tmp_path, store):
         desk.prioritise(Choice(names=["k3", "k2"]), 1)
         desk.add([{"prompt": "low", "name": "low"}])
         desk.prioritise(Choice(words="low"), -1)
-    store.take_in("m", {}, check)
+    store.take_in({"m": {}}, check)
     assert [claimed(store, 9) for _ in range(4)] == [["sea"], ["k2", "k3"], ["k0", "k1"], ["low"]]
 
 
@@ -151,7 +152,7 @@ def test_an_inbox_is_told_by_names_and_words(tmp_path):
         assert desk.cancel(Choice(words="sea grey")) == ["the grey sea"]
         assert desk.pause(Choice(every=True)) == ["a dog"]
     with Store(tmp_path) as store:
-        assert store.take_in("m", {}, check)[0] == 1
+        assert store.take_in({"m": {}}, check)[0] == 1
         assert claimed(store) == []
 
 
@@ -202,20 +203,25 @@ def test_a_run_that_is_gone_is_not_on(tmp_path):
         assert status_of(desk).runs == []
 
 
-def test_a_state_of_the_first_version_is_used(tmp_path):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_state_of_an_older_version_is_used(tmp_path, version):
     (tmp_path / state.FOLDER).mkdir()
     with sqlite3.connect(tmp_path / state.FOLDER / "jobs.db") as old:
-        for statement in (state.JOBS, *state.REST.split(";\n")):
+        more = [f"ALTER TABLE jobs ADD COLUMN {name} {kind}" for name, kind in state.COLUMNS.items()]
+        more = {
+            1: ["CREATE INDEX waiting ON jobs (status, deaths, apart, stack, id)"],
+            2: more + state.MORE.split(";\n"),
+        }
+        for statement in (state.JOBS.replace("identity", "recipe"), *state.REST.split(";\n"), *more[version]):
             old.execute(statement)
-        old.execute("CREATE INDEX waiting ON jobs (status, deaths, apart, stack, id)")
         old.execute("INSERT INTO stacks VALUES (1, 'k', 's')")
         values = "(1, 'k0.mp4', 'k0.mp4', ?, ?, 'm', 1, 1)"
         job = jobs(1)[0]
         old.execute(
             f"INSERT INTO jobs (id, file, folded, recipe, job, model, line, stack) VALUES {values}",
-            (job.recipe("m"), json.dumps(job.to_dict())),
+            (job.identity("m"), json.dumps(job.to_dict())),
         )
-        old.execute("PRAGMA user_version=1")
+        old.execute(f"PRAGMA user_version={version}")
     with Store(tmp_path) as store:
         assert take_up(store, jobs(2)) == []
         assert [claimed(store, 9) for _ in range(2)] == [["k0"], ["k1"]]

@@ -42,7 +42,7 @@ def test_another_machine_takes_it(tmp_path, jobs):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "night.zip"]  # nothing is left aside
     jobs.parent.rename(tmp_path / "gone")
     found = made(read_packed(tmp_path / "night.zip", tmp_path / "there"))
-    assert [job.recipe("m") for job in found] == [job.recipe("m") for job in expected]
+    assert [job.identity("m") for job in found] == [job.identity("m") for job in expected]
     assert [job.prompt for job in found] == [job.prompt for job in expected]
     assert {path.suffix for path in (tmp_path / "there").iterdir()} == {".png", ".safetensors"}
     assert all(job.image is None or job.image.startswith(str(tmp_path / "there")) for job in found)

@@ -24,8 +24,8 @@ def jobs(count, **more):
 
 def take_up(store, some, model="m", ending=".mp4"):
     for number, job in enumerate(some, 1):
-        store.stage(job, job.name + ending, number)
-    with store.taking_up(model, []) as bad:
+        store.stage(job, job.name + ending, number, "", model)
+    with store.taking_up([]) as bad:
         return list(bad)
 
 
@@ -131,10 +131,10 @@ def test_names_taken(tmp_path):
 
 def test_nothing_is_taken_up_where_the_caller_refuses(tmp_path):
     with Store(tmp_path) as store:
-        store.stage(jobs(1)[0], "k0.mp4", 1)
+        store.stage(jobs(1)[0], "k0.mp4", 1, "", "m")
 
         def refuse():
-            with store.taking_up("m", []) as bad:
+            with store.taking_up([]) as bad:
                 assert list(bad) == []
                 raise ZeroDivisionError
 
@@ -337,7 +337,7 @@ def test_folders_that_cannot_be_used(tmp_path):
     assert list((tmp_path / "elsewhere").iterdir()) == []
     with Store(tmp_path / "later") as store:
         store.connection.execute("PRAGMA user_version=99")
-    with pytest.raises(StoreError, match="got version 99, expected 2"):
+    with pytest.raises(StoreError, match="got version 99, expected 3"):
         Store(tmp_path / "later").__enter__()
     (tmp_path / "damaged" / FOLDER).mkdir(parents=True)
     (tmp_path / "damaged" / FOLDER / "jobs.db").write_bytes(b"no database" * 1000)
@@ -381,7 +381,7 @@ def test_trusted_is_the_same_job():
 def test_prompts_that_come_next(tmp_path):
     with Store(tmp_path) as store:
         take_up(store, [*jobs(3), Job(prompt="b", negative_prompt="bad", name="b")])
-        assert store.waiting_prompts(9) == [("a kite", None), ("b", "bad")]
-        assert store.waiting_prompts(1) == [("a kite", None)]
+        assert store.waiting_prompts(9, "m") == [("a kite", None), ("b", "bad")]
+        assert store.waiting_prompts(1, "m") == [("a kite", None)]
         assert store.claim(1, "cpu").tasks[0].job.name == "k0"
         assert statuses(store)["k0.mp4"] == CLAIMED

@@ -101,8 +101,8 @@ def test_a_plan_keeps_nothing_and_what_is_not_rendered_can_be_changed(tmp_path, 
     assert go(pipe, some(1, steps=3), tmp_path).done == 1  # under a name that other plans had
     with Store(tmp_path) as store:  # two that wait, of which one failed
         for number in (1, 2):
-            store.stage(described(pipe).settled(Job(**some()[number])), f"k{number}", 1)
-        with store.taking_up("m", []) as bad:
+            store.stage(described(pipe).settled(Job(**some()[number])), f"k{number}", 1, "", "m")
+        with store.taking_up([]) as bad:
             assert list(bad) == []
         store.fail(store.claim(1, "cpu").tasks[0], "no", {})
     report = go(pipe, some(steps=4)[1:], tmp_path)

@@ -162,7 +162,8 @@ def test_what_fits_is_remembered_for_how_the_model_was_loaded(tmp_path):
     settings = {"format": "png", "max_batch": 2}
     render(pipes.pipeline("wan"), [JOB], tmp_path, **settings)
     with Store(tmp_path) as store:
-        store.bound(f"cpu {store.connection.execute('SELECT shape FROM stacks').fetchone()[0]}", 1)
+        model, shape = store.connection.execute("SELECT model, shape FROM jobs JOIN stacks").fetchone()
+        store.bound(f"cpu, {model}: {shape}", 1)
     for tiling, rows in ((False, [1, 1]), (True, [2])):
         jobs = [{**JOB, "seed": seed, "name": f"{tiling} {seed}"} for seed in range(2)]
         events = []

@@ -35,8 +35,8 @@ class Night(Store):
         guidance = guidance or Guidance(Perturbation([3]))
         for seed in range(count):
             job = Job(prompt=f"{prompt} {seed}", seed=seed, name=f"clip-{seed:05}", guidance=guidance)
-            self.stage(job, Form(kind=form).file(job.name), seed + 1)
-        with self.taking_up("m", []) as bad:
+            self.stage(job, Form(kind=form).file(job.name), seed + 1, "", "m")
+        with self.taking_up([]) as bad:
             assert list(bad) == []
         self.begin("m")
         return self

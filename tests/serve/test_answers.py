@@ -109,12 +109,13 @@ def test_a_job_again_with_changes(server, night):
     night.begin_with(0)
     with Desk(night.out) as desk:
         desk.add([{"prompt": prompt, "guidance": guidance.to_dict(), "name": "own", "steps": 4}])
-    added, refused = night.take_in("m", {}, checked)
+    added, refused = night.take_in({"m": {}}, checked)
     assert (added, refused) == (1, [])
     asked = {"name": "own.mp4", "changes": {"seed": 9, "steps": None, "negative_prompt": "grey"}}
     assert ask(server, "/api/again", asked)[2] == {"done": 1}
     (entry,) = [json.loads(row["entry"]) for row in night.connection.execute("SELECT entry FROM inbox")]
     assert (entry["prompt"], entry["seed"], entry["negative_prompt"]) == (prompt, 9, "grey")
+    assert entry["model"] == "m"
     assert "steps" not in entry
     assert "name" not in entry
     assert Guidance.from_dict(entry["guidance"]) == guidance
@@ -125,7 +126,7 @@ def checked(entry, line):
     from stgfast.queue.job import Job
 
     job = Job.from_dict(json.loads(entry)).named("m")
-    return job, f"{job.name}.mp4", line, ""
+    return job, f"{job.name}.mp4", line, "", "m", {}
 
 
 def test_added_jobs_that_were_refused_are_forgotten_when_they_are_read(server, night):
@@ -172,6 +173,11 @@ def test_no_file_of_the_machine_is_named(server, night, tmp_path):
         assert "was sent to this page" in error(ask(server, "/api/add", {"job": {"prompt": "a", "image": image}}))
         again = {"name": "clip-00000.mp4", "changes": {"image": image}}
         assert "was sent to this page" in error(ask(server, "/api/again", again))
+    for model in ("no/such/model", str(tmp_path), "../m", 3, ["m"]):
+        assert "that this folder has clips of" in error(
+            ask(server, "/api/add", {"job": {"prompt": "a", "model": model}})
+        )
+    assert "what is in its file" in error(ask(server, "/api/add", {"job": {"prompt": "a", "recipe": "/etc/passwd"}}))
     for more in ({"loras": [{"path": "/etc/passwd"}]}, {"image_sha256": "0" * 64}):
         assert "field: got" in error(ask(server, "/api/add", {"job": {"prompt": "a", **more}}))
     os.symlink(tmp_path / "own.png", night.home / PACKED / ("1" * 64 + ".png"))

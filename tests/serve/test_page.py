@@ -69,6 +69,10 @@ def eventually(look, wanted=True):
         time.sleep(0.05)
 
 
+def status_of_page(browser, name):
+    return browser.execute_script("return status[arguments[0]]", name)
+
+
 def statuses(night):
     return {row["file"][:10]: row["status"] for row in night.connection.execute("SELECT file, status FROM jobs")}
 
@@ -222,6 +226,7 @@ def test_a_job_is_rendered_again_with_another_setting(browser, server, night):
     eventually(lambda: len(inbox(night)), 1)
     (entry,) = inbox(night)
     assert (entry["prompt"], entry["seed"], entry["num_frames"]) == ("a red kite 2", 40, 9)
+    assert (entry["model"], status_of_page(browser, "models")) == ("m", ["m"])
     assert entry["guidance"]["perturbations"][0]["layers"] == [3]
     assert "name" not in entry
 
