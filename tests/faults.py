@@ -572,11 +572,18 @@ FAULTS = [
         "tests/queue/test_store.py -k models tests/render/test_several_models.py",
     ),
     Fault(
-        "a model that is loaded for every job",
+        "a run that begins another model when it is to end",
         "render/rendering.py",
-        "(not crew.stopping and self.store.waiting(self.model))",
-        "(not crew.stopping and self.store.waiting(self.model) and not self.claimed)",
-        "tests/render/test_several_models.py",
+        "        self.ending = crew.stopping\n",
+        "",
+        "tests/render/test_several_models.py -k interrupted",
+    ),
+    Fault(
+        "jobs that came when the last one was done",
+        "render/rendering.py",
+        "        self.planning.take_in(self.store)  # what was added since the last look\n",
+        "",
+        "tests/render/test_several_models.py -k added",
     ),
     Fault(
         "a model that cannot be loaded, and the night with it",
@@ -781,8 +788,8 @@ FAULTS = [
     Fault(
         "a clip that is a link",
         "serve/files.py",
-        "if path.is_symlink():  # it leads anywhere",
-        "if not path.parent:",
+        "if path.is_symlink() or not path.is_file() or path.suffix",
+        "if not path.is_file() or path.suffix",
         "tests/serve/test_answers.py -k leaves",
     ),
     Fault(

@@ -25,13 +25,12 @@ def clip_of(state: State, file: str, frame: int | None = None) -> Path | None:
     if state.connection.execute(query, (file, DONE)).fetchone() is None:
         return None
     path = state.out / file
-    if path.is_symlink():  # it leads anywhere
-        return None
     if frame is not None:
         frames = frames_of(path)
         path = frames[frame] if 0 <= frame < len(frames) else path
-    regular = path.is_file() and not path.is_symlink() and path.suffix.lower() in TYPES
-    return path if regular else None
+    if path.is_symlink() or not path.is_file() or path.suffix.lower() not in TYPES:  # a link leads anywhere
+        return None
+    return path
 
 
 def frames_of(path: Path) -> list[Path]:

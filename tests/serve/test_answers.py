@@ -15,6 +15,7 @@ from stgfast import Guidance, Perturbation
 from stgfast.cli import main
 from stgfast.queue.desk import Desk
 from stgfast.queue.state import PACKED
+from stgfast.serve.files import clip_of
 from tests.serve.night import Night, ask, frames, served
 
 JSON = {"Content_Type": "application/json"}
@@ -243,6 +244,9 @@ def test_no_path_leaves_the_folder(server, night, tmp_path):
             if path != "/":
                 assert status in (404, 405), path
                 assert b"secret" not in (said if isinstance(said, bytes) else b"")
+        with Desk(night.out) as desk:
+            assert clip_of(desk, file) is None
+            assert clip_of(desk, file, 0) is None
         assert ask(server, "/api/jobs")[0] == 200
     for path in ("/clips/unlisted.mp4", "/clips/clip-00001.mp4/0", "/clips/..%2f..%2fetc%2fpasswd", "/clips/%00.mp4"):
         assert ask(server, path)[0] == 404
