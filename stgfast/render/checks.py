@@ -8,7 +8,7 @@ import functools
 import inspect
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stgfast.batching.execution import AS_IT_IS
 from stgfast.errors import SettingsError, wrong
@@ -17,10 +17,8 @@ from stgfast.queue.batches import stack_of
 from stgfast.queue.job import Job
 from stgfast.render.calls import RATES, arguments_of, frames_argument
 from stgfast.render.loras import lacking
+from stgfast.render.models import Model
 from stgfast.solvers import SOLVERS, check_solver
-
-if TYPE_CHECKING:
-    from stgfast.render.models import Model
 
 # What pipelines call how many frames their VAE makes of one.
 STEPS = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_frame_scale_factor")
@@ -29,6 +27,7 @@ CHECKED = 10_000  # calls that are remembered
 
 def check(model: Model, job: Job) -> None:
     """What this pipeline cannot do of a job."""
+    job = model.completed(job)
     _check_fields(model, job)
     key = f"{stack_of(job)} {bool(job.prompt)} {json.dumps(job.recipe)}"
     if key not in model.checked:  # jobs differ in prompts and seeds above all

@@ -22,7 +22,6 @@ from stgfast.integrations.spec import Adapter
 from stgfast.queue.job import Job
 from stgfast.recipes import Recipe
 from stgfast.render.calls import FRAMES, RATES
-from stgfast.render.checks import check
 from stgfast.render.loading import BY_NAME, USUAL, Loading, check_folder, fingerprint, given_to, read_json, recipe_of
 from stgfast.render.skeleton import skeleton
 
@@ -88,7 +87,7 @@ class Model:
         guidance of the pipeline, or the default of the model, which may be another one in another version. Pipelines
         that ask for their weak branches themselves have settings of their own in its place. A recipe becomes what it
         says: solver, steps and reuse."""
-        job = self._completed(job)
+        job = self.completed(job)
         recipe, guidance = self._recipe_of(job), job.guidance or self.given
         if guidance is None and self.adapter.announced is None:
             guidance = self.adapter.defaults
@@ -97,7 +96,8 @@ class Model:
             job = dataclasses.replace(job, steps=steps, recipe=None, solver=recipe.solver)
         return dataclasses.replace(job, guidance=guidance, model="")
 
-    def _completed(self, job: Job) -> Job:
+    def completed(self, job: Job) -> Job:
+        """The job with the settings of a model that comes by name."""
         own = dict(NAMED[self.name].job) if self.name in NAMED else {}
         if job.recipe is not None or self.recipe is not None:
             own.pop("steps", None)
@@ -127,10 +127,6 @@ class Model:
             own = str(layout.denoiser.dtype).removeprefix("torch.")
         made = {"dtype": loading.number_type(own), "revision": self.revision}
         return {name: value for name, value in made.items() if value}
-
-    def check(self, job: Job) -> None:
-        """What this pipeline cannot do of a job."""
-        check(self, self._completed(job))
 
     @property
     def adapter(self) -> Adapter:

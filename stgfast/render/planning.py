@@ -19,6 +19,7 @@ from stgfast.queue.readers import Bad, Line, checked, read
 from stgfast.queue.state import DONE, PACKED
 from stgfast.queue.store import WAITS, Store
 from stgfast.queue.taking import Staged, trusted
+from stgfast.render.checks import check
 from stgfast.render.files import Form, metadata_of, read_frames
 from stgfast.render.loading import Loading, execution_of
 from stgfast.render.models import Model
@@ -47,7 +48,7 @@ class Part:
 
     def staged(self, job: Job, line: int) -> Staged:
         """A job as it is rendered, or what this model cannot do of it."""
-        self.model.check(job)
+        check(self.model, job)
         if job.loras and self.compiled:
             raise wrong("loras", len(job.loras), "none with compiled blocks: these do not change")
         job = self.model.settled(job).named(self.model.name, self.made)
@@ -155,14 +156,14 @@ class Planning:
             with contextlib.suppress(SettingsError):  # which is said of each of its jobs
                 self.parts.of(name)  # now, and not while the folder is locked: it may be on the hub
 
-        def check(entry: str, number: int) -> Staged:
+        def staged(entry: str, number: int) -> Staged:
             line = checked(number, json.loads(entry), base=Path(), defaults=self.defaults)
             if isinstance(line, Bad):
                 raise SettingsError(line.why)
             (job,) = line.jobs
             return self.parts.of(job.model).staged(job, number)
 
-        new, refused = store.take_in(self.parts.models, check)
+        new, refused = store.take_in(self.parts.models, staged)
         if new:
             self.tell("added", jobs=new)
         for line, why in refused:
@@ -223,5 +224,5 @@ def jobs_of(model: Model, prompts: Sequence[str], clips: int, seed: int, default
         if isinstance(line, Bad):
             raise SettingsError(line.why)
         for job in line.jobs:
-            model.check(job)
+            check(model, job)
             yield model.settled(job)

@@ -17,6 +17,7 @@ from stgfast.queue.job import Job
 from stgfast.queue.state import FOLDER
 from stgfast.queue.store import Store
 from stgfast.render import loading, texts, worker
+from stgfast.render.checks import check
 from stgfast.render.files import metadata_of, remark_on
 from stgfast.render.models import described
 from stgfast.render.planning import BadJobs
@@ -169,8 +170,8 @@ def test_a_rate_of_frames(tmp_path):
     job = {"prompt": "a", "guidance": {"perturbations": [{"layers": [1]}]}}
     for rate in (0, -1, "x"):
         with pytest.raises(SettingsError, match="frame_rate: got"):
-            model.check(Job.from_dict({**job, "pipeline": {"frame_rate": rate}}))
-    model.check(Job.from_dict({**job, "pipeline": {"frame_rate": 12}}))
+            check(model, Job.from_dict({**job, "pipeline": {"frame_rate": rate}}))
+    check(model, Job.from_dict({**job, "pipeline": {"frame_rate": 12}}))
 
 
 def test_clips_whose_list_was_lost_are_found_again(tmp_path, pipe):

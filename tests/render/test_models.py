@@ -10,6 +10,7 @@ import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.errors import SettingsError, UnsupportedPipelineError
 from stgfast.queue.job import Job
+from stgfast.render.checks import check
 from stgfast.render.loading import Loading
 from stgfast.render.models import NAMED, Model, described
 from tests.render import pipes
@@ -166,10 +167,10 @@ def test_what_a_pipeline_cannot_do_is_known_at_once(kind, job, message, tmp_path
     model = Model("m", getattr(diffusers, kind))
     job = Job(prompt="a", **job)
     if message is None:
-        model.check(job)
+        check(model, job)
     else:
         with pytest.raises(SettingsError, match=message):
-            model.check(job)
+            check(model, job)
 
 
 def test_frames_in_a_second():

@@ -1,6 +1,7 @@
 """The page that lives, in a browser."""
 
 import http.server
+import itertools
 import signal
 import subprocess
 import sys
@@ -290,6 +291,16 @@ def test_nothing_of_a_job_is_code_and_it_is_readable(browser, tmp_path, size):
             for which, wrong in (low, small):
                 found = f"return [...document.querySelectorAll('{which}')].filter(e => {wrong}).length"
                 assert browser.execute_script(found) == 0
+            # Nothing of a card is over another part of it.
+            within = "[...document.querySelector('article').querySelectorAll('.media, .prompt, .chips, .small, .row')]"
+            tops = browser.execute_script(
+                f"return {within}.map(e => e.getBoundingClientRect()).map(b => [b.top, b.bottom])"
+            )
+            inner = browser.execute_script(
+                "const video = document.querySelector('article video').getBoundingClientRect(); return video.bottom"
+            )
+            assert all(above[1] <= below[0] for above, below in itertools.pairwise(tops))
+            assert inner <= tops[0][1]
             assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []
 
 
