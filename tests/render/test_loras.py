@@ -13,6 +13,7 @@ from stgfast.queue.job import Job
 from stgfast.queue.pack import pack
 from stgfast.queue.readers import Bad, read
 from stgfast.render import models
+from stgfast.render.checks import check
 from stgfast.render.files import metadata_of, read_frames
 from stgfast.render.planning import BadJobs
 from stgfast.render.run import render
@@ -160,7 +161,7 @@ def test_what_is_wrong_is_said(files, given, why):
 def test_pipelines_and_runs_that_take_none(tmp_path, files, monkeypatch):
     used = [{"path": str(files / "one.safetensors")}]
     with pytest.raises(SettingsError, match="loras: got 1, expected none: LattePipeline takes none"):
-        models.Model("m", LattePipeline).check(Job(prompt="a", loras=used))
+        check(models.Model("m", LattePipeline), Job(prompt="a", loras=used))
     pipe = accelerate(pipes.pipeline("wan"), Guidance(Perturbation([1])), compile=True)
     with pytest.raises(BadJobs, match="loras: got 1, expected none with compiled blocks"):
         go(pipe, write(files, [job(0, *LOOKS[1])]), tmp_path)
