@@ -15,6 +15,7 @@ Every comparison is recorded; `pytest --tightest` prints those that come closest
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -22,7 +23,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 EXACT = 1e-10
 FACTOR = 6.0
@@ -34,55 +34,92 @@ compared: list[tuple[float, float]] = []  # (error, budget) of the test that run
 
 
 F32, F64 = torch.float32, torch.float64
-DRAWN = {torch.randn, torch.rand}
-DRAWN_INTO = {torch.Tensor.normal_, torch.Tensor.uniform_}
-DRAWN_INTO |= {each for name, each in vars(torch.nn.init).items() if name.endswith("_") and callable(each)}
+INIT = [(torch.nn.init, name) for name, each in vars(torch.nn.init).items() if name.endswith("_") and callable(each)]
+DRAWN = [(torch, "randn"), (torch, "rand")]
+DRAWN_INTO = [(torch.Tensor, "normal_"), (torch.Tensor, "uniform_"), *INIT]
+# Whatever may ask for float32. What is not here shows itself: nothing in float32 is exact.
+TYPED = [
+    *((torch.Tensor, name) for name in ("to", "type", "softmax", "sum", "mean", "cumsum", "new_tensor", "new_zeros")),
+    *((torch, name) for name in ("arange", "linspace", "logspace", "zeros", "ones", "full", "empty", "eye", "tensor")),
+    *((torch, name) for name in ("as_tensor", "asarray", "zeros_like", "ones_like", "full_like", "empty_like")),
+    *((torch, name) for name in ("promote_types", "softmax", "sum", "mean", "cumsum")),
+    *((torch.nn.functional, "softmax"), (torch.linalg, "vector_norm"), (torch._C._nn, "_parse_to")),
+]
 
 
-class _Numbers(TorchFunctionMode):
-    """Random numbers are the same for every type; with `wide`, whatever asks for float32 is given float64."""
+def _typed(function: Any) -> Any:
+    """In float64 where float32 is asked for."""
 
-    def __init__(self, wide: bool):
-        super().__init__()
-        self.wide = wide
+    @functools.wraps(function)
+    def wide(*args: Any, **kwargs: Any) -> Any:
+        for arg in args:
+            if arg is F32:
+                args = tuple(F64 if each is F32 else each for each in args)
+                break
+        if kwargs and kwargs.get("dtype") is F32:
+            kwargs["dtype"] = F64
+        return function(*args, **kwargs)
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in DRAWN_INTO:
-            into, *others = kwargs.pop("tensor", None), *args
-            into = others.pop(0) if into is None else into
-            with torch.no_grad():
-                return into.copy_(func(torch.empty_like(into, dtype=F32), *others, **kwargs))
-        if func in DRAWN:
-            dtype = kwargs.get("dtype") or torch.get_default_dtype()
-            drawn = func(*args, **{**kwargs, "dtype": F32})
-            return drawn.to(F64 if self.wide and dtype is F32 else dtype)
-        if self.wide:
-            if func is torch.Tensor.float:
-                func = torch.Tensor.double
-            for arg in args:
-                if arg is F32:
-                    args = tuple(F64 if each is F32 else each for each in args)
-                    break
-            if kwargs.get("dtype") is F32:
-                kwargs = {**kwargs, "dtype": F64}
-        return func(*args, **kwargs)
+    return wide
+
+
+def _drawn(function: Any, wide: bool) -> Any:
+    """Random numbers that are the same for every type."""
+
+    @functools.wraps(function)
+    def drawn(*args: Any, **kwargs: Any) -> Any:
+        dtype = kwargs.get("dtype") or torch.get_default_dtype()
+        return _to(function(*args, **{**kwargs, "dtype": F32}), F64 if wide and dtype is F32 else dtype)
+
+    return drawn
+
+
+def _drawn_into(function: Any) -> Any:
+    @functools.wraps(function)
+    def drawn(*args: Any, **kwargs: Any) -> Any:
+        into, *others = kwargs.pop("tensor", None), *args
+        into = others.pop(0) if into is None else into
+        if into.dtype is F32:
+            return function(into, *others, **kwargs)
+        with torch.no_grad():
+            return into.copy_(function(_empty_like(into, dtype=F32), *others, **kwargs))
+
+    return drawn
 
 
 def _from_numpy(array: Any, from_numpy: Any = torch.from_numpy) -> Tensor:
     made: Tensor = from_numpy(array)
-    return made.to(torch.float64) if made.dtype is torch.float32 else made
+    return _to(made, F64) if made.dtype is F32 else made
+
+
+_to, _empty_like = torch.Tensor.to, torch.empty_like
+
+
+def _replacements() -> dict[bool, list[tuple[Any, str, Any]]]:
+    """What stands in for functions of torch, in float64 (True) and in other numbers."""
+    into = [(*at, _drawn_into(getattr(*at))) for at in DRAWN_INTO]
+    found = {wide: [*into, *((*at, _drawn(getattr(*at), wide)) for at in DRAWN)] for wide in (False, True)}
+    found[True] += [(*at, _typed(getattr(*at))) for at in TYPED if hasattr(*at)]
+    found[True] += [(torch.Tensor, "float", torch.Tensor.double), (torch, "from_numpy", _from_numpy)]
+    return found
+
+
+REPLACEMENTS = _replacements()
 
 
 @contextmanager
 def computing_in(dtype: torch.dtype) -> Iterator[None]:
-    """Within the block, models and pipelines that are in these numbers stay in them; in float64, all through."""
+    """Within the block, models and pipelines that are in these numbers stay in them; in float64, all through.
+
+    Functions of torch are replaced one by one: a mode that is asked about all of them takes a quarter of a test's time.
+    """
+    wide = dtype is F64
     with ExitStack() as stack:
-        if dtype is torch.float64:
+        if wide:
             stack.callback(torch.set_default_dtype, torch.get_default_dtype())
             torch.set_default_dtype(dtype)
-            stack.enter_context(mock.patch("torch.from_numpy", _from_numpy))  # which no mode is asked about
-        stack.enter_context(_Numbers(wide=dtype is torch.float64))
+        for owner, name, function in REPLACEMENTS[wide]:
+            stack.enter_context(mock.patch.object(owner, name, function))
         yield
 
 

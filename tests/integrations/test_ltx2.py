@@ -38,7 +38,7 @@ CONNECTORS = {
 }
 VAE = {
     **{"latent_channels": 4, "block_out_channels": (8,), "decoder_block_out_channels": (8,), "layers_per_block": (1,)},
-    **{"decoder_layers_per_block": (1, 1), "spatio_temporal_scaling": (True,), "patch_size": 1, "patch_size_t": 1},
+    **{"decoder_layers_per_block": (1, 1), "spatio_temporal_scaling": (True,), "patch_size": 2, "patch_size_t": 1},
     **{"decoder_spatio_temporal_scaling": (True,), "decoder_inject_noise": (False, False)},
     **{"downsample_type": ("spatial",), "upsample_residual": (False,), "upsample_factor": (1,)},
     **{"down_block_types": ("LTX2VideoDownBlock3D",), "upsample_type": ("spatiotemporal",)},
