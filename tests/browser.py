@@ -30,10 +30,19 @@ def opened_browser(*flags):
         made.quit()
 
 
-@pytest.fixture(scope="module")
-def browser():
+@pytest.fixture(scope="session")
+def one_browser():
+    """For all tests, since it takes a second to start."""
     with opened_browser() as made:
         yield made
+
+
+@pytest.fixture
+def browser(one_browser):
+    """With nothing in it of the test before."""
+    one_browser.get("about:blank")
+    one_browser.get_log("browser")
+    return one_browser
 
 
 def until(browser, script, seconds=10):

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
 from tests import again, precision  # noqa: E402
+from tests.browser import browser, one_browser  # noqa: E402, F401
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the models are tiny, and tests run side by side
 # `NO_SHRINK`: that a test fails is enough.

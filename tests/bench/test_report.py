@@ -6,9 +6,7 @@ import pytest
 
 from stgfast.bench import report
 from stgfast.cli import main
-from tests.browser import browser, until
-
-__all__ = ["browser"]
+from tests.browser import until
 
 COMMON = {"device": "CPU, some </script>", "clock": "processor time", "torch": "2.13.0", "commit": "0123456789ab"}
 

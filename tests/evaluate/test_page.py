@@ -4,10 +4,8 @@ import pytest
 
 from stgfast import Guidance, Perturbation
 from stgfast.cli import main
-from tests.browser import browser, until
+from tests.browser import until
 from tests.evaluate.test_run import folder, jobs
-
-__all__ = ["browser"]
 
 
 def settings():

@@ -11,9 +11,7 @@ from stgfast.queue.job import Job
 from stgfast.queue.store import Row
 from stgfast.render.files import Form, write
 from stgfast.render.gallery import write_gallery
-from tests.browser import browser, until
-
-__all__ = ["browser"]
+from tests.browser import until
 
 HOSTILE = "</script><img src=x onerror=document.title='taken'><script>document.title='taken'</script> \u2028 & \"'"
 

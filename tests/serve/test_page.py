@@ -15,10 +15,8 @@ import pytest
 from stgfast.queue.desk import Desk
 from stgfast.queue.state import CANCELLED, PENDING
 from stgfast.queue.status import status_of
-from tests.browser import browser, opened_browser, until
+from tests.browser import opened_browser, until
 from tests.serve.night import Night, ask, served, watched
-
-__all__ = ["browser"]
 
 HOSTILE = "</script><img src=x onerror=document.title='taken'><script>document.title='taken'</script> {{7*7}} \u2028"
 
@@ -277,7 +275,6 @@ def test_nothing_of_a_job_is_code_and_it_is_readable(browser, tmp_path, size):
         night.connection.execute("UPDATE inbox SET error = ?", (HOSTILE,))
         with served(tmp_path) as address:
             opened(browser, address, size)
-            browser.get_log("browser")  # what other pages have said
             until(browser, "document.querySelector('article video')?.readyState > 0")
             assert "</script><img" in browser.find_element("id", "added").text
             press(browser, "Again")
@@ -378,7 +375,6 @@ def test_twenty_thousand_jobs(browser, tmp_path):
         night.begin_with(20_000)
         with served(tmp_path) as address:
             browser.set_window_size(1280, 900)
-            browser.get("about:blank")
             began = time.monotonic()
             browser.get(f"http://{address}/")
             until(browser, "document.querySelectorAll('article').length")

@@ -10,7 +10,7 @@ import stgfast
 from stgfast import Recipe, SettingsError, cli, toy
 from stgfast.tune import run as tuning
 from stgfast.tune.run import PAGE, RECIPE, STATE, tune
-from tests.browser import browser, until  # noqa: F401
+from tests.browser import until
 
 pytestmark = pytest.mark.xdist_group("tune")  # one search for all of them
 PROMPTS = toy.PROMPTS[:2]
@@ -85,7 +85,7 @@ def test_when_time_is_out_all_are_known_alike(tmp_path):
     assert tuned.chosen is tuned.usual
 
 
-def test_the_page_shows_all_of_it(made, browser):  # noqa: F811
+def test_the_page_shows_all_of_it(made, browser):
     browser.get((made.out / PAGE).as_uri())
     assert until(browser, "document.querySelectorAll('tbody tr').length") == len(made.trials)
     assert browser.execute_script("return document.querySelectorAll('video').length") == 3 * len(PROMPTS)
