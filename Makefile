@@ -4,7 +4,8 @@ VENV := .venv
 READY := $(VENV)/.ready
 # One more than there are processors: some tests wait for processes that they started.
 WORKERS = $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
-RUN := OMP_NUM_THREADS=1 $(VENV)/bin/python
+# Compiled modules are kept, whatever the shell says: tests start some fifty processes, and each would compile them again.
+RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python
 
 .PHONY: demo test test-all lint bench clean
 
