@@ -132,9 +132,10 @@ class Store(Taking):
             os.close(lock)
 
     def begin(self, model: str) -> None:
-        """This run is on, for whoever looks."""
+        """This run is on, and has this model, for whoever looks."""
         values = (self.runner, os.getpid(), socket.gethostname(), model, time.time())
-        self.connection.execute("INSERT OR REPLACE INTO runs VALUES (?, ?, ?, ?, ?)", values)
+        change = "INSERT INTO runs VALUES (?, ?, ?, ?, ?) ON CONFLICT (runner) DO UPDATE SET model = excluded.model"
+        self.connection.execute(change, values)
 
     def renders_within(self) -> None:
         """Jobs are rendered in this process, and may take it down."""

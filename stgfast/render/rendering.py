@@ -75,6 +75,7 @@ class Rendering:
         """
         while not self.ending and (self.store.waiting() or self.stays or self.store.elsewhere()):
             self.model, self.claimed = self.store.next_model() or first, False
+            self.store.begin(self.model)
             try:
                 self._work(crew_for(self.model))
             except (SettingsError, UnsupportedPipelineError, DeviceError) as error:

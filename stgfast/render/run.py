@@ -193,7 +193,6 @@ def render(
             if verify:
                 planning.verify(store)
             if store.waiting() or store.elsewhere() or wait:
-                store.begin(", ".join(parts.models))
                 crews = Crews(store, parts, events.tell, loading, form, fps is None, bars, same_process, others)
                 rendering.work(lambda name: crews.of(name, ray, actors), next(iter(parts.models)))
             rendering.page()

@@ -17,6 +17,7 @@ from stgfast.errors import SettingsError
 from stgfast.integrations import ADAPTERS
 from stgfast.queue.desk import Desk
 from stgfast.queue.state import CLAIMED
+from stgfast.queue.status import status_of
 from stgfast.queue.store import Store
 from stgfast.recipes import Recipe, model_of
 from stgfast.render.files import metadata_of
@@ -147,8 +148,12 @@ def test_the_night_goes_on_without_a_model_that_cannot_be_loaded(folders, tmp_pa
 def test_an_added_job_may_name_another_model(folders, tmp_path):
     events, added = [], threading.Event()
 
+    loaded = set()
+
     def listener(event):
         events.append(event)
+        with Desk(tmp_path) as desk:
+            loaded.update(run["model"] for run in status_of(desk).runs)
         if event["event"] == "done" and not added.is_set():
             added.set()
             with Desk(tmp_path) as desk:
@@ -165,6 +170,7 @@ def test_an_added_job_may_name_another_model(folders, tmp_path):
     (refused,) = told(events, "refused")
     assert "model: got" in refused["error"]
     assert [event["model"] for event in told(events, "loading")] == [str(folders / name) for name in ("wan", "ltx")]
+    assert loaded == {str(folders / name) for name in ("wan", "ltx")}  # one after the other
     assert metadata_of(tmp_path / "ltx.npz")["model"] == str(folders / "ltx")
     assert metadata_of(tmp_path / "own.npz")["model"] == str(folders / "wan")
 
