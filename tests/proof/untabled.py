@@ -349,6 +349,24 @@ def controlled(prompts, cfg=True):
 
 
 # What builds one, its call, and what is said.
+def in_a_list(other=False):
+    torch.manual_seed(1)
+    sizes = {"in_channels": 4, "dim": 32, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
+    axes = {"axes_dims": [4, 6, 6], "axes_lens": [64, 32, 32]}
+    model = diffusers.ZImageTransformer2DModel(**sizes, **axes, cap_feat_dim=16)
+    models.spread(model)
+    vae = diffusers.AutoencoderKL(latent_channels=4, block_out_channels=(8,), norm_num_groups=4).eval()
+    parts = {"text_encoder": None, "tokenizer": None, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler()}
+    return silent(diffusers.ZImagePipeline(**parts, vae=vae, transformer=model.eval()))
+
+
+def of_lists(prompts, cfg=True):
+    generator = torch.Generator().manual_seed(0)
+    embeds = {f"{side}prompt_embeds": [torch.randn(7, 16, generator=generator)] for side in ("", "negative_")}
+    sizes = {"height": 32, "width": 32, "num_inference_steps": 2, "output_type": "latent"}
+    return {**embeds, **sizes, "generator": torch.Generator().manual_seed(0)}
+
+
 REFUSED = {
     "AnyFlowFARPipeline": (
         with_cache,
@@ -366,6 +384,7 @@ REFUSED = {
         of_a_video,
         "makes 2 steps, which nothing on the pipeline says",
     ),
+    "ZImagePipeline": (in_a_list, of_lists, "its denoiser takes no tensor of samples by name"),
     "QwenImagePipeline": (normed, of_masked_embeds, "the pipeline's own step, by the formula with rescale 0"),
 }
 BROKEN = easyanimate.builder(diffusers.EasyAnimateControlPipeline, in_channels=8), controlled
