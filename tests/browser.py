@@ -39,7 +39,8 @@ def one_browser():
 
 @pytest.fixture
 def browser(one_browser):
-    """With nothing in it of the test before."""
+    """With nothing of the test before: no page, no log, no size."""
+    one_browser.set_window_size(1280, 900)
     one_browser.get("about:blank")
     one_browser.get_log("browser")
     return one_browser
