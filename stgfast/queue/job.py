@@ -398,9 +398,11 @@ def _slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:40].strip("-") or "clip"
 
 
-def shown(value: object) -> str:
-    """A value in a message, which stays short whatever came."""
+def shown(value: object) -> object:
+    """A value in a message, which stays short whatever came; a number is one, and no text."""
     if isinstance(value, int) and abs(value) > 10**30:
         return "a number of more than 30 digits"
-    text = str(value) if isinstance(value, (str, int, float)) else type(value).__name__
+    if isinstance(value, int | float):
+        return value
+    text = value if isinstance(value, str) else type(value).__name__
     return text if len(text) <= 60 else f"{text[:60]}... ({len(text)} characters)"

@@ -77,7 +77,7 @@ def test_what_is_wrong_is_not_added(tmp_path):
         count, bad = desk.add(path)
         assert (count, [line.number for line in bad]) == (0, [2])
         assert status_of(desk).inbox == 0
-        with pytest.raises(SettingsError, match="priority: got '1001'"):
+        with pytest.raises(SettingsError, match="priority: got 1001"):
             desk.add([{"prompt": "a"}], priority=1001)
 
 

@@ -73,7 +73,7 @@ BAD = {
     '{"prompt": "a", "stepps": 3}': "expected 'steps';",
     '{"prompt": "a", "num_inference_steps": 3}': "'steps'",
     '{"prompt": ""}': "what to render, in words",
-    '{"prompt": 7}': "prompt: got '7', expected text",
+    '{"prompt": 7}': "prompt: got 7, expected text",
     '{"prompt": "a\\u0000"}': "control character U+0000",
     '{"prompt": "\\ud800"}': "control character U+D800",
     '{"prompt": "a", "seed": -1}': "whole number from 0",

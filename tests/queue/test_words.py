@@ -72,7 +72,7 @@ def test_variables(tmp_path):
         ({"vars": {"a": "$b", "b": "$a"}, "prompt": "a"}, "an entry of its own"),
         ({"vars": {"1a": "x"}}, "a name of letters"),
         ({"vars": {"a": []}}, "$a: got 'list', expected text, or a list of 1 to"),
-        ({"vars": {"a": [1]}}, "$a: got '1', expected text"),
+        ({"vars": {"a": [1]}}, "$a: got 1, expected text"),
         ({"vars": {"a": {"file": "none.txt"}}}, "$a: got 'none.txt', expected a text file"),
         ({"vars": {"a": {"file": "../outside.txt"}}}, "$a: got '../outside.txt', expected a text file"),
         ({"vars": {"a": {"file": "/etc/hostname"}}}, "$a: got '/etc/hostname', expected a text file"),

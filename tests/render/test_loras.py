@@ -137,18 +137,18 @@ def test_an_archive_is_rendered(tmp_path, files):
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        (3, "loras: got '3', expected a list such as"),
-        ([3], "loras: got '3', expected a list such as"),
+        (3, "loras: got 3, expected a list such as"),
+        ([3], "loras: got 3, expected a list such as"),
         ([{"weight": 1}], "loras: got 'dict', expected a list such as"),
         ([{"path": "one.safetensors", "wieght": 1}], "loras: got 'dict', expected a list such as"),
         ([{"path": "one.safetensors"}] * 9, "of 8 at most"),
         ([{"path": "one.safetensors", "weight": "x"}], "weight of a LoRA: got 'x', expected a number from -10 to 10"),
-        ([{"path": "one.safetensors", "weight": float("1e9")}], "weight of a LoRA: got '1000000000.0'"),
+        ([{"path": "one.safetensors", "weight": float("1e9")}], "weight of a LoRA: got 1000000000.0"),
         ([{"path": "none.safetensors"}], "a .safetensors file that can be read (No such file or directory)"),
         ([{"path": "one.bin"}], "expected a .safetensors file that can be read"),
         ([{"path": "empty.safetensors"}], "a whole .safetensors file"),
         ([{"path": "https://x/y.safetensors"}], "expected a file"),
-        ([{"path": "one.safetensors", "second": 1}], "second of a LoRA: got '1', expected true or false"),
+        ([{"path": "one.safetensors", "second": 1}], "second of a LoRA: got 1, expected true or false"),
     ],
 )
 def test_what_is_wrong_is_said(files, given, why):
