@@ -349,6 +349,29 @@ def controlled(prompts, cfg=True):
 
 
 # What builds one, its call, and what is said.
+def with_audio(other=False):
+    torch.manual_seed(1)
+    sizes = {"in_visual_dim": 4, "out_visual_dim": 4, "in_audio_dim": 4, "out_audio_dim": 4, "axes_dims": (4, 6, 6)}
+    widths = {"model_dim": 32, "model_dim_a": 32, "ff_dim": 32, "ff_dim_a": 32, "time_dim": 16, "time_dim_a": 16}
+    texts = {"in_text_dim": 16, "in_text_dim2": 8, "num_text_blocks": 1, "num_visual_blocks": 3, "axes_dims_a": (16,)}
+    model = diffusers.Kandinsky6Transformer3DModel(**sizes, **widths, **texts)
+    models.spread(model)
+    narrow = {"latent_channels": 4, "block_out_channels": (4, 4, 4, 4), "layers_per_block": 1, "norm_num_groups": 2}
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    vae = diffusers.AutoencoderKLHunyuanVideo(**narrow).eval()
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    return silent(diffusers.Kandinsky6TI2VAPipeline(model.eval(), vae, scheduler=scheduler, **parts))
+
+
+def of_both_texts(prompts, cfg=True):
+    generator = torch.Generator().manual_seed(0)
+    made = {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"}
+    for side in ("", "negative_"):
+        made[f"{side}prompt_embeds"] = torch.randn(1, 7, 16, generator=generator)
+        made[f"{side}pooled_prompt_embeds"] = torch.randn(1, 8, generator=generator)
+    return {**made, "sample_audio": False, "generator": torch.Generator().manual_seed(0)}
+
+
 def in_a_list(other=False):
     torch.manual_seed(1)
     sizes = {"in_channels": 4, "dim": 32, "n_layers": 4, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
@@ -384,6 +407,7 @@ REFUSED = {
         of_a_video,
         "makes 2 steps, which nothing on the pipeline says",
     ),
+    "Kandinsky6TI2VAPipeline": (with_audio, of_both_texts, "its blocks pass on nothing that the next one takes"),
     "ZImagePipeline": (in_a_list, of_lists, "its denoiser takes no tensor of samples by name"),
     "QwenImagePipeline": (normed, of_masked_embeds, "the pipeline's own step, by the formula with rescale 0"),
 }
