@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,6 +62,7 @@ class Model:
     trusted: bool = False
     parameters: dict[str, inspect.Parameter] = field(default_factory=dict)
     checked: set[str] = field(default_factory=set, compare=False)  # calls that nothing is wrong with
+    recipes: dict[str, Recipe] = field(default_factory=dict, compare=False)  # of jobs, found right for this model
     given: Guidance | None = None  # what the pipeline that was handed over, or is built, is accelerated with
     build: Callable[[], Any] | None = None  # of a model that comes by a name of its own
     recipe: Recipe | None = None  # that the pipeline that was handed over has
@@ -112,12 +114,15 @@ class Model:
             return self.recipe
         if self.recipe is not None:
             raise SettingsError("recipe: got one, expected none: the pipeline has another")
-        recipe = Recipe.from_dict(job.recipe)
-        if self.skeleton is None:
-            recipe.check_pipeline(self.adapter.pipeline)
-        else:
-            recipe.check_model(self.skeleton, self.adapter)
-        return recipe
+        key = json.dumps(job.recipe)
+        if key not in self.recipes:  # which many jobs share
+            recipe = Recipe.from_dict(job.recipe)
+            if self.skeleton is None:
+                recipe.check_pipeline(self.adapter.pipeline)
+            else:
+                recipe.check_model(self.skeleton, self.adapter)
+            self.recipes[key] = recipe
+        return self.recipes[key]
 
     def made(self, loading: Loading) -> dict[str, Any]:
         """What else decides a clip: the type of numbers, the version of the model's files."""

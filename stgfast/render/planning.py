@@ -65,9 +65,9 @@ class Parts:
 
     def of(self, name: str) -> Part:
         """That of a job, by the name in it; '' for the run's own."""
-        if not name and self.first is None:
-            raise wrong("model", None, "one for this job, or --model for all that name none")
-        if not name and self.first is not None:
+        if not name:
+            if self.first is None:
+                raise wrong("model", None, "one for this job, or --model for all that name none")
             return self.first
         if name not in self.named and name not in self.wrong:
             try:
