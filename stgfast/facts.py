@@ -18,7 +18,7 @@ from stgfast.call import settle
 from stgfast.errors import EngineError
 from stgfast.guidance import Guidance
 from stgfast.installed import INSTALLED, Installed, original_class, settled
-from stgfast.integrations import ADAPTERS
+from stgfast.integrations import known_class
 from stgfast.integrations.spec import Adapter, Fitted
 from stgfast.integrations.steps import CallArguments
 from stgfast.perturbation import Perturbation
@@ -53,7 +53,7 @@ def sure(
 
 def may_be_found(pipe: Any, cls: type[Any]) -> bool:
     """Whether a pipeline is of no class in the table, and looks like one whose facts can be found."""
-    if any(parent.__name__ in ADAPTERS for parent in cls.__mro__):
+    if known_class(cls) is not None:
         return False
     models = [part for part in vars(pipe).values() if isinstance(part, nn.Module)]
     return hasattr(getattr(pipe, "scheduler", None), "step") and any(lists_of(unwrapped(model)) for model in models)

@@ -10,7 +10,7 @@ import functools
 from typing import Any, TypeVar
 
 from stgfast.errors import SettingsError, wrong
-from stgfast.integrations import ADAPTERS
+from stgfast.integrations import ADAPTERS, known_class
 
 Pipe = TypeVar("Pipe")
 REPLACED = "_stgfast_scheduler"  # of a pipeline: the scheduler that it had before
@@ -43,9 +43,10 @@ def check_solver(pipe: Any, name: str) -> None:
     """Whether this pipeline's steps can be made by this solver."""
     if name not in SOLVERS:
         raise wrong("solver", name, f"one of {', '.join(SOLVERS)}")
-    known = next((ADAPTERS[cls.__name__] for cls in type(pipe).__mro__ if cls.__name__ in ADAPTERS), None)
-    if known is not None and known.own_solver:
-        raise SettingsError(f"solver of {type(pipe).__name__}: got {name!r}, expected its own: {known.own_solver}")
+    known = known_class(type(pipe))
+    own_solver = None if known is None else ADAPTERS[known.__name__].own_solver
+    if own_solver:
+        raise SettingsError(f"solver of {type(pipe).__name__}: got {name!r}, expected its own: {own_solver}")
     own = vars(pipe).get(REPLACED, vars(pipe)["scheduler"])
     if type(own).__name__ != TAKES:
         raise SettingsError(f"scheduler of {type(pipe).__name__}: got {type(own).__name__}, expected {TAKES}")

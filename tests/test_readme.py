@@ -49,7 +49,15 @@ MADE = {
 }
 
 
-@pytest.mark.parametrize(("script", "file"), [(script, file) for script, (_, files) in MADE.items() for file in files])
+# The tests of one script share what it has imported.
+FILES = [
+    pytest.param(script, file, marks=pytest.mark.xdist_group(script))
+    for script, (_, files) in MADE.items()
+    for file in files
+]
+
+
+@pytest.mark.parametrize(("script", "file"), FILES)
 def test_the_tables_are_what_they_are_made_of(script, file, monkeypatch, capsys, tmp_path):
     made, wrong = MADE[script]
     texts = {"README.md": README, "page.md": made.PAGE.read_text()}

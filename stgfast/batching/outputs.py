@@ -14,6 +14,16 @@ def prediction_in(output: Any) -> Tensor:
     return cast(Tensor, output[0] if isinstance(output, tuple) else output.sample)
 
 
+def tensors_in(output: Any) -> list[Tensor]:
+    """The prediction, and what else of the same call is a tensor: audio beside video, for example."""
+    if isinstance(output, Tensor):
+        return [output]
+    parts = (
+        output if isinstance(output, tuple) else [getattr(output, field.name) for field in dataclasses.fields(output)]
+    )
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
 def with_prediction(output: Any, prediction: Tensor) -> Any:
     """A denoiser's output with another prediction in it."""
     if isinstance(output, Tensor):

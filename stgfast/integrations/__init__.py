@@ -13,6 +13,7 @@ from stgfast.integrations import families
 from stgfast.integrations.spec import Adapter
 
 NAMELESS = ""  # facts that other adapters are made of
+BLOCKS = "default_blocks_name"  # the attribute by which a modular pipeline names its blocks
 
 
 def discovered() -> dict[str, Adapter]:
@@ -26,12 +27,25 @@ def discovered() -> dict[str, Adapter]:
 ADAPTERS = discovered()
 
 
-def adapter_for(pipe: Any, cls: type[Any]) -> Adapter:
-    """The adapter of a pipeline of this class, or what is supported instead and what it would take.
+def known_class(cls: type[Any]) -> type[Any] | None:
+    """The class in the table that a pipeline of this class inherits its facts from, or None.
 
-    A subclass that leaves `__call__` alone is what it inherits from.
+    A modular pipeline calls its model as its blocks do: a subclass with other blocks inherits no facts.
     """
-    known = next((parent for parent in cls.__mro__ if parent.__name__ in ADAPTERS), None)
+    for parent in cls.__mro__:
+        if parent.__name__ in ADAPTERS:
+            return parent
+        if BLOCKS in vars(parent):
+            return None
+    return None
+
+
+def adapter_for(pipe: Any, cls: type[Any]) -> Adapter:
+    """The adapter for a pipeline of this class; raises if the class is not supported.
+
+    A subclass that does not define `__call__` has the adapter of its parent.
+    """
+    known = known_class(cls)
     if known is None:
         near = difflib.get_close_matches(cls.__name__, ADAPTERS, n=3, cutoff=0.0)
         needed = [field.name for field in dataclasses.fields(Adapter) if field.default is dataclasses.MISSING]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stgfast.batching.execution import AS_IT_IS, Execution
-from stgfast.batching.outputs import prediction_in
+from stgfast.batching.outputs import prediction_in, tensors_in
 from stgfast.call import check_layers
 from stgfast.errors import UnsupportedPipelineError
 from stgfast.formulas import COND, UNCOND
@@ -88,6 +88,9 @@ class Finding:
             most = max(sum(combined.groups) for combined in self.combined)
             if most > 2:
                 raise self.unknown(f"it combines {most} predictions in a step, and guides by more than CFG itself")
+            tensors = tensors_in(self.seen.form.output)
+            if len(tensors) > 1:
+                raise self.unknown(f"its denoiser predicts {len(tensors)} tensors in one call")
             self.scaled, self.made = self._read(stand)
 
     def unknown(self, why: str) -> UnsupportedPipelineError:

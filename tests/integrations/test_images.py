@@ -20,6 +20,7 @@ APART = {
     *("Kandinsky5I2VPipeline", "LTXConditionPipeline", "LTX2ImageToVideoPipeline"),
     "Cosmos2_5_PredictBasePipeline",  # it needs torchvision for an image
     *("HunyuanVideoFramepackPipeline", "MotifVideoImage2VideoPipeline", "WanAnimatePipeline", "HeliosPipeline"),
+    *("WanImage2VideoModularPipeline", "Wan22Image2VideoModularPipeline"),
 }
 SHOWN = {name: family for name, family in FAMILIES.items() if "image" in family.arguments(1)}
 

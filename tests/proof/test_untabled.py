@@ -19,8 +19,9 @@ PAGE = pathlib.Path(stgfast.__file__).parent / "integrations" / "README.md"
 @pytest.mark.parametrize("family", untabled.FOUND.values(), ids=untabled.FOUND)
 def test_found(family):
     early, late = family.layers
+    kind = family.kinds[-1]
     guidance = Guidance(
-        [Perturbation([early, late], kind="attention", scale=1.5), Perturbation([late], scale=0.5)], rescale=0.5
+        [Perturbation([early, late], kind=kind, scale=1.5), Perturbation([late], scale=0.5)], rescale=0.5
     )
     stock = family.build()
     assert type(stock).__name__ not in ADAPTERS

@@ -9,11 +9,12 @@ import diffusers
 import torch
 import transformers
 from diffusers.models.controlnets import controlnet_cosmos
-from diffusers.modular_pipelines.wan.modular_blocks_wan_i2v import WanImage2VideoAutoBlocks
+from diffusers.modular_pipelines.helios.modular_blocks_helios import HeliosAutoBlocks
 from diffusers.pipelines.consisid import pipeline_consisid
 
 from tests import models
-from tests.integrations.families import cogvideox, cosmos, easyanimate, wan
+from tests.integrations import test_ltx2
+from tests.integrations.families import cogvideox, cosmos, easyanimate, modular, wan
 from tests.integrations.family import Family
 from tests.oracle import Facts, Part
 from tests.render import wholes
@@ -208,27 +209,48 @@ def of_embeds(prompts, cfg=True):
     return made
 
 
+def with_a_camera(other=False):
+    torch.manual_seed(1)
+    vae = diffusers.AutoencoderKLLTX2Video(**test_ltx2.VAE).eval()
+    sizes = {"in_channels": vae.config.latent_channels, "num_layers": 4, "hidden_size": 48, "caption_channels": 16}
+    heads = {"num_attention_heads": 2, "linear_head_dim": 24, "softmax_every_n": 2}
+    camera = {"chunk_plucker_channels": 6 * vae.temporal_compression_ratio, "chunk_plucker_post_attn_blocks": 4}
+    model = diffusers.SanaWMTransformer3DModel(**sizes, **heads, **camera, fp32_attention=False)
+    models.spread(model)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=8.0)
+    return silent(diffusers.SanaWMPipeline(None, None, vae, model.eval(), scheduler))
+
+
+def of_a_camera(prompts, cfg=True):
+    generator = torch.Generator().manual_seed(0)
+    made = {"image": wan.image(), "prompt": None, "action": "w-16", "intrinsics": [30.0, 30.0, 16.0, 16.0]}
+    made |= {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 2, "output_type": "latent"}
+    for side in ("", "negative_"):
+        made[f"{side}prompt_embeds"] = torch.randn(1, 1, 8, 16, generator=generator)
+        made[f"{side}prompt_attention_mask"] = torch.ones(1, 8).long()
+    return {**made, "guidance_scale": 4.0 if cfg else 1.0, "generator": models.generators(1)[0]}
+
+
+def by_token(pipe, prediction):
+    """Its scheduler is sent the negative, by token."""
+    return -prediction.flatten(2).transpose(1, 2)
+
+
+def helios(other=False):
+    stock = wan.in_chunks()
+    parts = {name: getattr(stock, name) for name in ("transformer", "vae", "scheduler")}
+    blocks = HeliosAutoBlocks()
+    return modular.assembled(blocks, cls=diffusers.HeliosModularPipeline, **parts, guider=modular.guider())
+
+
+def of_chunks(prompts, cfg=True):
+    made = {**wan.of_chunks(1), "output": "latent_chunks"}
+    return {name: value for name, value in made.items() if name not in ("output_type", "guidance_scale")}
+
+
 def single_blocks(model):
     """Blocks of another kind, which come before these, pass on something else, and are not weakened."""
     return [Part(block, n, {"": block.attn}) for n, block in enumerate(model.single_transformer_blocks)]
-
-
-def modular_from_an_image(other=False):
-    blocks = WanImage2VideoAutoBlocks()
-    for name in ("text_encoder", "decode"):
-        blocks.sub_blocks.pop(name)
-    stock = wan.builder(diffusers.WanImageToVideoPipeline, **wan.WITH_IMAGE)()
-    pipe = diffusers.WanImage2VideoModularPipeline(blocks=blocks)
-    names = ("transformer", "vae", "scheduler", "image_encoder", "image_processor")
-    guider = diffusers.ClassifierFreeGuidance(guidance_scale=4.0)
-    pipe.update_components(**{name: getattr(stock, name) for name in names}, guider=guider)
-    return silent(pipe)
-
-
-def of_an_image(prompts, cfg=True):
-    embeds = {name: value.repeat(1, wan.TEXT_TOKENS // 16, 1) for name, value in models.prompt("wan", 1).items()}
-    sizes = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 2, "output": "latents"}
-    return {**embeds, **sizes, "image": wan.image(), "generator": models.generators(1)[0]}
 
 
 def of_a_video(prompts, cfg=True):
@@ -296,12 +318,24 @@ FOUND = {
             result=lambda output: output.images,
         ),
         Family(
-            "modular Wan from an image",
-            modular_from_an_image,
-            of_an_image,
+            "Sana WM",
+            with_a_camera,
+            of_a_camera,
+            Facts(
+                stacked=True,
+                parts=lambda model: [Part(block, n, {}) for n, block in enumerate(model.blocks)],
+                sent=by_token,
+            ),
+            4.0,
+            kinds=("residual",),
+        ),
+        Family(
+            "modular Helios",
+            helios,
+            of_chunks,
             Facts(stacked=False),
             4.0,
-            result=lambda output: output,
+            result=torch.cat,
             cfg_asked=False,
         ),
     )
@@ -348,7 +382,6 @@ def controlled(prompts, cfg=True):
     return {**easyanimate.arguments(prompts, cfg), "control_video": easyanimate.pixels(prompts)}
 
 
-# What builds one, its call, and what is said.
 def with_audio(other=False):
     torch.manual_seed(1)
     sizes = {"in_visual_dim": 4, "out_visual_dim": 4, "in_audio_dim": 4, "out_audio_dim": 4, "axes_dims": (4, 6, 6)}
@@ -390,6 +423,49 @@ def of_lists(prompts, cfg=True):
     return {**embeds, **sizes, "generator": torch.Generator().manual_seed(0)}
 
 
+def of_packed_tokens(other=False):
+    torch.manual_seed(1)
+    vae = models.pipeline("wan").vae
+    channels = vae.config.z_dim
+    sizes = {"head_dim": 16, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3, "vocab_size": 4096}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "rope_axes_dim": (4, 2, 2)}
+    latent = {"latent_channel": channels, "patch_latent_dim": 4 * channels}
+    model = diffusers.Cosmos3OmniTransformer(**sizes, **heads, **latent)
+    models.spread(model)
+    read = wholes.chat_tokenizer()
+    read.add_tokens(["<|vision_start|>"], special_tokens=True)
+    read.eos_token = "<|im_end|>"
+    flow = diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    return silent(diffusers.Cosmos3OmniPipeline(model.eval(), read, vae, flow, enable_safety_checker=False))
+
+
+def of_a_prompt(prompts, cfg=True):
+    sizes = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 2, "output_type": "latent"}
+    return {"prompt": "a kite", **sizes, "enable_safety_check": False, "generator": models.generators(1)[0]}
+
+
+def of_distilled(prompts, cfg=True):
+    made = {"prompt_embeds": torch.randn(1, 8, 32, generator=torch.Generator().manual_seed(0))}
+    sizes = {"height": 32, "width": 32, "num_frames": 9, "sigmas": [1.0, 0.5], "output_type": "latent"}
+    mask = {"prompt_attention_mask": torch.ones(1, 8).long(), "generate_slots": False}
+    return {**made, **sizes, **mask, "generator": models.generators(1)[0]}
+
+
+def frame_by_frame(other=False):
+    torch.manual_seed(1)
+    kinds = {"down_block_types": DOWN, "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}
+    unet = diffusers.UNet2DConditionModel(**kinds, **WIDE, sample_size=8, norm_num_groups=2, attention_head_dim=4)
+    models.spread(unet)
+    unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return silent(diffusers.TextToVideoZeroPipeline(**reading(), unet=unet.eval(), **unchecked))
+
+
+def of_motion(prompts, cfg=True):
+    sizes = {"height": 16, "width": 16, "video_length": 4, "num_inference_steps": 6, "output_type": "latent"}
+    return {"prompt": "a kite", **sizes, "t0": 3, "t1": 4, "generator": models.generators(1)[0]}
+
+
+# What builds one, its call, and what is said.
 REFUSED = {
     "AnyFlowFARPipeline": (
         with_cache,
@@ -407,7 +483,14 @@ REFUSED = {
         of_a_video,
         "makes 2 steps, which nothing on the pipeline says",
     ),
-    "Kandinsky6TI2VAPipeline": (with_audio, of_both_texts, "its blocks pass on nothing that the next one takes"),
+    "Cosmos3OmniPipeline": (of_packed_tokens, of_a_prompt, "its denoiser takes no tensor of samples by name"),
+    "Kandinsky6TI2VAPipeline": (with_audio, of_both_texts, "its denoiser predicts 2 tensors in one call"),
+    "LTX2DFRPipeline": (
+        lambda: test_ltx2.build("LTX2DFRPipeline"),
+        of_distilled,
+        "its denoiser predicts 2 tensors in one call",
+    ),
+    "TextToVideoZeroPipeline": (frame_by_frame, of_motion, "combines 8 predictions in a step"),
     "ZImagePipeline": (in_a_list, of_lists, "its denoiser takes no tensor of samples by name"),
     "QwenImagePipeline": (normed, of_masked_embeds, "the pipeline's own step, by the formula with rescale 0"),
 }

@@ -132,5 +132,9 @@ HELIOS = replace(
     blocks=replace(WAN.blocks, rows=TEXT_ALONE | HELIOS_ROWS, grid=None),
     windowed=True,
 )
-WAN_MODULAR = guided_by(WAN, "WanModularPipeline", steps_asked=steps_of_modular_call, schedule=schedule_of_modular_call)
-WAN_22_MODULAR = replace(WAN_MODULAR, pipeline="Wan22ModularPipeline")
+modular = functools.partial(guided_by, steps_asked=steps_of_modular_call, schedule=schedule_of_modular_call)
+WAN_MODULAR = modular(WAN, "WanModularPipeline")
+WAN_IMAGE_MODULAR = modular(replace(WAN_IMAGE, clips=WAN.clips), "WanImage2VideoModularPipeline")
+WAN_22_MODULAR = modular(WAN, "Wan22ModularPipeline")
+WAN_22_IMAGE_MODULAR = modular(replace(WAN_IMAGE, clips=WAN.clips), "Wan22Image2VideoModularPipeline")
+WAN_22_VACE_MODULAR = modular(WAN_VACE, "Wan22VaceModularPipeline")

@@ -7,10 +7,14 @@ from diffusers.modular_pipelines.hunyuan_video1_5.modular_blocks_hunyuan_video1_
 from diffusers.modular_pipelines.ltx.modular_blocks_ltx import LTXBlocks
 from diffusers.modular_pipelines.wan.modular_blocks_wan import WanBlocks
 from diffusers.modular_pipelines.wan.modular_blocks_wan22 import Wan22Blocks
+from diffusers.modular_pipelines.wan.modular_blocks_wan22_i2v import Wan22Image2VideoBlocks
+from diffusers.modular_pipelines.wan.modular_blocks_wan_i2v import WanImage2VideoAutoBlocks
+from diffusers.modular_pipelines.wan.modular_blocks_wan_vace import Wan22VaceBlocks
 from diffusers.modular_pipelines.wan.modular_pipeline import Wan22ModularPipeline
 
 from tests import models
 from tests.integrations.families import hunyuan_video15
+from tests.integrations.families import wan as wans
 from tests.integrations.family import Family
 from tests.oracle import Facts, lying
 
@@ -53,6 +57,27 @@ def wan22(other=False):
     return pipe
 
 
+def wan_from_an_image(other=False):
+    stock = wans.builder(wans.FROM_IMAGE, **wans.WITH_IMAGE)(other)
+    names = ("transformer", "vae", "scheduler", "image_encoder", "image_processor")
+    parts = {name: getattr(stock, name) for name in names}
+    return assembled(WanImage2VideoAutoBlocks(), cls=diffusers.WanImage2VideoModularPipeline, **parts, guider=guider())
+
+
+def of_two_models(blocks, cls, stock):
+    """Of two steps, one is made with each of the two models, and each has a guider of its own."""
+
+    def build(other=False):
+        made = stock(other)
+        parts = {name: getattr(made, name) for name in ("transformer", "transformer_2", "vae")}
+        guiders = {"guider": guider(), "guider_2": guider(3.0)}
+        pipe = assembled(blocks(), cls=cls, **parts, **guiders, scheduler=SCHEDULERS[other](shift=3.0))
+        pipe.update_components(boundary_ratio=0.875)
+        return pipe
+
+    return build
+
+
 def ltx(other=False):
     stock = models.pipeline("ltx", models.transformer("ltx", seed=1))
     scheduler = SCHEDULERS[True]() if other else stock.scheduler
@@ -85,20 +110,82 @@ def hunyuan_arguments(prompts, cfg=True):
     return {**given, "output": "latents"}
 
 
+def one(arguments, **more):
+    """One prompt at a time is all that these take."""
+
+    def given(prompts, cfg=True):
+        made = arguments(1)
+        made = {name: made[name] for name in made if name not in ("output_type", "guidance_scale")}
+        seeded = models.generators(1)[0]
+        return {**made, **sized("wan"), "num_inference_steps": 2, "generator": seeded, "output": "latents", **more}
+
+    return given
+
+
 def latents(output):
     return output
 
 
 WAN = Facts(stacked=False, oblong={"width": 48}, lies=lying((3, 2, 3)))
+BOTH = replace(WAN, denoisers=("transformer", "transformer_2"))
+# Frames are as wide as the image is.
+AS_THE_IMAGE = {"oblong": {}, "lies": None}
 LTX = Facts(stacked=False, oblong={"height": 64, "width": 96}, lies=lying((2, 2, 3)))
+
+
+def two_scales(pipe, denoiser):
+    return 3.0 if denoiser.endswith("_2") else 4.0
+
+
 FAMILIES = [
     Family("modular Wan", wan, of("wan"), WAN, 4.0, latents, cfg_asked=False),
     Family(
         "modular Wan 2.2",
         wan22,
         of("wan"),
-        replace(WAN, denoisers=("transformer", "transformer_2")),
-        lambda pipe, denoiser: 3.0 if denoiser.endswith("_2") else 4.0,
+        BOTH,
+        two_scales,
+        latents,
+        cfg_asked=False,
+    ),
+    Family(
+        "modular Wan from an image",
+        wan_from_an_image,
+        one(wans.long_prompts(wans.caller(image=wans.image))),
+        replace(WAN, **AS_THE_IMAGE),
+        4.0,
+        latents,
+        cfg_asked=False,
+    ),
+    Family(
+        "modular Wan 2.2 from an image",
+        of_two_models(
+            Wan22Image2VideoBlocks,
+            diffusers.Wan22Image2VideoModularPipeline,
+            wans.builder(wans.FROM_IMAGE, two=True, settings=wans.BOUNDARY, **wans.CONDITIONED),
+        ),
+        one(wans.caller(image=wans.image)),
+        replace(BOTH, **AS_THE_IMAGE),
+        two_scales,
+        latents,
+        cfg_asked=False,
+    ),
+    Family(
+        "modular Wan 2.2 VACE",
+        of_two_models(
+            Wan22VaceBlocks,
+            diffusers.Wan22VaceModularPipeline,
+            wans.builder(
+                diffusers.WanVACEPipeline,
+                diffusers.WanVACETransformer3DModel,
+                two=True,
+                settings=wans.BOUNDARY,
+                **wans.HINTS,
+            ),
+        ),
+        one(wans.caller(video=wans.frames)),
+        replace(BOTH, parts=wans.hints_and_blocks),
+        two_scales,
         latents,
         cfg_asked=False,
     ),
