@@ -1,35 +1,20 @@
 """What every test runs under."""
 
-import functools
 import gc
 import importlib.util
-import inspect
 import os
 import sys
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 INTERPRET = "TRITON_INTERPRET"
-
-
-@functools.cache
-def builtin_members(language):
-    is_builtin = importlib.import_module("triton.language.core").is_builtin
-    return [(name, member) for name, member in inspect.getmembers(language) if is_builtin(member)]
-
-
 if not torch.cuda.is_available():
     os.environ[INTERPRET] = "1"  # before anything imports triton
     if importlib.util.find_spec("triton") is not None:
         for name in ("attention", "attention_hopper", "combination"):
             importlib.import_module(f"stgfast.kernels.{name}")
-        interpreter = importlib.import_module("triton.runtime.interpreter")
-        # At every launch, the interpreter lists the members of triton's language to find its built-in functions, which
-        # takes a fifth of the time of the kernel tests. Here it does so once.
-        interpreter.inspect = SimpleNamespace(**vars(inspect) | {"getmembers": builtin_members})
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
 from tests import again, precision  # noqa: E402

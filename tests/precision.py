@@ -105,6 +105,8 @@ def _replacements() -> dict[bool, list[tuple[Any, str, Any]]]:
 
 
 REPLACEMENTS = _replacements()
+with torch.device("cpu"):  # torch remembers its own functions at the first use of a device as a context, not ours
+    torch.empty(0)
 
 
 @contextmanager

@@ -88,9 +88,9 @@ class Finding:
             most = max(sum(combined.groups) for combined in self.combined)
             if most > 2:
                 raise self.unknown(f"it combines {most} predictions in a step, and guides by more than CFG itself")
-            tensors = tensors_in(self.seen.form.output)
-            if len(tensors) > 1:
-                raise self.unknown(f"its denoiser predicts {len(tensors)} tensors in one call")
+            predicted = tensors_in(self.seen.form.output)
+            if len(predicted) > 1:
+                raise self.unknown(f"its denoiser predicts {len(predicted)} tensors in one call")
             self.scaled, self.made = self._read(stand)
 
     def unknown(self, why: str) -> UnsupportedPipelineError:

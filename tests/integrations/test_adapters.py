@@ -4,11 +4,12 @@ import collections
 import inspect
 from unittest import mock
 
+import diffusers
 import pytest
 import torch
 
 from stgfast.batching.arguments import Arguments
-from stgfast.integrations import ADAPTERS
+from stgfast.integrations import ADAPTERS, known_class
 from stgfast.proof.plain import values_alone
 from tests import models
 from tests.integrations.test_families import FAMILIES
@@ -36,6 +37,15 @@ def test_every_pipeline_has_a_family():
     """LTX-2 has tests of its own, as it makes its passes itself."""
     tested = {type(family.build()).__name__ for family in FAMILIES.values()}
     assert {name for name in ADAPTERS if not name.startswith("LTX2")} == tested
+
+
+def test_other_blocks_inherit_no_facts():
+    """A modular pipeline calls its model as its blocks do, a subclass with the same blocks as its parent does."""
+    parent = diffusers.Wan22ModularPipeline
+    assert known_class(type("Mine", (parent,), {})) is parent
+    assert known_class(type("Mine", (parent,), {"default_blocks_name": "MyBlocks"})) is None
+    assert known_class(diffusers.Wan22VaceModularPipeline) is diffusers.Wan22VaceModularPipeline
+    assert known_class(type("Mine", (diffusers.WanPipeline,), {})) is diffusers.WanPipeline
 
 
 def test_rows_are_arguments_of_denoiser_block_or_attention():

@@ -336,6 +336,7 @@ FOUND = {
             Facts(stacked=False),
             4.0,
             result=torch.cat,
+            steps=(4, 4),
             cfg_asked=False,
         ),
     )
@@ -484,7 +485,7 @@ REFUSED = {
         "makes 2 steps, which nothing on the pipeline says",
     ),
     "Cosmos3OmniPipeline": (of_packed_tokens, of_a_prompt, "its denoiser takes no tensor of samples by name"),
-    "Kandinsky6TI2VAPipeline": (with_audio, of_both_texts, "its denoiser predicts 2 tensors in one call"),
+    "Kandinsky6TI2VAPipeline": (with_audio, of_both_texts, "its blocks pass on nothing that the next one takes"),
     "LTX2DFRPipeline": (
         lambda: test_ltx2.build("LTX2DFRPipeline"),
         of_distilled,
