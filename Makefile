@@ -7,7 +7,7 @@ WORKERS = $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
 # Compiled modules are kept, whatever the shell says: tests start some fifty processes, and each would compile them again.
 RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint docs bench clean
 
 demo: $(READY)
 	@$(VENV)/bin/python -m stgfast.cli demo
@@ -22,6 +22,9 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: $(READY)  # the reference of the public names, from their docstrings: build/docs/stgfast.html
+	$(VENV)/bin/python -W error docs/reference.py build/docs
 
 bench: $(READY)
 	$(RUN) -m stgfast.cli bench

@@ -1,4 +1,13 @@
-"""Spatiotemporal Skip Guidance for diffusers video pipelines, computing nothing twice."""
+"""Spatiotemporal Skip Guidance for diffusers video pipelines, without computing anything twice.
+
+`accelerate` guides a pipeline, `restore` undoes it. `Guidance` and `Perturbation` are the settings, `explain` says what
+a call would compute, and `verify` compares it with the plain method. `render`, `evaluate` and `tune` make many clips,
+measure them, and find cheaper recipes.
+
+Example:
+    >>> pipe = stgfast.accelerate(pipe)
+    >>> video = pipe("a prompt").frames
+"""
 
 from __future__ import annotations
 
@@ -17,7 +26,8 @@ if TYPE_CHECKING:
     from stgfast.guidance import Guidance
     from stgfast.guided import guided
     from stgfast.install import accelerate, restore
-    from stgfast.integrations.spec import Adapter, Announced, Clips
+    from stgfast.integrations.clips import Clips
+    from stgfast.integrations.spec import Adapter, Announced
     from stgfast.perturbation import Perturbation
     from stgfast.recipes import Recipe
     from stgfast.render.run import render
@@ -36,7 +46,8 @@ _HOME = {
     "guidance": ("Guidance",),
     "guided": ("guided",),
     "install": ("accelerate", "restore"),
-    "integrations.spec": ("Adapter", "Announced", "Clips"),
+    "integrations.clips": ("Clips",),
+    "integrations.spec": ("Adapter", "Announced"),
     "perturbation": ("Perturbation",),
     "recipes": ("Recipe",),
     "render.run": ("render",),

@@ -1,28 +1,28 @@
-"""What the library raises. Every message names the thing, what was got, and what would be right."""
+"""The exceptions of this library. Each message names the setting, what was given, and what is expected."""
 
 from __future__ import annotations
 
 
 class SettingsError(ValueError):
-    """A setting, or a combination of settings and model, that cannot work."""
+    """A setting is wrong, or does not fit the model."""
 
 
 class LoadError(SettingsError):
-    """A model that cannot be loaded where it was tried: its files are wrong, or a library that they need is missing."""
+    """A model cannot be loaded: its files are wrong, or a library that they need is missing."""
 
 
 class UnsupportedPipelineError(ValueError):
-    """A pipeline, or a variant of one, that no adapter describes."""
+    """A pipeline, or this variant of it, is not supported."""
 
 
 class EngineError(RuntimeError):
-    """A model did not behave as its adapter says. Nothing was guessed: the call was stopped."""
+    """A model did not behave as its adapter says. The call was stopped."""
 
 
 class DeviceError(RuntimeError):
-    """Nothing further can be rendered by this run."""
+    """The device failed: this run can render nothing more."""
 
 
 def wrong(what: str, got: object, right: str) -> SettingsError:
-    """The one form of every message about a setting."""
+    """Make the error for a wrong setting. All such messages have this form."""
     return SettingsError(f"{what}: got {got!r}, expected {right}")

@@ -32,9 +32,27 @@ QUICK = "rows that attend by what is fastest for their shape, with numbers of ke
 
 
 def explain(pipe: Any, *, ranks: int | None = None, **arguments: Any) -> Explanation:
-    """The plan of `pipe(**arguments)`, without running it; arguments left out have the pipeline's defaults.
+    """Say what a call would compute, without running it.
 
-    `ranks` says over how many processes the branches would be divided; left out, as the pipeline was accelerated.
+    Args:
+        pipe: an accelerated pipeline.
+        ranks: the number of processes over which branches are divided. Default: as given to `accelerate`.
+        **arguments: the arguments of the call. Those left out have the pipeline's defaults.
+
+    Returns:
+        An explanation to print. It has the weights and branches of each step, the rows that each block computes,
+        block-rows in total with and without sharing, and the rows held in memory.
+
+    Example:
+        >>> explanation = stgfast.explain(stgfast.accelerate(pipe), num_inference_steps=30)
+        >>> print(explanation)
+        LTXPipeline: 6 blocks, stacked, CFG scale 3
+        perturbed0: cond with residual at layer 1, scale 1, held against cond
+        steps 0 to 29 of 30: g = -2 uncond +4 cond -1 perturbed0
+          blocks 0 to 1: 2 rows
+          blocks 2 to 5: 3 rows
+        block-rows per prompt: 480; 540 without sharing (11.1% saved); 360 without stgfast
+        memory, in rows per prompt: 2 in a block at once, 3 held between blocks; 2 in the pipeline's own calls
     """
     installed = installed_on(pipe)
     if ranks is None:

@@ -1,12 +1,12 @@
-"""What guides a clip: frozen settings, checked when they are made. No tensors here.
+"""The settings that guide a clip: frozen, and checked when they are made. This module needs no torch.
 
 A guided prediction is a weighted sum of branch predictions. With `u` the unconditional branch, `c` the conditional one
 and `p_i` the perturbed ones, CFG and Spatiotemporal Skip Guidance (arXiv 2411.18664) together are
 
     g = u + s (c - u) + sum_i w_i (base_i - p_i)
 
-where `base_i` is what the perturbed branch is held against: the branch it is a weak copy of, or the CFG result. An
-optional rescale follows: `g *= phi * std(c) / std(g) + 1 - phi`, the standard deviations taken per prompt.
+where `base_i` is the branch that `p_i` is subtracted from: the branch that it perturbs, or the CFG result. An optional
+rescale follows: `g *= phi * std(c) / std(g) + 1 - phi`, with standard deviations over each prompt.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from stgfast import formulas, spacing
+from stgfast import formulas, spacing, wording
 from stgfast.errors import SettingsError, wrong
 from stgfast.formulas import COND, GUIDED, UNCOND, Formula
 from stgfast.perturbation import Perturbation
 from stgfast.presets import PRESETS
-from stgfast.schedules import BySigma, Moment, Schedule, checked, finite, in_words, plain, set_frozen, value
+from stgfast.schedules import BySigma, Moment, Schedule, checked, finite, plain, set_frozen, value
 from stgfast.spacing import ORDER, REUSE, Spacing
 
 MOST = 5  # perturbations: with cond, uncond and the CFG result, the eight predictions that a kernel combines
@@ -32,24 +32,35 @@ Scale = None | float | Any
 
 @dataclass(frozen=True)
 class Guidance:
-    """All that guides a clip.
+    """The settings that guide a clip. A schedule is a number, one number for each step, a function of progress (0 to
+    1), or a `BySigma`.
 
-    perturbations  the weak branches, one or several
-    rescale        phi in the formula above, 0 (off) to 1
-    cfg            the CFG scale, step by step, in place of the pipeline's own `guidance_scale`; None leaves it alone
-    start, stop    guidance acts on the steps with `start <= progress < stop`; the others are the pipeline's own
-    project        one of two differences loses its part along another direction:
-                   `orthogonal`: of the second perturbation's, what the first one's says already (the paper's Eq. 21);
-                   `along-uncond`: of `c - u`, what lies along `u` (the optimised scale of CFG-Zero*, whose zeroed first
-                   steps are `start`); `along-cond`: what lies along `c` (the projection of APG, without its momentum
-                   and its bound on the norm)
-    eta            how much of that part `along-cond` leaves
-    reuse          an approximation, off at 1: the differences `base_i - p_i` are computed in every `reuse`-th step, or
-                   in the steps of these numbers, and carried on to the others
-    reuse_cfg      the same for `c - u`
-    reuse_blocks   the same for what all blocks together add, to every branch: in the other steps none of them runs
-    reuse_order    how: 0 holds the last difference, 1 goes on by a line through the last two, 2 by a parabola through
-                   the last three; 2 where it is left out and something is reused
+    Args:
+        perturbations: the perturbed branches, one `Perturbation` or several.
+        rescale: phi of the formula, 0 (off) to 1, or a schedule.
+        cfg: the CFG scale or a schedule of it. Default: the pipeline's own `guidance_scale`.
+        start, stop: guidance acts on the steps with `start <= progress < stop`. The others are the pipeline's own.
+        project: one of two differences loses its part along another direction. `"orthogonal"`: the second
+            perturbation's difference, along the first one's (Eq. 21 of the paper). `"along-uncond"`: `c - u`, along `u`
+            (the optimized scale of CFG-Zero*; its zeroed first steps are `start`). `"along-cond"`: `c - u`, along `c`
+            (the projection of APG, without its momentum and norm threshold).
+        eta: the fraction of that part that `"along-cond"` keeps.
+        reuse: an approximation, off at 1. The differences `base_i - p_i` are computed in each `reuse`-th step, or in
+            the steps with these numbers, and extrapolated to the others.
+        reuse_cfg: the same for `c - u`.
+        reuse_blocks: the same for the sum that all blocks add to the hidden states of a branch. In the other steps no
+            block runs.
+        reuse_order: the order of the extrapolation: 0 keeps the last value, 1 is linear, 2 quadratic. Default: 2.
+
+    Raises:
+        SettingsError: a setting is wrong.
+
+    Example:
+        >>> guidance = stgfast.Guidance(stgfast.Perturbation([30], scale=1.5), rescale=0.7, stop=0.8)
+        >>> print(guidance)
+        residual, layer 30, scale 1.5; rescale 0.7; from 0 to 0.8 of the run
+        >>> guidance == stgfast.Guidance.from_json(guidance.to_json())
+        True
     """
 
     perturbations: tuple[Perturbation, ...] = ()
@@ -108,10 +119,10 @@ class Guidance:
             raise wrong("eta", self.eta, f"0: it is that of project={sharing}")
 
     def weights(self, moment: Moment, cfg: Scale) -> dict[str, float]:
-        """The weight of every branch at this moment; the weights add up to 1, and a branch of weight 0 is left out.
+        """The weight of each branch at this moment. Weights add up to 1; branches with weight 0 are left out.
 
-        `cfg` is the pipeline's own scale, None where it runs without CFG. Where that is no single number, the CFG
-        result is a branch of its own, `guided`.
+        `cfg` is the pipeline's own scale, or None if it runs without CFG. If it is not a single number, the CFG result
+        is a branch of its own, `guided`.
         """
         cfg = self.cfg_at(moment, cfg)
         if isinstance(cfg, float):
@@ -128,12 +139,12 @@ class Guidance:
         return {branch: weight for branch, weight in total.items() if weight != 0.0}
 
     def needs_uncond(self, weighed: Collection[str]) -> bool:
-        """Whether uncond has to be known where these branches have a weight."""
+        """Whether the unconditional branch is needed, given the branches that have a weight."""
         weak = [part.of for name, part in zip(self.names, self.perturbations, strict=True) if name in weighed]
         return not {UNCOND, GUIDED}.isdisjoint(weighed) or UNCOND in weak
 
     def cfg_at(self, moment: Moment, own: Scale) -> Scale:
-        """The CFG scale, which in a run without CFG is none."""
+        """The CFG scale at this moment; None in a run without CFG."""
         return own if own is None or self.cfg is None else value(self.cfg, moment)
 
     def phi(self, moment: Moment) -> float:
@@ -148,22 +159,22 @@ class Guidance:
 
     @property
     def reuses(self) -> bool:
-        """Whether anything is carried on from step to step."""
+        """Whether anything is reused across steps."""
         return self.reuse_order is not None
 
     @property
     def exact(self) -> Guidance:
-        """The same, with nothing carried on."""
+        """The same guidance without reuse."""
         return replace(self, reuse=spacing.EVERY, reuse_cfg=spacing.EVERY, reuse_blocks=spacing.EVERY, reuse_order=None)
 
     @property
     def changes_cfg(self) -> bool:
-        """Whether CFG alone is not the pipeline's own."""
+        """Whether the CFG result differs from the pipeline's own."""
         return self.cfg is not None or self.projects_cfg or {self.reuse_cfg, self.reuse_blocks} != {spacing.EVERY}
 
     @property
     def formula(self) -> Formula | None:
-        """What its projection is."""
+        """The implementation of its projection, if it has one."""
         return formulas.FORMULAS.get(self.project)
 
     @property
@@ -172,17 +183,17 @@ class Guidance:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The perturbed branches by name, in order."""
+        """The names of the perturbed branches, in order."""
         return tuple(f"perturbed{i}" for i in range(len(self.perturbations)))
 
     @property
     def bases(self) -> dict[str, str]:
-        """What every perturbed branch is held against."""
+        """The base of each perturbed branch."""
         return dict(zip(self.names, (part.base for part in self.perturbations), strict=True))
 
     @property
     def inert(self) -> bool:
-        """Whether no step can differ from the pipeline's own."""
+        """Whether every step is the pipeline's own."""
         scales = [p.scale for p in self.perturbations]
         return not self.changes_cfg and all(isinstance(s, float) and s == 0.0 for s in (*scales, self.rescale))
 
@@ -191,8 +202,9 @@ class Guidance:
         return any(isinstance(schedule, BySigma) for _, schedule in self._schedules())
 
     def with_perturbation(self, **changes: Any) -> Guidance:
-        """The same guidance with fields of its one perturbation changed, as a call's arguments ask; the same along
-        several axes are one."""
+        """The same guidance with other fields of its perturbation, as the arguments of one call ask. Perturbations that
+        differ only in their axis count as one.
+        """
         if len({replace(part, axis="") for part in self.perturbations}) > 1:
             raise SettingsError(
                 f"{', '.join(changes)} of one perturbation: got {len(self.perturbations)} perturbations in the "
@@ -208,7 +220,7 @@ class Guidance:
         return replace(self, perturbations=tuple(replace(part, **settled) for part in self.perturbations))
 
     def check_steps(self, steps: int) -> None:
-        """Evaluate every schedule for a run of `steps` steps, so that a wrong one stops before the first."""
+        """Evaluate each schedule for a run of `steps` steps, so that a wrong one raises before the first step."""
         for name in REUSE:
             spacing.check_steps(name, getattr(self, name), steps)
         for name, schedule in self._schedules():
@@ -224,34 +236,10 @@ class Guidance:
         return [*named, ("rescale", self.rescale), *([] if self.cfg is None else [("cfg", self.cfg)])]
 
     def __str__(self) -> str:
-        """In words; perturbations that differ in their axis alone are told once."""
-        axes: dict[Perturbation, list[str]] = {}
-        for part in self.perturbations:
-            axes.setdefault(replace(part, axis=""), []).append(part.axis)
-        words = []
-        for part, along in axes.items():
-            of = "" if part.of == part.base == COND else f" of {part.of} against {part.base}"
-            where = f"layer{'s' if len(part.layers) > 1 else ''} {', '.join(map(str, part.layers))}"
-            blur = "" if part.sigma in (None, math.inf) else f", sigma {part.sigma:g}"
-            named = "".join(f", {axis}" for axis in along if axis)
-            words.append(f"{part.kind}{of}, {where}{named}{blur}, scale {in_words(part.scale)}")
-        if self.cfg is not None:
-            words.append(f"CFG scale {in_words(self.cfg)}")
-        if self.rescale != 0.0:
-            words.append(f"rescale {in_words(self.rescale)}")
-        if (self.start, self.stop) != (0.0, 1.0):
-            words.append(f"from {self.start:g} to {self.stop:g} of the run")
-        if self.project:
-            words.append(f"{self.project}{f', eta {self.eta:g}' if self.eta else ''}")
-        for name in REUSE:
-            if getattr(self, name) != spacing.EVERY:
-                words.append(f"{name} {spacing.in_words(getattr(self, name))}")
-        if self.reuse_order:
-            words.append(f"order {self.reuse_order}")
-        return "; ".join(words) or "CFG alone"
+        return wording.of_guidance(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, the same as what `from_dict` takes."""
+        """The settings as plain data, for `from_dict`."""
         for name, schedule in self._schedules():
             if callable(schedule):
                 raise wrong(f"{name} to be written as data", schedule, "a number or one number for every step")
@@ -261,7 +249,7 @@ class Guidance:
 
     @classmethod
     def preset(cls, name: str) -> Guidance:
-        """Published settings by name."""
+        """Published settings, by name."""
         if name not in PRESETS:
             raise wrong("preset", name, f"one of {', '.join(PRESETS)}")
         return cls.from_dict(PRESETS[name].settings)

@@ -27,14 +27,22 @@ from stgfast.kernels import combine
 def guided(
     model: nn.Module, guidance: Guidance | None = None, *, steps: int, cfg: bool = True, max_rows: Rows = None
 ) -> Iterator[None]:
-    """Within the block, calls of this Open-Sora model are guided, by `guidance` or by default settings:
+    """Guide an Open-Sora model while its sampler runs. Open-Sora's samplers are functions, not diffusers pipelines.
 
-        with stgfast.guided(model, steps=30):
-            scheduler.sample(model, text_encoder, z, prompts, device, additional_args)
+    Args:
+        model: the denoiser, `STDiT3` of Open-Sora 1.2 or `MMDiTModel` of Open-Sora 2.0.
+        guidance: what guides the clip. Default: the settings for the model.
+        steps: the number of steps that the sampler makes.
+        cfg: whether the sampler calls the model with the rows of CFG. It combines these with its own scales. To replace
+            them, for example for `rescale`, set `Guidance(..., cfg=7.0)`.
+        max_rows: as for `accelerate`.
 
-    The block is one run of a sampler, of `steps` steps. `cfg` says whether it calls the model on the rows of CFG, as
-    the samplers of Open-Sora do. They combine these with scales of their own, which stay as they are; to set the scale
-    in their place, as a rescale needs it, say `Guidance(..., cfg=7.0)`. `max_rows` is that of `accelerate`.
+    Raises:
+        EngineError: the sampler made another number of steps.
+
+    Example:
+        >>> with stgfast.guided(model, steps=30):  # doctest: +SKIP
+        ...     latents = scheduler.sample(model, text_encoder, z, prompts, device, additional_args)
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise wrong("steps", steps, "how many steps the sampler is going to make, 1 or more")

@@ -1,4 +1,4 @@
-"""Install and undo, on one pipeline instance."""
+"""Install guidance on one pipeline instance, and remove it."""
 
 from __future__ import annotations
 
@@ -42,20 +42,40 @@ def accelerate(
     adapter: Adapter | None = None,
     verify: bool | None = None,
 ) -> Pipe:
-    """Guide every call of this diffusers pipeline by `guidance`, or by the default settings for its model.
+    """Guide every call of a diffusers pipeline by Spatiotemporal Skip Guidance, beside classifier-free guidance (CFG).
 
-    `max_rows` bounds the samples that a block computes at once, for memory; the result is the same. Left out, it is as
-    many as the pipeline's own calls have, and all of them where a GPU was found to have the memory; "all" is no bound.
-    `compile` compiles the model's blocks, those that are not compiled yet, with these arguments of `torch.compile`, or
-    its defaults where it is True; steps and schedules do not compile anew. `attention="auto"` has all layers attend by
-    what is fastest for their shape, with numbers of keys in place of masks. `branches`, a torch.distributed group or a
-    mesh of one dimension, divides the branches of every step over its processes: all of them make the same calls, with
-    the same seeds, and get the same clip. `recipe`, or its file, says in how many steps, by which solver and with what
-    carried on every call makes its clips: an approximation. `adapter` has the facts of a pipeline that stgfast does not
-    know. `verify` compares the first guided call, before it runs, with the plain method, as `stgfast.verify` does, and
-    raises where they differ; left out, that is done for facts that were given. Facts that are neither known nor given
-    are found at the first guided call, verified, and said once.
-    Accelerating again replaces all of it. The pipeline itself is returned, changed in place; `restore` undoes it.
+    The pipeline is changed in place. Its calls take the same arguments as before, and settings of one call such as
+    `stg_scale` and `stg_layers`. A second call of `accelerate` replaces the first one; `restore` undoes it.
+
+    Args:
+        pipe: a diffusers pipeline. If its class is not known, the facts about it are found and verified at its first
+            guided call.
+        guidance: what guides the clips. Default: the published settings for the pipeline's model.
+        max_rows: the number of samples that a block computes at once. A lower number needs less memory and gives the
+            same result. Default: as many as in the pipeline's own calls, or all if the GPU is known to have the memory.
+            `"all"` sets no limit.
+        compile: compile the model's blocks with `torch.compile`: True, or a dict of its arguments. Steps, scales and
+            schedules cause no further compilation.
+        attention: `"auto"` computes each attention layer by the kernel that is fastest for its shape.
+        branches: a `torch.distributed` group or one-dimensional device mesh. Its processes share the branches of each
+            step. All of them must make the same calls with the same seeds, and all get the same clip.
+        recipe: a `Recipe` or the path of one. An approximation: fewer steps, another solver, reuse across steps.
+        adapter: the facts of a pipeline class that stgfast does not know. They are verified at the first guided call.
+        verify: compare the first guided call with the plain method before it runs, and raise `EngineError` if they
+            differ. Default: only if `adapter` is given.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        SettingsError: a setting is wrong, or does not fit the model.
+        UnsupportedPipelineError: the pipeline, or this variant of it, is not supported.
+
+    Example:
+        >>> pipe = stgfast.accelerate(pipe)
+        >>> frames = pipe("a red kite over a grey sea").frames
+        >>> frames = pipe("a red kite over a grey sea", stg_scale=2.0, stg_layers=[2]).frames
+        >>> pipe = stgfast.accelerate(pipe, stgfast.Guidance(stgfast.Perturbation([2], scale=1.5), rescale=0.7))
     """
     original = original_class(type(pipe))
     unknown = adapter is None and may_be_found(pipe, original)
@@ -98,7 +118,17 @@ def accelerate(
 
 
 def restore(pipe: Pipe) -> Pipe:
-    """Leave a pipeline as it was before `accelerate`, and before `solver`; any other is left alone."""
+    """Undo `accelerate` and `solver`: leave a pipeline as it was before them.
+
+    Args:
+        pipe: any pipeline. One that was not changed stays as it is.
+
+    Returns:
+        The same pipeline.
+
+    Example:
+        >>> pipe = stgfast.restore(stgfast.accelerate(pipe))
+    """
     own_solver(pipe)
     installed: Installed | None = pipe.__dict__.pop(INSTALLED, None)
     if installed is not None:
@@ -107,9 +137,10 @@ def restore(pipe: Pipe) -> Pipe:
 
 
 def _guided_class(original: Any) -> Any:
-    """A class for one pipeline, which differs from the pipeline's own in its call, and makes pipelines of that class.
+    """Make a class for one pipeline: the pipeline's own class with a guided `__call__`.
 
-    One for every pipeline: whoever puts something in place of its call reaches this pipeline alone.
+    Each pipeline gets a class of its own, so that a library which replaces `type(pipe).__call__` affects this pipeline
+    only.
     """
     settings = settings_of(original)
 
@@ -140,14 +171,14 @@ def _guided_class(original: Any) -> Any:
 
 
 def _remade(original: Any) -> Any:
-    """An accelerated pipeline without its state, for `pickle` and `copy`."""
+    """Make an accelerated pipeline without its state, for `pickle` and `copy`."""
     pipe = original.__new__(original)
     pipe.__class__ = _guided_class(original)
     return pipe
 
 
 def guided_call(pipe: Any, original: Call, args: tuple[Any, ...], kwargs: dict[str, Any], given: dict[str, Any]) -> Any:
-    """One call of an accelerated pipeline."""
+    """Run one call of an accelerated pipeline."""
     ranks = installed_on(pipe).execution.ranks
     with nullcontext() if ranks is None else ranks.together():
         return _guided_call(pipe, original, args, kwargs, given)
@@ -179,7 +210,7 @@ def _guided_call(
 
 
 def _outside(callback: Callable[..., Any]) -> Callable[..., Any]:
-    """A callback is the user's: what it runs, another pipeline on the same denoiser say, is not part of this call."""
+    """Wrap a user's callback so that nothing it runs is guided, for example another pipeline on the same denoiser."""
 
     @functools.wraps(callback)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One weak branch: frozen settings, checked when they are made. No tensors here."""
+"""The settings of one perturbed branch: frozen, and checked when they are made. This module needs no torch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,25 @@ from stgfast.schedules import Schedule, checked, set_frozen
 
 @dataclass(frozen=True)
 class Perturbation:
-    """One weak branch: which layers are perturbed, how, and how far the result is pushed away from it.
+    """One perturbed branch: which layers are perturbed, how, and how far the result is pushed away from it.
 
-    layers  block numbers, from 0, in the order in which the model runs them
-    kind    `residual` (STG-R): the block passes its input through;
-            `attention` (STG-A): the block's self-attention is the identity, output = V;
-            `blur` (SEG, arXiv 2408.00760): its queries are blurred with a Gaussian over space, within every frame;
-            `isolate`: attention between video and audio is off, for models that have both
-    scale   w in the formula above; a step where it is 0 does not compute the branch
-    of      the branch that is made weak: `cond`, or `uncond`
-    base    what it is held against: `cond`, `uncond`, or `guided` (the CFG result). Left out: the same as `of`
-    axis    `spatial` or `temporal`, for models with blocks or attention along each; left out: both
-    sigma   of a blur, in tokens; infinity, which is the default as it is of SEG: the mean of the frame
+    Args:
+        layers: block numbers, from 0, in the order in which the model runs them.
+        kind: `"residual"` (STG-R): the block returns its input. `"attention"` (STG-A): the block's self-attention is
+            the identity, output = V. `"blur"` (SEG, arXiv 2408.00760): its queries are blurred by a Gaussian within
+            each frame. `"isolate"`: no attention between video and audio, for models that have both.
+        scale: the weight w of the difference, or a schedule. A step where it is 0 does not compute the branch.
+        of: the branch that is perturbed: `"cond"` or `"uncond"`.
+        base: the branch that it is subtracted from: `"cond"`, `"uncond"` or `"guided"` (the CFG result). Default: `of`.
+        axis: `"spatial"` or `"temporal"`, for models with blocks or attention along each. Default: both.
+        sigma: the width of a blur, in tokens. Default: infinity, the mean of the frame.
+
+    Raises:
+        SettingsError: a setting is wrong.
+
+    Example:
+        >>> stgfast.Perturbation([8], kind="attention", scale=2.0).layers
+        (8,)
     """
 
     layers: Sequence[int]
@@ -53,7 +60,7 @@ class Perturbation:
 
     @property
     def how(self) -> Kind:
-        """What its kind is."""
+        """The implementation of its kind."""
         return kinds.KINDS[self.kind]
 
     @property

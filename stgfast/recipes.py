@@ -27,13 +27,20 @@ STEPS = "num_inference_steps"
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How clips of one model are made with less work.
+    """How clips of one model are made with less work: an approximation, found by `stgfast.tune`.
 
-    model        what it was found for, as `model_of` says it
-    steps        of every clip
-    solver       of `stgfast.solver`; "" is the pipeline's own
-    reuse, reuse_cfg, reuse_blocks, reuse_order   as of a `Guidance`
-    found        what was measured of it, as plain data
+    Args:
+        model: the model that it was found for, as `stgfast.recipes.model_of` describes it.
+        steps: the number of steps.
+        solver: a name for `stgfast.solver`, or "" for the pipeline's own.
+        reuse, reuse_cfg, reuse_blocks, reuse_order: as in `Guidance`.
+        found: the measurements of `tune`, as plain data.
+
+    Raises:
+        SettingsError: a setting is wrong.
+
+    Example:
+        >>> recipe = stgfast.Recipe(model={"pipeline": "WanPipeline"}, steps=30, solver="unipc", reuse_blocks=2)
     """
 
     model: Mapping[str, Any]

@@ -130,19 +130,28 @@ class Run:
 
 
 def restart(scheduler: Any, *, t_min: float, t_max: float, times: int = 1, generator: Generators | None = None) -> Any:
-    """A scheduler that goes back from `t_min` to `t_max`, by new noise, and denoises again, `times` times:
-    `pipe.scheduler = stgfast.restart(pipe.scheduler, t_min=0.3, t_max=0.6, times=2)`.
+    """Make a scheduler that restarts: it adds noise to go back from `t_min` to `t_max`, and denoises that part again.
 
-    `t_min` and `t_max` are shares of noise, sigma / (alpha + sigma) of a sample alpha x0 + sigma eps: 0 is clean, 1 is
-    noise alone, and under flow matching it is the model's own time, sigma. Each means the step of the run's schedule
-    that is nearest to it; the steps between are made again, with their own timesteps, and the run is that much longer.
+    `t_min` and `t_max` are fractions of noise, sigma / (alpha + sigma) for a sample alpha x0 + sigma eps: 0 is clean, 1
+    is noise only. Under flow matching this is sigma. Each selects the nearest step of the schedule. The steps between
+    them are made again, so the run gets longer.
 
-    The noise is drawn from the generator that the pipeline gives the scheduler's step, as CogVideoX and Latte do; else
-    from this `generator`, one or a list with one for every sample; else from generators of its own, one for every
-    sample, seeded by what the sample is when the run begins. So a call with the same generators, or latents, gives
-    the same result, a sample's noise does not depend on those beside it, and torch's global state is never used.
+    The noise comes from the generator that the pipeline passes to the scheduler's step, if it does (CogVideoX and Latte
+    do), else from `generator`, else from one generator for each sample, seeded by the sample's first latents. So a call
+    with the same generators or latents gives the same result, a sample does not depend on those beside it, and torch's
+    global random state is not used.
 
-    The scheduler that is given stays as it is. One that restarts already is given other settings.
+    Args:
+        scheduler: the pipeline's scheduler. It is not changed.
+        t_min, t_max: where to restart, and how far to go back.
+        times: the number of restarts.
+        generator: one generator, or a list with one for each sample.
+
+    Returns:
+        The new scheduler.
+
+    Example:
+        >>> pipe.scheduler = stgfast.restart(pipe.scheduler, t_min=0.3, t_max=0.6, times=2)
     """
     stock = getattr(type(scheduler), "_stock", type(scheduler))
     if stock.__name__ not in MARGINALS or not hasattr(scheduler, "config"):

@@ -16,9 +16,16 @@ BY_SIGMA = "by_sigma"  # in settings written as data
 
 @dataclass(frozen=True)
 class BySigma:
-    """A schedule over the noise level that the scheduler calls sigma, which falls during a run.
+    """A schedule that depends on sigma, the scheduler's noise level, which falls during a run.
 
-    `BySigma([(0.99, 1.0), (0.9, 6.0), (0.6, 3.0)])` is 1 while sigma is 0.99 or more, then 6 down to 0.9, then 3.
+    Args:
+        levels: pairs of sigma and number, with falling sigmas. A number applies while sigma is at least its level.
+
+    Example:
+        1 while sigma is 0.99 or more, then 6 down to 0.9, then 3:
+
+        >>> scale = stgfast.BySigma([(0.99, 1.0), (0.9, 6.0), (0.6, 3.0)])
+        >>> perturbation = stgfast.Perturbation([2], scale=scale)
     """
 
     levels: tuple[tuple[float, float], ...]

@@ -24,12 +24,23 @@ NO_SIGNAL = 1.0 - 1e-6  # the solver takes the logarithm of what is left of the 
 
 
 def solver(pipe: Pipe, name: str) -> Pipe:
-    """Have this pipeline's steps made by another solver; `restore` undoes it.
+    """Replace a pipeline's solver. `restore` undoes it.
 
-    name  "unipc" or "unipc3", of order 2 or 3, or "dpm++", DPM-Solver++ of order 2
+    The pipeline's scheduler must be diffusers' flow-matching Euler scheduler, which most video models have. Its sigmas
+    stay as they are.
 
-    The pipeline's scheduler has to be the one of flow matching by Euler steps, which most of today's video models have:
-    its sigmas stay what they are. The pipeline itself is returned, changed in place.
+    Args:
+        pipe: the pipeline, accelerated or not. It is changed in place.
+        name: `"unipc"` or `"unipc3"` for UniPC of order 2 or 3, or `"dpm++"` for DPM-Solver++ of order 2.
+
+    Returns:
+        The same pipeline.
+
+    Raises:
+        SettingsError: the name is unknown, or the pipeline has another scheduler.
+
+    Example:
+        >>> pipe = stgfast.solver(pipe, "unipc")
     """
     check_solver(pipe, name)
     parts = vars(pipe)

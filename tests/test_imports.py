@@ -16,7 +16,8 @@ MAY = {
     "version": set(),
     "schedules": {"errors"},
     "perturbation": {"errors", "formulas", "kinds", "schedules"},
-    "guidance": {"errors", "formulas", "kinds", "perturbation", "presets", "schedules", "spacing"},
+    "guidance": {"errors", "formulas", "kinds", "perturbation", "presets", "schedules", "spacing", "wording"},
+    "wording": {"formulas", "guidance", "perturbation", "schedules", "spacing"},
     "presets": set(),
     "pages": set(),
     # What a file of these two is about it has in hand; of kernels, a kind may call one.

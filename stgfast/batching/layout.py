@@ -65,24 +65,27 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks:
-    """The facts of a model's blocks.
+    """The facts about a model's blocks.
 
-    rows       the arguments, of denoiser, block or attention, that have a row for every sample
-    lists      where the blocks are, in the order in which they run
-    attention  the self-attention of a block; "" where it has none to be weakened
-    units      in place of `lists` and `attention`, where blocks are not alike: what runs, in order, of a denoiser
-    state      the arguments that a block passes on, in the order in which it returns them
-    packed     those of a block that have the tokens of all samples one after another along dimension 1, each with the
-               argument that says how many tokens a sample has
-    full       the model handles rows between its blocks: it adds to them, reshapes them or keeps them for later
-    identity   `identity(attention module, *args, **kwargs)`: the module's call with output = V
-    attend     `attend(attention module, masked, source, *args, **kwargs)`: the whole call of an attention module, where
-               the model's own is slow; output row b is of input row `source[b]`, and the identity where `masked[b]`
-    attend_on  the kinds of device where it is faster
-    processor  the class of attention processor that it does the work of; with another one it is not used
-    changes    for a kind of perturbation that the model itself knows, the arguments that ask a block for it
-    grid       where the tokens of a self-attention lie, for queries to be blurred; None where that is not known
-    unspread   why diffusers cannot spread the model's tokens over processes, though it offers to
+    Args:
+        rows: the arguments of denoiser, block or attention that have one row for each sample.
+        lists: the attributes that hold the blocks, in the order in which they run.
+        attention: the attribute of a block that is its self-attention; "" if it has none that can be perturbed.
+        units: for blocks that differ from each other, in place of `lists` and `attention`: `units(denoiser)` returns
+            what runs, in order.
+        state: the arguments that a block passes on, in the order in which it returns them.
+        packed: the arguments of a block that hold the tokens of all samples along dimension 1, each with the argument
+            that says how many tokens a sample has.
+        full: the model uses rows between its blocks: it adds to them, reshapes them or keeps them.
+        identity: `identity(attention module, *args, **kwargs)` is the module's call with output = V.
+        attend: `attend(attention module, masked, source, *args, **kwargs)` replaces the call of an attention module
+            where the model's own is slow. Output row b is computed from input row `source[b]`, and is the identity if
+            `masked[b]`.
+        attend_on: the device types on which `attend` is used.
+        processor: the class of attention processor that `attend` replaces. With another processor `attend` is not used.
+        changes: the arguments that ask a block for a kind of perturbation which the model itself has.
+        grid: the positions of tokens in a self-attention, for blurred queries; None if they are not known.
+        unspread: why diffusers cannot shard this model's tokens over processes, although it offers to; else "".
     """
 
     rows: frozenset[str]

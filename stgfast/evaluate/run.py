@@ -103,10 +103,18 @@ def _cell(summary: Summary, name: str) -> str:
 def evaluate(
     out: str | Path, *, measure: Measure | None = None, told: Callable[[int], None] | None = None
 ) -> Evaluation:
-    """What `stgfast render` or `stgfast sweep` left in this folder.
+    """Measure the clips of a folder that `stgfast render` or `stgfast sweep` made.
 
-    measure  what is measured of a clip; left out: what the model comes with, or what can be said of any clip
-    told     hears how many clips were measured
+    Args:
+        out: the folder.
+        measure: what is measured of a clip. Default: the measure of the model, or measures that suit any clip.
+        told: called with the number of clips measured so far.
+
+    Returns:
+        The evaluation: measures by setting, and the number of jobs that have no clip.
+
+    Example:
+        >>> evaluation = stgfast.evaluate("clips")  # doctest: +SKIP
     """
     require("render")
     done, left_out = clips_of(Path(out))

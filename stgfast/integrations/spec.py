@@ -16,6 +16,8 @@ from stgfast.batching.seam import compiled_in_place
 from stgfast.errors import SettingsError, wrong
 from stgfast.formulas import COND, UNCOND
 from stgfast.guidance import Guidance, Scale
+from stgfast.integrations import clips
+from stgfast.integrations.clips import Clips, check_names
 from stgfast.integrations.scales import live_scale, requested_scale, rescale_of_call
 from stgfast.integrations.steps import CallArguments, last_sigmas, schedule_of_call, steps_of_call, steps_of_pipe
 from stgfast.perturbation import Perturbation
@@ -96,12 +98,13 @@ def all_fits(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Announced:
-    """Of a pipeline that asks for its weak branches itself, and combines them.
+    """The facts about a pipeline that asks for perturbed branches itself, and combines them.
 
-    weak     the names of the weak branches that it may ask for
-    passes   what its next step asks for of a denoiser, by the guidance where that says something, else by the call
-    preview  `preview(copy of the pipeline, call, moment)`: put it in the state that this step will find
-    when     whether a pipeline instance is of that kind
+    Args:
+        weak: the names of the perturbed branches that it may ask for.
+        passes: the passes that its next step asks of a denoiser, by the guidance or else by the call.
+        preview: `preview(copy of the pipeline, call, moment)` puts the copy in the state of this step.
+        when: whether a pipeline instance is of that kind.
     """
 
     weak: tuple[str, ...]
@@ -110,74 +113,51 @@ class Announced:
     when: Callable[[Any], bool] = always
 
 
-def _tuple(what: str, names: object) -> None:
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise wrong(what, names, "a tuple of names")
-
-
-EACH, ONE = "each", "one"  # of Clips.images; `stgfast.queue.batches` reads the first
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clips:
-    """What rendering many clips has to know of a pipeline.
-
-    images    how a call for several prompts takes the images that clips begin with: `each`, a list of as many; `one`,
-              the same for all; nothing, where clips are not what they are alone
-    exact     the components that are loaded in float32 whatever the others are
-    tiled     its VAE decodes in tiles or not at all
-    negative  a call fails without a negative prompt
-    fps       frames in a second that the model was trained on, or by the pipeline's configuration; those of a call that
-              says so come first
-    """
-
-    images: str = ""
-    exact: tuple[str, ...] = ()
-    tiled: bool = False
-    negative: bool = False
-    fps: float | Callable[[Mapping[str, Any]], float] = 24.0
-
-    def __post_init__(self) -> None:
-        if self.images not in ("", EACH, ONE):
-            raise wrong("images of clips", self.images, f"{EACH!r}, {ONE!r} or ''")
-        _tuple("exact of clips", self.exact)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """The facts of one pipeline class.
+    """The facts about one pipeline class. `Adapter.of` proposes them for a pipeline that is not in the table.
 
-    protocol     how a step calls the denoiser. `stacked`: once, on `[uncond | cond]`, combined afterwards;
-                 `sequential`: on cond, then on uncond; `embedded`: on cond, the scale being an input, and on uncond
-                 after it only where the call asks for true CFG; `announced`: once for every branch, weak ones too, or
-                 for several, and the pipeline combines what it gets itself
-    blocks       the facts of its denoisers' blocks
-    defaults     the settings where none are given
-    source       where these come from
-    clips        what rendering has to know
-    announced    what has to be known of a pipeline that asks for its weak branches itself
-    order        the rows of a stacked call
-    float32      the pipeline combines in float32, whatever the denoiser's type
-    learned_sigma  the second half of a prediction's channels is no noise, and the pipeline takes it away after CFG
-    early        the pipeline has worked on what it got for cond before it calls for uncond
-    requested    the CFG scale that a call asks for
-    cfg_on       how a call asks for CFG, in words
-    live         the CFG scale that the pipeline will combine this step with, as seen by one of its denoisers
-    own_rescale  the rescale that a call asks for by the pipeline's own means, if any
-    steps        how many steps the pipeline is about to make, once it runs
-    windowed     it goes through all of these steps anew for every part of a longer clip
-    steps_asked  how many steps a call asks for, before it runs
-    sigmas       the noise levels of the so many steps to come, once the scheduler has its timesteps
-    schedule     what the pipeline gives its scheduler's `set_timesteps`, device aside: by it the steps are counted that
-                 a scheduler from `stgfast.restart` adds
-    unsupported  what a pipeline instance has that is not supported, if anything
-    unfit        what of a guidance, or of a call with it, the pipeline cannot do, if anything
-    notice       what a call gets that it seems not to ask for, if anything
-    own_solver   why its steps cannot be made by another solver over the same sigmas, if so
-    within       what has to hold around a whole call
-    denoisers    the pipeline's components that are called for steps; those that are None are not
-    second_below the time below which the second of two denoisers is called, where there are two
-    sample       the argument of a denoiser that has what is to be denoised
+    Args:
+        pipeline: the name of the class.
+        protocol: how a step calls the denoiser. `"stacked"`: once, on `[uncond | cond]`. `"sequential"`: on cond, then
+            on uncond. `"embedded"`: on cond, with the CFG scale as an input, and then on uncond only if the call asks
+            for true CFG. `"announced"`: once for each branch or for several, perturbed ones included; the pipeline
+            combines them itself.
+        blocks: the facts about the blocks of its denoisers.
+        defaults: the default guidance.
+        source: where the defaults come from.
+        clips: the facts that rendering needs.
+        announced: the facts about a pipeline that asks for perturbed branches itself.
+        order: the order of the rows in a stacked call.
+        float32: the pipeline combines in float32, whatever the type of the denoiser.
+        learned_sigma: the second half of a prediction's channels is not noise. The pipeline drops it after CFG.
+        early: the pipeline uses the cond prediction before it calls for uncond.
+        requested: the CFG scale that a call asks for.
+        cfg_on: how a call asks for CFG, in words.
+        live: the CFG scale with which the pipeline will combine this step, for one of its denoisers.
+        own_rescale: the rescale that a call asks for by the pipeline's own argument, if it has one.
+        steps: the number of steps that a running pipeline will make.
+        windowed: the pipeline makes all these steps again for each part of a longer clip.
+        steps_asked: the number of steps that a call asks for, before it runs.
+        schedule: the arguments of the scheduler's `set_timesteps`, without the device. Used to count the steps that
+            `stgfast.restart` adds.
+        sigmas: the noise levels of the coming steps, when the scheduler has its timesteps.
+        unsupported: what of a pipeline instance is not supported, or None.
+        unfit: what of a guidance or call the pipeline cannot do, or None.
+        notice: what a call gets that it does not seem to ask for, or "".
+        own_solver: why another solver cannot make its steps, or "".
+        within: a context manager around a whole call.
+        denoisers: the components that predict. Those that are None are ignored.
+        second_below: the timestep below which the second of two denoisers is called.
+        sample: the name of the denoiser's argument with the noisy latents.
+
+    Raises:
+        SettingsError: a fact is impossible.
+
+    Example:
+        >>> adapter = stgfast.Adapter.of(pipe, "a prompt")
+        >>> adapter.protocol
+        'stacked'
     """
 
     pipeline: str
@@ -185,7 +165,7 @@ class Adapter:
     blocks: Blocks
     defaults: Guidance
     source: str = "our choice"
-    clips: Clips = Clips()
+    clips: Clips = clips.DEFAULT
     announced: Announced | None = None
     order: tuple[str, ...] = (UNCOND, COND)
     float32: bool = False
@@ -218,7 +198,7 @@ class Adapter:
             if not isinstance(getattr(self, name), kind):
                 raise wrong(f"{name} of an adapter", getattr(self, name), f"a {kind.__name__}")
         for name in ("order", "denoisers"):
-            _tuple(f"{name} of an adapter", getattr(self, name))
+            check_names(f"{name} of an adapter", getattr(self, name))
 
     @staticmethod
     def of(pipe: Any, *args: Any, **call: Any) -> Adapter:

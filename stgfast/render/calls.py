@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from stgfast.installed import installed_on
-from stgfast.integrations.spec import EACH
+from stgfast.integrations.clips import EACH
 from stgfast.queue.job import Job, read_image
 
 RATES = ("frame_rate", "fps")  # what calls take frames in a second by

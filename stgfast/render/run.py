@@ -101,44 +101,58 @@ def render(
     plan_only: bool = False,
     like: str | Path | None = None,
 ) -> Report:
-    """Render jobs into a folder; what is there already is not rendered again.
+    """Render jobs into a folder. Clips that are there already are not rendered again.
 
-    model         a pipeline, guided or not; or the folder or hub name of one; None where every job names its own
-    jobs          a file (.jsonl, .csv, .yaml, .txt), or jobs themselves, as `Job` or as mappings; None for those alone
-                  that were added to the folder
-    defaults      what every job has that does not say otherwise
-    max_batch     how many clips are rendered at once where memory is not known to hold fewer
-    skip_bad      go on without jobs that are wrong, in place of raising `BadJobs`
-    retry_failed  try those again that failed in an earlier run
-    retries       how often a job is tried again that a process died of
-    timeout       seconds that a clip may take; left out, many times what others of its shape took
-    wait          stay when all is done, for jobs that are added
-    verify        read clips that are done whole, and render those again that are not
-    dtype         of the weights; bfloat16 where left out, on a CPU float32
-    device        cuda where there is one and this is left out, else cpu
-    offload       what is on the device only while it computes: "text", the text encoders; "model", every model of the
-                  pipeline; "group", every layer
-    vae_tiling    decode in tiles, for memory: not quite the same pixels
-    compile       compile the model's blocks
-    attention     "auto": every layer attends by what is fastest for its shape
-    recipe        by which clips are made that have no other, or its file: an approximation
-    trust         the name of the model, for one that brings code of its own
-    ray           render on every GPU of a Ray cluster: its host:port, "auto" for the one that this machine is part of,
-                  or "local" for one of this machine alone, unless this process is part of one already; the model is a
-                  folder or a name then, and every node sees the same folders
-    actors        how many of its devices to ask for; all its GPUs where left out, or one CPU where it has none
-    gpus_per_clip over how many GPUs every clip is divided, with ray; started by torchrun, over all of its processes,
-                  of which the first one alone reports
-    same_process  render in this process, and not in one of its own, which is replaced where it hangs or dies; so does a
-                  pipeline that was handed over
-    bars          the process that loads the model may show how that goes
-    listener      is told of everything that happens
-    plan_only     check and list the jobs, and neither render nor keep anything
-    like          another folder, by whose clips a plan says how long these will take
+    In float32 a clip is the same up to rounding, whatever batch, order or restart it was rendered in.
 
-    In float32 a clip is the same, but for roundings, whatever it is rendered with, in whatever order, after whatever
-    restart.
-    In bfloat16 another batch size rounds differently: there, `max_batch=1` gives the same clip every time.
+    Args:
+        model: a pipeline, guided or not, or the folder or hub name of one. None: each job names its model.
+        jobs: a file (.jsonl, .csv, .yaml, .txt), or a list of `Job` or mappings. None: only jobs that were added to the
+            folder.
+        out: the folder.
+        format: `"mp4"`, `"gif"`, `"png"` or `"npz"`.
+        fps: frames per second. Default: those of the model.
+        crf: the quality of MP4; lower is better.
+        defaults: settings of all jobs that do not have their own.
+        max_batch: the number of clips in one batch, if it is not known whether memory holds more.
+        skip_bad: skip invalid jobs. Default: raise `BadJobs`.
+        retry_failed: retry jobs that failed in an earlier run.
+        retries: how often to retry a job whose worker process died.
+        timeout: the seconds that a clip may take. Default: a multiple of what clips of this shape took.
+        wait: keep running when all jobs are done, for jobs that are added.
+        verify: decode all finished clips, and render damaged ones again.
+        dtype: the type of the weights. Default: bfloat16, or float32 on a CPU.
+        device: default: CUDA if there is a GPU, else CPU.
+        offload: what is on the device only while it computes: `"text"` (text encoders), `"model"` (each model of the
+            pipeline) or `"group"` (each layer).
+        vae_tiling: decode in tiles, which needs less memory. Pixels differ slightly.
+        compile: compile the model's blocks.
+        attention: `"auto"`, as for `accelerate`.
+        recipe: the recipe for jobs that have none, or its path. An approximation.
+        trust: the name of the model, if it has code of its own that may run.
+        ray: render on all GPUs of a Ray cluster: its `host:port`, `"auto"` (the cluster of this machine) or `"local"`
+            (a new one on this machine). The model must be a folder or a name, and all nodes must see the same folders.
+        actors: the number of Ray actors. Default: one for each GPU, or one if there are only CPUs.
+        gpus_per_clip: the number of GPUs that share one clip, with `ray` or under torchrun.
+        same_process: render in this process. Default: in a child process, which is replaced if it hangs or dies. A
+            pipeline object is always rendered in this process.
+        bars: whether the process that loads the model may show progress bars.
+        listener: called with each event.
+        plan_only: check and list the jobs only. Nothing is written.
+        like: another folder: the plan estimates times by its clips.
+
+    Returns:
+        A report: the number of jobs done, skipped and failed, and the exit code.
+
+    Raises:
+        SettingsError: a setting is wrong. It is raised before anything is rendered.
+        BadJobs: jobs are invalid, with all of them listed.
+
+    Example:
+        >>> jobs = [{"prompt": "a red kite", "seed": seed} for seed in range(4)]
+        >>> report = stgfast.render(pipe, jobs, "clips")  # doctest: +SKIP
+        >>> report.done  # doctest: +SKIP
+        4
     """
     require("render")
     _check(max_batch, retries, timeout)

@@ -81,20 +81,31 @@ def tune(
     trust: str | None = None,
     listener: Callable[[Event], None] | None = None,
 ) -> Tuned:
-    """Find a recipe for this model and such prompts, and put it into a folder, with a page about it.
+    """Find the cheapest recipe for a model, and write it into a folder with a page about it.
 
-    model     as for `render`: a pipeline, or the folder or name of one
-    prompts   like those that are to be rendered; the first `clips` of them, or each with several seeds
-    distance  within which it has to be of the converged clip (relative norms of latents, the median of all clips)
-    cost      within which it has to be, in parts of the usual clip's block-rows; where neither is given, the recipe
-              is the cheapest whose clips are as near to converged ones as the usual clips
-    clips     by which a recipe is judged
-    minutes   after which no further clip is begun
-    seed      of the first noise
-    defaults  what every clip has, as for `render`: steps, sizes, guidance
-    listener  is told of everything that happens
+    The usual clip is what the pipeline makes without a recipe, guidance included. A search that was stopped continues.
 
-    The usual clip is what the pipeline makes without a recipe, guidance included. A run that was stopped goes on.
+    Args:
+        model: a pipeline, or the folder or hub name of one.
+        prompts: prompts like those to be rendered. The first `clips` are used; if there are fewer, several seeds of
+            each.
+        out: the folder.
+        distance: the largest distance from the converged clip that is accepted (the relative norm of the difference of
+            latents, the median over clips). Default, if `cost` is not given either: the distance of the usual clip.
+        cost: the highest cost that is accepted, as a fraction of the usual clip's block-rows.
+        clips: the number of clips by which a recipe is judged.
+        minutes: no further clip starts after this time.
+        seed: the seed of the first clip.
+        defaults: settings of all clips, as for `render`: steps, sizes, guidance.
+        dtype, device, offload, trust: as for `render`.
+        listener: called with each event.
+
+    Returns:
+        The recipe that was found and all measurements.
+
+    Example:
+        >>> tuned = stgfast.tune(pipe, ["a prompt"], "tuned", minutes=60)  # doctest: +SKIP
+        >>> pipe = stgfast.accelerate(pipe, recipe="tuned/recipe.json")  # doctest: +SKIP
     """
     require("render")
     aim = Aim(distance, cost)

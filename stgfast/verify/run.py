@@ -15,20 +15,23 @@ from stgfast.proof.verdict import Verdict
 
 
 def verify(pipe: Any, *args: Any, **kwargs: Any) -> Verdict:
-    """Compare accelerated guidance with the plain method, for this call of this pipeline:
+    """Compare accelerated guidance with the plain method, for one call of a pipeline.
 
-        verdict = stgfast.verify(pipe, "a prompt", num_frames=49)
-        print(verdict)
-        assert verdict.ok
+    The plain method runs each branch alone through the whole model. One step is compared for each denoiser: each
+    prediction, what the scheduler receives, and the pipeline's own step at scale 0. How the pipeline combines
+    predictions is measured for all steps, without running the model. This takes as long as a few steps.
 
-    The arguments are those of the call, settings such as `stg_scale` among them. The plain method runs every branch
-    alone through the whole model. One step of it is compared for every denoiser: each prediction, what the scheduler
-    is sent, and the pipeline's own step at scale 0, beside the error that the number type explains. How the pipeline
-    combines predictions is measured for all steps, which runs no model. A verdict has `ok`, `lines` and `wrong`: the
-    facts of the adapter that are not what was seen.
+    Args:
+        pipe: a pipeline. If it is not accelerated, the default settings for its model are verified. It is not changed.
+        *args, **kwargs: the arguments of the call, including settings such as `stg_scale`.
 
-    It takes the time of a handful of steps. A pipeline that is not accelerated is verified with the default settings
-    for its model; nothing is left behind on it.
+    Returns:
+        A verdict to print, with `ok`, the compared `lines`, and `wrong`: the facts of the adapter that do not hold.
+
+    Example:
+        >>> verdict = stgfast.verify(pipe, "a prompt")
+        >>> verdict.ok
+        True
     """
     original = original_class(type(pipe))
     installed = vars(pipe).get(INSTALLED) or Installed(adapter_for(pipe, original), None, AS_IT_IS, None, original)

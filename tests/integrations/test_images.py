@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from stgfast.integrations import ADAPTERS
-from stgfast.integrations.spec import EACH
+from stgfast.integrations.clips import EACH
 from tests.integrations.test_families import FAMILIES
 from tests.precision import distance, same
 

@@ -21,7 +21,7 @@ import torch
 import stgfast
 from stgfast import Guidance, Perturbation
 from stgfast.errors import DeviceError, SettingsError
-from stgfast.integrations.spec import EACH, ONE
+from stgfast.integrations.clips import EACH, ONE
 from stgfast.queue.batches import stack_of
 from stgfast.queue.job import Job
 from stgfast.queue.state import FOLDER, StoreError

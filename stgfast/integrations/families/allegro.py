@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from stgfast.batching.layout import Blocks, Grid
 from stgfast.guidance import Guidance
+from stgfast.integrations.clips import Clips
 from stgfast.integrations.scales import live_requested
-from stgfast.integrations.spec import Adapter, Clips, patches
+from stgfast.integrations.spec import Adapter, patches
 from stgfast.perturbation import Perturbation
 
 ALLEGRO = Adapter(

@@ -9,8 +9,9 @@ from typing import Any
 
 from stgfast.batching.layout import Blocks, Grid
 from stgfast.guidance import Guidance
+from stgfast.integrations.clips import EACH, Clips
 from stgfast.integrations.scales import requested_scale
-from stgfast.integrations.spec import EACH, Adapter, Clips, patches
+from stgfast.integrations.spec import Adapter, patches
 from stgfast.integrations.steps import CallArguments, steps_of_call
 from stgfast.presets import PRESETS
 

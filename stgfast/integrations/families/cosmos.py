@@ -13,8 +13,9 @@ import numpy as np
 
 from stgfast.batching.layout import Blocks, Grid
 from stgfast.guidance import Guidance
+from stgfast.integrations.clips import EACH
 from stgfast.integrations.scales import live_excess, requested_excess
-from stgfast.integrations.spec import EACH, Adapter, patches
+from stgfast.integrations.spec import Adapter, patches
 from stgfast.integrations.steps import CallArguments
 from stgfast.perturbation import Perturbation
 

@@ -10,7 +10,8 @@ from typing import Any
 from stgfast.batching.layout import Blocks, Grid
 from stgfast.batching.values import identity_of_scores
 from stgfast.guidance import Guidance
-from stgfast.integrations.spec import Adapter, Clips, patches
+from stgfast.integrations.clips import Clips
+from stgfast.integrations.spec import Adapter, patches
 from stgfast.integrations.steps import CallArguments, schedule_of_call, steps_of_call
 from stgfast.perturbation import Perturbation
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from stgfast.batching.layout import Blocks, Grid
 from stgfast.guidance import Guidance
+from stgfast.integrations.clips import EACH
 from stgfast.integrations.scales import live_true_cfg_scale, true_cfg_scale
-from stgfast.integrations.spec import EACH, Adapter, patches
+from stgfast.integrations.spec import Adapter, patches
 from stgfast.integrations.steps import even_sigmas
 from stgfast.presets import PRESETS
 

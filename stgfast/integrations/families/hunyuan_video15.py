@@ -6,8 +6,9 @@ import dataclasses
 
 from stgfast.batching.layout import Blocks, Grid
 from stgfast.guidance import Guidance
+from stgfast.integrations.clips import ONE
 from stgfast.integrations.guiders import guided_by, steps_of_modular_call
-from stgfast.integrations.spec import ONE, Adapter, patches
+from stgfast.integrations.spec import Adapter, patches
 from stgfast.integrations.steps import even_sigmas
 from stgfast.perturbation import Perturbation
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from stgfast.batching.layout import Blocks, Grid
 from stgfast.guidance import Guidance
+from stgfast.integrations.clips import Clips
 from stgfast.integrations.scales import live_requested
-from stgfast.integrations.spec import Adapter, Clips, patches
+from stgfast.integrations.spec import Adapter, patches
 from stgfast.integrations.steps import CallArguments
 from stgfast.integrations.turns import units
 from stgfast.kinds import ATTENTION, AXES

@@ -10,8 +10,9 @@ from typing import Any
 from stgfast.batching.arguments import Arguments
 from stgfast.batching.layout import Blocks, Grid
 from stgfast.guidance import Guidance
+from stgfast.integrations.clips import EACH
 from stgfast.integrations.guiders import guided_by, steps_of_modular_call
-from stgfast.integrations.spec import EACH, Adapter
+from stgfast.integrations.spec import Adapter
 from stgfast.integrations.steps import CallArguments, even_sigmas, latent_tokens, shifted, steps_of_call
 from stgfast.presets import PRESETS
 

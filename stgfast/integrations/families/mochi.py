@@ -13,7 +13,8 @@ from stgfast.batching.layout import Blocks, Grid
 from stgfast.batching.rows import spans, take
 from stgfast.batching.values import project
 from stgfast.guidance import Guidance
-from stgfast.integrations.spec import Adapter, Clips, patches
+from stgfast.integrations.clips import Clips
+from stgfast.integrations.spec import Adapter, patches
 from stgfast.integrations.steps import CallArguments
 from stgfast.kernels import masked_attention
 from stgfast.presets import PRESETS

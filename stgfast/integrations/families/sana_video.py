@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from stgfast.batching.layout import Blocks
 from stgfast.guidance import Guidance
-from stgfast.integrations.spec import ONE, Adapter, Clips
+from stgfast.integrations.clips import ONE, Clips
+from stgfast.integrations.spec import Adapter
 from stgfast.perturbation import Perturbation
 
 SANA_VIDEO = Adapter(

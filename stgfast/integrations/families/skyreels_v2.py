@@ -7,7 +7,8 @@ from typing import Any
 
 from stgfast.batching.layout import Blocks, Grid
 from stgfast.guidance import Guidance
-from stgfast.integrations.spec import ONE, Adapter, Clips, patches
+from stgfast.integrations.clips import ONE, Clips
+from stgfast.integrations.spec import Adapter, patches
 from stgfast.integrations.steps import CallArguments, steps_of_call
 from stgfast.perturbation import Perturbation
 

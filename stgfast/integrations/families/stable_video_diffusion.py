@@ -7,8 +7,9 @@ from typing import Any
 
 from stgfast.batching.layout import Blocks
 from stgfast.guidance import Guidance
+from stgfast.integrations.clips import EACH, Clips
 from stgfast.integrations.scales import live_over_frames, requested_over_frames
-from stgfast.integrations.spec import EACH, Adapter, Clips
+from stgfast.integrations.spec import Adapter
 from stgfast.integrations.steps import CallArguments
 from stgfast.integrations.unet import GRID, units
 from stgfast.presets import PRESETS

@@ -13,9 +13,10 @@ from torch import nn
 from stgfast.batching.arguments import unwrapped
 from stgfast.batching.layout import Blocks, Grid, Unit
 from stgfast.guidance import Guidance
+from stgfast.integrations.clips import ONE, Clips
 from stgfast.integrations.guiders import guided_by, schedule_of_modular_call, steps_of_modular_call
 from stgfast.integrations.scales import live_scale, live_scale_of_second
-from stgfast.integrations.spec import ONE, Adapter, Clips, never, patches
+from stgfast.integrations.spec import Adapter, never, patches
 from stgfast.integrations.steps import CallArguments, steps_of_call
 from stgfast.perturbation import Perturbation
 from stgfast.presets import PRESETS
