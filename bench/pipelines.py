@@ -34,7 +34,7 @@ from stgfast.spacing import eased
 
 PAGE = readme.README.parent / "stgfast" / "integrations" / "README.md"
 HEAD = ("model", "pipelines", "called", "layers", "settings", "from", "block-rows: plain, stgfast, CFG alone", "saved")
-SHORT = ("", "weakened, where nothing else is said", "plainly", "stgfast", "by a recipe")
+SHORT = ("", "default perturbation", "plain method", "stgfast", "with a recipe")
 USUAL_STEPS = 50
 RECIPE = eased(30, 5, 3)  # of 30 steps those in which blocks run
 FLOW = "FlowMatchEulerDiscreteScheduler"

@@ -8,23 +8,26 @@ from pathlib import Path
 
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("stgfast-demo"), metavar="DIR", help="where clips are put")
-    parser.add_argument("--prompt", action="append", help="in place of those of the demo; may be given several times")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("stgfast-demo"), metavar="DIR", help="folder for the clips")
+    parser.add_argument("--prompt", action="append", help="use this prompt; may be given several times")
+    parser.add_argument("--prompts", type=int, default=16, metavar="N", help="draw N prompts at random (default: 16)")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompts and of the noise")
 
 
 def run_demo(arguments: argparse.Namespace) -> int:
-    from stgfast import toy
-    from stgfast.demo import ROUNDS, run
+    from stgfast.demo import prompts_of, run
 
-    demo = run(arguments.out, arguments.prompt or toy.PROMPTS, arguments.seed)
-    said = sys.stdout.write
-    said("A small text-to-video model: 12 blocks, trained on drawn clips of shapes that move and turn.\n\n")
-    said(f"{demo.plan}\n")
-    said(f"\n{len(demo.sides[0].clips)} clips      block-rows   seconds, fastest of {ROUNDS}\n")
+    prompts = arguments.prompt or prompts_of(arguments.seed, max(arguments.prompts, 1))
+    demo = run(arguments.out, prompts, arguments.seed)
+    write = sys.stdout.write
+    write("A small text-to-video model: 12 blocks, trained on drawn clips of shapes that move and turn.\n\n")
+    write(f"{demo.plan}\n\nrecipe: {demo.recipe}\n")
+    write(f"\n{len(prompts)} clips     block-rows   seconds   right, by the judge\n")
     for side in demo.sides:
-        said(f"{side.name:10} {side.block_rows:12} {side.seconds:9.2f}\n")
-    said("\nCFG left, CFG + STG right; all of them in the last:\n")
+        write(f"{side.name:10} {side.block_rows:10} {side.seconds:9.1f}   {side.right} of {len(prompts)}\n")
+    plain, *_, recipe = demo.sides
+    write(f"\nThe recipe takes {recipe.seconds / plain.seconds:.2f} times as long as CFG.\n")
+    write("\nClips by all three, side by side; the last file shows all of it in one picture:\n")
     for path in demo.files:
-        said(f"  {path}\n")
+        write(f"  {path}\n")
     return 0

@@ -9,28 +9,38 @@ import pytest
 from PIL import Image
 
 import stgfast
-from stgfast import toy
+from stgfast import demo, toy
 from stgfast.cli import main
+from stgfast.evaluate.study import EARLY
 from stgfast.render.files import read_frames
 
 
-def test_demo(capsys, tmp_path):
-    prompt = "a red square moves left over a black background"
-    assert main(["demo", "--out", str(tmp_path / "clips"), "--prompt", prompt, "--prompt", prompt]) == 0
+def test_demo(capsys, tmp_path, monkeypatch):
+    steps = 6
+    monkeypatch.setattr(demo.run, "__kwdefaults__", {"steps": steps})
+    assert main(["demo", "--out", str(tmp_path / "clips"), "--prompts", "2"]) == 0
     printed = capsys.readouterr().out
-    rows = {name: int(count) for name, count in re.findall(r"^(CFG|CFG \+ STG) +(\d+) ", printed, re.MULTILINE)}
-    (layer,) = toy.GUIDANCE.perturbations[0].layers
-    blocks, steps = 12, toy.CALL["num_inference_steps"]
-    assert rows == {"CFG": 2 * steps * 2 * blocks, "CFG + STG": 2 * steps * (2 * blocks + blocks - layer - 1)}
+    rows = re.findall(r"^(CFG|CFG \+ STG|recipe) +(\d+) +\d+\.\d   (\d) of 2$", printed, re.MULTILINE)
+    (layer,) = EARLY.perturbations[0].layers
+    blocks = 12
+    guided = 2 * blocks + blocks - layer - 1
+    expected = {"CFG": steps * 2 * blocks, "CFG + STG": steps * guided, "recipe": 14 * guided}
+    assert {name: int(count) for name, count, _ in rows} == {name: 2 * count for name, count in expected.items()}
     assert f"blocks 0 to {layer}: 2 rows" in printed
+    assert re.search(r"^The recipe takes \d+\.\d\d times as long as CFG\.$", printed, re.MULTILINE)
     shown = re.findall(r"^  (\S+/clips/\S+)$", printed, re.MULTILINE)
-    stem = "a-red-square-moves-left-over-a-black-backg"
-    assert [Path(path).name for path in shown] == [f"1-{stem}.mp4", f"2-{stem}.mp4", "demo.png"]
+    assert [Path(path).name.partition("-")[0] for path in shown] == ["1", "2", "demo.png"]
     frames = read_frames(Path(shown[0]))
-    assert frames.shape == (17, 256, 512, 3)
-    assert np.abs(frames[:, :, :256].astype(int) - frames[:, :, 256:]).mean() > 0.1  # the two sides differ
+    assert frames.shape == (17, 256, 3 * 256, 3)
+    cfg, guided, _ = np.split(frames.astype(int), 3, axis=2)
+    assert np.abs(cfg - guided).mean() > 0.1
     with Image.open(shown[-1]) as picture:
         assert picture.width > 1000
+
+
+def test_prompts_of_the_demo_are_drawn_by_its_seed():
+    assert demo.prompts_of(0, 4) == demo.prompts_of(0, 8)[:4]
+    assert demo.prompts_of(0, 4) != demo.prompts_of(1, 4)
 
 
 def test_doctor(capsys):

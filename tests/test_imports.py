@@ -64,7 +64,7 @@ MAY = {
     "evaluate": COMMON | {"extras", "install", "pages", "queue", "render", "toy"},
     "tune": COMMON
     | {"explain", "extras", "install", "installed", "pages", "queue", "recipes", "render", "solvers", "toy", "version"},
-    "demo": {"explain", "install", "render", "toy"},
+    "demo": {"evaluate", "explain", "guidance", "install", "integrations", "recipes", "render", "spacing", "toy"},
     "demo_command": {"demo", "toy"},
     "bench": COMMON
     | {"batching", "explain", "explained", "install", "integrations", "kernels", "pages", "ranks", "version"},

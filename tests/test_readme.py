@@ -31,6 +31,7 @@ ROOT = readme.README.parent
 README = readme.README.read_text()
 PAGES = [
     readme.README,
+    ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "stgfast").glob("*/README.md")),
     ROOT / "bench/README.md",
     ROOT / "tests/README.md",

@@ -8,7 +8,6 @@ import torch
 
 from stgfast import accelerate, toy
 from stgfast.demo import run
-from stgfast.evaluate.judged import measure
 
 STOCK = """
 import sys
@@ -54,10 +53,8 @@ def test_the_same_seed_gives_the_same_clip(pipe):
 
 
 def test_the_demo_shows_what_its_prompts_say(tmp_path):
-    demo = run(tmp_path)
-    for side in demo.sides:
-        for prompt, frames in zip(toy.PROMPTS, side.clips, strict=True):
-            assert measure().of(frames, prompt).values["right"] == 1, (side.name, prompt)
+    demo = run(tmp_path, toy.PROMPTS, steps=12)
+    assert {side.name: side.right for side in demo.sides} == dict.fromkeys(("CFG", "CFG + STG", "recipe"), 4)
 
 
 def test_words_it_never_saw(pipe):
