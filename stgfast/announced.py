@@ -1,8 +1,7 @@
-"""Pipelines that ask for their weak branches themselves, pass after pass, and combine what they get.
+"""Pipelines that ask for perturbed branches themselves, pass by pass, and combine them.
 
-The first pass that has the conditional rows computes, as one stack, what the passes after it are going to ask for;
-these are answered from what is held, or carried on from earlier steps. How the results are combined stays the
-pipeline's, or its guider's, own.
+The first pass with the conditional rows computes the later passes too, as one stack. These are then answered from what
+is stored, or extrapolated from earlier steps. The combination stays that of the pipeline or its guider.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from stgfast.schedules import Moment
 
 
 class Answering:
-    """What becomes of the calls of one run of such a pipeline."""
+    """The strategy of a run of such a pipeline."""
 
     def __init__(self, announced: Announced, guidance: Guidance):
         self.announced, self.guidance = announced, guidance
@@ -49,7 +48,7 @@ class Answering:
     # Where branches are divided over processes, there is another way for these two.
 
     def foresee(self, passes: Passes) -> None:
-        """What the step that begins is going to ask for."""
+        """The passes that the coming step will ask for."""
 
     def step(self, *of_step: Any) -> AnsweringStep:
         return AnsweringStep(*of_step)
@@ -59,7 +58,7 @@ class Answering:
 
 
 class AnsweringStep:
-    """One step while it lasts."""
+    """The state of one step."""
 
     def __init__(
         self,
@@ -92,7 +91,7 @@ class AnsweringStep:
         return _mapped(lambda *parts: join(parts), *(self.held.pop(branch) for branch in asked))
 
     def hold(self, output: Any, held: dict[str, Any]) -> None:
-        """What was computed, and with the conditional branch what is carried on."""
+        """Store what was computed, and what is extrapolated together with the conditional branch."""
         recalled: frozenset[str] = frozenset()
         if COND in held:
             self.cond, recalled = tensors_of(held[COND]), self.recalled
@@ -113,7 +112,7 @@ def plan_of(
     layout: Layout,
     mine: Collection[str] | None = None,
 ) -> Plan:
-    """The plan of a pass: what it asks for, and with the conditional branch all that are weak copies of it; or some."""
+    """The plan of a pass: its branch and, for the conditional branch, all branches that perturb it; or some of them."""
     branches = [Branch(name, name) for name in asked]
     if COND in asked:
         branches += [Branch(name, COND, layout.marks(part) if part else {}) for name, part in passes.weak.items()]
@@ -122,13 +121,13 @@ def plan_of(
 
 
 def parts_of(output: Any, plan: Plan) -> dict[str, Any]:
-    """The output for every branch of a plan."""
+    """The outputs for each branch of a plan."""
     names = [branch.name for branch in plan.branches]
     return {name: _mapped(lambda all, n=n: all.chunk(len(names))[n], output) for n, name in enumerate(names)}
 
 
 def _mapped(change: Callable[..., Tensor], first: Any, *others: Any) -> Any:
-    """Outputs of a denoiser as one, in their form: a tensor, a tuple, or fields by name."""
+    """Combine outputs of a denoiser into one of the same form: a tensor, a tuple, or named fields."""
     if isinstance(first, Tensor):
         return change(first, *others)
     if isinstance(first, tuple):
@@ -139,7 +138,7 @@ def _mapped(change: Callable[..., Tensor], first: Any, *others: Any) -> Any:
 
 
 def tensors_of(output: Any) -> tuple[Tensor, ...]:
-    """The outputs of a denoiser one by one, in the order in which `with_tensors` takes them."""
+    """The tensors in a denoiser's output, in the order in which `with_tensors` takes them."""
     found: list[Tensor] = []
 
     def see(tensor: Tensor) -> Tensor:
@@ -151,6 +150,6 @@ def tensors_of(output: Any) -> tuple[Tensor, ...]:
 
 
 def with_tensors(output: Any, tensors: Sequence[Tensor]) -> Any:
-    """An output with these tensors in it."""
+    """A copy of an output with these tensors in it."""
     left = iter(tensors)
     return _mapped(lambda _: next(left), output)

@@ -1,4 +1,4 @@
-"""What one call of an accelerated pipeline asks for: its settings settled, and all that can be wrong found at once."""
+"""Settle the settings of one call of an accelerated pipeline, and find everything that is wrong before it starts."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ PAPER_RESCALE = 0.7
 
 
 def settings_of(pipeline: type[Any]) -> tuple[str, ...]:
-    """The settings that a pipeline does not have itself, with a meaning of its own."""
+    """The names of our settings that the pipeline's own call does not use."""
     own = inspect.signature(pipeline.__call__).parameters
     return tuple(name for name in SETTINGS if name not in own)
 
 
 def settle(guidance: Guidance, own_rescale: float | None, given: Mapping[str, Any]) -> Guidance:
-    """The guidance of one call: the pipeline's, changed by the call's settings.
+    """The guidance of one call: the pipeline's guidance, changed by the settings of the call.
 
-    `own_rescale` is what the call asks for by the pipeline's own means.
+    `own_rescale` is the rescale that the call asks for by the pipeline's own argument.
     """
     given = {name: setting for name, setting in given.items() if setting is not None}
     for one, other in (("stg_layers", "stg_applied_layers_idx"), ("stg_rescale", "do_rescaling")):
@@ -74,7 +74,7 @@ def settle(guidance: Guidance, own_rescale: float | None, given: Mapping[str, An
 
 
 def check_call(pipeline: type[Any], adapter: Adapter) -> None:
-    """A call is read by the names of its arguments; a subclass with another signature may hide them."""
+    """Raise if the signature of a call hides the arguments that the adapter reads, as in some subclasses."""
     own = inspect.signature(pipeline.__call__).parameters
     described = next((cls for cls in pipeline.__mro__ if cls.__name__ == adapter.pipeline), pipeline)
     hidden = [name for name in inspect.signature(described.__call__).parameters if name not in own]
@@ -92,7 +92,7 @@ def check_max_rows(max_rows: object) -> None:
 
 
 def check(fitted: Fitted, guidance: Guidance, call: CallArguments, *, max_rows: Rows = None) -> None:
-    """Everything about a call that can be known to be wrong before it starts."""
+    """Raise if anything about a call is known to be wrong before it starts."""
     pipe, adapter, _ = fitted
     check_layers(fitted, guidance)
     unfit = adapter.unfit(pipe, guidance, call)
@@ -127,7 +127,7 @@ def check(fitted: Fitted, guidance: Guidance, call: CallArguments, *, max_rows: 
 
 
 def cfg_needed_by(guidance: Guidance) -> str:
-    """What of a guidance is nothing without CFG, if anything."""
+    """The part of a guidance that needs CFG, in words; "" if there is none."""
     weak = [part for part in guidance.perturbations if part.needs_cfg]
     if weak:
         return f"a perturbation of {weak[0].of} against {weak[0].base}"
@@ -139,7 +139,7 @@ def cfg_needed_by(guidance: Guidance) -> str:
 
 
 def check_forwards(fitted: Fitted) -> None:
-    """Who replaces a model's forward, or a block's, may leave out blocks, or keep what they gave."""
+    """Raise if a library replaced the forward of the model or of a block: it may skip blocks, or keep their outputs."""
     for name, layout in fitted.layouts.items():
         for module in (layout.denoiser, *(unit.module for unit in layout.units)):
             home = foreign_forward(unwrapped(module))
@@ -152,8 +152,9 @@ def check_forwards(fitted: Fitted) -> None:
 
 
 def check_tokens(fitted: Fitted, *, grid: bool) -> None:
-    """Tokens that are spread over processes have to be those of a model for which that is possible; a kind that goes by
-    where they lie, on a grid, needs all tokens of a frame, and no others among them."""
+    """Raise if tokens are sharded over processes and the model or the kind does not allow it. A kind that uses token
+    positions needs all tokens of a frame, and no other tokens among them.
+    """
     for name, layout in fitted.layouts.items():
         if context_of(layout.denoiser) is None:
             continue
@@ -171,10 +172,11 @@ def check_tokens(fitted: Fitted, *, grid: bool) -> None:
 
 
 def check_caches(fitted: Fitted) -> None:
-    """A cache keeps what a module gave, for the same module's next call, which it takes to be about the same rows.
+    """Raise if a cache is enabled.
 
-    Here it is not: rows come and go from block to block, and from step to step, and `max_rows` makes several calls of
-    one. Where shapes happen to agree, what comes out is wrong without a word.
+    A cache keeps the output of a module for its next call, and takes that call to have the same rows. Under guidance,
+    rows differ from block to block and from step to step, and `max_rows` splits a call. If shapes happen to agree, the
+    result would be wrong without an error.
     """
     for name, layout in fitted.layouts.items():
         hooks = caching_hooks(layout.denoiser)

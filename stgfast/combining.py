@@ -1,7 +1,7 @@
-"""Steps that the engine combines: every prediction that the pipeline holds becomes g.
+"""Steps in which the engine combines: each prediction that the pipeline receives becomes g.
 
-first call of a step     what every branch weighs at this moment
-every call of a step     its branches as one stack, no row computed twice
+first call of a step     the weight of each branch at this moment
+each call of a step      its branches as one stack, with no row computed twice
 last call of a step      g, which the pipeline then combines with itself
 """
 
@@ -32,7 +32,7 @@ from stgfast.reuse import KeptDifferences
 
 
 class Combining:
-    """What becomes of the calls of one run by a guidance."""
+    """The strategy of a run in which the engine combines."""
 
     def __init__(self, guidance: Guidance):
         self.guidance = guidance
@@ -47,7 +47,7 @@ class Combining:
         return {layer for part in self.guidance.perturbations if part.how.inside for layer in part.layers}
 
     def plan(self, step: CombiningStep, sources: tuple[str, ...], mine: frozenset[str] | None = None) -> Plan:
-        """That of a call of the denoiser, for all that it computes or some of it; the same one for all steps alike."""
+        """The plan of a call of the denoiser, for all of its branches or some of them. Equal steps share one plan."""
         key = (step.name, step.acts, sources, step.computed, step.skips, mine)
         if key not in self.plans:
             plan = plan_for(step.guidance, sources, step.computed, step.layout, mine)
@@ -57,20 +57,20 @@ class Combining:
     # A sampler that combines by itself has another way for these three.
 
     def arranged(self, run: Run, arguments: Arguments, sources: Sequence[str]) -> Arguments:
-        """The arguments of a call, with as many rows as there are sources for every prompt."""
+        """The arguments of a call, with one row for each source and prompt."""
         return arguments
 
     def needed(self, step: CombiningStep) -> frozenset[str]:
-        """The branches that have to be known to combine."""
+        """The branches that the combination needs."""
         return branches_of(step.weights)
 
     def combined(self, step: CombiningStep) -> Any:
-        """What the last call of a step gives to the pipeline."""
+        """The output that the pipeline receives from the last call of a step."""
         return step.in_place_of_all(step.guided(step.weights, step.dtype))
 
 
 class CombiningStep:
-    """One step while it lasts."""
+    """The state of one step."""
 
     def __init__(self, strategy: Combining, run: Run, name: str):
         self.strategy, self.run, self.name, self.layout = strategy, run, name, run.layouts[name]
@@ -109,11 +109,11 @@ class CombiningStep:
         return self.hand_out() if turn < len(self.calls) - 1 else self.end()
 
     def own(self, turn: int, plain: Call, arguments: Arguments, sources: tuple[str, ...]) -> Any:
-        """The pipeline's own step, within the bound on rows, or block by block."""
+        """Run the pipeline's own step, with the limit on rows, or block by block."""
         return self.run.compute(self.name, plain, arguments, sources, self.strategy.plan(self, sources))
 
     def end(self) -> Any:
-        """What the last call gives, once all is known."""
+        """The output of the last call, when all branches are known."""
         known: dict[str, tuple[Tensor, ...]] = {name: (prediction,) for name, prediction in self.predictions.items()}
         self.strategy.memory.complete(known, self.recalled, self.scale)
         self.predictions = {name: prediction for name, (prediction, *_) in known.items()}
@@ -121,11 +121,11 @@ class CombiningStep:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """That of g; as wide as it is computed where the pipeline combines in float32."""
+        """The dtype of g: that of the computation, if the pipeline combines in float32."""
         return None if self.run.adapter.float32 else self.predictions[COND].dtype
 
     def guided(self, weights: Mapping[str, float], dtype: torch.dtype | None) -> Tensor:
-        """The formula. A learned sigma beside the noise is weighed alike, but no deviation or direction is its own."""
+        """The guidance formula. A learned sigma has the same weights, but no rescale and no projection."""
         if GUIDED in weights:
             uncond, scale = self.predictions[UNCOND], cast(Tensor, self.cfg)
             self.predictions[GUIDED] = uncond + scale * (self.predictions[COND] - uncond)
@@ -139,7 +139,7 @@ class CombiningStep:
         return torch.cat([guided, combine(sigma, numbers, dtype=dtype)], dim=1)
 
     def in_place_of_all(self, guided: Tensor) -> Any:
-        """g in place of every prediction that the pipeline holds: whatever its CFG scale, u + s (c - u) is then g."""
+        """Put g in place of each prediction that the pipeline has. Then u + s (c - u) is g, for any CFG scale."""
         held = self.held()
         if held is None:
             # The pipeline has used c already, or holds a copy: with this for u, its own u + s (c - u) is g.
@@ -152,41 +152,41 @@ class CombiningStep:
         return self.formed(join([guided] * copies))
 
     def held(self) -> list[Tensor] | None:
-        """What earlier calls of this step gave; None where the pipeline has made something else of it."""
+        """The output of an earlier call of this step, or None if the pipeline has made something else from it."""
         held = [tensor for handed in self.handed if (tensor := handed()) is not None]
         kept = not self.handed or (len(held) == len(self.handed) and not self.run.adapter.early)
         return held if kept else None
 
     def given(self) -> Tensor | None:
-        """What was handed out for cond; None for 0."""
+        """The tensor that was returned for cond; None for 0."""
         return self.predictions[COND]
 
     def formed(self, prediction: Tensor) -> Any:
-        """A prediction in the form of what the denoiser returns."""
+        """A prediction in the form that the denoiser returns."""
         assert self.form is not None
         return self.form(prediction)
 
     def predict(self, plain: Call, arguments: Arguments, sources: tuple[str, ...]) -> None:
-        """Every branch that starts from the rows of this call."""
+        """Compute each branch that starts from the rows of this call."""
         plan = self.strategy.plan(self, sources)
         if plan.branches:
             self.take(plan, self.run.compute(self.name, plain, arguments, sources, plan, self.strategy.blocks.ends))
 
     def take(self, plan: Plan, output: Any) -> None:
-        """What was computed of a plan's branches."""
+        """Store the predictions of a plan's branches."""
         self.form = functools.partial(with_prediction, output)
         predictions = prediction_in(output).chunk(len(plan.branches))
         self.predictions |= zip([branch.name for branch in plan.branches], predictions, strict=True)
 
     def hand_out(self) -> Any:
-        """The pipeline calls again before it combines: it is given a tensor that the last call fills with g."""
+        """Return a tensor that the last call fills with g: the pipeline calls again before it combines."""
         given = self.predictions[COND].clone()
         self.handed.append(weakref.ref(given))
         return self.formed(given)
 
 
 def branches_of(weighed: Collection[str]) -> frozenset[str]:
-    """The branches that have to be known where these have a weight: the CFG result is made of two."""
+    """The branches that are needed, given those that have a weight: the CFG result needs two."""
     return frozenset(weighed) - {GUIDED} | ({COND, UNCOND} if GUIDED in weighed else frozenset())
 
 
@@ -197,14 +197,14 @@ def plan_for(
     layout: Layout,
     mine: Collection[str] | None = None,
 ) -> Plan:
-    """The plan of a call of the denoiser on these rows, where these branches are to be computed; or some of them."""
+    """The plan of a call of the denoiser on these rows, for all of these branches or some of them."""
     branches = branches_for(guidance, sources, weighed, layout.marks)
     some = [branch for branch in branches if mine is None or branch.name in mine]
     return make_plan(some, layout.depth, full=layout.blocks.full)
 
 
 def projection(guidance: Guidance, names: Sequence[str]) -> Projection | None:
-    """What the formula of a guidance says of branches with these names, by their numbers."""
+    """The projection of a guidance formula, with branches as numbers."""
     lost = None if guidance.formula is None else guidance.formula.lost(guidance, names)
     if lost is None:
         return None

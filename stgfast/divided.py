@@ -1,7 +1,7 @@
-"""Steps whose branches are divided over processes: each computes some of them, and gets the others.
+"""Steps whose branches are divided over processes: each computes some of them and receives the others.
 
-What the calls of a step compute is sent once, when the last of them has been made. Until then a pipeline that calls its
-denoiser for one branch after another holds tensors of zeros, which are filled then.
+The results of a step are sent once, after its last call. Until then, a pipeline that calls its denoiser for one branch
+after another has tensors of zeros, which are filled then.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from stgfast.ranks.shared import Shared
 
 
 class DividedCombining(Combining):
-    """Every process combines, alike."""
+    """The strategy in which each process combines, all alike."""
 
     def begin(self, run: Run, name: str) -> DividedStep:
         return DividedStep(self, run, name)
 
 
 class DividedStep(CombiningStep):
-    """One step while it lasts."""
+    """The state of one step."""
 
     def __init__(self, strategy: Combining, run: Run, name: str):
         super().__init__(strategy, run, name)
@@ -83,7 +83,7 @@ class DividedStep(CombiningStep):
         return super().end()
 
     def _shared(self, prompts: int) -> Shared:
-        """Which process computes which branches: always the same ones where it keeps what blocks added to them."""
+        """Which process computes which branches. The division stays the same if processes store what blocks added."""
         computed = self.computed
         if self.acts and self.strategy.blocks.ends is not None:
             computed = frozenset(itertools.chain(*self.calls, self.guidance.names))
@@ -91,7 +91,7 @@ class DividedStep(CombiningStep):
         return self.run.shared(self.name, calls, prompts)
 
     def _gather(self) -> None:
-        """What the other processes computed."""
+        """Receive what the other processes computed."""
         shared, plans = cast(Shared, self.shared), [self.strategy.plan(self, sources) for sources in self.calls]
         shared.made = {name: (prediction,) for name, prediction in self.predictions.items()}
         where = self.run.place(self.moment, cast(Tensor, self.sample))
@@ -100,12 +100,12 @@ class DividedStep(CombiningStep):
 
     @property
     def _alike(self) -> Tensor:
-        """A tensor like every prediction, but for its rows."""
+        """A tensor like each prediction, except for the number of rows."""
         return cast(Tensor, next(iter(self.predictions.values()), self.like))
 
 
 class DividedAnswering(Answering):
-    """The pipeline combines, in every process alike."""
+    """The strategy in which the pipeline combines, in each process alike."""
 
     passes: Passes | None = None  # of the last step
 
@@ -119,7 +119,7 @@ class DividedAnswering(Answering):
 
 
 class DividedAnswer(AnsweringStep):
-    """One step while it lasts."""
+    """The state of one step."""
 
     def __init__(self, *of_step: Any):
         super().__init__(*of_step)
@@ -136,7 +136,7 @@ class DividedAnswer(AnsweringStep):
         return self.answered(asked) if set(asked) <= self.held.keys() else self._hand_out(asked)
 
     def _compute(self, turn: int, plain: Call, arguments: Arguments) -> None:
-        """What is this process's of a call; and once the last one has been made, what all of them computed."""
+        """Compute this process's share of a call. After the last call, return what all processes computed."""
         run, asked = self.run, self.calls[turn]
         # A pipeline that makes something of a prediction at once has to be given it at once.
         turns = [turn] if run.adapter.early else self.computing
@@ -177,7 +177,7 @@ class DividedAnswer(AnsweringStep):
 
     @property
     def _alike(self) -> tuple[Tensor, ...]:
-        """Tensors like every prediction, but for their rows."""
+        """Tensors like each prediction, except for the number of rows."""
         made = cast(Shared, self.shared).made
         return next(iter(made.values()), tensors_of(self.form))
 

@@ -1,10 +1,10 @@
-"""One guided call of a pipeline, and its denoising steps. No model is named here.
+"""One guided call of a pipeline, and its denoising steps. This module knows no model by name.
 
-A pipeline calls its denoiser once or more in every step. While a guided call runs, the engine stands in for those
-calls, and for those of the denoiser's blocks. What a step makes of its calls is for a strategy to say:
+A pipeline calls its denoiser one or more times in each step. During a guided call, the engine replaces the forward of
+the denoiser and of its blocks. A strategy decides what a step makes of these calls:
 
-    combining.py  the engine combines: every prediction that the pipeline holds becomes g
-    announced.py  the pipeline combines: its passes, weak ones too, are answered from one computation
+    combining.py  the engine combines: each prediction that the pipeline receives becomes g
+    announced.py  the pipeline combines: its passes, perturbed ones included, are answered from one computation
 """
 
 from __future__ import annotations
@@ -36,26 +36,26 @@ from stgfast.schedules import Moment
 
 
 class Step(Protocol):
-    """One denoising step while it lasts."""
+    """The state of one denoising step."""
 
     calls: tuple[tuple[str, ...], ...]  # of the denoiser, each with the branches that its rows are of
 
     def answer(self, turn: int, plain: Call, arguments: Arguments) -> Any:
-        """What the pipeline gets for a call of the denoiser, that of this number."""
+        """The output for the call of the denoiser with this number."""
 
 
 class Strategy(Protocol):
-    """What becomes of the calls of a run."""
+    """What a run makes of the calls of the denoiser."""
 
     def begin(self, run: Run, name: str) -> Step:
-        """The step that begins with a call of the denoiser of this name."""
+        """Begin a step, at a call of the denoiser with this name."""
 
     def weak_layers(self, layout: Layout) -> Collection[int | None]:
-        """The layers with attention to be stood in for."""
+        """The layers whose attention is replaced."""
 
 
 class Run:
-    """One guided call of a pipeline while it runs."""
+    """The state of one guided call of a pipeline."""
 
     def __init__(
         self,
@@ -100,8 +100,7 @@ class Run:
         return result
 
     def finish(self) -> None:
-        """A run that ended without interruption has made all its steps: one of another model, or around the model's
-        call, was not guided."""
+        """Raise if the run did not make all its steps, unless it was interrupted: then some steps were not guided."""
         # As the last step had it: a guider that the next call shares may have begun anew meanwhile.
         steps = self.steps if self.steps_done or self.turn else self.adapter.steps(self.pipe)
         done = self.steps_done - self.part_began
@@ -114,14 +113,14 @@ class Run:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within the block, calls of the denoiser are guided."""
+        """Guide the calls of the denoiser within the block."""
         modules = [module for layout in self.layouts.values() for module in self._reached(layout)]
         handlers = {layout.denoiser: functools.partial(self._denoise, name) for name, layout in self.layouts.items()}
         with self.adapter.within(self.pipe), self._uncompiled(), held(modules), handling(handlers):
             yield
 
     def moment(self) -> Moment:
-        """Where the run stands, as the step begins."""
+        """The position in the run, at the start of a step."""
         self.steps = steps = self.adapter.steps(self.pipe)
         if self.adapter.windowed and self.steps_done == self.part_ends:
             self.part_began, self.part_ends = self.steps_done, self.steps_done + steps
@@ -136,7 +135,7 @@ class Run:
 
     @functools.cached_property
     def noisier(self) -> frozenset[int]:
-        """The steps before which noise is added, or that begin another part of a longer clip."""
+        """The steps before which noise is added, or with which another part of a longer clip begins."""
         return steps_back(self.pipe, self.adapter.steps(self.pipe)) | ({0} if self.adapter.windowed else set())
 
     def compute(
@@ -149,8 +148,9 @@ class Run:
         ends: Ends | None = None,
         part: slice | None = None,
     ) -> Any:
-        """The denoiser's output for the branches of a plan, given arguments with the rows of their sources; for part of
-        the prompts."""
+        """Compute the denoiser's output for the branches of a plan, for all prompts or some. `arguments` have the rows
+        of the branches' sources.
+        """
         layout, sample = self.layouts[name], arguments[self.adapter.sample]
         rows, device, every = sample.shape[0], sample.device, self.prompts(arguments, sources)
         mine = range(every)[part or slice(None)]
@@ -172,7 +172,7 @@ class Run:
         return output
 
     def prompts(self, arguments: Arguments, sources: Sequence[str]) -> int:
-        """How many rows a call of the denoiser has of each source."""
+        """The number of rows that a call of the denoiser has for each source."""
         rows = arguments[self.adapter.sample].shape[0]
         prompts, left = divmod(rows, len(sources))
         if left:
@@ -180,7 +180,7 @@ class Run:
         return int(prompts)
 
     def shared(self, name: str, calls: Sequence[Sequence[Branch]], prompts: int) -> Shared:
-        """A step in which the denoiser computes these branches, divided over processes."""
+        """A step in which these branches are divided over processes."""
         assert self.ranks is not None
         every = tuple((one.name, one.source, tuple(one.marks.items())) for call in calls for one in call)
         key, layout = (name, every, prompts), self.layouts[name]
@@ -190,8 +190,7 @@ class Run:
         return Shared(self.ranks, self.divisions[key], prompts)
 
     def blank(self, name: str, plain: Call, arguments: Arguments, sources: tuple[str, ...]) -> Any:
-        """What the denoiser returns for one source, right in form and shape: its blocks do not run, where they can be
-        left out."""
+        """An output of the denoiser for one source, right in form and shape only: blocks are skipped where possible."""
         key = name, sources, tuple(arguments[self.adapter.sample].shape)
         if key not in self.blanks:
             layout = self.layouts[name]
@@ -201,7 +200,7 @@ class Run:
         return self.blanks[key]
 
     def place(self, moment: Moment, sample: Tensor) -> str:
-        """Where the run stands, in words that are the same on every rank."""
+        """The position in the run, in words that are the same on each rank."""
         words = f"step {moment.step} of {moment.steps}"
         if moment.step == 0:
             words += f" of call {fingerprint(self.call)} by {fingerprint({'guidance': repr(self.guidance)})}"
@@ -210,7 +209,7 @@ class Run:
         return words
 
     def _denoise(self, name: str, plain: Call, arguments: Arguments) -> Any:
-        """Stands in for a denoiser."""
+        """The replacement of a denoiser's forward."""
         step = self.step if self.step is not None else self.strategy.begin(self, name)
         output = step.answer(self.turn, plain, arguments)
         self.turn = (self.turn + 1) % len(step.calls)
@@ -219,7 +218,7 @@ class Run:
         return output
 
     def _reached(self, layout: Layout) -> Iterator[nn.Module]:
-        """The modules that are stood in for."""
+        """The modules whose forward is replaced."""
         weak = self.strategy.weak_layers(layout)
         every = layout.attend is not None and not self.compiled
         yield layout.denoiser
@@ -233,7 +232,7 @@ class Run:
 
     @contextmanager
     def _uncompiled(self) -> Iterator[None]:
-        """Within the block, the pipeline holds its denoisers themselves and not compiled wrappers around them."""
+        """Let the pipeline hold its denoisers without their compiled wrappers, within the block."""
         parts = vars(self.pipe)
         given = {name: parts[name] for name in self.layouts}
         parts |= {name: layout.denoiser for name, layout in self.layouts.items()}

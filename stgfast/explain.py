@@ -1,4 +1,4 @@
-"""What a call would compute, said before it runs."""
+"""Say what a call would compute, before it runs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def explain(pipe: Any, *, ranks: int | None = None, **arguments: Any) -> Explana
 
 
 def _attention(pipe: Any, layout: Layout, explained: Explanation, quick: frozenset[Any]) -> dict[str, list[int]]:
-    """How attentions go that have identity rows, or are quickened, by the numbers of the blocks."""
+    """Which blocks' attention goes which way, for attention with identity rows or with a faster kernel."""
     device = getattr(pipe, "_execution_device", None) or next(layout.denoiser.parameters()).device
     kind = str(device).split(":")[0]
     found: dict[str, list[int]] = {}
@@ -94,7 +94,7 @@ def _attention(pipe: Any, layout: Layout, explained: Explanation, quick: frozens
 
 
 def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, layout: Layout) -> tuple[Phase, ...]:
-    """Where the engine combines."""
+    """The phases, if the engine combines."""
     cfg = adapter.requested(call)
     calls = adapter.calls(cfg is not None)
     every = frozenset(source for sources in calls for source in sources)
@@ -135,7 +135,7 @@ def _weighed(pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArgument
 def _announced(
     fitted: Fitted, announced: Announced, guidance: Guidance, call: CallArguments, name: str
 ) -> tuple[Phase, ...]:
-    """Where the pipeline asks for its weak branches, and combines, itself."""
+    """The phases, if the pipeline asks for perturbed branches and combines them itself."""
     steps, seen, layout = fitted.adapter.steps_of_run(fitted.pipe, call), copy.copy(fitted.pipe), fitted.layouts[name]
     memory, blocks = memory_for(announced, guidance), KeptBlocks(guidance)
     models, noisier = _kept_apart(fitted.pipe, fitted.adapter, guidance, call, steps)
@@ -163,7 +163,7 @@ def _announced(
 def _kept_apart(
     pipe: Any, adapter: Adapter, guidance: Guidance, call: CallArguments, steps: int
 ) -> tuple[Sequence[str], Collection[int]]:
-    """The denoiser of every step, if there are two, and the steps before which all that is kept is forgotten."""
+    """The denoiser of each step, if there are two, and the steps before which stored values are dropped."""
     two = guidance.reuses and adapter.second_below(pipe) is not None
     restarts = guidance.reuses and hasattr(getattr(pipe, "scheduler", None), "restarts")
     models = _ahead(pipe, adapter, call, steps, adapter.called) if two else [""] * steps
@@ -171,7 +171,7 @@ def _kept_apart(
 
 
 def _ahead(pipe: Any, adapter: Adapter, call: CallArguments, steps: int, known: Callable[[Any, int], Any]) -> Any:
-    """What is known of a pipeline whose scheduler has the timesteps that it will have."""
+    """A copy of the pipeline whose scheduler has the timesteps that it will have."""
     ahead = copy.copy(pipe)
     vars(ahead)["scheduler"] = scheduled(pipe, adapter.schedule(pipe, call))
     return known(ahead, steps)

@@ -1,4 +1,4 @@
-"""What a call would compute, as `explain` says it."""
+"""The result of `explain`: what a call would compute."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stgfast.spacing import EVERY, when
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps in which the same branches are computed in the same way."""
+    """Steps that compute the same branches in the same way."""
 
     first: int
     last: int
@@ -40,7 +40,7 @@ class Phase:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """Rows that every block computes in a step, the first of the phase, for one prompt."""
+        """The rows that each block computes in the first step of the phase, for one prompt."""
         return _rows(self.kinds[0][1])
 
     @property
@@ -50,7 +50,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The plan of a call. Block-rows are counted for one prompt: a block that runs on one sample is one."""
+    """The plan of a call. Block-rows are counted for one prompt: one block that runs on one sample."""
 
     pipeline: str
     protocol: str
@@ -67,12 +67,12 @@ class Explanation:
 
     @property
     def block_rows(self) -> int:
-        """What the call computes."""
+        """The block-rows that the call computes."""
         return sum(phase.block_rows for phase in self.phases)
 
     @property
     def longest(self) -> int:
-        """Block-rows of the rank that computes most in every step."""
+        """The block-rows of the rank that computes most in each step."""
         kinds = [kind for phase in self.phases for kind in phase.kinds]
         return sum(steps * self.division(plans).longest for steps, plans in kinds)
 
@@ -82,36 +82,36 @@ class Explanation:
 
     @property
     def unshared(self) -> int:
-        """What it would compute with every branch run through every block."""
+        """The block-rows without sharing: each branch through each block."""
         return sum(phase.steps * len(phase.branches) * self.depth for phase in self.phases)
 
     @property
     def cfg_alone(self) -> int:
-        """What the pipeline computes without stgfast."""
+        """The block-rows of the pipeline without stgfast."""
         if any(phase.announced for phase in self.phases):
             return self.unshared
         return sum(phase.steps for phase in self.phases) * self.depth * (1 if self.cfg is None else 2)
 
     @property
     def rows_held(self) -> int:
-        """The most rows of one prompt between two blocks, which is what memory goes by."""
+        """The largest number of rows between two blocks, for one prompt. It determines memory."""
         return max(max(step.before, len(step.order)) for plan in self.plans for step in plan.steps)
 
     @property
     def rows_of_pipeline(self) -> int:
-        """The most rows of one prompt in a call of the pipeline's own."""
+        """The largest number of rows in one of the pipeline's own calls, for one prompt."""
         return max(len({branch.source for branch in plan.branches}) for plan in self.plans)
 
     @property
     def rows_at_once(self) -> int:
-        """The most rows of one prompt that a block computes at once, unless a GPU is found to have room for more."""
+        """The largest number of rows that a block computes at once, for one prompt, unless a GPU has room for more."""
         most = max(max(plan.computed) for plan in self.plans)
         bound = self.rows_of_pipeline if self.max_rows is None else most if self.max_rows == ALL else int(self.max_rows)
         return min(most, bound)
 
     @property
     def plans(self) -> list[Plan]:
-        """Those of all calls of the denoiser."""
+        """The plans of all calls of the denoiser."""
         return [plan for phase in self.phases for _, plans in phase.kinds for plan in plans if plan.branches]
 
     def __str__(self) -> str:
@@ -144,7 +144,7 @@ class Explanation:
         return "\n".join(lines)
 
     def _divided(self, plans: Sequence[Plan]) -> list[str]:
-        """What every rank computes, and gets from others."""
+        """What each rank computes and receives, in words."""
         if self.ranks == 1:
             return []
         division, lines = self.division(plans), []
@@ -195,7 +195,7 @@ def _rows(plans: Sequence[Plan]) -> tuple[int, ...]:
 
 
 def _reused(guidance: Guidance, branches: Collection[str]) -> list[str]:
-    """What is carried on from step to step, and how much is kept for it."""
+    """What is reused across steps, and how much memory it takes, in words."""
     weak, values = len({*branches} - {COND, UNCOND}), (guidance.reuse_order or 0) + 1
     reused = {
         "base - perturbed": (guidance.reuse, f"{weak * values} of every prompt's predictions" if weak else ""),
@@ -227,7 +227,7 @@ def _kind(part: Perturbation) -> str:
 
 
 def _numbered(word: str, numbers: Sequence[int]) -> str:
-    """With runs of neighbours as such."""
+    """Numbers in words, with runs of neighbors as ranges."""
     runs = ((run.start, run.stop - 1) for run in spans(numbers, 1))
     said = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs)
     return f"{word}{'s' if len(numbers) > 1 else ''} {said}"

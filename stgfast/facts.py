@@ -1,5 +1,6 @@
-"""Facts of a pipeline that are not in the table: found at a guided call where nobody gave them, verified where somebody
-did. Both run on a copy of the pipeline before the call itself begins."""
+"""Facts about pipelines that are not in the table: found at a guided call if nobody gave them, and verified if somebody
+did. Both run on a copy of the pipeline, before the call itself.
+"""
 
 from __future__ import annotations
 
@@ -33,8 +34,9 @@ log = logging.getLogger("stgfast")
 def sure(
     pipe: Any, installed: Installed, call: CallArguments, given: Mapping[str, Any]
 ) -> tuple[Installed, Fitted, Guidance] | None:
-    """What a call is run with, once its facts are found and verified where they have to be; None where the pipeline's
-    facts are not known, and the call is not guided."""
+    """What a call runs with, after its facts were found or verified where necessary. None if the facts are not known
+    and the call has no guidance.
+    """
     if installed.found:
         # The layers of a default are not known yet.
         asked = settle(installed.given or Guidance(Perturbation([0])), None, given)
@@ -52,7 +54,7 @@ def sure(
 
 
 def may_be_found(pipe: Any, cls: type[Any]) -> bool:
-    """Whether a pipeline is of no class in the table, and looks like one whose facts can be found."""
+    """Whether a pipeline is not in the table, and its facts might be found."""
     if known_class(cls) is not None:
         return False
     models = [part for part in vars(pipe).values() if isinstance(part, nn.Module)]
@@ -60,7 +62,7 @@ def may_be_found(pipe: Any, cls: type[Any]) -> bool:
 
 
 def proposal(pipe: Any, *args: Any, **kwargs: Any) -> Adapter:
-    """The facts of a pipeline as the first step of this call shows them; they are not verified."""
+    """The facts of a pipeline as the first step of this call shows them. They are not verified."""
     original = original_class(type(pipe))
     bound = inspect.signature(original.__call__).bind(pipe, *args, **kwargs)
     bound.apply_defaults()
@@ -70,7 +72,7 @@ def proposal(pipe: Any, *args: Any, **kwargs: Any) -> Adapter:
 def _find(
     pipe: Any, installed: Installed, call: CallArguments, given: Mapping[str, Any], kinds: frozenset[Any]
 ) -> Installed:
-    """With the facts of calls that are like this one."""
+    """The installation with the facts for calls like this one."""
     assert installed.verified is not None
     kind = _outline(call), kinds
     if kind in installed.verified:
@@ -90,7 +92,7 @@ def _find(
 
 
 def _verify(installed: Installed, fitted: Fitted, guidance: Guidance, call: CallArguments) -> None:
-    """Raise where a guided call is not what the plain method gives; calls that are alike are checked once."""
+    """Raise if a guided call does not give what the plain method gives. Similar calls are checked once."""
     assert installed.verified is not None
     kind = _kinds(guidance), installed.adapter.requested(call) is None
     if kind in installed.verified:
@@ -105,7 +107,7 @@ def _verify(installed: Installed, fitted: Fitted, guidance: Guidance, call: Call
 
 
 def _alone(execution: Execution) -> Execution:
-    """Facts are the same on every rank, and each finds or verifies them by itself."""
+    """The execution on one rank: facts are the same on all ranks, and each finds or verifies them itself."""
     return dataclasses.replace(execution, ranks=None)
 
 
@@ -114,7 +116,7 @@ def _kinds(guidance: Guidance) -> frozenset[Any]:
 
 
 def _outline(value: Any, name: str = "") -> Any:
-    """What calls have in common that make the same steps of the same shapes: everything but texts, seeds and pixels."""
+    """The part of a call's arguments that determines steps and shapes: everything except texts, seeds and pixels."""
     if isinstance(value, Mapping):
         return tuple((key, _outline(part, str(key))) for key, part in value.items() if key != "self")
     parts = value if isinstance(value, list) else [value]

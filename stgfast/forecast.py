@@ -1,8 +1,8 @@
-"""What a model's blocks add to the hidden states, computed in some steps and carried on to the others.
+"""The sum that a model's blocks add to the hidden states: computed in some steps, extrapolated to the others.
 
-An approximation, and off by default. In a step that is carried on no block runs: what all of them together add to a
-branch is taken from a polynomial through the last steps that computed it, and added to what the first block would be
-given, which is known. What comes before the blocks and after them runs as ever.
+An approximation, off by default. In an extrapolated step no block runs: the sum for a branch comes from a polynomial
+through the last computed ones, and is added to the input of the first block, which is known. What comes before and
+after the blocks runs as usual.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from stgfast.spacing import EVERY, due
 class KeptBlocks:
     """A memory of what the blocks added, by branch.
 
-    One decision a step holds for all branches. It is made before the step, and not by a look at numbers.
+    One decision in each step holds for all branches. It is made before the step, and does not read values from the
+    device.
     """
 
     def __init__(self, guidance: Guidance):
@@ -35,7 +36,7 @@ class KeptBlocks:
 
     @property
     def ends(self) -> KeptBlocks | None:
-        """This memory, where there is anything to keep."""
+        """This memory, if there is anything to store."""
         return None if self.spacing == EVERY else self
 
     def skips(self, branches: Collection[str], step: int, model: str) -> bool:
@@ -59,7 +60,7 @@ class KeptBlocks:
         self.asked, self.computed, self.added = {}, {}, {}
 
     def seen(self, branches: Sequence[str], before: Sequence[Tensor], after: Sequence[Tensor | None]) -> None:
-        """Keep what the blocks added: to the hidden states before them, with as many rows for every branch."""
+        """Store what the blocks added to the hidden states, which have the same number of rows for each branch."""
         there = [(one, other) for one, other in zip(before, after, strict=True) if other is not None]
         self.left = tuple(other is not None for other in after)
         for one, other in there:
@@ -73,7 +74,7 @@ class KeptBlocks:
             self.added[name] = [*self.added.get(name, []), tuple(parts)][-self.order - 1 :]
 
     def carried(self, branches: Sequence[str], before: Sequence[Tensor]) -> list[Tensor | None]:
-        """What the blocks would leave behind."""
+        """The hidden states that the blocks would return."""
         made = [carried_on(self.computed[name], self.added[name], self.step) for name in branches]
         added = iter(torch.cat(parts) for parts in zip(*made, strict=True))
         return [rows + next(added) if left else None for rows, left in zip(before, self.left, strict=True)]

@@ -1,4 +1,4 @@
-"""Guidance for samplers that are functions and not pipelines: they are given a model, and call it."""
+"""Guidance for samplers that are functions, not pipelines: they receive a model and call it."""
 
 from __future__ import annotations
 
@@ -68,13 +68,15 @@ def guided(
 
 
 class Beside(Combining):
-    """A sampler combines predictions with scales that only it knows: what guidance adds to the conditional prediction
-    is added to all of them. The sampler's weights add up to 1, so whatever they are, it comes out once."""
+    """The strategy for a sampler that combines predictions with scales that only it knows. What guidance adds to the
+    conditional prediction is added to all of them. The sampler's weights add up to 1, so it counts once.
+    """
 
     def arranged(self, run: Run, arguments: Arguments, sources: Sequence[str]) -> Arguments:
-        """The model itself repeats what is given once for every prompt; here that is done before it.
+        """Repeat what is given once for each prompt, as the model itself would do later.
 
-        Rows that are not those of CFG would be taken for them: the sampler is held to it once, at its first step.
+        Rows that are not those of CFG would be taken for them. So the sampler's rows are checked once, at its first
+        step.
         """
         samples, expected = arguments[run.adapter.sample], run.adapter.calls(bool(run.call["cfg"]))[0]
         if run.steps_done == 0:

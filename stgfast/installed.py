@@ -1,4 +1,4 @@
-"""What `accelerate` leaves on a pipeline, and how a call of it is read."""
+"""The state that `accelerate` stores on a pipeline, and how a call of the pipeline is read."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ORIGINAL = "_stgfast_original"  # of the class of an accelerated pipeline: the c
 
 @dataclasses.dataclass(frozen=True)
 class Installed:
-    """What `accelerate` leaves on a pipeline."""
+    """The state that `accelerate` stores on a pipeline."""
 
     known: Adapter | None  # None until its facts are found
     given: Guidance | None
@@ -43,7 +43,7 @@ class Installed:
         return self.known
 
     def guidance(self, pipe: Any) -> Guidance:
-        """What was given, or the default: nothing where the pipeline asks for weak branches itself."""
+        """The guidance that was given, or the default: none if the pipeline asks for perturbed branches itself."""
         return self.given or (Guidance() if self.adapter.announces(pipe) else self.adapter.defaults)
 
 
@@ -60,7 +60,7 @@ def installed_on(pipe: Any) -> Installed:
 
 
 def settled(pipe: Any, installed: Installed, call: CallArguments, given: Mapping[str, Any]) -> tuple[Fitted, Guidance]:
-    """The pipeline with its blocks as they are now, and the guidance of a call, found to be right."""
+    """The pipeline with its current blocks, and the checked guidance of a call."""
     adapter = installed.adapter
     own_rescale = None if adapter.announces(pipe) else adapter.own_rescale(call)
     fitted, guidance = adapter.on(pipe), settle(installed.guidance(pipe), own_rescale, given)
@@ -72,7 +72,7 @@ def settled(pipe: Any, installed: Installed, call: CallArguments, given: Mapping
 
 
 def bound_call(installed: Installed, bind: Callable[..., inspect.BoundArguments], *args: Any, **kwargs: Any) -> Any:
-    """The arguments of a call by name, defaults filled in; the steps of a recipe come before the pipeline's own."""
+    """The arguments of a call by name, with defaults. A recipe's steps override the pipeline's default."""
     bound = bind(*args, **kwargs)
     if installed.recipe is not None:
         installed.recipe.fill_in(bound)

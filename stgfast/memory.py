@@ -1,4 +1,4 @@
-"""What a run keeps from step to step, so that a step need not compute it."""
+"""Values that a run stores from step to step, so that a later step need not compute them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ if TYPE_CHECKING:
 
 
 class Memory(Protocol):
-    """One way to keep what branches gave, by the branch and by the denoiser that it was computed with."""
+    """One way to store values of branches, by branch and denoiser."""
 
     def recalled(self, branches: Collection[str], step: int, model: str) -> frozenset[str]:
-        """Those of a step's branches that need not be computed, with a model that is called by this name."""
+        """The branches of a step that need not be computed, with the denoiser of this name."""
 
     def forget(self) -> None:
-        """What is kept says nothing of the steps that follow: noise was added."""
+        """Drop all values: noise was added, so they do not fit the coming steps."""
 
     def complete(
         self, predictions: dict[str, tuple[Tensor, ...]], recalled: Collection[str], scale: Scale = None
     ) -> None:
-        """Put in the recalled branches, and keep what later steps need of the others. A prediction has as many tensors
-        as the denoiser has outputs."""
+        """Add the recalled branches, and store what later steps need of the others. A prediction has one tensor for
+        each output of the denoiser.
+        """

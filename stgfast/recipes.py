@@ -1,6 +1,6 @@
-"""Recipes: with which solver, in how many steps, and with what carried on from step to step one model makes its clips.
+"""Recipes: the solver, the number of steps, and the reuse with which one model makes its clips.
 
-An approximation that was found for a model, by `stgfast tune` or by hand, and is then taken as a whole.
+A recipe is an approximation that was found for a model, by `stgfast tune` or by hand, and applies as a whole.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Recipe:
             spacing.check_steps(f"{name} of a recipe", getattr(self, name), self.steps)
 
     def put_on(self, pipe: Any, adapter: Adapter) -> None:
-        """Give a pipeline its solver, if it was found for this pipeline's model."""
+        """Give a pipeline the recipe's solver, if the recipe is for the pipeline's model."""
         self.check_model(pipe, adapter)
         if self.solver:
             solver(pipe, self.solver)
@@ -75,7 +75,7 @@ class Recipe:
     def for_job(
         self, adapter: Adapter, steps: int | None, guidance: Guidance | None, call: CallArguments
     ) -> tuple[int, Guidance]:
-        """The steps and the guidance of a job, which says some of it or nothing."""
+        """The steps and the guidance of a job, which may set some of them or none."""
         self.check_pipeline(adapter.pipeline)
         steps = self.steps if steps is None else steps
         self.check_steps({**call, STEPS: steps})
@@ -86,7 +86,7 @@ class Recipe:
             self._raise(self.model["pipeline"], name)
 
     def check_model(self, pipe: Any, adapter: Adapter) -> None:
-        """That it was found for this pipeline's model."""
+        """Raise if the recipe is for another model."""
         mine = model_of(pipe, adapter)
         self.check_pipeline(mine["pipeline"])
         for name in sorted({*self.model, *mine} - {"pipeline"}):
@@ -102,7 +102,7 @@ class Recipe:
         raise SettingsError(f"model of the recipe: got {got}, expected {expected}; stgfast tune makes one for a model")
 
     def applied(self, guidance: Guidance) -> Guidance:
-        """A guidance with what is carried on by the recipe."""
+        """A guidance with the recipe's reuse."""
         own = {name: getattr(self, name) for name in (*REUSE, ORDER)}
         made = replace(guidance.exact, **own)
         if guidance.reuses and guidance != made:
@@ -110,19 +110,19 @@ class Recipe:
         return made
 
     def fill_in(self, bound: inspect.BoundArguments) -> None:
-        """Have a call that does not say otherwise make the recipe's steps."""
+        """Set the steps of a call to the recipe's, if the call does not set them."""
         given = bound.arguments if STEPS in bound.signature.parameters else bound.arguments.setdefault("kwargs", {})
         if all(given.get(name) is None for name in ("timesteps", "sigmas", STEPS)):
             given[STEPS] = self.steps
 
     def check_steps(self, call: CallArguments) -> None:
-        """That a call asks for the recipe's steps."""
+        """Raise if a call asks for another number of steps."""
         asked = steps_of_call(call if STEPS in call else call["kwargs"])
         if asked != self.steps:
             raise SettingsError(f"steps beside a recipe: got {asked}, expected the {self.steps} that it was found for")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; what is off is left out."""
+        """The recipe as plain data, without what is off."""
         mine = {each.name: getattr(self, each.name) for each in fields(self)}
         off: dict[str, Any] = {"solver": "", **dict.fromkeys(REUSE, spacing.EVERY), ORDER: None, "found": {}}
         return {
@@ -150,7 +150,7 @@ class Recipe:
             raise wrong("recipe", str(path), f"a file that stgfast tune wrote ({error})") from None
 
     def __str__(self) -> str:
-        """In words."""
+        """The recipe in words."""
         words = [self.solver or "the pipeline's own solver", f"{self.steps} steps"]
         named: dict[str, list[str]] = {}
         for name in REUSE:
@@ -161,7 +161,7 @@ class Recipe:
 
 
 def taken(given: Recipe | str | Path | None) -> Recipe | None:
-    """A recipe as it may be given: itself, or its file."""
+    """A recipe from a `Recipe` or the path of one."""
     if given is None or isinstance(given, Recipe):
         return given
     if isinstance(given, (str, Path)):
@@ -170,8 +170,9 @@ def taken(given: Recipe | str | Path | None) -> Recipe | None:
 
 
 def model_of(pipe: Any, adapter: Adapter) -> dict[str, Any]:
-    """What tells a pipeline's model from others: its class, and the settings of its denoisers; not their weights, so
-    that a fine-tune of a model is the same one."""
+    """What distinguishes a pipeline's model from others: its class and the configuration of its denoisers. Weights do
+    not count, so a fine-tune is the same model.
+    """
     found: dict[str, Any] = {"pipeline": adapter.pipeline}
     for name in adapter.denoisers:
         part = getattr(pipe, name, None)

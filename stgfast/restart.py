@@ -1,12 +1,12 @@
-"""Restart sampling: a sample that is nearly clean is made noisy again, and denoised anew.
+"""Restart sampling: noise is added to a nearly clean sample, which is then denoised again.
 
 Algorithm 3 of arXiv 2411.18664; Xu et al., arXiv 2306.14878. A sample at a step is `alpha x0 + sigma eps`, with alpha
-and sigma those of the step. One that has reached t_min, step m of the schedule, is taken back to t_max, step k:
+and sigma of that step. A sample that has reached t_min, step m of the schedule, goes back to t_max, step k:
 
     x_k = r x_m + sqrt(sigma_k^2 - r^2 sigma_m^2) eps,    r = alpha_k / alpha_m
 
-and steps k to m-1 are made again, `times` times over. Outside its steps the scheduler shows the run's long list of
-timesteps; for a step it is the stock scheduler with its own short one, so that no solver sees a timestep twice.
+and steps k to m-1 are made again, `times` times. Between steps the scheduler shows the long list of timesteps of the
+run. During a step it is the stock scheduler with its own short list, so that no solver sees a timestep twice.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SNAP = 1e-3  # how far t_max may lie beyond the first step: some schedules begin
 
 
 def flow(scheduler: Any) -> tuple[Tensor, Tensor]:
-    """Flow matching: (1 - s) x0 + s eps; Mochi counts s the other way round."""
+    """Flow matching: (1 - s) x0 + s eps. Mochi counts s in the other direction."""
     s = scheduler.sigmas.double().cpu()
     s = 1 - s if scheduler.config.get("invert_sigmas") else s
     return 1 - s, s
@@ -45,12 +45,12 @@ def exploding(scheduler: Any) -> tuple[Tensor, Tensor]:
 
 
 def flow_euler(scheduler: Any) -> tuple[Tensor, Tensor]:
-    """Cosmos runs the class of flow matching on the sigmas of EDM."""
+    """Cosmos uses the flow-matching class with the sigmas of EDM."""
     return exploding(scheduler) if scheduler.sigmas.max() > 1 + SNAP else flow(scheduler)
 
 
 def preserving(scheduler: Any) -> tuple[Tensor, Tensor]:
-    """Variance preserving, by s = sigma / alpha; the same classes do flow matching."""
+    """Variance preserving, by s = sigma / alpha. The same classes also do flow matching."""
     if scheduler.config.get("use_flow_sigmas"):
         return flow(scheduler)
     s = scheduler.sigmas.double().cpu()
@@ -59,7 +59,7 @@ def preserving(scheduler: Any) -> tuple[Tensor, Tensor]:
 
 
 def cumulative(scheduler: Any) -> tuple[Tensor, Tensor]:
-    """Variance preserving, by a table of alpha^2 over the timesteps of training."""
+    """Variance preserving, by a table of alpha^2 over the training timesteps."""
     squares = scheduler.alphas_cumprod.double().cpu()
     last = torch.tensor([float(getattr(scheduler, "final_alpha_cumprod", 1.0))], dtype=torch.float64)
     squares = torch.cat([squares[scheduler.timesteps.long().cpu()], last])
@@ -94,10 +94,11 @@ class Settings:
 class Run:
     """One run over a schedule of n steps.
 
-    first, last  k and m: steps k to m-1 are made again
-    order        for every step of the run, which of the schedule it is
-    ratio, std   r and the standard deviation of the noise on the way back
-    history      the state of the solver when a run begins
+    Attributes:
+        first, last: k and m: steps k to m-1 are made again.
+        order: for each step of the run, its step in the schedule.
+        ratio, std: r, and the standard deviation of the added noise.
+        history: the state of the solver at the start of the run.
     """
 
     n: int
@@ -111,11 +112,13 @@ class Run:
     generators: list[torch.Generator] = field(default_factory=list)
 
     def goes_back(self, position: int) -> bool:
-        """Whether the way back follows this step of the run."""
+        """Whether noise is added after this step of the run."""
         return position + 1 < len(self.order) and self.order[position + 1] != self.order[position] + 1
 
     def lengthened(self, values: Tensor) -> Tensor:
-        """One entry for every step of the schedule, as one for every step of the run; what follows them stays."""
+        """A list with one entry for each step of the schedule, as one with an entry for each step of the run. Further
+        entries stay.
+        """
         again = [values[self.first : self.last]] * ((len(self.order) - self.n) // (self.last - self.first))
         return torch.cat([values[: self.last], *again, values[self.last :]])
 
@@ -177,7 +180,7 @@ def restart(scheduler: Any, *, t_min: float, t_max: float, times: int = 1, gener
 
 
 class Restarting:
-    """What a scheduler that restarts does otherwise than its stock class."""
+    """The methods in which a restarting scheduler differs from its stock class."""
 
     # Both belong to the class: a scheduler made anew from it, or copied, restarts in the same way.
     _stock: Any
@@ -188,18 +191,18 @@ class Restarting:
     order: int
 
     def restarts(self, **schedule: Any) -> int:
-        """How many steps restarts add to the schedule that `set_timesteps` would make of these arguments."""
+        """The number of steps that restarts add to the schedule that `set_timesteps` makes from these arguments."""
         probe: Any = copy.deepcopy(self)
         probe.set_timesteps(**schedule)
         return int(probe.repeated)
 
     @property
     def repeated(self) -> int:
-        """How many steps they add to the schedule that is set."""
+        """The number of steps that restarts add to the current schedule."""
         return 0 if self._run is None else len(self._run.order) - self._run.n
 
     def _lengthen(self) -> None:
-        """Follows the stock `set_timesteps`."""
+        """Runs after the stock `set_timesteps`."""
         n = len(self.timesteps)
         alpha, sigma = MARGINALS[self._stock.__name__](self)
         shares = (sigma / (alpha + sigma)).tolist()
@@ -226,7 +229,7 @@ class Restarting:
 
     @contextmanager
     def _short(self, run: Run) -> Iterator[None]:
-        """Within the block, the stock scheduler's own schedule. The long lists may have been changed in place."""
+        """Use the stock scheduler's own schedule within the block. The long lists may have been changed in place."""
         long = {name: vars(self)[name] for name in self._lists()}
         vars(self).update({name: run.shortened(values) for name, values in long.items()})
         try:
@@ -235,7 +238,7 @@ class Restarting:
             vars(self).update(long)
 
     def _init_step_index(self, timestep: Any) -> None:
-        """The stock scheduler finds where a run begins, among timesteps that are all different."""
+        """Let the stock scheduler find the first step of a run, among timesteps that are all different."""
         if self._run is None:
             self._stock._init_step_index(self, timestep)
             return
@@ -255,7 +258,7 @@ class Restarting:
             )
 
     def _begin(self, run: Run, arguments: Mapping[str, Any]) -> None:
-        """All that can be wrong is found before the first step."""
+        """Find everything that is wrong before the first step."""
         sample, timestep = arguments["sample"], arguments["timestep"]
         if self._step_index is None:
             self._init_step_index(timestep)
@@ -276,7 +279,7 @@ class Restarting:
         return self._settings.generator if given is None else given
 
     def _run_step(self, run: Run, given: inspect.BoundArguments) -> Any:
-        """One step of the run, and the way back where that follows."""
+        """Make one step of the run, and add noise if a restart follows."""
         arguments = given.arguments
         if run.seeds is None:
             self._begin(run, arguments)
@@ -305,8 +308,9 @@ class Restarting:
 
 
 def _restarting_class(stock: Any, settings: Settings) -> Any:
-    """A subclass by the same name: pipelines look at a scheduler's class, at the arguments of its methods and at which
-    of them it has, and write the class's name when they are saved. What is saved is the stock scheduler."""
+    """Make a subclass with the same name. Pipelines look at a scheduler's class, methods and their arguments, and save
+    the name of the class. The saved scheduler is the stock one.
+    """
     signature = inspect.signature(stock.step)
 
     @functools.wraps(stock.set_timesteps)
@@ -336,14 +340,14 @@ def _restarting_class(stock: Any, settings: Settings) -> Any:
 
 
 def seeds(sample: Tensor) -> Tensor:
-    """A seed for every sample, from all of its bits; integers add up to the same in any order."""
+    """A seed for each sample, from all of its bits. The sum of integers does not depend on their order."""
     bits = sample.detach().float().reshape(len(sample), -1).view(torch.int32).long()
     weights = torch.arange(1, bits.shape[1] + 1, device=bits.device) * 2654435761 % 2147483629
     return (bits * weights).sum(dim=1) % 2147483647
 
 
 def draw(sample: Tensor, generator: Generators) -> Tensor:
-    """Noise for a sample, with one generator for all or one for each; at least float32."""
+    """Noise for a sample, with one generator for all or one for each; in float32 or wider."""
     dtype = torch.promote_types(sample.dtype, torch.float32)
     each = [generator] if isinstance(generator, torch.Generator) else list(generator)
     rows = len(sample) // len(each)

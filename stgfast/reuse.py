@@ -1,8 +1,8 @@
-"""Differences between branches, computed in some steps and carried on to the others.
+"""Differences between branches: computed in some steps, extrapolated to the others.
 
-An approximation, and off by default. What guidance adds, `base - p` and `c - u`, changes smoothly from step to step;
-the predictions themselves do not. Where a branch is not computed, its difference is taken from a polynomial through the
-last values that were computed: order 0 is the last one, order 1 a line through two, order 2 a parabola through three.
+An approximation, off by default. The differences `base - p` and `c - u` change smoothly from step to step; the
+predictions do not. If a branch is not computed, its difference comes from a polynomial through the last computed
+values: order 0 is the last value, order 1 a line through two, order 2 a parabola through three.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ WARM = 2  # steps that are computed first, where values are carried on and not o
 
 
 class KeptDifferences:
-    """A memory of how far branches were from their bases.
+    """A memory of the differences between branches and their bases.
 
-    What is kept of a branch is its own: one that was left out for a while, as its weight was 0, begins anew, and so do
-    all with another denoiser. Refreshes of several branches are staggered, so that steps cost about the same.
+    Each branch has its own values. If a branch was left out for a while because its weight was 0, it starts again, and
+    so do all branches with another denoiser. Several branches are refreshed in different steps, so that steps cost
+    about the same.
     """
 
     def __init__(self, guidance: Guidance, bases: Mapping[str, str]):
-        """`bases`: what every weak branch is held against, in the order in which they can be put together."""
+        """`bases`: the base of each perturbed branch, in an order in which they can be computed."""
         self.order = guidance.reuse_order or 0
         spacings = {UNCOND: guidance.reuse_cfg, **dict.fromkeys(bases, guidance.reuse)}
         self.spacings = {name: spacing for name, spacing in spacings.items() if spacing != EVERY}
@@ -74,7 +75,7 @@ class KeptDifferences:
         return carried_on(self.computed[name], self.differences[name], self.step)
 
     def _first(self, number: int) -> int:
-        """How many steps compute the branch of this number before it is carried on."""
+        """The number of steps that compute the branch with this number before it is extrapolated."""
         spacing: Spacing = list(self.spacings.values())[number]
         if isinstance(spacing, tuple) or not self.order:
             return 1
@@ -93,7 +94,7 @@ class KeptDifferences:
 
 
 def carried_on(computed: Sequence[int], known: Sequence[tuple[Tensor, ...]], step: int) -> tuple[Tensor, ...]:
-    """Values of the last of these steps, as they go on to another."""
+    """Extrapolate the values of the last of these steps to another step."""
     if len(known) == 1:
         return known[0]
     weights = polynomial(computed[-len(known) :], step)
@@ -101,7 +102,7 @@ def carried_on(computed: Sequence[int], known: Sequence[tuple[Tensor, ...]], ste
 
 
 def polynomial(steps: Sequence[int], step: int) -> list[float]:
-    """By how much each of the values at these steps counts at another, on the polynomial through all of them."""
+    """The weight of each value in the extrapolation to another step."""
     weights = []
     for one in steps:
         weight = 1.0

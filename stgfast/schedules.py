@@ -1,4 +1,4 @@
-"""Numbers that change during a run: over its steps, over its progress, or over the noise level. No tensors here."""
+"""Numbers that change during a run: by step, by progress, or by noise level. This module needs no torch."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ Schedule = float | Sequence[float] | Callable[[float], float] | BySigma
 
 
 class Moment(NamedTuple):
-    """Where a denoising run stands: step `step` of `steps`, counted from 0, and the sigma there if it is known."""
+    """A position in a denoising run: step `step` of `steps`, counted from 0, and its sigma if it is known."""
 
     step: int
     steps: int
@@ -67,7 +67,7 @@ class Moment(NamedTuple):
 
 
 def value(schedule: Schedule, moment: Moment, name: str = "schedule") -> float:
-    """A schedule's number at a moment."""
+    """The number of a schedule at a moment."""
     if isinstance(schedule, float):
         return schedule
     if isinstance(schedule, BySigma):
@@ -121,7 +121,7 @@ def checked(name: str, given: object) -> Schedule:
 
 
 def plain(schedule: Schedule) -> Any:
-    """A schedule as data, as `checked` takes it."""
+    """A schedule as plain data, as `checked` takes it."""
     if isinstance(schedule, BySigma):
         return {BY_SIGMA: [list(pair) for pair in schedule.levels]}
     return list(schedule) if isinstance(schedule, tuple) else schedule

@@ -1,7 +1,7 @@
 """Another solver over the pipeline's own sigmas: fewer steps for the same distance from a converged clip.
 
-A solver of higher order uses what the model said in the steps before. It takes the noise levels that the pipeline's own
-scheduler makes, shift and all, so that nothing else of the pipeline changes.
+A solver of higher order uses the predictions of earlier steps. It takes the noise levels of the pipeline's own
+scheduler, including its shift, so nothing else in the pipeline changes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def solver(pipe: Pipe, name: str) -> Pipe:
 
 
 def check_solver(pipe: Any, name: str) -> None:
-    """Whether this pipeline's steps can be made by this solver."""
+    """Raise if this solver cannot make the pipeline's steps."""
     if name not in SOLVERS:
         raise wrong("solver", name, f"one of {', '.join(SOLVERS)}")
     known = known_class(type(pipe))
@@ -78,7 +78,7 @@ def _flow(solver: str) -> Any:
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
     class FlowSolver(getattr(diffusers, solver)):  # type: ignore[misc]  # of a library without types
-        """A solver over the sigmas of another scheduler. It computes in float32, as that one does."""
+        """A solver over the sigmas of another scheduler. Like that one, it computes in float32."""
 
         def __init__(self, own: Any, order: int):
             flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": order}

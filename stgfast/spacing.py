@@ -1,4 +1,4 @@
-"""Which steps compute a branch that the others carry on: every so many, or those that are named. No tensors here."""
+"""Which steps compute a value that the others extrapolate: each n-th step, or a list. This module needs no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def checked(name: str, given: object) -> Spacing:
 
 
 def settled(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of reuse, with the order of the polynomial by which values are carried on; none where nothing is."""
+    """The settings of reuse, with the order of the polynomial; no order if nothing is reused."""
     made: dict[str, Any] = {name: checked(name, given[name]) for name in REUSE}
     reused, order = [name for name in REUSE if made[name] != EVERY], given[ORDER]
     if BLOCKS in reused and len(reused) > 1:
@@ -40,13 +40,13 @@ def settled(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_steps(name: str, spacing: Spacing, steps: int) -> None:
-    """Whether a run of so many steps has those that are named."""
+    """Raise if a run of this number of steps does not have the listed steps."""
     if isinstance(spacing, tuple) and spacing[-1] >= steps:
         raise SettingsError(f"{name}: got step {spacing[-1]}, expected those of a run of {steps} steps, from 0")
 
 
 def due(spacing: Spacing, computed: Sequence[int], step: int, warm: int) -> bool:
-    """Whether a step computes, after these that did; the first so many all do."""
+    """Whether a step computes the value, given the steps that did. The first `first` steps all do."""
     if len(computed) < warm:
         return True
     return step in spacing if isinstance(spacing, tuple) else step - computed[-1] >= spacing
@@ -64,12 +64,12 @@ def when(spacing: Spacing) -> str:
 
 
 def spaced(steps: int, first: int, gap: int) -> tuple[int, ...]:
-    """Of so many steps those that compute: the first few, then one of so many, and the last one."""
+    """The steps that compute, out of a number of steps: the first few, then each n-th one, and the last one."""
     return tuple(sorted({*range(min(first, steps)), *range(first - 1 + gap, steps, gap), steps - 1}))
 
 
 def eased(steps: int, first: int, gap: int) -> tuple[int, ...]:
-    """As `spaced`, with gaps that grow to that size one by one."""
+    """Like `spaced`, with gaps that grow to that size one by one."""
     found, at, growing = set(range(min(first, steps))), first - 1, 1
     while at < steps:
         found.add(at)
@@ -79,7 +79,7 @@ def eased(steps: int, first: int, gap: int) -> tuple[int, ...]:
 
 
 def thinning(steps: int, first: int, growth: float) -> tuple[int, ...]:
-    """Of so many steps those that compute: the first few, then every second one, then less and less often."""
+    """The steps that compute, out of a number of steps: the first few, then each second one, then fewer and fewer."""
     found, gap, at = list(range(min(first, steps))), 2.0, first + 1.0
     while at < steps:
         found.append(round(at))

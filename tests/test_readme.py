@@ -82,7 +82,7 @@ def test_what_is_linked_is_there(page):
 
 
 def test_every_page_is_linked():
-    linked = {ROOT / link for link in re.findall(r"\]\(([^)]+README\.md)\)", README)}
+    linked = {ROOT / link for link in re.findall(r"\]\(([^)]+\.md)\)", README)}
     assert linked == set(PAGES[1:])
 
 

@@ -1,7 +1,7 @@
-"""The formulas beside a weighted sum, one a file: of which difference is something lost, and along which direction.
+"""The projections of the guidance formula, one in each file: which difference loses its part along which direction.
 
-A file has one subclass of `Formula`, and says `register(...)`. Files here are found by themselves; one that lies
-elsewhere is known once it is imported.
+A file has one subclass of `Formula` and calls `register(...)`. Files in this folder are found automatically; one
+elsewhere counts when it is imported.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ COND, UNCOND, GUIDED = "cond", "uncond", "guided"  # branches by name; the last 
 
 
 class Lost(NamedTuple):
-    """Of the difference of a branch from cond, what lies along a sum of branches is lost, but for a share of it.
+    """The difference of a branch from cond loses its part along a sum of branches, except for a fraction of it.
 
-    along  the direction: numbers by branch
+    Attributes:
+        along: the direction, as numbers by branch.
     """
 
     of: str
@@ -30,12 +31,13 @@ class Lost(NamedTuple):
 
 
 class Formula:
-    """One formula.
+    """One projection.
 
-    name    as `Guidance(project=...)` has it
-    words   what it does, as `explain` says it
-    of_cfg  it is about cond - uncond, so that a call without CFG has none of it
-    shares  `eta` of a guidance says how much is left
+    Attributes:
+        name: its name in `Guidance(project=...)`.
+        words: what it does, as `explain` prints it.
+        of_cfg: it changes cond - uncond, so it does nothing without CFG.
+        shares: `eta` of the guidance is the fraction that stays.
     """
 
     name = ""
@@ -44,15 +46,15 @@ class Formula:
     shares = False
 
     def check(self, guidance: Guidance) -> None:
-        """Raise where a guidance is none of this formula."""
+        """Raise if a guidance does not fit this formula."""
 
     def lost(self, guidance: Guidance, branches: Collection[str]) -> Lost | None:
-        """What is lost in a step that weighs these branches; none where one of those that it needs has no weight."""
+        """What is removed in a step with these branches; None if a branch that it needs has no weight."""
         raise NotImplementedError
 
 
 def register(formula: Formula) -> None:
-    """Settings may say this formula from now on."""
+    """Make a formula known to settings."""
     FORMULAS[formula.name] = formula
 
 

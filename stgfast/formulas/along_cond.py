@@ -1,7 +1,6 @@
-"""Of cond - uncond, what lies along cond is lost, but for a share of it.
+"""cond - uncond loses its part along cond, except for a fraction of it.
 
-That is the projection of adaptive projected guidance (APG, arXiv 2410.02416), without its momentum and without its
-bound on the norm.
+This is the projection of adaptive projected guidance (APG, arXiv 2410.02416), without its momentum and norm threshold.
 """
 
 from __future__ import annotations

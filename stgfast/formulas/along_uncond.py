@@ -1,6 +1,6 @@
-"""Of cond - uncond, what lies along uncond is lost: uncond is taken times the number that brings it nearest to cond.
+"""cond - uncond loses its part along uncond: uncond is scaled to be as near to cond as possible.
 
-That is the optimised scale of CFG-Zero* (arXiv 2503.18886); its first steps of zero are `start` of a guidance.
+This is the optimized scale of CFG-Zero* (arXiv 2503.18886). Its zeroed first steps are `start` of the guidance.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Of the second perturbation's difference, what the first one's says already is lost (arXiv 2411.18664, Eq. 21)."""
+"""The second perturbation's difference loses its part along the first one's (arXiv 2411.18664, Eq. 21)."""
 
 from __future__ import annotations
 

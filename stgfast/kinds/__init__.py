@@ -1,7 +1,7 @@
-"""The kinds of perturbation, one a file: what makes a branch weak, and how a model's block does it.
+"""The kinds of perturbation, one in each file: how a branch is perturbed, and how a block computes it.
 
-A file has one subclass of `Kind`, and says `register(...)`. Files here are found by themselves; one that lies elsewhere
-is known once it is imported. No tensors are needed to read settings, so none of these files imports torch at its top.
+A file has one subclass of `Kind` and calls `register(...)`. Files in this folder are found automatically; one elsewhere
+counts when it is imported. Settings need no torch, so none of these files imports it at the top.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ AXES = SPATIAL, TEMPORAL = ("spatial", "temporal")
 
 @dataclass(frozen=True)
 class Mark:
-    """What a perturbation does to one unit of a model. Marks that are equal do the same.
+    """What a perturbation does to one unit of a model. Equal marks do the same.
 
-    axis  where it changes the attentions along one axis alone, and the unit has more
+    Attributes:
+        axis: the axis whose attention changes, if the unit has attention along several.
     """
 
     kind: str
@@ -39,12 +40,13 @@ class Mark:
 class Kind:
     """One kind of perturbation.
 
-    name    as settings have it
-    alias   as papers have it, for messages
-    passes  the block does not run: it passes its input through
-    inside  the block runs, and `attend` stands in for its self-attentions
-    values  the output of these is V, which an attention for many rows can do beside rows that attend
-    grid    it has to know where tokens lie
+    Attributes:
+        name: its name in settings.
+        alias: its name in papers, for messages.
+        passes: the block does not run: it returns its input.
+        inside: the block runs, and `attend` replaces its self-attention.
+        values: the output of self-attention is V, which one attention call can compute beside rows that attend.
+        grid: it needs the positions of tokens.
     """
 
     name = ""
@@ -55,37 +57,37 @@ class Kind:
     grid = False
 
     def sigma(self, given: float | None) -> float | None:
-        """The sigma of a perturbation of this kind, as it is settled; most have none."""
+        """The sigma of a perturbation of this kind; most kinds have none."""
         if given is not None:
             raise wrong(f"sigma of a perturbation of kind {self.name!r}", given, "none: it is that of 'blur'")
         return None
 
     def check(self, part: Perturbation) -> None:
-        """Whatever else of a perturbation cannot be, whatever the model."""
+        """Raise if a perturbation is wrong for any model."""
 
     def suits(self, layout: Layout) -> bool:
-        """Whether a model has this kind at all."""
+        """Whether a model supports this kind."""
         return True
 
     def mark(self, part: Perturbation, unit: Unit, layout: Layout) -> Mark | None:
-        """What the perturbation does to a unit of its layers that has its axis: nothing, or what the mark says."""
+        """What the perturbation does to a unit in its layers and along its axis: a mark, or None."""
         return Mark(self.name)
 
     def changes(self, layout: Layout) -> Mapping[str, Any]:
-        """The arguments with which a block is called, in place of others, where the model itself knows the kind."""
+        """The arguments of a block that ask for this kind, for a model that supports it itself."""
         return layout.blocks.changes.get(self.name, {})
 
     def concerns(self, mark: Mark, axis: str) -> bool:
-        """Whether an attention along an axis is changed."""
+        """Whether the attention along an axis changes."""
         return mark.axis in ("", axis)
 
     def attend(self, mark: Mark, attention: Attention) -> Any:
-        """What an attention inside of the block returns, for rows with this mark."""
+        """The output of a self-attention in the block, for rows with this mark."""
         raise NotImplementedError(f"kind {self.name!r} changes no attention")
 
 
 def register(kind: Kind) -> None:
-    """Settings may say this kind from now on."""
+    """Make a kind known to settings."""
     KINDS[kind.name] = kind
 
 
@@ -94,7 +96,7 @@ def kind_of(mark: Mark) -> Kind:
 
 
 def names() -> str:
-    """Every kind with its alias, as a message has them."""
+    """All kinds with their aliases, for messages."""
     *others, last = (f"{name!r} ({kind.alias})" if kind.alias else repr(name) for name, kind in KINDS.items())
     return f"{', '.join(others)} or {last}"
 

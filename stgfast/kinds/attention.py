@@ -1,4 +1,4 @@
-"""A block's self-attention is the identity: every token's output is its V (STG-A, perturbed-attention guidance)."""
+"""A block's self-attention is the identity: the output of each token is its V (STG-A, perturbed-attention guidance)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The queries of a block's self-attention are blurred with a Gaussian over space, within every frame (SEG)."""
+"""The queries of a block's self-attention are blurred by a Gaussian over space, within each frame (SEG)."""
 
 from __future__ import annotations
 

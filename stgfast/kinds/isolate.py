@@ -1,4 +1,4 @@
-"""Attention between video and audio is off, in models that have both and can be asked for it."""
+"""No attention between video and audio, for models that have both and have an argument for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A block passes its input through (STG-R, skip-layer guidance)."""
+"""A block returns its input (STG-R, skip-layer guidance)."""
 
 from __future__ import annotations
 
