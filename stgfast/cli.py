@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and where each of them is."""
+"""The command line: the commands, and the modules that implement them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from stgfast.version import __version__
 
 @dataclass(frozen=True)
 class Command:
-    """A command: its module has `add_<name>(parser)` and `run_<name>(arguments)`, and is imported when it is called.
+    """One command. Its module has `add_<name>(parser)` and `run_<name>(arguments)`, and is imported when the command
+    is called.
 
-    extra  what it needs installed beside the core
+    Attributes:
+        extra: the extra that it needs.
     """
 
     help: str
@@ -70,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _open_standard_files() -> None:
-    """Where a shell has closed one of them, the next file that is opened would be taken for it, and printed into."""
+    """Open standard files that a shell has closed: the next opened file would take their place, and receive output."""
     for handle in (0, 1, 2):
         try:
             os.fstat(handle)

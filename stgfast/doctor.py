@@ -1,4 +1,4 @@
-"""What is installed, what of it runs here, and which attention is chosen for the shapes of the supported models."""
+"""`stgfast doctor`: what is installed, what runs here, and which attention is chosen for the supported models."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def chosen(device: str, heads: int, size: int) -> str:
 
 
 def add_doctor(parser: argparse.ArgumentParser) -> None:
-    """It takes no arguments."""
+    """It has no arguments."""
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:

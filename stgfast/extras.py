@@ -1,4 +1,4 @@
-"""What parts of the package need beside its core, and a sentence where it is missing."""
+"""The packages that parts of stgfast need beside its core, and a message if one is missing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MissingError(SettingsError):
 
 
 def require(extra: str) -> None:
-    """Raise where anything of an extra is missing."""
+    """Raise if a package of an extra is missing."""
     missing = [name for name in EXTRAS[extra] if not _there(name)]
     if missing:
         raise MissingError(f"{', '.join(missing)}: not installed, expected what pip install 'stgfast[{extra}]' brings")

@@ -1,4 +1,4 @@
-"""Settings that were published, each with its source: plain data, as `Guidance.from_dict` takes it."""
+"""Published settings, each with its source, as plain data for `Guidance.from_dict`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _along_both_axes(layer: int) -> dict[str, Any]:
 
 
 def _with_modality(layer: int) -> dict[str, Any]:
-    """Its modality scale of 3 is written `1 + w` there."""
+    """The same with a modality scale of 3, which the source writes as `1 + w`."""
     isolated = {"layers": range(48), "kind": "isolate", "scale": 2.0}
     return {"perturbations": [{"layers": [layer], "kind": "attention"}, isolated]}
 

@@ -1,4 +1,4 @@
-"""The arguments of a module's call, by name, kept in the form in which they were given."""
+"""The arguments of a module's call: accessible by name, and stored in the form in which they were given."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _names: dict[type[nn.Module], list[str]] = {}
 
 
 class Arguments:
-    """What a module was called with."""
+    """The arguments of one call of a module."""
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]):
         self.module, self.args, self.kwargs = module, args, kwargs
@@ -22,14 +22,16 @@ class Arguments:
         return self.kwargs[name] if name in self.kwargs else self.args[_parameters(self.module).index(name)]
 
     def changed(self, change: Callable[[str, Any], Any]) -> Arguments:
-        """The same arguments, each changed by name; the name of one that only `*args` takes is empty."""
+        """The same arguments, each changed by a function of its name and value. An argument that only `*args` takes has
+        the name "".
+        """
         names = _parameters(self.module)[: len(self.args)]
         args = tuple(change(name, value) for name, value in zip_longest(names, self.args, fillvalue=""))
         kwargs = {name: change(name, value) for name, value in self.kwargs.items()}
         return Arguments(self.module, args, kwargs)
 
     def replaced(self, changes: Mapping[str, Any]) -> Arguments:
-        """The same arguments, but for some by name."""
+        """The same arguments, with some replaced by name."""
         if not changes:
             return self
         changed = self.changed(changes.get)
@@ -39,7 +41,7 @@ class Arguments:
 
     @property
     def device(self) -> str:
-        """The kind of device that tensors among them are on."""
+        """The device type of the tensors among them."""
         tensors = (value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor))
         return next((tensor.device.type for tensor in tensors), "cpu")
 
@@ -48,7 +50,7 @@ class Arguments:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside of what `torch.compile(module)` returns."""
+    """The module inside the result of `torch.compile(module)`."""
     wrapper = any(cls.__name__ == "OptimizedModule" for cls in type(module).__mro__)
     return cast(nn.Module, module._orig_mod) if wrapper else module
 

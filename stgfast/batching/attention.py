@@ -1,4 +1,4 @@
-"""Self-attention inside of a block that runs on rows of which some are made weak."""
+"""Self-attention inside a block that runs on rows of which some are perturbed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Tokens = tuple[int, int, int]  # frames, height, width
 
 @dataclass(frozen=True)
 class Attention:
-    """One call of a self-attention, for rows that are made weak alike: what a kind of perturbation can ask of it."""
+    """One call of a self-attention, for rows with the same perturbation: what a kind of perturbation can use."""
 
     layout: Layout
     plain_call: Call
@@ -36,11 +36,11 @@ class Attention:
     tokens: Tokens
 
     def plain(self) -> Any:
-        """As the module itself has it."""
+        """The module's own output."""
         return self.arguments.given_to(self.plain_call)
 
     def identity(self) -> Any:
-        """Output = V."""
+        """The output with output = V."""
         module, identity = self.arguments.module, self.layout.blocks.identity
         # Another processor may do more to what it attends to than project it.
         if identity is identity_attention and not of_library(module) and not unfit(module):
@@ -51,7 +51,7 @@ class Attention:
         return self.arguments.given_to(functools.partial(identity, module))
 
     def with_queries(self, change: Callable[[Tensor], Tensor]) -> Any:
-        """The module's own call, with its queries changed."""
+        """The module's own output, with its queries changed."""
         module, grid = self.arguments.module, self.layout.blocks.grid
         name = grid.query if grid is not None else "to_q"
         context = context_of(self.layout.denoiser)
@@ -76,7 +76,7 @@ class Attention:
 
 
 class Inside:
-    """The self-attentions of the block that runs now: of every row, what is done to it, and what input is it of?"""
+    """The self-attentions of the block that runs now: the mark and the input of each row."""
 
     def __init__(self, layout: Layout, grid: Callable[[Arguments], Tokens] | None, fastest: Fastest):
         self.layout, self.grid, self.fastest = layout, grid, fastest
@@ -86,7 +86,7 @@ class Inside:
         self.reached: set[nn.Module] = set()  # the attentions that the block has called
 
     def handlers(self, unit: Unit, marks: Sequence[Mark | None]) -> Mapping[nn.Module, Handler]:
-        """What stands in for calls inside of a unit that runs on groups with these marks."""
+        """The replacements for calls inside a unit that runs on groups with these marks."""
         handlers = dict[nn.Module, Handler]()
         inside = self.weak(marks)
         if inside:
@@ -96,11 +96,11 @@ class Inside:
         return handlers
 
     def weak(self, marks: Sequence[Mark | None]) -> bool:
-        """Whether any of these changes an attention."""
+        """Whether any of these marks changes an attention."""
         return any(map(self.layout.inside, marks))
 
     def locate(self, marks: Sequence[Mark | None], arguments: Arguments) -> None:
-        """Note where tokens lie in a block that is called with these arguments, where that has to be known."""
+        """Store the token positions in a block that is called with these arguments, if a kind needs them."""
         if self.grid is not None and any(mark is not None and kind_of(mark).grid for mark in marks):
             self.tokens = self.grid(arguments)
 
@@ -108,7 +108,7 @@ class Inside:
         self.marks, self.inputs, self.reached = marks, inputs, set()
 
     def finish(self, number: int, unit: Unit) -> None:
-        """A block that goes around its attention would give a plain prediction for a weak one."""
+        """Raise if a block did not use its attention: it would give an unperturbed prediction for a perturbed one."""
         for axis, attention in unit.attentions:
             changed = [mark for mark in along(self.layout, self.marks, axis) if mark is not None]
             if changed and attention not in self.reached:
@@ -118,11 +118,11 @@ class Inside:
                 )
 
     def _around(self, plain: Call, arguments: Arguments) -> Any:
-        """Stands in for a compiled module with an attention inside."""
+        """The replacement of a compiled module that contains an attention."""
         return arguments.given_to(as_written(arguments.module) if self.weak(self.marks) else plain)
 
     def _attention(self, axis: str, plain: Call, arguments: Arguments) -> Any:
-        """Stands in for a self-attention: rows that are made weak run what their kind says, and no more."""
+        """The replacement of a self-attention: perturbed rows run what their kind says, and nothing else."""
         self.reached.add(arguments.module)
         own, plain = plain, self.fastest.of(arguments.module, plain)
         marks, rows = along(self.layout, self.marks, axis), len(self.marks)
@@ -148,7 +148,7 @@ class Inside:
     def _stacked(
         self, plain: Call, arguments: Arguments, marks: Sequence[Mark | None], rows: Sequence[int]
     ) -> Any | None:
-        """The output for rows that attend or have their values, of one call for them all; None where these go apart."""
+        """The output of one call for rows that attend and rows that are V; None if they need separate calls."""
         module, inputs = arguments.module, inputs_of(arguments.module, rows, self.inputs)
         way = way_of(self.layout, module, arguments.device, counted(marks, inputs))
         if way is Way.APART:

@@ -1,5 +1,6 @@
-"""Tokens that are spread over processes, as diffusers does it for a model (context parallelism): every process has a
-shard of them between the model's beginning and its end."""
+"""Tokens that diffusers shards over processes (context parallelism): between the beginning and the end of a model, each
+process has a shard of them.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +16,12 @@ from stgfast.errors import EngineError
 
 
 def context_of(denoiser: nn.Module) -> Any | None:
-    """How a model's tokens are spread, if they are."""
+    """How a model's tokens are sharded, or None."""
     return getattr(getattr(denoiser, "_parallel_config", None), "context_parallel_config", None)
 
 
 def as_spread(arguments: Arguments) -> Arguments:
-    """The arguments of a block as it works on them: some blocks have hooks that take a shard of the tokens."""
+    """The arguments as a block uses them: some blocks have hooks that take a shard of the tokens."""
     module = unwrapped(arguments.module)
     registry = getattr(module, "_diffusers_hook", None)
     for name, hook in registry.hooks.items() if registry is not None else ():
@@ -31,7 +32,7 @@ def as_spread(arguments: Arguments) -> Arguments:
 
 
 def over_all(context: Any, tokens: int, change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A change of tokens, along dimension 1, that needs all of them, for a process that has a shard."""
+    """A change of tokens along dimension 1 that needs all of them, for a process that has a shard."""
     group = context._flattened_mesh.get_group()
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     counts = [tokens // size + (number < tokens % size) for number in range(size)]  # as `tensor_split` has them

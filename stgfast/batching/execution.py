@@ -1,4 +1,4 @@
-"""How a guided call runs, whatever its guidance is: its result is the same, but for rounding."""
+"""How a guided call runs, independent of its guidance. The result is the same up to rounding."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ AUTO = "auto"
 class Execution:
     """What `accelerate` was asked for beside guidance.
 
-    max_rows     the most samples that a block computes at once
-    compilation  the arguments of torch.compile, where blocks are to be compiled
-    attention    AUTO: the fastest for every shape, in layers that nothing is done to as well; None: as the model has it
-    ranks        the processes over which the branches of every step are divided
+    Attributes:
+        max_rows: the largest number of samples that a block computes at once.
+        compilation: the arguments of torch.compile, if blocks are compiled.
+        attention: AUTO, the fastest kernel for each shape, also in unperturbed layers; None, the model's own.
+        ranks: the processes over which the branches of each step are divided.
     """
 
     max_rows: Rows = None

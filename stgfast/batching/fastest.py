@@ -1,9 +1,9 @@
-"""The fastest attention for layers that nothing is done to: `attention="auto"`.
+"""The fastest attention for unperturbed layers: `attention="auto"`.
 
-Every call of scaled dot product attention that a block's attention modules make becomes one of `masked_attention`,
-which chooses by shape. A mask that leaves out the last keys of a row is taken for the row's number of keys: these keys
-are not looked at, and attention that takes no mask can be used. To know, the mask is looked at once, for which the host
-waits for the device.
+Each call of scaled dot product attention in a block's attention modules becomes a call of `masked_attention`, which
+chooses by shape. A mask that excludes the last keys of a row becomes the row's number of keys. These keys are then not
+read, and kernels without masks can be used. To find out, the mask is read once, for which the host waits for the
+device.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ NOTHING = -10000.0  # or less, added to a score, leaves nothing of it: as diffus
 
 
 class Fastest:
-    """For the calls of these modules in one pass of the denoiser, in which masks stay as they are."""
+    """The faster attention for these modules in one pass of the denoiser. Masks do not change within a pass."""
 
     def __init__(self, modules: Collection[nn.Module]):
         self.modules = modules
         self._looked: list[tuple[Tensor, Keys | None]] = []
 
     def of(self, module: nn.Module, plain: Call) -> Call:
-        """A call of a module, which attends so where the module is one of these."""
+        """A call of a module with faster attention, if the module is one of these."""
         if module not in self.modules:
             return plain
         return lambda *args, **kwargs: self.call(plain, Arguments(module, args, kwargs))
@@ -41,7 +41,7 @@ class Fastest:
         return self.keys if module in self.modules else no_keys
 
     def call(self, plain: Call, arguments: Arguments) -> Any:
-        """Stands in for an attention module."""
+        """The replacement of an attention module's call."""
         with answering(arguments.module, self.attend):
             return arguments.given_to(plain)
 
@@ -64,7 +64,7 @@ class Fastest:
         return out
 
     def keys(self, scores: Scores) -> Keys | None:
-        """What a call's mask says, where it leaves out the last keys of a row and no others."""
+        """The numbers of keys in a call's mask, if it excludes the last keys of rows and no others."""
         mask, rows = scores.mask, scores.q.shape[0]
         if mask is None:
             return Keys(())
@@ -82,7 +82,7 @@ class Fastest:
 
 
 def quickened(layout: Layout) -> frozenset[nn.Module]:
-    """The attention modules of a model's blocks whose calls can be seen: within compiled code, none can."""
+    """The attention modules of a model's blocks whose calls can be replaced: not those within compiled code."""
     return frozenset(
         module
         for unit in layout.units
@@ -93,7 +93,7 @@ def quickened(layout: Layout) -> frozenset[nn.Module]:
 
 
 def _one(mask: Tensor, other: Tensor) -> bool:
-    """Whether two masks are views of the same numbers."""
+    """Whether two masks are views of the same memory."""
     return (
         mask.data_ptr() == other.data_ptr()
         and mask.shape == other.shape

@@ -1,4 +1,4 @@
-"""What a denoiser's stack of blocks is made of: its units, their arguments, and what may be perturbed."""
+"""The structure of a denoiser's stack of blocks: its units, their arguments, and what can be perturbed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from stgfast.perturbation import Perturbation
 
 
 class Unit(NamedTuple):
-    """A module that is run for some of the rows: a block, or part of one.
+    """A module that runs for some of the rows: a block, or part of one.
 
-    layer       its number in a perturbation; None for what is never perturbed, and only shared
-    attentions  its self-attentions, each with its axis, which is "" where tokens are not told apart by axes
-    wrapped     it returns a tuple even of one
-    state       the arguments that it passes on, where they are not those of the layout
+    Attributes:
+        layer: its number in a perturbation; None if it is never perturbed, only shared.
+        attentions: its self-attentions, each with its axis; "" if tokens have no separate axes.
+        wrapped: it returns a tuple even for one output.
+        state: the arguments that it passes on, if they are not those of the layout.
     """
 
     module: nn.Module
@@ -38,24 +39,25 @@ class Unit(NamedTuple):
 
     @property
     def processors(self) -> set[str]:
-        """The classes of its attentions' processors, by name."""
+        """The class names of its attentions' processors."""
         return {processor_of(attention) for _, attention in self.attentions}
 
     @property
     def compiled_around(self) -> list[nn.Module]:
-        """The compiled modules inside of this one that have its self-attentions inside, where no call is seen."""
+        """The compiled modules in this unit that contain its self-attentions, so that no call of these is seen."""
         attentions = {attention for _, attention in self.attentions}
         inside = [module for module in unwrapped(self.module).modules() if module not in {self.module, *attentions}]
         return [module for module in inside if compiled(module) and not attentions.isdisjoint(module.modules())]
 
 
 class Grid(NamedTuple):
-    """Where the tokens lie of which a self-attention makes queries.
+    """The positions of the tokens from which a self-attention makes queries.
 
-    size   `size(pipeline's call, denoiser's arguments, block's arguments)`: how many (frames, height, width) there are
-           in a row, or in as many as there are for every sample
-    last   other tokens, if any, come before these, and not after them
-    query  the part of the attention that makes the queries
+    Attributes:
+        size: `size(pipeline's call, denoiser's arguments, block's arguments)`: the (frames, height, width) in one row,
+            or in all rows of a sample together.
+        last: other tokens, if any, come before these and not after them.
+        query: the part of the attention that makes the queries.
     """
 
     size: Callable[[Mapping[str, Any], Arguments, Arguments], tuple[int, int, int]]
@@ -114,7 +116,7 @@ class Blocks:
             raise wrong("lists of a model's blocks", self.lists, "the name of at least one, or units")
 
     def of(self, denoiser: nn.Module) -> Layout:
-        """The blocks of one model; AttributeError where it does not have them."""
+        """The blocks of one model; AttributeError if it does not have them."""
         units = self._listed(denoiser) if self.units is None else self.units(denoiser)
         attentions = [module for unit in units for _, module in unit.attentions]
         stock = all(processor_of(module) == self.processor for module in attentions)
@@ -131,8 +133,9 @@ class Blocks:
 class Layout(NamedTuple):
     """The blocks of one denoiser.
 
-    units   in the order in which the model runs them
-    attend  that of `blocks`, where it can stand in for the attentions of this model
+    Attributes:
+        units: in the order in which the model runs them.
+        attend: `attend` of the blocks, if it can replace the attention of this model.
     """
 
     denoiser: nn.Module
@@ -146,7 +149,7 @@ class Layout(NamedTuple):
 
     @property
     def layers(self) -> int:
-        """How many layers there are to be perturbed."""
+        """The number of layers that can be perturbed."""
         return len({unit.layer for unit in self.units} - {None})
 
     @property
@@ -154,7 +157,7 @@ class Layout(NamedTuple):
         return {axis for unit in self.units for axis in unit.axes} - {""}
 
     def marks(self, part: Perturbation) -> dict[int, Mark]:
-        """What a perturbation does, by the number of the unit."""
+        """What a perturbation does, by number of the unit."""
         if part.axis and part.axis not in self.axes:
             raise wrong("axis of a perturbation", part.axis, f"{_either(self.axes)} for this model")
         if not part.how.suits(self):
@@ -169,11 +172,11 @@ class Layout(NamedTuple):
         return marks
 
     def inside(self, mark: Mark | None) -> bool:
-        """Whether a mark changes the attention inside of a block, and does not ask the block itself to."""
+        """Whether a mark changes the attention inside a block, rather than an argument of the block."""
         return mark is not None and kind_of(mark).inside and not kind_of(mark).changes(self)
 
     def some(self, arguments: Arguments, where: list[slice], rows: int) -> Arguments:
-        """Some of the rows of a call, of a unit or of its attention, that has `rows` rows."""
+        """Some of the rows of a call with `rows` rows, of a unit or of its attention."""
         return arguments.changed(lambda name, value: self.taken(arguments, name, value, where, rows))
 
     def taken(self, arguments: Arguments, name: str, value: Any, where: list[slice], rows: int) -> Any:
@@ -184,7 +187,7 @@ class Layout(NamedTuple):
 
 
 def processor_of(attention: nn.Module) -> str:
-    """The class of an attention's processor, by name."""
+    """The class name of an attention's processor."""
     return type(getattr(attention, "processor", None)).__name__
 
 

@@ -1,8 +1,8 @@
-"""One call of an attention module for all of its rows, those that attend and those whose output is their values.
+"""One call of an attention module for all rows, those that attend and those whose output is V.
 
-The module's own processor runs on every different input once: projections, norms, rotations and added tokens are as
-the model has them. Its scaled dot product attention becomes one call of `masked_attention`, from which as many rows
-come as are wanted, several of one input perhaps, and what the processor does next it does to these.
+The module's own processor runs once on each different input, with projections, norms, rotary embeddings and added
+tokens as the model has them. Its scaled dot product attention becomes one call of `masked_attention`, which returns the
+rows that are needed, possibly several for one input. What the processor does after that, it does to these rows.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ _unfit: WeakKeyDictionary[nn.Module, tuple[type, str]] = WeakKeyDictionary()  # 
 
 
 class Keys(NamedTuple):
-    """What a mask says, where it says no more than this.
+    """The content of a mask, if it says no more than this.
 
-    lengths  how many keys each row has, the first ones; none where there are no others
-    queries  whether it leaves out queries of the same numbers too, which then attend to nothing
+    Attributes:
+        lengths: the number of keys of each row, counted from the first; None if there are no others.
+        queries: it excludes queries with the same numbers too, which then attend to nothing.
     """
 
     lengths: tuple[int, ...]
@@ -47,8 +48,9 @@ def no_keys(scores: Scores) -> Keys | None:
 
 
 def unfit(attention: nn.Module) -> str:
-    """Why the attention of a module cannot be one call, as far as is known: of diffusers' processors by their code, of
-    others once it was tried; empty where it may."""
+    """Why the attention of a module cannot be one call; "" if it may. Known from the code of diffusers' processors, and
+    of others after one was tried.
+    """
     module = unwrapped(attention)
     processor, (tried, reason) = _processor(module), _unfit.get(module, (None, ""))
     if processor is tried:
@@ -60,23 +62,23 @@ def unfit(attention: nn.Module) -> str:
 
 
 def note(attention: nn.Module, why: str) -> None:
-    """The processor that it has now was tried, and cannot."""
+    """Record that the module's current processor was tried and cannot be one call."""
     module = unwrapped(attention)
     _unfit[module] = _processor(module), f"{_processor(module).__name__} {why}"
 
 
 def of_library(attention: nn.Module) -> bool:
-    """Whether the processor is one of diffusers', from whose input several rows may come within a call."""
+    """Whether the processor is one of diffusers', which accepts that one input gives several rows."""
     return _processor(unwrapped(attention)).__module__.split(".")[0] == LIBRARY
 
 
 def inputs_of(attention: nn.Module, rows: Sequence[int], inputs: Sequence[int]) -> list[int]:
-    """The inputs of these rows, of all of which they are given; each its own where the processor is not known."""
+    """The different inputs of these rows; one for each row if the processor is unknown."""
     return [inputs[row] for row in rows] if of_library(attention) else list(rows)
 
 
 def saves(inputs: int, plain: int, masked: int) -> bool:
-    """Whether one call for all rows projects less than a call for those that attend and the values of the others."""
+    """Whether one call for all rows projects less than a call for those that attend and V for the others."""
     return bool(plain) and PROJECTIONS * inputs <= PROJECTIONS * plain + masked
 
 
@@ -88,8 +90,9 @@ def one_call(
     source: Sequence[int],
     keys: Callable[[Scores], Keys | None] = no_keys,
 ) -> Any:
-    """The output of an attention module that is given `inputs` rows: row b is of input `source[b]`, and its values
-    where `masked[b]`. `keys` may know what a mask says in numbers of keys. UnfitError where that cannot be."""
+    """The output of an attention module that is given `inputs` rows. Row b is computed from input `source[b]`, and is V
+    if `masked[b]`. `keys` may give the numbers of keys for a mask. Raises UnfitError if this is not possible.
+    """
     rows = _Rows(inputs, masked, source, keys)
     try:
         with answering(arguments.module, rows.attend, rows.regrown):
@@ -108,7 +111,7 @@ def one_call(
 
 
 class _Rows:
-    """The rows of one call, which become more, or fewer, as they attend."""
+    """The rows of one call, whose number changes at the attention."""
 
     def __init__(
         self,
@@ -146,7 +149,7 @@ class _Rows:
         )
 
     def regrown(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """What a processor kept of its rows from before they attended, put right: a size, or a tensor with them."""
+        """Correct what a processor stored about its rows before the attention: a size, or a tensor with these rows."""
         if self.before == self.after:
             return args
         name = getattr(func, "__name__", "")
@@ -169,7 +172,7 @@ class _Rows:
 
 
 def _processor(module: nn.Module) -> type:
-    """The class that has the code of an attention: of its processor, or where it has none of the module itself."""
+    """The class with the code of an attention: its processor, or the module itself."""
     return type(getattr(module, "processor", None) or module)
 
 
@@ -180,6 +183,6 @@ def _code(processor: type) -> types.CodeType | None:
 
 @functools.lru_cache(maxsize=256)
 def _names(code: types.CodeType) -> frozenset[str]:
-    """All names that code uses, and code inside of it."""
+    """All names that code uses, including code inside it."""
     inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
     return frozenset(code.co_names).union(*map(_names, inner))

@@ -1,4 +1,4 @@
-"""What a denoiser returns: a tensor, a tuple that begins with one, or an object with a `sample`."""
+"""The output of a denoiser: a tensor, a tuple that begins with one, or an object with a `sample`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def prediction_in(output: Any) -> Tensor:
 
 
 def tensors_in(output: Any) -> list[Tensor]:
-    """The prediction, and what else of the same call is a tensor: audio beside video, for example."""
+    """The prediction and all other tensors of the same output, for example audio beside video."""
     if isinstance(output, Tensor):
         return [output]
     parts = (
@@ -25,7 +25,7 @@ def tensors_in(output: Any) -> list[Tensor]:
 
 
 def with_prediction(output: Any, prediction: Tensor) -> Any:
-    """A denoiser's output with another prediction in it."""
+    """A copy of a denoiser's output with another prediction."""
     if isinstance(output, Tensor):
         return prediction
     if isinstance(output, tuple):

@@ -1,15 +1,15 @@
-"""Which rows every block computes. Pure Python: branches in, a plan out.
+"""Which rows each block computes. Pure Python: branches in, a plan out.
 
-Two branches are one computation for as long as they have the same history: the same source row and the same
-perturbations so far. A `group` is one such computation, with one row for every prompt in the batch. At every block
+Two branches are one computation as long as they have the same history: the same source row and the same perturbations
+so far. A `group` is one such computation, with one row for each prompt of the batch. At each block
 
-    run    the groups it computes, each plainly or perturbed within the block (`marks`)
-    keep   the groups that pass it untouched
-    order  the stack it leaves behind, in terms of run + keep
+    run    the groups that it computes, each plainly or perturbed within the block (`marks`)
+    keep   the groups that pass it unchanged
+    order  the stack after it, as indices into run + keep
 
-so that a stack grows only where histories part. Groups that run come first: the others' rows are then a tail, and
-what runs is a leading slice, a view and not a copy. Where a model itself handles the rows between its blocks, the
-stack is full: every block leaves a row for every branch behind, copies of what it computed once.
+so a stack grows only where histories fork. Groups that run come first: the other rows are then a tail, and the input of
+a block is a leading slice, a view and not a copy. If a model uses the rows between its blocks, the stack is full: each
+block leaves one row for each branch, as copies of what it computed once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stgfast.perturbation import Perturbation
 
 @dataclass(frozen=True)
 class Branch:
-    """One prediction that guidance needs: the row it starts from, and what is done to it at which layers."""
+    """One prediction that guidance needs: its source row, and its perturbation at each layer."""
 
     name: str
     source: str
@@ -46,19 +46,19 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """The stack enters the first block, and leaves the last one, with one group per branch."""
+    """The stack has one group for each branch before the first block and after the last one."""
 
     branches: tuple[Branch, ...]
     steps: tuple[Step, ...]
 
     @property
     def computed(self) -> tuple[int, ...]:
-        """Groups computed, block by block."""
+        """The number of groups that each block computes."""
         return tuple(len(step.run) for step in self.steps)
 
 
 def make_plan(branches: Sequence[Branch], depth: int, *, full: bool = False) -> Plan:
-    """The plan for `depth` blocks that computes no history twice; `full`: with a full stack after every block."""
+    """The plan for `depth` blocks that computes no history twice; with `full`, the stack is full after each block."""
     # A group stands for the branches that share its history; the first of them lends it its per-row arguments.
     by_source: dict[str, list[int]] = {}
     for number, branch in enumerate(branches):
@@ -101,7 +101,7 @@ def make_plan(branches: Sequence[Branch], depth: int, *, full: bool = False) -> 
 
 
 def passing(plan: Plan, skips: bool) -> Plan:
-    """The plan itself, or where a step skips its blocks the same branches, whose rows pass all of them."""
+    """The plan, or, for a step that skips its blocks, a plan in which the same branches pass all blocks."""
     if not skips:
         return plan
     every = tuple(range(len(plan.branches)))
@@ -115,10 +115,10 @@ def branches_for(
     weighed: Collection[str],
     marks: Callable[[Perturbation], Mapping[int, Mark]],
 ) -> tuple[Branch, ...]:
-    """The branches that a call of the denoiser computes, given the rows it was called on, the branches that have a
-    weight in this step, and what a perturbation does to which blocks.
+    """The branches that a call of the denoiser computes, given its rows, the branches with a weight in this step, and
+    what a perturbation does to which blocks.
 
-    The conditional branch is always among them: every difference is taken from it.
+    The conditional branch is always among them, because all differences are taken from it.
     """
     plain = [Branch(source, source) for source in sources if source in weighed or source == COND]
     weak = [

@@ -1,4 +1,4 @@
-"""How many rows a block computes at once: what fits without guidance fits with it."""
+"""How many rows a block computes at once: what fits into memory without guidance fits with it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ SPARE = 1.25  # more memory than was counted has to be free: an allocator cannot
 
 
 class Room:
-    """The bound of one run. Where none was asked for, blocks compute no more rows at once than in the pipeline's own
-    calls, until a call on a GPU has shown how much memory its rows take, and that there is enough for all."""
+    """The limit of one run. If none was asked for, blocks compute no more rows at once than in the pipeline's own
+    calls, until a call on a GPU has shown how much memory rows take and that there is enough for all.
+    """
 
     def __init__(self, asked: Rows):
         self.asked = asked
@@ -22,7 +23,7 @@ class Room:
         self._limit: int | None = None
 
     def rows(self, own: int, stacked: int, device: torch.device) -> int | None:
-        """The most rows for a call that has `own` and is made of `stacked`; None for no bound."""
+        """The largest number of rows for a call with `own` rows that is stacked to `stacked`; None for no limit."""
         if self.asked is not None:
             return None if self.asked == ALL else int(self.asked)
         self._limit = own
@@ -32,7 +33,7 @@ class Room:
 
     @contextmanager
     def watched(self, device: torch.device) -> Iterator[None]:
-        """Within the block, a call is made on rows within the bound; the first one on a GPU shows what they take."""
+        """Measure, within the block, how much memory the first call on a GPU takes."""
         if self.asked is not None or self._per_row is not None or device.type != "cuda":
             yield
             return
@@ -44,6 +45,6 @@ class Room:
 
 
 def _free(device: torch.device) -> int:
-    """Bytes that are free on a GPU, and those that torch holds and does not use."""
+    """The free bytes on a GPU, including those that torch holds and does not use."""
     free, _ = torch.cuda.mem_get_info(device)
     return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))

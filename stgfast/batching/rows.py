@@ -1,4 +1,4 @@
-"""Taking and joining rows of a stack, as slices: no index tensor, so no copy to the device and no host sync."""
+"""Take and join rows of a stack, as slices: no index tensor, so no copy to the device and no host sync."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["alone", "as_given", "as_tuple", "chunks", "join", "spans", "take", "
 
 
 def take(value: Any, where: Sequence[slice], rows: int, name: str) -> Any:
-    """The rows `where` of an argument that has `rows` rows; whatever has no rows of its own is left as it is.
+    """The rows `where` of an argument that has `rows` rows. An argument without rows stays as it is.
 
-    A sample's row may be several neighbours, its frames say: then so many for every sample.
+    A sample may have several neighboring rows, for example its frames: then that many are taken for each sample.
     """
     if isinstance(value, dict):
         return {key: take(part, where, rows, f"{name}[{key!r}]") for key, part in value.items()}
@@ -37,7 +37,7 @@ def take(value: Any, where: Sequence[slice], rows: int, name: str) -> Any:
 
 
 def take_packed(value: Tensor, counts: Sequence[int], where: Sequence[slice], rows: int, name: str) -> Tensor:
-    """The rows `where` of samples that lie one after another along dimension 1, so many tokens each."""
+    """The rows `where` of samples that lie one after another along dimension 1, with this number of tokens each."""
     if len(counts) != rows or sum(counts) != value.shape[1]:
         raise EngineError(
             f"argument {name!r}: got {value.shape[1]} tokens for {len(counts)} samples of {sum(counts)} tokens in all, "
@@ -48,10 +48,10 @@ def take_packed(value: Tensor, counts: Sequence[int], where: Sequence[slice], ro
 
 
 def alone(value: Any) -> Any:
-    """The same memory as a tensor that is a view of no other.
+    """The same memory as a tensor that is not a view.
 
-    Code is compiled for the shapes of what its arguments are views of, too; taken rows are views of more rows, or of
-    none, as it happens, and would have it compiled again.
+    Compiled code also depends on the shape of the tensor that an argument is a view of. Taken rows are views of
+    different numbers of rows, which would cause compilations.
     """
     if isinstance(value, dict):
         return {key: alone(part) for key, part in value.items()}
@@ -74,7 +74,7 @@ def as_given(outputs: Sequence[Any], *, wrapped: bool = False) -> Any:
 
 
 def chunks(rows: int, limit: int | None) -> list[slice]:
-    """`rows` rows in as few, as even chunks of at most `limit` as there can be."""
+    """`rows` rows in as few and as even chunks of at most `limit` as possible."""
     count = 1 if limit is None else -(-rows // limit)
     edges = [rows * i // count for i in range(count + 1)]
     return [slice(a, b) for a, b in pairwise(edges)]

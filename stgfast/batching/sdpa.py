@@ -1,11 +1,12 @@
-"""Standing in for scaled dot product attention while one module's call lasts, whoever calls it, in this thread alone.
+"""Replace scaled dot product attention during one module's call, in this thread only.
 
-Two ways lead there, and neither touches the code that calls:
+There are two ways to call it, and neither needs a change of the calling code:
 
-    torch's function     F.scaled_dot_product_attention, as a torch function mode sees it, which belongs to a thread
-    diffusers' backends  its registry's entry for a backend that was chosen in place of torch's function, or that spans
-                         devices: what stands there looks up what the current context says, and else makes the plain
-                         call, as in `seam`
+    torch's function     F.scaled_dot_product_attention, seen by a torch function mode, which belongs to a thread
+    diffusers' backends  the registry's entry for a backend that was chosen in place of torch's function, or that
+                         shards over devices
+
+Our entry in the registry looks up the handler of the current context, or else makes the plain call, as in `seam`.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]  # q, 
 
 
 class UnfitError(Exception):
-    """A call that cannot be answered for it, in words."""
+    """A call that cannot be replaced, with the reason."""
 
 
 @dataclass(frozen=True)
 class Scores:
     """One call of scaled dot product attention, `(rows, heads, tokens, size)`.
 
-    attend  what has to compute it, where a backend was chosen; None where anything may
-    plain   the call as it was made
-    beyond  what of it `masked_attention` cannot do, if anything
+    Attributes:
+        attend: the backend that must compute it, if one was chosen; None for any.
+        plain: the original call.
+        beyond: what `masked_attention` cannot do of it, or "".
     """
 
     q: Tensor
@@ -66,8 +68,9 @@ def unchanged(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @contextmanager
 def answering(attention: nn.Module, answer: Answer, change: Change = unchanged) -> Iterator[None]:
-    """Within the block, calls of scaled dot product attention that this attention module makes go to `answer`; what
-    else it calls of torch's functions has its arguments from `change(function, arguments)`."""
+    """Within the block, pass calls of scaled dot product attention by this module to `answer`. For all other torch
+    functions that it calls, `change(function, arguments)` changes the arguments.
+    """
     chosen = _chosen(attention)
     token = _answer.set(answer)
     try:
@@ -117,12 +120,12 @@ def _scores(
 
 
 def _registry() -> Any:
-    """diffusers' attention backends, where any were loaded."""
+    """diffusers' attention backends, if any were loaded."""
     return getattr(sys.modules.get(REGISTRY), "_AttentionBackendRegistry", None)
 
 
 def _chosen(attention: nn.Module) -> Any:
-    """The backend of an attention module, where it is another than torch's function on one device."""
+    """The backend of an attention module, if it is not torch's function on one device."""
     registry, processor = _registry(), getattr(attention, "processor", None)
     if registry is None:
         return None
@@ -134,7 +137,7 @@ def _chosen(attention: nn.Module) -> Any:
 
 @contextmanager
 def _entered(name: Any) -> Iterator[None]:
-    """Within the block, what stands in the registry for this backend asks for the context's answer."""
+    """Put an entry for this backend into the registry within the block, which asks the context's handler."""
     backends = _registry()._backends
     with _lock:
         if not _held.get(name):
@@ -150,7 +153,7 @@ def _entered(name: Any) -> Iterator[None]:
 
 
 def _from_registry(plain: Callable[..., Any], **given: Any) -> Any:
-    """Stands in for a backend, whose tensors are (rows, tokens, heads, size)."""
+    """The replacement of a backend, whose tensors are (rows, tokens, heads, size)."""
     answer = _answer.get()
     if answer is None:
         return plain(**given)

@@ -1,12 +1,12 @@
-"""Standing in for the call of a module, for as long as a guided call runs, and only for the thread that runs it.
+"""Replace the call of a module during a guided call, only for the thread that runs it.
 
-`module(...)` goes through the instance attribute `_compiled_call_impl` where there is one; `module.compile()` lives
-there too. A stand-in put there sits outside everything else that owns a call: compiled code, forward hooks, the
-`forward` that offloading replaces. None of them is touched, and all of them run when the stand-in calls on.
+`module(...)` uses the instance attribute `_compiled_call_impl` if there is one, which `module.compile()` sets too. A
+wrapper in its place is outside everything else that changes a call: compiled code, forward hooks, and the `forward`
+that offloading replaces. All of these run when the wrapper calls the original.
 
-Modules may be shared by pipelines and threads. So the stand-in itself decides nothing: it looks up what the current
-context has to say about its module and, finding nothing, makes the plain call. Who comes first puts it in place, who
-goes last takes it away.
+Pipelines and threads may share modules. So the wrapper decides nothing itself: it looks up the handler for its module
+in the current context, and makes the plain call if there is none. Wrappers are reference-counted: the first user
+installs them, the last one removes them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _codes: dict[Any, CodeType] = {}
 
 @contextmanager
 def handling(handlers: Mapping[nn.Module, Handler] | None) -> Iterator[None]:
-    """Within the block, and in this context alone, calls of these (held) modules go to their handlers."""
+    """Within the block and in this context only, pass calls of these modules to their handlers. They must be `held`."""
     token = _handlers.set(handlers)
     try:
         yield
@@ -48,14 +48,14 @@ def handling(handlers: Mapping[nn.Module, Handler] | None) -> Iterator[None]:
 
 @contextmanager
 def handling_also(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
-    """The same, beside the handlers that are there already."""
+    """The same, in addition to the current handlers."""
     with handling({**(_handlers.get() or {}), **handlers}):
         yield
 
 
 @contextmanager
 def held(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Within the block, stand-ins are in place for these modules."""
+    """Install wrappers on these modules within the block."""
     if not hasattr(nn.Module, ATTRIBUTE):
         raise EngineError(f"this torch has no nn.Module.{ATTRIBUTE}, through which blocks are reached")
     modules = list(modules)
@@ -76,18 +76,18 @@ def held(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def compiled_in_place(module: nn.Module) -> bool:
-    """Whether a module's whole call was compiled by `module.compile()`, or its forward by `torch.compile`."""
+    """Whether a module's call was compiled by `module.compile()`, or its forward by `torch.compile`."""
     call = module.__dict__.get(ATTRIBUTE)
     return getattr(call, "replaced", call) is not None or _compiled_forward(module) is not None
 
 
 def compiled(module: nn.Module) -> bool:
-    """Whether a module runs as compiled code, in whichever way it was compiled."""
+    """Whether a module runs as compiled code, however it was compiled."""
     return unwrapped(module) is not module or compiled_in_place(module)
 
 
 def as_written(module: nn.Module) -> Call:
-    """The call of a module, hooks included, without the compiled code in its place."""
+    """The call of a module with its hooks, without compiled code."""
     inner = unwrapped(module)
     forward = _compiled_forward(inner)
 
@@ -104,10 +104,10 @@ def as_written(module: nn.Module) -> Call:
 
 
 def compiled_calls(modules: Iterable[nn.Module], make: Callable[[Call], Call]) -> dict[nn.Module, Call]:
-    """The calls of modules, compiled by `make`, with a code object of its own for every kind of module.
+    """The calls of modules, compiled by `make`, with a code object of its own for each kind of module.
 
-    torch.compile keeps what it made with the code object, up to a limit, and modules of one class share theirs: a UNet
-    with blocks of several widths would come to the limit.
+    torch.compile stores its results with the code object, up to a limit, and modules of one class share it. A UNet with
+    blocks of several widths would reach the limit.
     """
     made: dict[CodeType, Call] = {}
     calls: dict[nn.Module, Call] = {}
@@ -126,7 +126,7 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def foreign_forward(module: nn.Module) -> str:
-    """Where a module's forward was defined, if neither with its class nor by a library that only calls it on."""
+    """The module that defined a forward, if it is neither that of the class nor a library that only calls it."""
     cls = type(module)
     forward = vars(module).get("forward", cls.forward)
     while isinstance(forward, functools.partial):
@@ -136,13 +136,13 @@ def foreign_forward(module: nn.Module) -> str:
 
 
 def _compiled_forward(module: nn.Module) -> Any:
-    """What `module.forward = torch.compile(module.forward)` has put there."""
+    """The result of `module.forward = torch.compile(module.forward)`, if it is there."""
     forward = vars(module).get("forward")
     return forward if hasattr(forward, "_torchdynamo_orig_callable") else None
 
 
 def caching_hooks(denoiser: nn.Module) -> list[str]:
-    """The names of hooks of diffusers that keep something from call to call, in an order to remove them in."""
+    """The names of diffusers' hooks that store values from call to call, in the order in which to remove them."""
     found: dict[str, None] = {}
     for module in denoiser.modules():
         registry = getattr(module, "_diffusers_hook", None)

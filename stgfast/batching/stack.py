@@ -1,4 +1,4 @@
-"""Running a stack of blocks under a plan."""
+"""Run a stack of blocks under a plan."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ from stgfast.kinds import Mark, kind_of
 
 
 class Ends(Protocol):
-    """What is kept from pass to pass of the hidden states before the first block and after the last one, which may
-    leave out some; they have as many rows for every branch."""
+    """What is stored of the hidden states before the first and after the last block, to skip the blocks in some passes.
+    Hidden states have the same number of rows for each branch.
+    """
 
     def seen(self, branches: Sequence[str], before: Sequence[Tensor], after: Sequence[Tensor | None]) -> None: ...
 
@@ -32,12 +33,12 @@ class Ends(Protocol):
 
 
 class Stack:
-    """One pass of a model's blocks, in which every block computes the rows that its step of the plan says.
+    """One pass through a model's blocks, in which each block computes the rows of its step in the plan.
 
-    The blocks are entered, and left, with `prompts` rows for every branch, in the order of the plan's branches.
-    `max_rows` bounds the rows that a block sees at once; `compiled` has calls to make in place of some blocks' own;
-    `ends` keeps what all blocks together did, and says it where none of them runs; `fastest` attends where it can.
-    `grid` says how many (frames, height, width) of tokens there are in a block that is called with these arguments.
+    The blocks are entered and left with `prompts` rows for each branch, in the order of the plan's branches. `max_rows`
+    limits the rows that a block computes at once. `compiled` has calls to use in place of some blocks' own. `ends`
+    stores what all blocks added, and supplies it if none runs. `fastest` replaces attention where it can. `grid`
+    returns the (frames, height, width) of tokens in a block that is called with these arguments.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class Stack:
         self._taken: dict[tuple[str, tuple[int, ...], int], tuple[Any, Any]] = {}
 
     def handlers(self) -> Mapping[nn.Module, Handler]:
-        """What stands in for the calls of this pass."""
+        """The replacements for the calls of this pass."""
         handlers: dict[nn.Module, Handler] = dict.fromkeys(self.fastest.modules, self.fastest.call)
         for number, (unit, step) in enumerate(zip(self.layout.units, self.plan.steps, strict=True)):
             handlers[unit.module] = functools.partial(self._block, number)
@@ -68,12 +69,12 @@ class Stack:
         return handlers
 
     def finish(self) -> None:
-        """Every block must have run: a model that goes around one would give a result that only looks guided."""
+        """Raise if a block did not run: the result would only look guided."""
         if self._done != self.layout.depth:
             raise EngineError(f"blocks run by the model: got {self._done}, expected {self.layout.depth}")
 
     def _block(self, number: int, plain: Call, arguments: Arguments) -> Any:
-        """Stands in for block `number`."""
+        """The replacement of block `number`."""
         if number != self._done:
             raise EngineError(f"blocks run in order: got block {number}, expected block {self._done}")
         step, unit = self.plan.steps[number], self.layout.units[number]
@@ -96,7 +97,7 @@ class Stack:
         return as_given(left, wrapped=unit.wrapped)
 
     def _end(self, ends: Ends, left: list[Any]) -> list[Any]:
-        """What the last block leaves behind: seen, or where no block ran, carried on from earlier passes."""
+        """The output of the last block: stored, or extrapolated from earlier passes if no block ran."""
         names = [branch.name for branch in self.plan.branches]
         if not any(self.plan.computed):
             return ends.carried(names, self._entered)
@@ -145,7 +146,7 @@ class Stack:
         return {} if mark is None else kind_of(mark).changes(self.layout)
 
     def _parts(self, marks: Sequence[Mark | None]) -> list[slice]:
-        """Rows that a block is called on at once: within the bound, and with the same arguments."""
+        """The rows with which a block is called at once: within the limit, and with the same arguments."""
         if not any(marks):
             return chunks(len(marks), self.max_rows)
         parts, start = [], 0
@@ -156,7 +157,7 @@ class Stack:
         return parts
 
     def _after(self, step: Step, computed: Tensor | None, before: Tensor | None) -> Tensor | None:
-        """The stack that a block leaves: computed groups and kept ones, in the plan's order."""
+        """The stack after a block: computed and kept groups, in the plan's order."""
         runs, pieces = len(step.run), []
         for kept, groups in itertools.groupby(step.order, key=lambda group: group >= runs):
             source = before if kept else computed

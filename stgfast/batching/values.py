@@ -1,6 +1,6 @@
-"""Self-attention as the identity, for the attention modules of diffusers: every token's output is its own V.
+"""Self-attention as the identity, for diffusers' attention modules: the output of each token is its V.
 
-No query, no key, no attention: the value projection and the output projection are all that is left.
+No query, key or attention is computed: only the value and output projections.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from stgfast.errors import EngineError
 
 
 class UnseenError(EngineError):
-    """An attention module made no call of scaled dot product attention that could be answered."""
+    """An attention module made no call of scaled dot product attention that could be replaced."""
 
 
 def identity_attention(
@@ -26,7 +26,7 @@ def identity_attention(
     *others: Any,
     **named: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The call of an attention module, joint over text or not; what only queries and keys need is not looked at."""
+    """The call of an attention module, joint over text or not, without what only queries and keys need."""
     video = project(getattr(attn, "to_out", None), values(attn, hidden_states))
     if encoder_hidden_states is None:
         return video
@@ -37,8 +37,9 @@ def identity_attention(
 
 
 def identity_of_scores(attn: Any, *args: Any, **named: Any) -> Any:
-    """The same, for an attention module of any kind that calls torch's own attention: it runs as it is, queries and
-    keys too, and only the attention itself returns its values."""
+    """The same, for any attention module that calls torch's attention: it runs as it is, queries and keys included, and
+    only the attention itself returns V.
+    """
     seen = list[Tensor]()
 
     def value(scores: Scores) -> Tensor:
@@ -56,14 +57,14 @@ def identity_of_scores(attn: Any, *args: Any, **named: Any) -> Any:
 
 
 def values(attn: Any, tokens: Tensor, fused: str = "to_qkv", alone: str = "to_v") -> Tensor:
-    """V, by the projection that the module uses: after `fuse_qkv_projections()` a LoRA may be on one of the two."""
+    """V, by the projection that the module uses. After `fuse_qkv_projections()` only one of two may have a LoRA."""
     together = getattr(attn, fused, None) if getattr(attn, "fused_projections", False) else None
     made: Tensor = getattr(attn, alone)(tokens) if together is None else together(tokens).chunk(3, dim=-1)[2]
     return made
 
 
 def project(out: Any, value: Tensor) -> Tensor:
-    """An output projection: none, a layer, or a list of layers."""
+    """Apply an output projection: None, a layer, or a list of layers."""
     if out is None:
         return value
     for layer in out if hasattr(out, "__iter__") else (out,):

@@ -1,4 +1,4 @@
-"""Which way an attention goes whose rows attend, or have their values for an output."""
+"""How an attention with identity rows is computed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from stgfast.kinds import Mark, kind_of
 
 
 class Way(Enum):
-    """In words.
+    """How an attention with identity rows is computed, in words.
 
-    ONE    all rows attend by one call of `masked_attention`: on a GPU and in Triton's interpreter, where that is one
-           launch; elsewhere where it projects less
-    OWN    the same, and the family's own code stands in place of the module's
-    APART  what does not attend goes through the projections of values and output alone
+    Attributes:
+        ONE: one call of `masked_attention` for all rows. Used where that is one launch (on a GPU, in Triton's
+            interpreter), or where it projects less.
+        OWN: the same, by the family's own code in place of the module's.
+        APART: rows that do not attend only use the projections of values and output.
     """
 
     ONE = "all rows in one call of the module"
@@ -31,7 +32,7 @@ class Way(Enum):
 
 
 class Rows(NamedTuple):
-    """How many rows a call has: different inputs, rows that attend, rows that have their values."""
+    """The number of rows of a call: different inputs, rows that attend, rows that are V."""
 
     inputs: int
     attending: int
@@ -39,7 +40,7 @@ class Rows(NamedTuple):
 
 
 def way_of(layout: Layout, attention: nn.Module, device: str, rows: Rows) -> Way:
-    """Of a call on this kind of device."""
+    """How a call on this device type is computed."""
     fused, both = triton_runs(device), bool(rows.attending and rows.masked)
     if layout.attend is not None:
         return Way.OWN if device in layout.blocks.attend_on or (both and fused) else Way.APART
@@ -49,7 +50,7 @@ def way_of(layout: Layout, attention: nn.Module, device: str, rows: Rows) -> Way
 
 
 def along(layout: Layout, marks: Sequence[Mark | None], axis: str) -> list[Mark | None]:
-    """The mark of every row, where it changes attention along this axis."""
+    """The mark of each row, if it changes attention along this axis."""
     return [
         mark if mark is not None and layout.inside(mark) and kind_of(mark).concerns(mark, axis) else None
         for mark in marks
@@ -57,7 +58,7 @@ def along(layout: Layout, marks: Sequence[Mark | None], axis: str) -> list[Mark 
 
 
 def together(marks: Sequence[Mark | None]) -> list[int]:
-    """The rows that one call could have: these attend, or have their values."""
+    """The rows that one call could have: those that attend, and those that are V."""
     return [row for row, mark in enumerate(marks) if mark is None or kind_of(mark).values]
 
 
@@ -68,8 +69,9 @@ def counted(marks: Sequence[Mark | None], inputs: Sequence[int]) -> Rows:
 
 
 def ways(layout: Layout, plan: Plan, most: int, device: str) -> Iterator[tuple[int, Way, str]]:
-    """Of every attention in a plan that has identity rows: its block, its way, and why it cannot be another. `most`
-    bounds the rows that a block computes at once."""
+    """For each attention with identity rows in a plan: its block, how it is computed, and why not otherwise. `most`
+    limits the rows that a block computes at once.
+    """
     for number, (unit, step) in enumerate(zip(layout.units, plan.steps, strict=True)):
         for part in chunks(len(step.marks), most) if any(step.marks) else ():
             inputs: Sequence[int] = step.run[part]

@@ -1,4 +1,4 @@
-"""Which pipelines are known, and what is known of them."""
+"""The table of known pipelines."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BLOCKS = "default_blocks_name"  # the attribute by which a modular pipeline name
 
 
 def discovered() -> dict[str, Adapter]:
-    """The adapters of all files in `families`, by the exact name of a pipeline's class."""
+    """The adapters in all files of `families`, by the exact name of the pipeline's class."""
     names = sorted(file.name for file in pkgutil.iter_modules(families.__path__))
     modules = [importlib.import_module(f"{families.__name__}.{name}") for name in names]
     adapters = [each for module in modules for each in vars(module).values() if isinstance(each, Adapter)]

@@ -1,8 +1,8 @@
-"""Pipelines with a guider: an object that says which passes a step makes, and combines them.
+"""Pipelines with a guider: an object that decides which passes a step makes, and combines them.
 
-Two ways. A guider that has weak passes itself (skip-layer, perturbed-attention, smoothed-energy guidance) is left in
-charge: its passes are answered from one shared computation, and combined as it does. Beside a guider of CFG alone the
-engine combines, as with any other pipeline, and the guider finds its two predictions equal.
+There are two ways. A guider with perturbed passes of its own (skip-layer, perturbed-attention, smoothed-energy
+guidance) stays in charge: its passes are answered from one shared computation, and it combines them. With a guider of
+CFG alone the engine combines, as in any other pipeline, and the guider receives two equal predictions.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def schedule_of_modular_call(pipe: Any, call: CallArguments) -> Mapping[str, Any
 
 
 def _given_to(call: CallArguments) -> dict[str, Any]:
-    """A modular pipeline's call names no arguments: what is left out has the default of the pipeline's blocks."""
+    """The arguments of a modular pipeline's call, with the defaults of the pipeline's blocks."""
     defaults = {each.name: each.default for each in call["self"].blocks.inputs}
     return {"num_inference_steps": defaults["num_inference_steps"], **call["kwargs"]}
 
@@ -89,7 +89,7 @@ def announces(pipe: Any) -> bool:
 
 
 def requested(call: CallArguments) -> float | None:
-    """That of the first guider; none unless every guider has one."""
+    """The CFG scale of the first guider; None unless all guiders have one."""
     scales = [_scale(guider) if guider._enabled else 1.0 for guider in guiders(call["self"])]
     return None if 1.0 in scales else scales[0]
 
@@ -100,7 +100,7 @@ def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
 
 
 def _scale(guider: Any) -> float:
-    """s in u + s (c - u); the original formulation is c + s (c - u)."""
+    """s in u + s (c - u). The original formulation is c + s (c - u)."""
     return float(guider.guidance_scale) + (1.0 if guider.use_original_formulation else 0.0)
 
 
@@ -109,14 +109,14 @@ def own_rescale(call: CallArguments) -> float | None:
 
 
 def steps(pipe: Any) -> int:
-    """0 before the first, when no guider has been told."""
+    """The number of steps; 0 before the first one, when no guider knows it."""
     return int(next((g._num_inference_steps for g in guiders(pipe) if g._num_inference_steps is not None), 0))
 
 
 def passes(
     pipe: Any, call: CallArguments, guidance: Guidance, moment: Moment, denoiser: str, lists: Sequence[str]
 ) -> Passes:
-    """What the guider is going to ask for in this step, in its order."""
+    """The passes that the guider will ask for in this step, in its order."""
     guider = guider_of(pipe, denoiser)
     turns: list[tuple[str, ...]] = [(COND,)]
     if guider._is_cfg_enabled():
@@ -129,12 +129,12 @@ def passes(
 
 
 def _has_weak_pass(guider: Any) -> bool:
-    """Whether the step that the guider is at has one."""
+    """Whether the guider's current step has a perturbed pass."""
     return bool(guider._is_seg_enabled() if name_of(guider) == SEG else guider._is_slg_enabled())
 
 
 def perturbation_of(guider: Any, denoiser: nn.Module, lists: Sequence[str]) -> Perturbation:
-    """What a guider's configuration means."""
+    """The perturbation that a guider's configuration describes."""
     if name_of(guider) == SEG:
         return _blur_of(guider, denoiser, lists)
     kinds = set()
@@ -151,10 +151,11 @@ def perturbation_of(guider: Any, denoiser: nn.Module, lists: Sequence[str]) -> P
 
 
 def _blur_of(guider: Any, denoiser: nn.Module, lists: Sequence[str]) -> Perturbation:
-    """As the paper has it: a Gaussian within every frame, and its mean for sigmas above the threshold.
+    """The blur of the paper: a Gaussian within each frame, and its mean for sigmas above the threshold.
 
-    diffusers 0.42 takes the mean for sigmas below it and the Gaussian above, both over the largest square of tokens
-    whatever the frames are, and never gets there: its guider does not count passes, so that none of them is blurred.
+    diffusers 0.42 takes the mean for sigmas below the threshold and the Gaussian above, both over the largest square of
+    tokens whatever the frames are. It never gets there, because its guider does not count passes, so no pass is
+    blurred.
     """
     for config in guider.seg_guidance_config:
         if config._query_proj_identifiers not in (None, ["to_q"]):
@@ -165,7 +166,7 @@ def _blur_of(guider: Any, denoiser: nn.Module, lists: Sequence[str]) -> Perturba
 
 
 def _layers_of(guider: Any, configs: Sequence[Any], denoiser: nn.Module, lists: Sequence[str]) -> list[int]:
-    """Layers counted through all stacks of blocks, as everywhere here."""
+    """Layers counted through all stacks of blocks, as everywhere in stgfast."""
     layers: list[int] = []
     for config in configs:
         path = lists[0] if config.fqn == "auto" else config.fqn
@@ -203,7 +204,7 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments, lists: Sequence[st
 
 @contextmanager
 def quiet(pipe: Any) -> Iterator[None]:
-    """Within the block, guiders leave the model alone: what their hooks would do has been computed already."""
+    """Keep guiders from changing the model within the block: what their hooks would do is computed already."""
     for guider in guiders(pipe):
         guider._num_inference_steps = None  # what a former call had is not this one's
     quieted = [guider for guider in guiders(pipe) if name_of(guider) in WITH_WEAK_PASSES]

@@ -1,8 +1,7 @@
-"""Open-Sora: 1.2 (STDiT3) and 2.0 (MMDiTModel), whose samplers are functions that are given the model.
+"""Open-Sora 1.2 (STDiT3) and 2.0 (MMDiTModel), whose samplers are functions that receive the model.
 
-Neither is imported: a model is known by its class's name, and adapted by what it has. The samplers keep their CFG
-scales to themselves, so the scale of 1 that the adapters name is none of theirs: with it, the conditional prediction
-is what guidance adds to.
+Neither is imported: a model is recognized by its class name, and adapted by its attributes. The samplers do not tell
+their CFG scales. So the adapters name a scale of 1, with which guidance adds to the conditional prediction.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
 
 
 def unfit(pipe: Any, guidance: Guidance, call: CallArguments, *, settable: bool) -> str | None:
-    """`settable`: the sampler has one scale, and a guidance may name another to be used in its place."""
+    """`settable`: the sampler has one scale, and a guidance may replace it."""
     if not call["cfg"]:
         needs = guidance.cfg is not None or any(part.needs_cfg for part in guidance.perturbations)
         return "cfg=False leaves out the rows of CFG, which this guidance needs" if needs else None
@@ -57,7 +56,7 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments, *, settable: bool)
 
 
 def stdit3_units(model: nn.Module) -> Sequence[Unit]:
-    """A layer is a pair of blocks, one along each axis."""
+    """The units: a layer is a pair of blocks, one along each axis."""
     lists = (model.get_submodule(name).children() for name in ("spatial_blocks", "temporal_blocks"))
     return [
         Unit(block, layer, ((axis, block.get_submodule("attn")),))
@@ -67,7 +66,7 @@ def stdit3_units(model: nn.Module) -> Sequence[Unit]:
 
 
 def stdit3_identity(attn: Any, x: Tensor) -> Tensor:
-    """One layer projects queries, keys and values."""
+    """The identity for an attention in which one layer projects queries, keys and values."""
     value: Tensor = attn.proj_drop(attn.proj(attn.qkv(x).chunk(3, dim=-1)[2]))
     return value
 
@@ -109,7 +108,7 @@ STDIT3 = Adapter(
 
 
 def mmdit_units(model: nn.Module) -> Sequence[Unit]:
-    """Blocks with text in a stream of its own, then blocks with one stream; attention is no module of theirs."""
+    """The units: blocks with a separate stream for text, then blocks with one stream. Attention is not a module."""
     double, single = (list(model.get_submodule(name).children()) for name in ("double_blocks", "single_blocks"))
     return [
         *(Unit(block, layer, state=("img", "txt")) for layer, block in enumerate(double)),
@@ -140,7 +139,7 @@ MODELS = {adapter.pipeline: adapter for adapter in (STDIT3, MMDIT)}
 
 
 def adapter_for_model(pipe: Any) -> Adapter:
-    """The adapter of `pipe.model`."""
+    """The adapter for `pipe.model`."""
     name = type(pipe.model).__name__
     adapter = MODELS.get(name)
     if adapter is None:

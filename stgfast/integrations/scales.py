@@ -1,4 +1,4 @@
-"""The CFG scale of a pipeline: what a call asks for, and what the pipeline is about to combine with."""
+"""The CFG scale of a pipeline: what a call asks for, and with what the pipeline is about to combine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stgfast.integrations.steps import CallArguments
 
 
 def requested_scale(call: CallArguments) -> float | None:
-    """The CFG scale that a call asks for, None where it asks for none."""
+    """The CFG scale that a call asks for, or None."""
     return float(call["guidance_scale"]) if call["guidance_scale"] > 1 else None
 
 
@@ -19,17 +19,19 @@ def live_scale(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
 
 
 def live_requested(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
-    """Of a pipeline that combines with what it was called with, whatever a callback does to its `guidance_scale`."""
+    """The scale of a pipeline that combines with what it was called with, even if a callback changes
+    `guidance_scale`.
+    """
     return requested_scale(call)
 
 
 def live_scale_of_call(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
-    """The scale of a call, which stays what it was when the call began, where there is CFG at all."""
+    """The scale of a call, fixed when the call begins, if there is CFG at all."""
     return float(call["guidance_scale"]) if pipe.guidance_scale > 1 else None
 
 
 def live_scale_of_second(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
-    """The same, where a second denoiser, for low noise, may have a scale of its own."""
+    """The same, for a second denoiser for low noise that may have a scale of its own."""
     if not pipe.do_classifier_free_guidance:
         return None
     second = call.get("guidance_scale_2") if denoiser.endswith("_2") else None
@@ -37,7 +39,7 @@ def live_scale_of_second(pipe: Any, call: CallArguments, denoiser: str) -> Scale
 
 
 def requested_excess(call: CallArguments) -> float | None:
-    """Of pipelines that combine as `c + s (c - u)`: the scale of CFG as it is written here is then `1 + s`."""
+    """The scale of a pipeline that combines as `c + s (c - u)`: in the form used here it is `1 + s`."""
     return 1 + float(call["guidance_scale"]) if call["guidance_scale"] > 1 else None
 
 
@@ -46,20 +48,20 @@ def live_excess(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
 
 
 def requested_over_frames(call: CallArguments) -> float | None:
-    """The scale of the last frame, by which a pipeline with one for every frame decides whether there is CFG."""
+    """The scale of the last frame, by which a pipeline with a scale for each frame decides whether there is CFG."""
     return float(call["max_guidance_scale"]) if call["max_guidance_scale"] > 1 else None
 
 
 def live_over_frames(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
-    """A scale for every frame, as a tensor that goes with a prediction.
+    """A scale for each frame, as a tensor that fits a prediction.
 
-    Whether there is CFG is not asked of the pipeline, which would look at the tensor, and wait for the device.
+    The pipeline is not asked whether there is CFG, because it would read the tensor and wait for the device.
     """
     return pipe.guidance_scale if requested_over_frames(call) is not None else None
 
 
 def no_scale(call: CallArguments) -> float | None:
-    """Of pipelines without CFG."""
+    """None: the pipeline has no CFG."""
     return None
 
 
@@ -68,7 +70,9 @@ def no_live_scale(pipe: Any, call: CallArguments, denoiser: str) -> Scale:
 
 
 def true_cfg_scale(call: CallArguments) -> float | None:
-    """`guidance_scale` is an input of a distilled model; CFG proper is `true_cfg_scale`, with a negative prompt."""
+    """The scale of true CFG, `true_cfg_scale` with a negative prompt. `guidance_scale` is an input of a distilled
+    model.
+    """
     negative = call["negative_prompt"] is not None or (
         call["negative_prompt_embeds"] is not None and call["negative_pooled_prompt_embeds"] is not None
     )

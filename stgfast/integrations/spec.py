@@ -1,4 +1,4 @@
-"""What an adapter says: the facts of one diffusers pipeline that have to be known. It is data first."""
+"""What an adapter contains: the facts about one diffusers pipeline, mostly as data."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ PROTOCOLS = ("stacked", "sequential", "embedded", "announced")
 def patches(
     call: CallArguments, denoiser: Arguments, block: Arguments, dims: tuple[int, ...] = (2, 3, 4)
 ) -> tuple[int, int, int]:
-    """How many (frames, height, width) of tokens a sample has, where it comes unpatched to the denoiser.
+    """The (frames, height, width) of tokens in a sample that reaches the denoiser without patches.
 
-    `dims` are the dimensions of these; where frames are left out, there is one, or they are rows of their own.
+    `dims` are their dimensions. If frames are left out, there is one frame, or frames are rows.
     """
     config: Any = denoiser.module.config
     patch = config["patch_size"]
@@ -43,10 +43,11 @@ def patches(
 
 
 class Passes(NamedTuple):
-    """A step of a pipeline that asks for its weak branches itself.
+    """One step of a pipeline that asks for perturbed branches itself.
 
-    turns  the branches that each call of the denoiser asks for, as rows of one batch
-    weak   the copies of the conditional branch, each with what makes it weak, or None
+    Attributes:
+        turns: the branches that each call of the denoiser asks for, as rows of one batch.
+        weak: the branches that perturb the conditional one, each with its perturbation, or None.
     """
 
     turns: tuple[tuple[str, ...], ...]
@@ -58,8 +59,9 @@ class Passes(NamedTuple):
 
     @property
     def differing(self) -> frozenset[str]:
-        """The branches that may be told by how far they are from the conditional one: it is known as they are asked
-        for."""
+        """The branches that can be stored as differences from the conditional one, which is known when they are
+        asked for.
+        """
         first = next(number for number, turn in enumerate(self.turns) if COND in turn)
         alike = {COND, *(name for name, part in self.weak.items() if part is None)}
         return frozenset(branch for turn in self.turns[first:] for branch in turn) - alike
@@ -202,11 +204,12 @@ class Adapter:
 
     @staticmethod
     def of(pipe: Any, *args: Any, **call: Any) -> Adapter:
-        """The facts of a pipeline that is in no table, as the first step of this call of it shows them:
+        """Propose the facts of a pipeline that is not in the table, by the first step of this call.
 
-            adapter = stgfast.Adapter.of(pipe, "a prompt", num_frames=49)
+        The proposal is for reading and changing. It is verified at the first call that it guides.
 
-        A proposal, for reading and changing; it is verified at the first call that it guides.
+        Example:
+            >>> adapter = stgfast.Adapter.of(pipe, "a prompt")
         """
         from stgfast.facts import proposal
 
@@ -217,29 +220,29 @@ class Adapter:
         return self.announced is not None and self.announced.when(pipe)
 
     def calls(self, cfg: bool) -> tuple[tuple[str, ...], ...]:
-        """The calls of the denoiser that make a step, each with the rows it is called on."""
+        """The calls of the denoiser in a step, each with the branches of its rows."""
         if not cfg:
             return ((COND,),)
         return (self.order,) if self.protocol == "stacked" else ((COND,), (UNCOND,))
 
     def steps_of_run(self, pipe: Any, call: CallArguments) -> int:
-        """How many steps a call will make: those that it asks for, and those that its scheduler makes again."""
+        """The number of steps that a call makes: those that it asks for, and those that restarts add."""
         steps = self.steps_asked(call)
         restarts = getattr(getattr(pipe, "scheduler", None), "restarts", None)
         return steps if restarts is None else steps + int(restarts(**self.schedule(pipe, call)))
 
     def called(self, pipe: Any, steps: int) -> list[str]:
-        """The denoiser of each of the so many steps to come, once the scheduler has its timesteps."""
+        """The denoiser of each coming step, when the scheduler has its timesteps."""
         below = self.second_below(pipe)
         times = [float(time) for time in pipe.scheduler.timesteps[-steps:]]
         return [self.denoisers[below is not None and time < below] for time in times]
 
     def on(self, pipe: Any) -> Fitted:
-        """This adapter on one pipeline."""
+        """This adapter with the blocks of one pipeline."""
         return Fitted(pipe, self, self.layouts(pipe))
 
     def layouts(self, pipe: Any) -> dict[str, Layout]:
-        """The blocks of each of a pipeline's denoisers, with what is known about them."""
+        """The blocks of each of a pipeline's denoisers."""
         there = [name for name in self.denoisers if getattr(pipe, name, None) is not None]
         if not there:
             raise SettingsError(f"pipe.{self.denoisers[0]}: got None, expected the model whose steps are to be guided")
@@ -265,7 +268,7 @@ class Adapter:
 
 
 class Fitted(NamedTuple):
-    """An adapter on one pipeline, and the blocks of its denoisers as they are now."""
+    """An adapter with one pipeline and the current blocks of its denoisers."""
 
     pipe: Any
     adapter: Adapter

@@ -1,4 +1,4 @@
-"""Blocks that attend along one axis and blocks that attend along another, taking turns."""
+"""Blocks that attend along one axis and blocks that attend along another, in turns."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from stgfast.batching.layout import Unit
 
 
 def units(transformer: nn.Module, lists: Mapping[str, str], attention: str = "attn1") -> Sequence[Unit]:
-    """A layer is one block of every list; `lists` has the name of a list for every axis, in the order in which they
-    run."""
+    """The units: a layer is one block of each list. `lists` has the name of a list for each axis, in the order in
+    which they run.
+    """
     blocks = [transformer.get_submodule(name).children() for name in lists.values()]
     return [
         Unit(block, layer, ((axis, block.get_submodule(attention)),))

@@ -1,4 +1,4 @@
-"""The UNets of diffusers: what they run, in order."""
+"""What diffusers' UNets run, in order."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from stgfast.batching.layout import Grid, Unit
 
 
 def units(unet: nn.Module, lists: Mapping[str, str]) -> Sequence[Unit]:
-    """Residual blocks and resamplers are only shared; a layer is a transformer, with all that it has inside.
+    """The units: a layer is a whole transformer. Residual blocks and resamplers are only shared.
 
-    `lists` has the name of a transformer's list of blocks for every axis along which blocks attend.
+    `lists` has the name of a transformer's list of blocks for each axis of attention.
     """
     found: list[Unit] = []
     for block in (*_children(unet, "down_blocks"), unet.get_submodule("mid_block"), *_children(unet, "up_blocks")):
@@ -35,7 +35,7 @@ def units(unet: nn.Module, lists: Mapping[str, str]) -> Sequence[Unit]:
 
 
 def size(call: Mapping[str, Any], unet: Arguments, transformer: Arguments) -> tuple[int, int, int]:
-    """A transformer's image has the size of its level; every frame is a row of its own."""
+    """The size of a transformer's image, which is that of its level. Each frame is a row of its own."""
     height, width = transformer["hidden_states"].shape[2:]
     return 1, height, width
 

@@ -1,4 +1,4 @@
-"""What the engine asks of a device. Each operation's specification is in `reference`."""
+"""The operations that the engine needs from a device. `reference` specifies each of them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def combine(
     dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """`reference.combine`, by the implementation that suits the device; a named one never falls back to another."""
+    """`reference.combine`, by the implementation that suits the device. A named one never falls back to another."""
     if impl not in IMPLS:
         raise expected("impl", repr(impl), f"one of {', '.join(IMPLS)}")
     device = branches[0].device.type if len(branches) else "cpu"

@@ -1,7 +1,7 @@
 """Attention over a stack of rows, some of which are the identity, in one Triton launch.
 
-Program order: the query tiles of one head of one row are neighbours, so that programs in flight share its keys and
-values in L2. A program of an identity row copies its tile of V and is done.
+Program order: the query tiles of one head of one row are neighbors, so programs in flight share its keys and values in
+L2. A program of an identity row copies its tile of V and ends.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def attention_kernel(
     HAS_IDENTITY: tl.constexpr,
     HAS_KV_LEN: tl.constexpr,
 ):
-    """grid (query tiles * heads * rows); `first` to `last` is the range of tokens that an identity row copies."""
+    """grid (query tiles * heads * rows); identity rows copy the tokens from `first` to `last`."""
     tiles = tl.cdiv(queries, M)
     program = tl.program_id(0)
     start_m = (program % tiles) * M
@@ -194,7 +194,9 @@ def attention_kernel(
 
 
 class Config(NamedTuple):
-    """How a launch is cut: tiles of queries and keys, warps, pipeline stages; has the last tile code of its own?"""
+    """Sizes of a launch: tiles of queries and keys, warps, pipeline stages, and whether the last tile has code of
+    its own.
+    """
 
     m: int
     n: int
@@ -204,10 +206,10 @@ class Config(NamedTuple):
 
 
 def config(dim: int, bits: int, bias: int, per_query: bool, major: int) -> Config:
-    """What spills no register at the sizes of video models, on a chip of this compute capability, and hardly any at
-    others; `bench/resources.py` shows it.
+    """A configuration that spills no registers at the sizes of video models on a chip of this compute capability,
+    and hardly any at other sizes; `bench/resources.py` measures it.
 
-    `dim` is the padded size of a head, `per_query` whether the bias differs from query to query.
+    `dim` is the padded size of a head, `per_query` whether the bias differs between queries.
     """
     if bits == 32:  # no matrix instructions: float32 is exact here
         return Config(32, 32, 8, 2) if dim <= 64 else Config(32, 16, 8, 2) if dim <= 128 else Config(16, 16, 8, 2)
@@ -230,7 +232,7 @@ def capability(device: torch.device) -> int:
 
 
 def padded(size: int) -> int:
-    """The size of a head as tiles have it: a power of two, and no less than a matrix instruction takes."""
+    """The size of a head in tiles: a power of two, at least what a matrix instruction takes."""
     return max(16, int(triton.next_power_of_2(size)))
 
 
@@ -246,7 +248,7 @@ def masked_attention(
     bias: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """The operation as `stgfast.kernels.masked_attention` hands it down: checked, every option spelt out."""
+    """The operation as `stgfast.kernels.masked_attention` calls it: checked, with every option given."""
     rows, (_, heads, queries, size) = len(source), q.shape
     out = empty_like_query(q, rows)
     if not out.numel():
@@ -295,5 +297,5 @@ def masked_attention(
 
 @masked_attention.register_fake
 def result_of(q: Tensor, k: Tensor, v: Tensor, identity: Sequence[bool], source: Sequence[int], *_: object) -> Tensor:
-    """What a graph is told of the result."""
+    """The shape and type of the result, for graphs."""
     return empty_like_query(q, len(source))

@@ -1,10 +1,10 @@
-"""Attention over a stack of rows in one Triton launch, for Hopper: tiles come by TMA, and warps are specialised.
+"""Attention over a stack of rows in one Triton launch for Hopper: TMA loads tiles, and warps are specialized.
 
 The operation is that of `stgfast.kernels.attention`, for fewer calls: `unsuitable` says which it does not take.
 
-One group of warps fetches tiles, two others compute, each with half of a program's queries. The compiler makes the
-groups, and does so on this chip only if a program asks for four warps, makes its descriptors on the device, has all
-products in one loop, and does not return early. Compiled for the chip and run in the interpreter; never on a GPU yet.
+One group of warps loads tiles, two others compute, each with half of a program's queries. The compiler makes these
+groups on this chip only if a program asks for four warps, makes its descriptors on the device, has all products in one
+loop, and does not return early. It was compiled for the chip and run in the interpreter, never on a GPU.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def attention_hopper_kernel(
     HAS_IDENTITY: tl.constexpr,
     HAS_KV_LEN: tl.constexpr,
 ):
-    """grid (query tiles * heads * rows); `first` to `last` is the range of tokens that an identity row copies."""
+    """grid (query tiles * heads * rows); identity rows copy the tokens from `first` to `last`."""
     tiles = tl.cdiv(queries, M)
     program = tl.program_id(0)
     start_m = (program % tiles) * M
@@ -122,7 +122,8 @@ def attention_hopper_kernel(
 
 
 def config(dim: int) -> Config:
-    """Fits the chip and spills nothing: `bench/resources.py`. Stages are a power of two, or their ring costs divisions.
+    """A configuration that fits the chip and spills nothing: `bench/resources.py`. The number of stages is a power
+    of two, because their ring would otherwise need divisions.
 
     `dim` is the padded size of a head.
     """
@@ -130,7 +131,7 @@ def config(dim: int) -> Config:
 
 
 def unsupported(device: torch.device) -> str:
-    """Why it cannot run on a device; empty where it can. Goes on from "it"."""
+    """Why it cannot run on a device, as the end of a sentence that begins with "it"; "" if it can."""
     if not hasattr(tl, "make_tensor_descriptor"):
         return f"needs triton 3.4 or later, not {triton.__version__}"
     major = capability(device)
@@ -138,7 +139,7 @@ def unsupported(device: torch.device) -> str:
 
 
 def unsuitable(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> str:
-    """Why it cannot compute a call; empty where it can. Goes on from "it"."""
+    """Why it cannot compute a call, as the end of a sentence that begins with "it"; "" if it can."""
     reason, width, size = unsupported(q.device), q.element_size(), q.shape[-1]
     if reason:
         return reason
@@ -170,7 +171,7 @@ def masked_attention(
     bias: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """The operation as `stgfast.kernels.masked_attention` hands it down: checked, every option spelt out."""
+    """The operation as `stgfast.kernels.masked_attention` calls it: checked, with every option given."""
     reason = unsuitable(q, k, v, bias)
     if reason:  # a compiled graph asks nobody before
         raise ValueError(f"masked attention for Hopper {reason}")
@@ -217,5 +218,5 @@ masked_attention.register_fake(result_of)
 
 
 def _descriptors(size: int, alignment: int, stream: int | None) -> Tensor:
-    """Memory of a launch for its descriptors; torch's memory is aligned to more than they need."""
+    """Memory for the descriptors of a launch. torch's memory is aligned to more than they need."""
     return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -1,7 +1,8 @@
-"""Who computes attention over a stack of rows.
+"""Backends that compute attention over a stack of rows.
 
-Two forms. Fused: one Triton launch for all rows (`triton`). Split: the rows that attend go to whatever is fastest on
-the device, identity rows are a copy (every other name). `auto` measures once for every shape on a GPU, and remembers.
+There are two forms. Fused: one Triton launch for all rows (`triton`). Split: the rows that attend use the fastest
+kernel of the device, and identity rows are a copy (all other names). `auto` measures once for each shape on a GPU, and
+remembers.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
 
 
 def _added(q: Tensor, k: Tensor, bias: Tensor | None, aligned: int = 1) -> Tensor | None:
-    """A bias or mask as what is added to every score, whose lines begin at multiples of so many numbers."""
+    """A bias or mask in the form that is added to scores, with lines that begin at multiples of this number."""
     if bias is None:
         return None
     if bias.dtype == torch.bool:
@@ -81,8 +82,9 @@ def _added(q: Tensor, k: Tensor, bias: Tensor | None, aligned: int = 1) -> Tenso
 
 @dataclass(frozen=True)
 class Backend:
-    """Attention over plain rows: who does it, on what kinds of devices (any, where none is named), and whether a bias
-    may be given."""
+    """A backend for attention over plain rows: its function, its device types ("" for any), and whether it takes a
+    bias.
+    """
 
     attend: Attend
     devices: tuple[str, ...]
@@ -90,7 +92,7 @@ class Backend:
     package: str = ""
 
     def missing(self, device: str, bias: bool) -> str:
-        """Why it cannot run; empty where it can."""
+        """Why it cannot run; "" if it can."""
         if self.devices and device not in self.devices:
             return f"runs on {' and '.join(self.devices)}, not on {device}"
         if self.package and importlib.util.find_spec(self.package) is None:
@@ -161,7 +163,7 @@ def masked_attention(
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One checked call, every option spelt out."""
+    """One checked call, with every option given."""
 
     q: Tensor
     k: Tensor
@@ -200,7 +202,7 @@ class Call:
         return self.split(BACKENDS[name].attend)
 
     def refused_by(self, name: str) -> str:
-        """Why an implementation cannot run this call; empty where it can."""
+        """Why an implementation cannot run this call; "" if it can."""
         reason = unavailable(name, self.q.device.type, self.biased)
         if reason or name != "hopper" or torch.compiler.is_compiling():
             return reason
@@ -218,14 +220,14 @@ class Call:
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """What a choice is remembered by."""
+        """The key under which a choice is remembered."""
         sizes = (*self.q.shape[1:], self.k.shape[2], len(self.source), sum(self.identity), *self.tokens)
         counted = (self.kv_len is not None, self.lengths is not None)
         kinds = (self.q.dtype, self.q.device, *counted, self.refused_by("hopper"))
         return (*sizes, *kinds, None if self.bias is None else (self.bias.dtype, self.bias.shape[2] > 1))
 
     def split(self, attend: Attend) -> Tensor:
-        """Rows that attend in one call of `attend`, identity rows as a copy."""
+        """Compute rows that attend in one call of `attend`, and copy identity rows."""
         first, last = self.tokens
         queries = self.q.shape[2]
         plain = [row for row, same in enumerate(self.identity) if not same]
@@ -250,7 +252,7 @@ class Call:
         return self._of_rows(attend, where, queries, slice(None))
 
     def _of_lengths(self, attend: Attend, lengths: Sequence[int], where: list[int], queries: slice) -> Tensor:
-        """Rows of one length in one call, on so many keys."""
+        """Compute rows with the same number of keys in one call."""
         each = [lengths[row] for row in where]
         if len(set(each)) == 1 and each[0]:
             return self._of_rows(attend, where, queries, slice(each[0]))
@@ -278,7 +280,7 @@ class Call:
 
 
 def _rows(tensor: Tensor, where: list[int]) -> Tensor:
-    """Rows of a tensor: a view where they are neighbours."""
+    """Rows of a tensor: a view if they are neighbors."""
     parts = [tensor[run] for run in spans(where, 1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -296,7 +298,7 @@ def triton_runs(device: str) -> bool:
 
 
 def unavailable(name: str, device: str, biased: bool) -> str:
-    """Why an implementation cannot run; empty where it can."""
+    """Why an implementation cannot run; "" if it can."""
     if torch.compiler.is_compiling():  # nothing can be looked up: what cannot run says so when it is called
         return ""
     if name == "hopper" and triton_runs(device):
@@ -310,7 +312,7 @@ def unavailable(name: str, device: str, biased: bool) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for a shape, with the milliseconds measured, and why others could not run."""
+    """The choice for a shape, the measured milliseconds, and why other backends could not run."""
 
     name: str
     milliseconds: dict[str, float]
@@ -321,7 +323,7 @@ choices: dict[tuple[Any, ...], Choice] = {}
 
 
 def choose(call: Call) -> str:
-    """The fastest implementation for this shape; nothing is measured on a CPU, nor inside a compiled graph."""
+    """The fastest implementation for this shape. Nothing is measured on a CPU or inside a compiled graph."""
     device = call.q.device.type
     if device != "cuda":
         return "triton" if triton_runs(device) and call.q.dtype in INTERPRETED else "sdpa"

@@ -1,9 +1,9 @@
-"""Queries blurred over space, as Smoothed Energy Guidance (arXiv 2408.00760) has them: `reference.blur`, faster.
+"""Queries blurred over space, for Smoothed Energy Guidance (arXiv 2408.00760): `reference.blur`, faster.
 
-A blur along one axis is a product with a small matrix of weights, reflection at the borders included, and tokens of a
-video lie in memory as (frames, height, width, channels): two matrix products without a transposition or a padded
-copy. Not fused into attention: of that it costs 0.07 at 1,024 tokens and 0.014 at 7,680 on a CPU, and ever less with
-more tokens (`bench/blur.py`).
+A blur along one axis is a product with a small matrix of weights, which includes reflection at the borders. Tokens of a
+video are in memory as (frames, height, width, channels), so a blur is two matrix products without a transposition or a
+padded copy. It is not fused into attention: on a CPU it costs 0.07 of attention at 1,024 tokens and 0.014 at 7,680, and
+less with more tokens (`bench/blur.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from stgfast.kernels.checks import check_blur
 
 
 def blur(x: Tensor, grid: tuple[int, int, int], sigma: float, *, first: int = 0) -> Tensor:
-    """`reference.blur`: tokens from `first` on, a grid of (frames, height, width), blurred within their frames."""
+    """`reference.blur`: blur the tokens from `first` on, a grid of (frames, height, width), within their frames."""
     check_blur(x, grid, sigma, first=first)
     frames, height, width = grid
     last = first + frames * height * width
@@ -33,7 +33,7 @@ def blur(x: Tensor, grid: tuple[int, int, int], sigma: float, *, first: int = 0)
 
 
 def kernel(size: int, sigma: float) -> list[float]:
-    """Weights of a blur along an axis of `size` tokens: three sigma to each side, where an axis is that long."""
+    """The weights of a blur along an axis of `size` tokens: three sigma to each side, if the axis is long enough."""
     radius = min(math.ceil(6 * sigma) // 2, size // 2, size - 1)
     weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-radius, radius + 1)]
     return [weight / sum(weights) for weight in weights]
@@ -41,7 +41,7 @@ def kernel(size: int, sigma: float) -> list[float]:
 
 @functools.lru_cache(maxsize=64)
 def _weights(size: int, sigma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """How much token j of an axis gives to token i, on a device once and not with every call."""
+    """The weight of token j of an axis in the blurred token i, copied to a device once."""
     weights = kernel(size, sigma)
     radius = len(weights) // 2
     matrix = torch.zeros(size, size, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""What a call may not be: found on the host, from shapes and types alone, before anything is computed or launched."""
+"""Checks of a call, made on the host from shapes and types only, before anything is computed or launched."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MOST_BRANCHES = 8
 
 
 class Projection(NamedTuple):
-    """Of the difference of branch `of` from branch 0, what lies along a sum of branches is lost, but for a share."""
+    """The difference of branch `of` from branch 0 loses its part along a sum of branches, except for a fraction."""
 
     of: int
     along: tuple[float, ...]  # the direction: a number for every branch

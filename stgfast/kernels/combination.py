@@ -1,12 +1,13 @@
-"""Guidance in one launch, or in two where it needs statistics: `reference.combine`, without its passes over memory.
+"""The guidance formula in one launch, or in two if it needs statistics: `reference.combine`, with fewer passes over
+memory.
 
-What a rescale or a projection needs of a prompt are a few sums over all of its elements. The first launch cuts a
-prompt into at most `PARTS` parts and leaves the sums of each; the second writes the result, and every one of its
-programs first adds up the parts by itself. That costs each a few kilobytes from L2, and saves what a last program to
-finish would need: a counter that somebody has to clear, and an order among programs.
+A rescale or projection needs a few sums over all elements of a prompt. The first launch cuts a prompt into at most
+`PARTS` parts and writes the sums of each. The second writes the result, and each of its programs first adds up the
+parts. This costs a few kilobytes from L2 for each program. The alternative, a last program that finishes the sums,
+would need a counter that must be cleared, and an order of programs.
 
-Sums are of deviations from the mean of a prompt's first tile: a large mean would eat their digits. The parts are then
-put together in float64 (Chan, Golub and LeVeque, 1979).
+Sums are of deviations from the mean of a prompt's first tile, because a large mean would lose digits. The parts are
+then combined in float64 (Chan, Golub and LeVeque, 1979).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def _tile(
 ):  # fmt: skip
     """x_0, sum_b w_b (x_b - x_0), x_1 - x_0 and the direction of one tile; 0 where not `ok`.
 
-    The direction is a_0 x_0 + sum_b a_b (x_b - x_0); what is not used of all this is not computed.
+    The direction is a_0 x_0 + sum_b a_b (x_b - x_0). What is not used of these is not computed.
     """
     base = _loaded(x0 + offset, lanes, ok)
     change = tl.zeros_like(base)
@@ -236,8 +237,9 @@ def _combine(
     taken: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The operation checked and spelt out: where `along` has numbers, `taken` times the projection of x_1 - x_0 on
-    the direction that they make is added."""
+    """The operation, checked and with all options. If `along` has numbers, add `taken` times the projection of x_1 -
+    x_0 on their direction.
+    """
     rows, stride = _rows(branches)
     prompts, numel = rows[0].shape
     out = torch.empty(branches[0].shape, dtype=dtype, device=branches[0].device)
@@ -275,7 +277,7 @@ def _(
 
 
 def _rows(tensors: Sequence[Tensor]) -> tuple[list[Tensor], int]:
-    """Tensors as (prompts, elements) with one stride between prompts: views where that is so, else copies."""
+    """Tensors as (prompts, elements) with one stride between prompts: views if possible, else copies."""
     stride = tensors[0].stride(0)
     if not all(tensor.stride(0) == stride and tensor[0].is_contiguous() for tensor in tensors):
         tensors = [tensor.contiguous() for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Rows as slices, memory orders, number types, and what is brought to a device."""
+"""Rows as slices, memory orders, number types, and copies to a device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def spans(groups: Sequence[int], size: int) -> list[slice]:
-    """Groups of `size` rows as slices of rows, neighbours merged: `[0, 1, 3]` of size 2 is `[0:4]` and `[6:8]`."""
+    """Groups of `size` rows as slices, with neighbors merged: `[0, 1, 3]` of size 2 is `[0:4]` and `[6:8]`."""
     merged: list[slice] = []
     for group in groups:
         start, stop = group * size, (group + 1) * size
@@ -23,12 +23,12 @@ def spans(groups: Sequence[int], size: int) -> list[slice]:
 
 @functools.lru_cache(maxsize=1024)
 def on_device(numbers: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers of the host, brought to a device once and not with every launch."""
+    """Numbers of the host, copied to a device once and not with each launch."""
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def as_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """As autocast, where it is on, has the arguments of torch's attention."""
+    """The arguments of torch's attention as autocast changes them, if it is on."""
     kind = tensors[0].device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors

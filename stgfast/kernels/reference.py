@@ -1,4 +1,4 @@
-"""The formulas, in plain torch: what every faster implementation is held against, and what runs on a CPU."""
+"""The formulas in plain torch: what runs on a CPU, and what all faster implementations are compared with."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def combine(
 ) -> Tensor:
     """Guidance: `g = sum_b w_b x_b`, then `g *= phi * std(x_0) / std(g) + 1 - phi` with `phi = rescale`.
 
-    `x_0` is the conditional branch. The weights add up to 1, so the sum is taken as `x_0 - sum_b w_b d_b` with
-    `d_b = x_0 - x_b`: predictions are close to one another, and differences of close numbers lose nothing. Branches
-    are `(prompts, ...)`; standard deviations, unbiased, and inner products are taken per prompt, so a prompt's result
-    knows nothing of its neighbours.
+    `x_0` is the conditional branch. The weights add up to 1, so the sum is computed as `x_0 - sum_b w_b d_b` with `d_b
+    = x_0 - x_b`: predictions are close to each other, and differences of close numbers are exact. Branches are
+    `(prompts, ...)`. Standard deviations (unbiased) and inner products are over each prompt, so a prompt's result does
+    not depend on others.
 
-    With a projection, `d_of` loses what lies along `a = sum_b along_b x_b`, but for a share `left` of that.
+    With a projection, `d_of` loses its part along `a = sum_b along_b x_b`, except for the fraction `left`.
 
-    Works in float32, or wider if a branch is wider, and returns a new tensor of that dtype, or of `dtype`.
+    Computes in float32, or wider if a branch is wider, and returns a new tensor of that dtype, or of `dtype`.
     """
     check_combine(branches, weights, project=project, dtype=dtype)
     wide = torch.promote_types(branches[0].dtype, torch.float32)
@@ -53,12 +53,12 @@ def combine(
 
 
 def _elements(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """As (prompts, elements)."""
+    """A tensor as (prompts, elements)."""
     return tensor.to(dtype).reshape(tensor.shape[0], -1)
 
 
 def _along(vector: Tensor, direction: Tensor) -> Tensor:
-    """The part along a direction; where that is 0, there is none."""
+    """The part along a direction; 0 if the direction is 0."""
     square = (direction * direction).sum(1, keepdim=True)
     return (vector * direction).sum(1, keepdim=True) / square.where(square != 0, 1.0) * direction
 
@@ -75,11 +75,11 @@ def masked_attention(
     bias: Tensor | None = None,
     scale: float,
 ) -> Tensor:
-    """Softmax attention for a stack of rows, or a copy of V for those with `identity`.
+    """Softmax attention for a stack of rows, or a copy of V for rows with `identity`.
 
-    Output row b reads input row `source[b]`. Keys from `kv_len` of that row on are not attended to; `bias` is a boolean
-    mask (true: attend) or is added to the scores. A query with nothing to attend to gives 0. An identity row copies V
-    for its `tokens`, from first to one past last, and attends as usual elsewhere. Works in float32, or wider.
+    Output row b reads input row `source[b]`. Keys from `kv_len` of that row on are ignored. `bias` is a boolean mask
+    (true: attend) or is added to the scores. A query without keys gives 0. An identity row copies V for its `tokens`,
+    from first to one past last, and attends as usual elsewhere. Computes in float32, or wider.
     """
     rows, dtype, device = list(source), q.dtype, q.device
     wide = torch.promote_types(dtype, torch.float32)
@@ -102,10 +102,10 @@ def masked_attention(
 
 
 def blur(x: Tensor, grid: tuple[int, int, int], sigma: float, *, first: int = 0) -> Tensor:
-    """(rows, tokens, channels) with the tokens of a (frames, height, width) grid, from `first` on, blurred in space.
+    """Blur (rows, tokens, channels) in space; the tokens from `first` on are a grid of (frames, height, width).
 
-    A Gaussian of `sigma` tokens in every frame, reflected at its borders; an infinite one is the frame's mean. Works
-    in float32, or wider.
+    The blur is a Gaussian of `sigma` tokens in each frame, reflected at its borders. An infinite one is the mean of the
+    frame. Computes in float32, or wider.
     """
     check_blur(x, grid, sigma, first=first)
     frames, height, width = grid

@@ -1,4 +1,4 @@
-"""The facts of a model's blocks, as one look at them shows."""
+"""The facts about a model's blocks, from one observed step."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from stgfast.proof.look import Block, Look, lists_of, size_of
 
 
 class UnseenBlocksError(Exception):
-    """What of a model's blocks could not be found."""
+    """Facts about a model's blocks could not be found."""
 
 
 def blocks_of(seen: Look, rows: int) -> tuple[Blocks, int]:
-    """Their facts, and how many layers there are; `rows` are those of the denoiser's call."""
+    """The facts about the blocks, and the number of layers. `rows` is the number of rows of the denoiser's call."""
     assert seen.arguments is not None
     denoiser = seen.arguments.module
     if hasattr(denoiser, "down_blocks"):
@@ -60,7 +60,7 @@ def blocks_of(seen: Look, rows: int) -> tuple[Blocks, int]:
 
 
 def _chain(blocks: list[Block]) -> list[Block]:
-    """The blocks that ran last, and those before that pass on to them what they pass on themselves."""
+    """The blocks that ran last, and those before them that pass on to them what they pass on themselves."""
     start = len(blocks) - 1
     passed = set(blocks[start - 1].state) - {None} if start else set()
     turning = len({block.path for block in blocks[-3::2]}) == 1 and blocks[-1].path != blocks[-2].path
@@ -72,7 +72,7 @@ def _chain(blocks: list[Block]) -> list[Block]:
 
 
 def _state(chain: Sequence[Block]) -> tuple[str, ...]:
-    """What all blocks pass on."""
+    """The arguments that all blocks pass on."""
     states: set[Any] = {block.state for block in chain if block.state and None not in block.state}
     if len(states) == 1:
         passed: tuple[str, ...] = states.pop()
@@ -84,7 +84,7 @@ def _state(chain: Sequence[Block]) -> tuple[str, ...]:
 
 
 def _rows(seen: Look, chain: Sequence[Block], rows: int) -> Iterator[str]:
-    """The arguments that have as many rows as the samples, or as the blocks have, or several for each."""
+    """The arguments with as many rows as the samples or the blocks have, or several for each."""
     # A model may make a mask only for several samples, which were not there.
     yield from (name for name in chain[0].given if name.endswith("mask"))
     inner = next(size for size in chain[0].given.values() if size is not None)
@@ -96,7 +96,7 @@ def _rows(seen: Look, chain: Sequence[Block], rows: int) -> Iterator[str]:
 
 
 def _of_unet(seen: Look, denoiser: nn.Module) -> tuple[Blocks, int]:
-    """UNets are built of the same parts, whatever they are for."""
+    """The facts about a UNet: all are built from the same parts."""
     names = ("transformer_blocks", "temporal_transformer_blocks")
     temporal = any(hasattr(part, names[1]) for part in denoiser.modules())
     lists = dict(zip(AXES, names, strict=True)) if temporal else {"": names[0]}

@@ -1,9 +1,9 @@
-"""Accelerated guidance against the plain method, on one pipeline and one call of it.
+"""Compare accelerated guidance with the plain method, for one call of one pipeline.
 
-1. How the pipeline combines, measured without its model, against what the adapter says of it: for all steps.
-2. For each denoiser one step: every branch alone, through the whole model, against the engine's prediction; and
-   what the scheduler is sent, against what it would be sent for the plain method's result.
-3. At scale 0, what the scheduler is sent is the pipeline's own.
+1. How the pipeline combines, measured without its model, with what the adapter says: for all steps.
+2. One step of each denoiser: each branch alone through the whole model, with the engine's prediction; and what the
+   scheduler receives, with what it would receive for the plain method's result.
+3. At scale 0, the scheduler receives what the pipeline itself would send.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ from stgfast.schedules import Moment
 
 
 class Accelerated(NamedTuple):
-    """A pipeline as it is accelerated, and one call of it.
+    """An accelerated pipeline and one call of it.
 
-    cls  the pipeline's own class
+    Attributes:
+        cls: the pipeline's own class.
     """
 
     fitted: Fitted
@@ -51,7 +52,7 @@ class Accelerated(NamedTuple):
 
 
 def check(given: Accelerated) -> Verdict:
-    """Whether accelerated guidance is what it claims to be, here. Nothing is left behind on the pipeline."""
+    """Compare accelerated guidance with the plain method. The pipeline is not changed."""
     checking = Checking(given)
     with torch.no_grad():
         try:
@@ -67,7 +68,7 @@ def check(given: Accelerated) -> Verdict:
 
 
 class Checking:
-    """One check while it lasts."""
+    """The state of one check."""
 
     def __init__(self, given: Accelerated):
         self.given = given
@@ -83,8 +84,9 @@ class Checking:
         self.stand = Stand(self.watch)
 
     def _plain(self, guidance: Guidance) -> Guidance:
-        """What of a guidance the plain method has. What is carried on from step to step is an approximation, and a
-        projection is no matter of facts."""
+        """The part of a guidance that the plain method has. Reuse is an approximation, and a projection does not
+        depend on facts.
+        """
         other = {part.kind for part in guidance.perturbations if part.kind not in KINDS}
         for kind in sorted(other):
             self.notes.append(
@@ -146,7 +148,7 @@ class Checking:
             self._suspect(plain, where)
 
     def _against(self, plain: PlainStep, adapter: Adapter, where: str) -> list[Line]:
-        """A step by the engine, with the facts of an adapter, against the plain method."""
+        """Compare a step by the engine, with the facts of an adapter, with the plain method."""
         engine = self._engine(plain.moment.step, plain.guidance, adapter)
         self.engine = engine
         if not isinstance(engine, EngineStep):
@@ -166,7 +168,7 @@ class Checking:
         return [*made, Line(f"{where}: what the scheduler is sent", error, plain.budget * plain.grown)]
 
     def _count(self, plain: PlainStep, where: str) -> None:
-        """What the blocks ran on, against the plan."""
+        """Compare the rows that blocks ran on with the plan."""
         assert isinstance(self.engine, EngineStep)
         if not self.engine.rows:
             return
@@ -178,7 +180,7 @@ class Checking:
         self.notes.append(f"{where}: {ran:g} block-rows ran, {whole} without sharing.")
 
     def _suspect(self, plain: PlainStep, where: str) -> None:
-        """The facts with which the step would be right, and the layers at which it is not."""
+        """The facts with which the step would be right, and the layers at which it is wrong."""
         for words, adapter in suspects(self.adapter, plain.links, self.combined[0].rows):
             if all(line.ok for line in self._against(plain, adapter, where)):
                 self.wrong.append(f"{words} gives the right result")
@@ -193,7 +195,7 @@ class Checking:
                 self.wrong.append(f"{where}: {one.kind} at layer {one.layers[0]} is not what it should be")
 
     def _step_of(self, name: str) -> int | None:
-        """The step of a denoiser in which most branches count."""
+        """The step of a denoiser with the most branches."""
         best, most = None, 0
         for step, (combined, claimed) in enumerate(zip(self.combined, self.claimed, strict=False)):
             if step >= self.steps or combined.names[0] != name or not self.guidance.acts(self._moment(step)):
@@ -215,7 +217,7 @@ class Checking:
     # Pipelines that ask for their weak branches themselves
 
     def announced(self) -> None:
-        """Whatever they ask for, they get what their model gives."""
+        """Check a pipeline that asks for its branches: each must be the model's own output."""
         if not self.guidance.inert:
             self.notes.append("Checked with the weak passes of the pipeline, and not with those of the guidance.")
 
@@ -235,12 +237,12 @@ class Checking:
     # Both
 
     def stub(self) -> Any:
-        """Answers for steps that do not count."""
+        """Outputs for the steps that are not compared."""
         rows = self.combined[0].rows
         return self.stand.answer(lambda shape, group: torch.ones(shape), rows, own=True)
 
     def _engine(self, step: int, guidance: Guidance, adapter: Adapter) -> EngineStep | Exception:
-        """A step by the engine, or how it fails: whatever wrong facts lead to is part of the verdict."""
+        """A step by the engine, or its error, which is part of the verdict: wrong facts may lead to any."""
         given = self.given
 
         def make(pipe: Any, call: CallArguments) -> Run:

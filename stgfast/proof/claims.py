@@ -1,4 +1,4 @@
-"""What an adapter says of the steps of a call, against how they were seen to combine."""
+"""Compare what an adapter says about the steps of a call with how they combined."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from stgfast.proof.watch import Answer, Watch
 
 
 class Claimed(NamedTuple):
-    """What the adapter says of one step: how many there are, the scale of CFG, and the branches of every call."""
+    """What the adapter says about one step: the number of steps, the CFG scale, and the branches of each call."""
 
     steps: int
     scale: Scale
     calls: tuple[tuple[str, ...], ...]
 
     def mistaken(self, step: int, combined: Combined, adapter: Adapter) -> str:
-        """Which fact is not what was measured, and how; "" where all are."""
+        """The fact that differs from the measurement, and how; "" if none does."""
         groups = tuple(map(len, self.calls))
         if combined.groups != groups:
             said, seen = _calls(groups), _calls(combined.groups)
@@ -47,13 +47,13 @@ class Claimed(NamedTuple):
 
     @property
     def weights(self) -> tuple[Tensor, ...]:
-        """Of these branches, by CFG with that scale."""
+        """The weights of these branches, by CFG with that scale."""
         scale = torch.as_tensor(1.0 if self.scale is None else self.scale).double().cpu()
         return tuple(scale if branch == COND else 1 - scale for branch in self.branches)
 
 
 def claims_of(watch: Watch, stub: Answer, adapter: Adapter) -> list[Claimed]:
-    """What the adapter says of every step, asked for while the steps run, as the engine asks."""
+    """What the adapter says about each step, asked while the steps run, as the engine asks."""
     claims: dict[int, Claimed] = {}
 
     def answer(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
@@ -67,8 +67,7 @@ def claims_of(watch: Watch, stub: Answer, adapter: Adapter) -> list[Claimed]:
 
 
 def end_of_parts(steps: Sequence[int]) -> int:
-    """Where the parts of a clip end that begin one after the other, by how many steps there are in the part of every
-    step."""
+    """Where the parts of a clip end, from the number of steps that each step's part has."""
     end = 0
     while end < len(steps):
         end += max(steps[end], 1)

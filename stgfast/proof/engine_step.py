@@ -1,4 +1,4 @@
-"""One step of a call by the engine, watched."""
+"""One observed step of a call by the engine."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from stgfast.proof.watch import Answer, Asked, Watch
 
 
 class EngineStep:
-    """The same step by the engine: predictions by branch where it combines, and what the scheduler is sent.
+    """One step by the engine: predictions by branch if it combines, and what the scheduler receives.
 
-    make  the run of a copy of the pipeline with a call's arguments
-    rows  counted by hooks on the blocks themselves, by block
+    Attributes:
+        make: makes the run for a copy of the pipeline and the arguments of a call.
+        rows: counted by hooks on the blocks, by block.
     """
 
     def __init__(self, watch: Watch, stub: Answer | None, step: int, make: Callable[[Any, CallArguments], Run]):
@@ -43,13 +44,13 @@ class EngineStep:
 
     @property
     def plans(self) -> list[Plan]:
-        """Those of the step's calls."""
+        """The plans of the step's calls."""
         made = self.strategy.strategy if self.strategy is not None else None
         return list(getattr(made, "plans", {}).values())
 
     @contextmanager
     def _counted(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """Hooks on compiled blocks would have them compiled again, so that these are not counted."""
+        """Count rows by hooks. Compiled blocks are not counted, because hooks would compile them again."""
 
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             self.rows[module] += next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
@@ -63,7 +64,7 @@ class EngineStep:
 
 
 class _Watched:
-    """A strategy whose steps are recorded; those before the one that counts run no model."""
+    """A strategy that records its steps. Steps before the compared one run no model."""
 
     def __init__(self, strategy: Strategy, watch: Watch, stub: Answer | None, step: int):
         self.strategy, self.watch, self.stub, self.step = strategy, watch, stub, step
@@ -89,7 +90,7 @@ class _Watched:
 
 
 class _Recorded:
-    """A step that the watch sees."""
+    """A step that is recorded."""
 
     def __init__(self, by: _Watched, name: str, calls: tuple[tuple[str, ...], ...], answer: Callable[..., Any]):
         self.by, self.name, self.calls, self._answer = by, name, calls, answer

@@ -1,8 +1,8 @@
-"""The facts of a pipeline that nobody wrote down: proposed from one observed step, then verified.
+"""Find the facts of an unknown pipeline: propose them from one observed step, then verify them.
 
-What is seen says most of it: which model denoises, on how many rows and in how many calls, how the predictions are
-combined, what the blocks pass on. Where the package has several ways to read a call, each is held against what was
-seen in all steps, and the first that agrees is taken.
+One step shows most facts: which model denoises, on how many rows and in how many calls, how predictions are combined,
+what blocks pass on. If there are several ways to read a call, each is compared with all steps, and the first that
+agrees is used.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DEEP = 0.7  # how far through the model the layer of the default settings lies
 
 
 class Scaled(NamedTuple):
-    """A way to read the scale of CFG: from a call, and from a pipeline while it runs."""
+    """One way to read the CFG scale, from a call and from a running pipeline."""
 
     requested: Callable[..., Any]
     live: Callable[..., Any]
@@ -65,7 +65,7 @@ MADE = (steps.steps_of_pipe, guiders.steps, steps.steps_of_scheduler)
 
 
 class Finding:
-    """The facts of one pipeline class, as one call shows them."""
+    """The facts of one pipeline class, from one call."""
 
     def __init__(self, pipe: Any, cls: type[Any], call: Mapping[str, Any]):
         self.pipe, self.cls, self.call = pipe, cls, call
@@ -101,7 +101,7 @@ class Finding:
 
     @property
     def denoisers(self) -> tuple[str, ...]:
-        """The one that was seen, and a second one for other steps where there is one."""
+        """The denoiser that ran, and a second one for other steps if there is one."""
         first = self.seen.denoiser.removesuffix("_2")
         names = (first, f"{first}_2")
         return tuple(name for name in names if getattr(self.pipe, name, None) is not None)
@@ -146,7 +146,7 @@ class Finding:
     # How the scale of CFG and the number of steps are read
 
     def _read(self, stand: Stand) -> tuple[Scaled, Callable[..., Any]]:
-        """The ways that say in every step what was measured."""
+        """The ways to read a call that agree with each step."""
         left, times, said = list(SCALES), list[float](), {made: list[Any]() for made in MADE}
         answers = stand.answer(lambda shape, group: torch.ones(shape), self.combined[0].rows, own=True)
 
@@ -174,7 +174,7 @@ class Finding:
         raise self.unknown(f"it makes {len(run)} steps, which nothing on the pipeline says")
 
     def _steps_are(self, said: Sequence[Any], times: Sequence[float]) -> bool:
-        """Whether there are as many steps as is said in each, or in each of a part where time begins anew."""
+        """Whether the number of steps agrees in each step, or in each part if the clip is made in parts."""
         if NOTHING in said:
             return False
         if set(said) == {len(said)}:
@@ -199,7 +199,7 @@ NOTHING = object()
 
 
 def _says(read: Callable[..., Any], *given: Any) -> Any:
-    """What a way to read says; NOTHING where the pipeline has no such thing."""
+    """The value that a way to read returns; NOTHING if the pipeline has no such value."""
     try:
         return read(*given)
     except (AttributeError, LookupError, TypeError, StopIteration, ValueError, RuntimeError):
@@ -207,7 +207,7 @@ def _says(read: Callable[..., Any], *given: Any) -> Any:
 
 
 def proposed(pipe: Any, cls: type[Any], call: Mapping[str, Any]) -> Adapter:
-    """The facts of a pipeline as one step shows them; not verified."""
+    """The facts of a pipeline from one step, not verified."""
     return Finding(pipe, cls, call).adapter()
 
 
@@ -220,7 +220,7 @@ def found(
 ) -> Adapter:
     """The facts of a pipeline, proposed and verified for one call of it.
 
-    guided  the guidance of that call, which may be the proposal's own
+    `guided` returns the guidance of that call for an adapter; it may be the adapter's default.
     """
     adapter = proposed(pipe, cls, call)
     tried = ""

@@ -1,4 +1,4 @@
-"""What a model's blocks pass on to each other, seen while they run."""
+"""What a model's blocks pass on to each other, observed while they run."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from stgfast.proof.plain import Part
 
 
 class Links:
-    """For every block, which of its arguments its outputs take the place of.
+    """For each block, which of its arguments its outputs replace.
 
-    An output that the next block is given as it is has that argument's name. An output that the model changes first
-    has the name of the one argument of its own block that has its shape.
+    If the next block receives an output unchanged, the output has that argument's name. If the model changes it first,
+    it has the name of the only argument of its own block with its shape.
 
-    passed   by block: the name for every output; None where neither tells
-    changed  blocks with an output that the next one is not given as it is
-    rows     by block: the rows of its first tensor argument
-    given    the arguments of the block that runs, or ran last
-    arguments  those of the denoiser, and of one block of every kind, by name
+    Attributes:
+        passed: by block, the name for each output; None if it is not known.
+        changed: blocks with an output that the model changes.
+        rows: by block, the rows of its first tensor argument.
+        given: the arguments of the current or last block.
+        arguments: those of the denoiser and of one block of each kind, by name.
     """
 
     def __init__(self, layout: Layout):
@@ -40,12 +41,12 @@ class Links:
         return {unit.module: self._seen for unit in self.layout.units}
 
     def noted(self, plain: Call, arguments: Arguments) -> Any:
-        """A call of a block of which only the arguments are noted."""
+        """Record the arguments of a block's call only."""
         self.given = arguments
         return arguments.given_to(plain)
 
     def unchanged(self, part: Part, arguments: Arguments) -> Any:
-        """What a block returns that does nothing."""
+        """The output of a block that does nothing."""
         unit = next(unit for unit in self.layout.units if unit.module is part.module)
         seen = self.passed.get(unit.module, ())
         names = seen if seen and None not in seen else self._said(unit)
@@ -53,7 +54,7 @@ class Links:
 
     @property
     def mistaken(self) -> str:
-        """Where the adapter says otherwise."""
+        """Where the adapter differs, in words."""
         for unit in self.layout.units:
             seen, said = self.passed.get(unit.module, ()), self._said(unit)
             if unit.layer is not None and seen and None not in seen and seen != said:

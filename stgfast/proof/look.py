@@ -1,4 +1,4 @@
-"""One step of a pipeline that nobody described, looked over: which of its models denoises, and what its blocks do."""
+"""Observe one step of an unknown pipeline: which of its models denoises, and what its blocks do."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ from stgfast.proof.watch import Enough, Seen, Watch
 class Block:
     """A block that ran.
 
-    path     of the list that it is in
-    given    the shapes of its arguments, by name; None for what is no tensor
-    state    by which of its names its outputs are arguments of the next block, None where one is not
-    outputs  how many tensors it returns
+    Attributes:
+        path: that of its list.
+        given: the shapes of its arguments by name; None for one that is not a tensor.
+        state: by output, the name of the next block's argument that it becomes; None if it becomes none.
+        outputs: the number of tensors that it returns.
     """
 
     path: str
@@ -41,15 +42,16 @@ class Block:
 
 @dataclass
 class Look:
-    """What was seen.
+    """The observations.
 
-    denoiser   the component that was called last before the scheduler
-    arguments  of its first call in the step
-    form       what it returned
-    blocks     that ran in this call, in order
-    attention  of the first block of every list: the path of its self-attention
-    identity   whether that one's output for output = V is what `identity_attention` says
-    given      the first dimension of all tensors that its attentions were given, by argument
+    Attributes:
+        denoiser: the component that was called last before the scheduler.
+        arguments: those of its first call in the step.
+        form: its output.
+        blocks: the blocks that ran in this call, in order.
+        attention: for each list, the path of the self-attention in the first block.
+        identity: whether `identity_attention` gives that attention's output for output = V.
+        given: the first dimension of all tensor arguments of its attentions, by name.
     """
 
     denoiser: str = ""
@@ -62,7 +64,7 @@ class Look:
 
 
 def look(pipe: Any, cls: type[Any], call: Mapping[str, Any]) -> Look:
-    """The first step of a call. It costs the step's forwards, and nothing more of the model."""
+    """Run the first step of a call. It costs that step's forwards and no more."""
     watch = Watch(pipe, cls, call, {})
     parts = {name: unwrapped(part) for name, part in vars(pipe).items() if isinstance(part, nn.Module)}
     calls: dict[str, Look] = {}
@@ -101,14 +103,14 @@ def look(pipe: Any, cls: type[Any], call: Mapping[str, Any]) -> Look:
 
 
 def lists_of(denoiser: nn.Module) -> dict[str, list[nn.Module]]:
-    """The lists of blocks of a model."""
+    """The lists of blocks in a model."""
     return {
         name: list(part) for name, part in denoiser.named_children() if isinstance(part, nn.ModuleList) and len(part)
     }
 
 
 class _Looking:
-    """Handlers that note what the blocks of a model do."""
+    """Handlers that record what the blocks of a model do."""
 
     def __init__(self, seen: Look):
         self.seen = seen
@@ -136,7 +138,7 @@ class _Looking:
         return output
 
     def _part(self, path: str, name: str, plain: Call, arguments: Arguments) -> Any:
-        """A part of a block: a self-attention if tokens attend to as many, and it has no smaller part that does."""
+        """Record a part of a block: a self-attention, if queries and keys are as many and no smaller part is one."""
         scores = _Scores()
         with scores:
             output = arguments.given_to(plain)
@@ -148,7 +150,7 @@ class _Looking:
 
 
 class _Scores(TorchFunctionMode):
-    """Notes of every attention whether tokens attend to as many."""
+    """Records, for each attention, whether it has as many keys as queries."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,7 +165,7 @@ class _Scores(TorchFunctionMode):
 
 
 def _is_standard(plain: Call, arguments: Arguments) -> bool:
-    """Whether a self-attention is one that the package knows how to make the identity."""
+    """Whether the package can make this self-attention the identity."""
     try:
         mine = as_tuple(arguments.given_to(functools.partial(identity_attention, arguments.module)))
     except (AttributeError, TypeError, RuntimeError):  # it has other projections, or other arguments

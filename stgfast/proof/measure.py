@@ -1,11 +1,11 @@
 """How a pipeline combines the predictions of a step, measured without running its model.
 
-The denoiser is given random numbers for predictions. Whatever a pipeline does to a prediction before the scheduler has
-it, cut it or turn its sign, it does alike to all of them, so that what is sent for different predictions is compared
-with what is sent where all of them are equal:
+The denoiser's outputs are random numbers. A pipeline changes all predictions alike before the scheduler receives them,
+for example by a crop or a change of sign. So what is sent for different predictions is compared with what is sent for
+equal ones:
 
-    sent(all a) - sent(all b)         one unit
-    sent(one a, others b) - sent(all b)   the weight of that one prediction, in these units
+    sent(all a) - sent(all b)              one unit
+    sent(one a, others b) - sent(all b)    the weight of that prediction, in these units
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ LINEAR = 1e-3  # what a pipeline may send beside a weighted sum, by rounding
 class Combined(NamedTuple):
     """How one step combines.
 
-    names    the denoiser of every call
-    rows     samples in a prediction
-    groups   how many predictions every call makes, each for all samples: 2 for `[uncond | cond]`
-    weights  the weight of every prediction in what the scheduler is sent, in the order in which they are made: one
-             number, or one for every index along a dimension, such as frames
-    off      what is sent beside this weighted sum, in parts of it: 0 where the pipeline does nothing else
+    Attributes:
+        names: the denoiser of each call.
+        rows: samples in a prediction.
+        groups: the number of predictions in each call, for all samples: 2 for `[uncond | cond]`.
+        weights: the weight of each prediction in what is sent, in order: a number, or one for each index along a
+            dimension such as frames.
+        off: what is sent in addition to this sum, as a fraction of it; 0 if nothing is.
     """
 
     names: tuple[str, ...]
@@ -49,12 +50,12 @@ class Combined(NamedTuple):
 
     @property
     def cond(self) -> int:
-        """The number of the conditional prediction: whatever the scale of CFG, it weighs most."""
+        """The number of the conditional prediction: it has the largest weight at any CFG scale."""
         return max(range(len(self.weights)), key=lambda number: float(self.weights[number].max()))
 
 
 class Form(NamedTuple):
-    """What a denoiser returned, to put other predictions in, and the shape of the samples that it was given."""
+    """The output of a denoiser, in which other predictions can be put, and the shape of its samples."""
 
     output: Any
     samples: torch.Size
@@ -74,10 +75,10 @@ class Form(NamedTuple):
 
 
 class Stand:
-    """Answers for a pipeline's denoisers that cost nothing: `fill(shape, number of the prediction's group)`.
+    """Outputs in place of a pipeline's denoisers that cost nothing: `fill(shape, number of the prediction's group)`.
 
-    Every denoiser runs once, where it is first called, so that the form of its output is known. Predictions are in
-    float32, or in the denoiser's own type with `own`.
+    Each denoiser runs once, at its first call, to know the form of its output. Predictions are in float32, or in the
+    denoiser's type with `own`.
     """
 
     def __init__(self, watch: Watch):
@@ -102,10 +103,10 @@ class Stand:
 
 
 def measured(watch: Watch, stand: Stand) -> list[Combined]:
-    """How every step of the call combines.
+    """How each step of the call combines.
 
-    Where a pipeline makes more of its predictions than a weighted sum, a rescale for one, they are measured again close
-    to each other: what lies across a prediction then shows the weights, and what a rescale changes lies along it.
+    If a pipeline does more than a weighted sum, for example a rescale, predictions close to each other are measured
+    too: the part across a prediction then shows the weights, and a rescale only changes the part along it.
     """
     apart = _measured(watch, stand, _apart)
     if all(combined.off <= LINEAR for combined in apart):
@@ -133,7 +134,7 @@ def _measured(watch: Watch, stand: Stand, draw: Callable[[torch.Size, int], Tens
 
 
 def _rows_of(step: Seen, sample: str) -> int:
-    """Samples in a prediction: as many as the scheduler is sent, unless it is sent frames one by one."""
+    """The number of samples in a prediction: as many as the scheduler receives, unless it receives single frames."""
     rows, made = len(step.combined[0]), step.asked[0].rows
     if made % rows == 0:
         return rows
@@ -156,8 +157,9 @@ def _combined(zero: Seen, one: Seen, each: Sequence[Seen], rows: int) -> Combine
 
 
 def _weight(moved: Sequence[Tensor], unit: Sequence[Tensor]) -> tuple[Tensor, float]:
-    """The number by which `unit` is nearest to `moved`, or a number for every index along one dimension where that is
-    nearer, and how far it is then."""
+    """The number by which `unit` is nearest to `moved`, or one number for each index along a dimension if that is
+    nearer; and the remaining distance.
+    """
     best, off = torch.ones(()).double(), float("inf")
     for dim in [None, *range(1, unit[0].ndim)]:
         others = [d for d in range(unit[0].ndim) if d != dim]
@@ -182,19 +184,19 @@ def _difference(one: Seen, other: Seen) -> list[Tensor]:
 
 
 def _apart(shape: torch.Size, number: int) -> Tensor:
-    """Random numbers that have nothing to do with those of another number."""
+    """Random numbers that are independent of those for another number."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(number))
 
 
 def _near(shape: torch.Size, number: int) -> Tensor:
-    """The same random numbers, at every second place, and for number 1 a little at the places between."""
+    """The same random numbers at each second place; for number 1, slightly different ones between them."""
     base, more = _apart(shape, 0).flatten(), _apart(shape, 1).flatten()
     base[1::2] = 0.01 * more[1::2] * number
     return base.view(shape)
 
 
 def _kept(draw: Callable[[torch.Size, int], Tensor]) -> Callable[[torch.Size, int], Tensor]:
-    """The same numbers in every run, drawn once."""
+    """The same numbers in each run, drawn once."""
     made: dict[tuple[Any, int], Tensor] = {}
 
     def drawn(shape: torch.Size, number: int) -> Tensor:

@@ -1,10 +1,10 @@
-"""The plain method: every branch alone, through every block of the model, combined as the formula is written.
+"""The plain method: each branch alone, through each block of the model, combined by the formula.
 
-It knows nothing of plans and stacks. A weak branch is the model's own call with some of its parts replaced:
+It does not use plans or stacks. A perturbed branch is the model's own call with some parts replaced:
 
     residual    a block returns its input
     attention   scaled dot product attention returns its values
-    blur        the part of an attention that makes queries returns them blurred within every frame
+    blur        the part of an attention that makes queries returns them blurred within each frame
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ Lies = Callable[[int], tuple[int, tuple[int, int, int]]]
 
 @dataclass(frozen=True)
 class Part:
-    """One of what a model runs in order: a block, its layer's number if it has one, its self-attentions by axis."""
+    """One of the parts that a model runs in order: a block, its layer number if it has one, its self-attentions by
+    axis.
+    """
 
     module: Any
     layer: int | None
@@ -51,13 +53,14 @@ def weakened(
     query: str = "to_q",
     values: Handler | None = None,
 ) -> Iterator[None]:
-    """Within the block, the model is perturbed for all rows of a call.
+    """Perturb the model for all rows, within the block.
 
-    unchanged  what a block returns that does nothing, of its arguments
-    lies       by how many tokens queries are made of: which of them is the video's first, and its (frames, height,
-               width); needed for a blur alone
-    query      the part of a self-attention that makes the queries
-    values     a call of a self-attention with output = V; needed where it does not call torch's own attention
+    Args:
+        unchanged: the output of a block that does nothing, from its arguments.
+        lies: by the number of tokens from which queries are made, the first token of the video and its (frames, height,
+            width). Only needed for a blur.
+        query: the part of the self-attention that makes the queries.
+        values: a call of a self-attention with output = V. Needed if it does not call torch's attention.
     """
     handlers: dict[nn.Module, Handler] = {}
     for part in parts:
@@ -85,8 +88,9 @@ def guided(
     *,
     half: bool = False,
 ) -> Tensor:
-    """The formula. `weak` has for every weak branch its scale, what it is held against, and its prediction; with
-    `half`, only the first half of the channels is noise, and has a deviation to be rescaled to."""
+    """The formula. `weak` has, for each perturbed branch, its scale, its base and its prediction. With `half`, only
+    the first half of the channels is noise, and only its deviation is rescaled.
+    """
     plain = {COND: cond, GUIDED: cond}
     if uncond is not None:
         plain |= {UNCOND: uncond, GUIDED: uncond + scale * (cond - uncond)}
@@ -101,7 +105,7 @@ def guided(
 
 
 def blurred(images: Tensor, sigma: float) -> Tensor:
-    """(rows, height, width, channels), by a Gaussian of three sigma to each side, where there are so many tokens."""
+    """Blur (rows, height, width, channels) by a Gaussian, with three sigma to each side if there are enough tokens."""
     if sigma == math.inf:
         return images.mean(dim=(1, 2), keepdim=True).expand_as(images)
     down, across = (min(math.ceil(6 * sigma) // 2, size // 2, size - 1) for size in images.shape[1:3])
@@ -116,7 +120,7 @@ def blurred(images: Tensor, sigma: float) -> Tensor:
 
 
 def values_alone(plain: Call, arguments: Arguments) -> Any:
-    """A call of an attention module in which scores pick every token itself, whatever else the module does."""
+    """A call of an attention module in which each token attends to itself only."""
     values = ValuesAlone()
     with values:
         output = arguments.given_to(plain)
@@ -129,7 +133,7 @@ def values_alone(plain: Call, arguments: Arguments) -> Any:
 
 
 class ValuesAlone(TorchFunctionMode):
-    """Within it, and in this thread alone, torch's attention returns its values."""
+    """Let torch's attention return its values, within the block and in this thread."""
 
     seen = 0
 
@@ -152,7 +156,7 @@ def _passed(unchanged: Callable[[Part, Arguments], Any], part: Part, plain: Call
 
 
 def _blurred(lies: Lies | None, sigma: float, plain: Call, arguments: Arguments) -> Any:
-    """Queries with every frame blurred."""
+    """Queries with each frame blurred."""
     if lies is None:
         raise EngineError("a blur of queries: where tokens lie is not known")
     made = arguments.given_to(plain).clone()

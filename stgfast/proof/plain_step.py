@@ -32,12 +32,12 @@ ROUNDINGS, SUMS = 2.0, 40.0
 class PlainStep:
     """One step by the plain method.
 
-    watch     the call; `stub` answers its other steps
-    combined  how the pipeline combines in this step
-
-    predictions  by branch, in float64
-    own          what the scheduler is sent by the pipeline itself
-    sent         what it is sent for the plain method's result
+    Attributes:
+        watch: the call; `stub` answers its other steps.
+        combined: how the pipeline combines in this step.
+        predictions: by branch, in float64.
+        own: what the pipeline itself sends to the scheduler.
+        sent: what it sends for the plain method's result.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class PlainStep:
         self.sent = self._sent(self.result)
 
     def _sent(self, result: Tensor) -> list[Tensor]:
-        """What the scheduler is sent where every prediction of the step is this."""
+        """What the scheduler receives if each prediction of the step is this one."""
 
         def together(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
             if step != self.moment.step:
@@ -75,22 +75,23 @@ class PlainStep:
         return self.watch.run(together, steps=self.moment.step + 1)[self.moment.step].combined
 
     def own_by_formula(self, rescale: float) -> list[Tensor]:
-        """What it is sent for CFG alone and this rescale: the pipeline's own step, if that is all that it does."""
+        """What it receives for CFG alone with this rescale: the pipeline's own step, if it does no more."""
         scale = self.combined.weights[self.combined.cond].to(self.result.device)
         return self._sent(self._formed(scale, [], rescale))
 
     @property
     def budget(self) -> float:
-        """How far roundings may move a prediction."""
+        """How far rounding may move a prediction."""
         return allowed(max(self.jitter, epsilon(self.dtype)), self.dtype)
 
     def block_rows(self, rows: Mapping[nn.Module, int]) -> float:
-        """Rows that blocks ran on, in parts of those that one branch of one step has."""
+        """The rows that blocks ran on, in units of those for one branch of one step."""
         return sum(rows[module] / alone for module, alone in self.alone.items())
 
     def told(self, branch: str, far: float) -> float | None:
-        """How far a weak branch may be off so that it is still told from the branch that it is made of; None where
-        roundings, which move a right one as `far`, hide the difference."""
+        """How far a perturbed branch may be off and still be distinguished from its base; None if rounding, which
+        moves a right one by `far`, hides the difference.
+        """
         of = dict(zip(self.guidance.names, (part.of for part in self.guidance.perturbations), strict=True)).get(branch)
         if of is None:
             return self.budget
@@ -99,14 +100,14 @@ class PlainStep:
 
     @property
     def grown(self) -> float:
-        """How much further they may move the result: weights of several times 1 let them grow."""
+        """How much further rounding may move the result: weights above 1 increase it."""
         scale = 1.0 if len(self.combined.weights) == 1 else float(self.combined.weights[self.combined.cond].abs().max())
         weak = sum(abs(value(part.scale, self.moment)) for part in self.guidance.perturbations)
         largest = max(float(prediction.norm()) for prediction in self.predictions.values())
         return (2 * scale + 2 * weak + 1) * largest / float(self.result.norm())
 
     def _branches(self, turn: int, plain: Call, arguments: Arguments) -> Any:
-        """The pipeline's own call, and the same with every perturbation of a branch that is in it."""
+        """The pipeline's own call, and the same call with each perturbation of its branches."""
         names = self._names(turn)
         self.links.arguments.append(named(arguments))
         with held([unit.module for unit in self.layout.units]), handling_also(self.links.handlers()):
@@ -162,7 +163,7 @@ class PlainStep:
         return arguments.given_to(functools.partial(self.layout.blocks.identity, arguments.module))
 
     def _jittered(self, plain: Call, arguments: Arguments, output: Any) -> float:
-        """How far the prediction moves where the samples and every block's output are rounded once more."""
+        """How far the prediction moves if the samples and each block's output are rounded once more."""
         generator = torch.Generator().manual_seed(0)
 
         def rounded(value: Any) -> Any:
@@ -199,16 +200,16 @@ class PlainStep:
 
 
 def apart(made: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """How far results are apart, in parts of the expected ones."""
+    """The distance of results, as a fraction of the expected ones."""
     far = sum(float((one.double() - other.double()).square().sum()) for one, other in zip(made, expected, strict=True))
     return math.sqrt(far / sum(float(other.double().square().sum()) for other in expected))
 
 
 def allowed(moved: float, dtype: torch.dtype) -> float:
-    """How far results may be apart that one more rounding moves so much."""
+    """The distance that is allowed for results which one more rounding moves by this much."""
     return moved * (ROUNDINGS + SUMS * torch.finfo(torch.float32).eps / epsilon(dtype))
 
 
 def epsilon(dtype: torch.dtype) -> float:
-    """One rounding; of float32 at least, as models in float64 compute some of their parts in it."""
+    """One rounding; at least that of float32, because models in float64 compute some parts in it."""
     return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)

@@ -1,4 +1,4 @@
-"""Which fact of an adapter is wrong, where the engine and the plain method differ: the one with which they agree."""
+"""Find the wrong fact of an adapter if engine and plain method differ: the one whose change makes them agree."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ FLAGS = ("early", "learned_sigma", "float32")
 
 
 def suspects(adapter: Adapter, links: Links, rows: int) -> Iterator[tuple[str, Adapter]]:
-    """The same adapter with one fact changed, and that change in words.
+    """The same adapter with one fact changed, and the change in words.
 
-    rows  samples in a prediction
+    `rows` is the number of samples in a prediction.
     """
     blocks = adapter.blocks
     for name in FLAGS:
@@ -40,7 +40,7 @@ def suspects(adapter: Adapter, links: Links, rows: int) -> Iterator[tuple[str, A
 
 
 def has_rows(value: Any, rows: int) -> bool:
-    """Whether an argument may have rows for every sample."""
+    """Whether an argument may have one row for each sample."""
     if isinstance(value, dict):
         return any(has_rows(part, rows) for part in value.values())
     if isinstance(value, list | tuple):

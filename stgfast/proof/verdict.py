@@ -1,4 +1,4 @@
-"""What a check found."""
+"""The result of a check."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 
 class Line(NamedTuple):
-    """One comparison: how far two results are apart, in parts of the second, and how far roundings explain."""
+    """One comparison: the distance of two results, as a fraction of the second, and the distance that rounding
+    explains.
+    """
 
     what: str
     error: float
@@ -20,12 +22,13 @@ class Line(NamedTuple):
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether accelerated guidance is what it claims to be on one pipeline.
+    """Whether accelerated guidance is right for one pipeline.
 
-    lines  every comparison that was made
-    wrong  facts that are not what was seen, and what else keeps the engine from running
-    notes  what was not checked, and why
-    instead  facts with which it would be right, where one of them is wrong alone and was found
+    Attributes:
+        lines: all comparisons.
+        wrong: facts that differ from what was observed, and other errors.
+        notes: what was not checked, and why.
+        instead: facts that would be right, if exactly one is wrong and was found.
     """
 
     pipeline: str
@@ -40,7 +43,7 @@ class Verdict:
 
     @property
     def reason(self) -> str:
-        """What is wrong, in one line; "" where nothing is."""
+        """What is wrong, in one line; "" if nothing is."""
         apart = [f"{line.what}: {line.error:.2g} apart, roundings explain {line.budget:.2g}" for line in self.failed]
         return "; ".join([*self.wrong, *apart]) or ("" if self.ok else "no step of this call is guided")
 

@@ -1,8 +1,8 @@
 """One call of a pipeline, run on a copy of it as often as needed.
 
-Every run of the call starts from the same random state and leaves nothing behind on the pipeline. The scheduler hands
-back the sample that it was given, so that all runs see the same samples whatever was predicted. Each step records what
-the pipeline asked of its denoisers and what it then sent to its scheduler.
+Each run starts from the same random state and leaves nothing behind on the pipeline. The scheduler returns the sample
+that it received, so all runs have the same samples whatever the predictions are. Each step records the calls of
+denoisers and what the scheduler received.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Answer = Callable[[int, int, str, Call, Arguments], Any]
 
 
 class Enough(BaseException):
-    """Ends a run. Not an Exception: a pipeline that catches errors must let it through."""
+    """Ends a run. It is not an Exception, so that a pipeline which catches errors lets it through."""
 
 
 THIN = 1 << 16  # numbers of what is sent that are kept of a step, where those of all steps are
@@ -35,7 +35,7 @@ THIN = 1 << 16  # numbers of what is sent that are kept of a step, where those o
 
 @dataclass
 class Asked:
-    """One call of a denoiser, and what the pipeline got for it; of how many rows its prediction is."""
+    """One call of a denoiser, its output, and the number of rows of its prediction."""
 
     name: str
     arguments: Arguments
@@ -45,14 +45,14 @@ class Asked:
 
 @dataclass
 class Seen:
-    """One step: its calls of denoisers, and the predictions that the scheduler was given."""
+    """One step: its calls of denoisers, and the predictions that the scheduler received."""
 
     asked: list[Asked] = field(default_factory=list)
     sent: list[Tensor] = field(default_factory=list)
 
     @property
     def combined(self) -> list[Tensor]:
-        """What was sent after predictions were combined: a pipeline may send them together first, for x0 of each."""
+        """What was sent after predictions were combined. A pipeline may first send them together, for x0 of each."""
         rows = min(len(sent) for sent in self.sent)
         return [sent for sent in self.sent if len(sent) == rows]
 
@@ -60,11 +60,12 @@ class Seen:
 class Watch:
     """The runs of one call.
 
-    cls     the pipeline's own class, by which it is called
-    call    the arguments by name, `self` among them
-    sample  the argument of a denoiser that has what is to be denoised
-    copy, copied_call  the pipeline that the last run was on, and its arguments
-    still   whether all steps of all runs see the same samples; a pipeline without a scheduler cannot be held still
+    Attributes:
+        cls: the pipeline's own class, by which it is called.
+        call: the arguments by name, including `self`.
+        sample: the denoiser's argument with the noisy latents.
+        copy, copied_call: the pipeline of the last run, and its arguments.
+        still: whether all steps of all runs have the same samples. Without a scheduler this is not possible.
     """
 
     def __init__(
@@ -86,9 +87,9 @@ class Watch:
         self.steps: list[Seen] = []
 
     def run(self, answer: Answer, *, steps: int | None = None, thin: bool = False) -> list[Seen]:
-        """The call with these answers, to its end or for so many steps.
+        """Run the call with these outputs, to its end or for a number of steps.
 
-        Of a long run, `thin` keeps the tensors of the first step alone, and a part of what is sent in each.
+        With `thin`, only the tensors of the first step are stored, and a part of what is sent in each.
         """
         self.thin = thin
         modules = [*self.denoisers.values(), *self._others.values()]
@@ -103,7 +104,7 @@ class Watch:
         return self.act(act)
 
     def act(self, act: Callable[[Any, Mapping[str, Any]], None]) -> list[Seen]:
-        """The steps of a call that `act(copy of the pipeline, its arguments)` makes."""
+        """The steps of the call that `act(copy of the pipeline, its arguments)` makes."""
         self.steps = []
         self.copy = pipe = self._copied()
         self.copied_call = call = {name: _again(value) for name, value in self.call.items()} | {"self": pipe}
@@ -124,7 +125,7 @@ class Watch:
         return self.steps
 
     def begin(self, arguments: Arguments, steps: int | None = None) -> int:
-        """A denoiser is called: the number of the step that this call belongs to."""
+        """Record a call of a denoiser; return the number of its step."""
         if not self.still and self.steps:
             self._moved(arguments)
         if not self.steps or self.steps[-1].sent:
@@ -146,7 +147,7 @@ class Watch:
         return output
 
     def _moved(self, arguments: Arguments) -> None:
-        """Without a scheduler, a step has ended where the next call has other samples: they stand for what was sent."""
+        """Without a scheduler, a step ends when the next call has other samples: these stand for what was sent."""
         before, now = (one[self.sample] for one in (self.steps[-1].asked[0].arguments, arguments))
         if before.shape != now.shape or not torch.equal(before, now):
             half = len(now) // 2
@@ -158,7 +159,7 @@ class Watch:
         return functools.partial(self.cls.__call__, *bound.args, **bound.kwargs)
 
     def _copied(self) -> Any:
-        """A pipeline of the same class around the same models, with a scheduler and a guider of its own."""
+        """A pipeline of the same class around the same models, with its own scheduler and guider."""
         pipe = object.__new__(self.cls)
         vars(pipe).update(vars(self.pipe))
         vars(pipe).update(self.denoisers)
@@ -175,9 +176,9 @@ class Watch:
         return pipe
 
     def _standing_still(self, cls: type[Any]) -> type[Any]:
-        """A class of scheduler that records what it is sent, and hands back the sample that it was given.
+        """A scheduler class that records what it receives, and returns the sample unchanged.
 
-        A class, and not an attribute of one scheduler: pipelines make copies of theirs.
+        It is a class and not an attribute of one scheduler, because pipelines copy theirs.
         """
         signature = inspect.signature(cls.step)
 
@@ -198,7 +199,7 @@ class Watch:
 
     @contextmanager
     def _once(self) -> Iterator[dict[nn.Module, Handler]]:
-        """Handlers by which models other than denoisers run in the first run, and give the same in later ones."""
+        """Handlers by which models other than denoisers run in the first run, and return the same later."""
         recorded, replayed = self._outputs, dict.fromkeys(self._others, 0)
         outputs: dict[str, list[Any]] = {name: [] for name in self._others}
 
@@ -217,7 +218,7 @@ class Watch:
 
 
 def _thinned(sent: Tensor) -> Tensor:
-    """Every so many numbers along the last dimensions."""
+    """Each n-th number along the last dimensions."""
     for dim in range(sent.ndim - 1, 1, -1):
         every = min(-(-sent.numel() // THIN), sent.shape[dim])
         sent = sent[(slice(None),) * dim + (slice(None, None, max(every, 1)),)]
@@ -225,7 +226,7 @@ def _thinned(sent: Tensor) -> Tensor:
 
 
 def _silence(blocks: Any) -> None:
-    """No progress bars of a modular pipeline's blocks, however deep."""
+    """Switch off the progress bars of a modular pipeline's blocks, at any depth."""
     for block in getattr(blocks, "sub_blocks", {}).values():
         _silence(block)
     if hasattr(type(blocks), "progress_bar"):
@@ -233,14 +234,14 @@ def _silence(blocks: Any) -> None:
 
 
 def _ask_for_latents(call: dict[str, Any]) -> None:
-    """No run is to decode, and none is to call what the user wants called after a step."""
+    """Change the call so that no run decodes, and none calls the user's callback."""
     for name, value in (("output_type", "latent"), ("callback_on_step_end", None)):
         if name in call:
             call[name] = value
 
 
 def _again(value: Any) -> Any:
-    """An argument as it was given, with random generators in the state that they were given in."""
+    """An argument as it was given, with random generators in their original state."""
     if isinstance(value, torch.Generator):
         return torch.Generator(value.device).set_state(value.get_state())
     if isinstance(value, list | tuple) and any(isinstance(part, torch.Generator) for part in value):

@@ -1,4 +1,4 @@
-"""An adapter as Python that makes it."""
+"""An adapter as Python code."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PUBLIC = (Adapter, Blocks, Guidance, Perturbation)
 
 
 def written(adapter: Adapter) -> str:
-    """Fields that are not the default, and the imports that they need."""
+    """The code that makes an adapter: fields that differ from their default, and the imports that they need."""
     needs: set[str] = set()
     text = _code(adapter, needs, 0)
     return "\n".join(["import stgfast", *sorted(f"import {name}" for name in needs), "", f"adapter = {text}"])
@@ -38,7 +38,7 @@ def _code(value: Any, needs: set[str], deep: int) -> str:
 
 
 def _fields(value: Any, needs: set[str], deep: int) -> str:
-    """Those that are not the default, one a line where there are many."""
+    """The fields that differ from their default, one in each line if there are many."""
     given = [
         f"{each.name}={_code(getattr(value, each.name), needs, deep + 1)}"
         for each in dataclasses.fields(value)

@@ -1,1 +1,1 @@
-"""One clip over several processes of a torch.distributed group: each computes some of the branches of every step."""
+"""One clip on several processes of a torch.distributed group: each computes some of the branches of each step."""

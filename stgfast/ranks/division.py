@@ -1,8 +1,8 @@
 """Which rank computes which branches of a step. Pure Python: branches in, a division out.
 
-Branches that share a history share its computation only where they are on one rank. So branches are divided along the
-tree of their forks: the rank that computes most computes as little as it can, and where several divisions are alike
-in that, all ranks together compute as little as they can. Prompts have nothing in common: they are divided first.
+Branches with a common history share its computation only on one rank. So branches are divided along the tree of their
+forks: the rank with the most work has as little as possible; among such divisions, all ranks together have as little as
+possible. Prompts share nothing, so they are divided first.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ TRIES = 20_000  # divisions that are looked at, if there are more; the best of t
 
 @dataclass(frozen=True)
 class Division:
-    """Every rank computes the branches of a share, for a part of the prompts.
+    """Each rank computes the branches of one share, for a part of the prompts.
 
-    ranks    of the group
-    parts    in how many parts the prompts are divided
-    shares   the branches of each share, by name; where there are fewer than ranks, a share is computed on several
-    loads    block-rows of each share, for one prompt
+    Attributes:
+        ranks: the number of ranks.
+        parts: the number of parts of the prompts.
+        shares: the branches of each share, by name. If there are fewer shares than ranks, several ranks compute the
+            same one.
+        loads: the block-rows of each share, for one prompt.
     """
 
     ranks: int
@@ -37,16 +39,16 @@ class Division:
         return self.shares[self._number(rank)]
 
     def load(self, rank: int) -> int:
-        """Block-rows of a rank, for one of its prompts."""
+        """The block-rows of a rank, for one of its prompts."""
         return self.loads[self._number(rank)]
 
     def part(self, rank: int) -> int:
-        """The number of the part of the prompts that is a rank's."""
+        """The number of the part of the prompts that a rank computes."""
         return rank // self._each
 
     @cached_property
     def senders(self) -> tuple[int, ...]:
-        """The ranks whose results are taken: one for every share and part."""
+        """The ranks whose results are used: one for each share and part."""
         return tuple(part * self._each + number for part in range(self.parts) for number in range(len(self.shares)))
 
     @property
@@ -55,7 +57,7 @@ class Division:
 
     @property
     def _each(self) -> int:
-        """Ranks for one part of the prompts."""
+        """The number of ranks for one part of the prompts."""
         return self.ranks // self.parts
 
     def _number(self, rank: int) -> int:
@@ -65,7 +67,7 @@ class Division:
 def divide(
     calls: Sequence[Sequence[Branch]], depth: int, ranks: int, *, prompts: int = 1, full: bool = False
 ) -> Division:
-    """The branches of a step's calls of the denoiser, divided over so many ranks."""
+    """Divide the branches of a step's calls of the denoiser over a number of ranks."""
     parts = math.gcd(ranks, prompts)
     shares, loads = _best(calls, depth, ranks // parts, full)
     return Division(ranks, parts, shares, loads)

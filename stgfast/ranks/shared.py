@@ -1,4 +1,4 @@
-"""One step of which every rank makes some predictions, and gets the others."""
+"""One step in which each rank computes some predictions, and receives the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stgfast.ranks.wire import Ranks
 
 
 class Shared:
-    """The predictions of a step. Each is a tuple of tensors, which have a row for every prompt."""
+    """The predictions of a step. Each is a tuple of tensors with one row for each prompt."""
 
     def __init__(self, ranks: Ranks, division: Division, prompts: int):
         self.ranks, self.division = ranks, division
@@ -25,7 +25,7 @@ class Shared:
         self.made: dict[str, tuple[Tensor, ...]] = {}  # by this rank, for its prompts
 
     def whole(self, names: Sequence[str], like: Sequence[Tensor], where: str) -> dict[str, tuple[Tensor, ...]]:
-        """All of these for all prompts, the same on every rank bit for bit; `like` are tensors with as many rows."""
+        """All of these for all prompts, bit for bit the same on each rank. `like` are tensors with as many rows."""
         rows = self.prompts.stop - self.prompts.start
         parts: dict[str, list[tuple[Tensor, ...]]] = {name: [] for name in names}
         sent: list[tuple[int, Tensor]] = []
@@ -47,7 +47,7 @@ class Shared:
 
 
 def fingerprint(value: Any) -> str:
-    """Of what has to be the same on every rank: a tensor, bit for bit, or numbers and words by name."""
+    """A checksum of what must be the same on each rank: a tensor, bit for bit, or numbers and words by name."""
     if isinstance(value, Tensor):
         raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
         return f"{zlib.crc32(raw.numpy().data):08x}"

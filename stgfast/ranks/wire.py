@@ -1,10 +1,10 @@
-"""What the processes of a group say to each other: that they are at the same place, that one has failed, and tensors.
+"""What the processes of a group send: that they are at the same position, that one has failed, and tensors.
 
-Before anything is sent, all ranks meet: every rank tells the first one where it is, and gets its verdict. So none waits
-for a rank that has raised, was stopped by a callback, or has died: the verdict says so, and all of them raise. A rank
-that fails comes to the next meeting to say it. Meetings are on the host, over gloo; tensors go over the group itself.
+All ranks meet before anything is sent: each rank tells the first one its position, and receives the verdict. So no rank
+waits for one that has raised, was stopped by a callback, or has died: the verdict says so, and all of them raise. A
+rank that fails reports it at the next meeting. Meetings use gloo on the host; tensors use the group itself.
 
-Meeting and sending are one job of a thread that only does that, so an interrupt can never come between the two.
+Meeting and sending is one job of a separate thread, so an interrupt cannot come between the two.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Made = TypeVar("Made")
 
 
 class Ranks:
-    """The processes of a group, as one of them sees it."""
+    """The processes of a group, as seen by one of them."""
 
     def __init__(self, group: Any):
         self.group = group
@@ -61,8 +61,9 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Within the block all ranks make the same meetings; where it ends on one, it ends on all of them. A block
-        within another one is part of it."""
+        """Within the block all ranks have the same meetings. If the block ends on one, it ends on all of them. A
+        nested block belongs to the outer one.
+        """
         if not self._one_call.acquire(blocking=False):
             raise EngineError("guided calls over one group: got two at once, expected one after another on every rank")
         self._depth += 1
@@ -82,7 +83,7 @@ class Ranks:
             self._one_call.release()
 
     def meet(self, where: str, then: Callable[[], Made] | None = None) -> Made | None:
-        """Raise on every rank unless all of them are there and none has failed; after that, do what `then` says."""
+        """Raise on each rank unless all of them are there and none has failed. Then call `then`."""
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
         def job() -> Made | None:
@@ -95,7 +96,7 @@ class Ranks:
         return self._post(job).result()
 
     def spread(self, tensors: Sequence[tuple[int, Tensor]]) -> None:
-        """Make each tensor on all ranks what it is on its own one. All ranks call this, within a meeting."""
+        """Copy each tensor from its rank to all ranks. All ranks call this, within a meeting."""
         works = []
         try:
             for sender, tensor in tensors:
@@ -110,7 +111,7 @@ class Ranks:
             raise UnsentError(f"{self.clip}: predictions were not sent: {said}") from error
 
     def _tell(self, error: BaseException) -> BaseException | None:
-        """Tell the others of a failure, while they can be told; and what all of them say, if they come."""
+        """Report a failure to the others, as long as they can be reached, and return what all of them report."""
         said = " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())
         told = self._post(lambda: self._hear("-" + said))
         try:
@@ -119,7 +120,7 @@ class Ranks:
             return None  # they hear it when they come, or that this process has ended
 
     def _hear(self, message: str) -> None:
-        """Come to a meeting; raises unless all ranks have come to the same one."""
+        """Come to a meeting; raise unless all ranks have come to the same one."""
         if not self.lost:
             verdict = self._judge(message) if self.rank == 0 else self._ask(message)
             if verdict:
@@ -128,7 +129,7 @@ class Ranks:
         raise RankError(f"{self.lost}; start the processes anew")
 
     def _ask(self, message: str) -> str:
-        """The verdict of the first rank."""
+        """Ask the first rank for the verdict."""
         began, answer = time.monotonic(), _blank()
         try:
             self._send(message, 0)
@@ -140,7 +141,7 @@ class Ranks:
         return _unpacked(answer)
 
     def _judge(self, own: str) -> str:
-        """The verdict on what all ranks say, which every rank is told."""
+        """The verdict on the reports of all ranks, which is sent to each rank."""
         began, heard = time.monotonic(), {rank: _blank() for rank in range(1, self.size)}
         said, gone, works = {0: own}, dict[int, str](), dict[int, Any]()
         for rank, message in heard.items():
@@ -162,7 +163,7 @@ class Ranks:
 
     @contextmanager
     def _unless_gone(self, rank: int, gone: dict[int, str], began: float) -> Iterator[None]:
-        """Within the block a rank is spoken to; what fails there is that it has gone."""
+        """Communicate with a rank within the block; an error there means that the rank is gone."""
         try:
             yield
         except RuntimeError:
@@ -172,7 +173,7 @@ class Ranks:
         self._control.send([_packed(words)], rank, 0).wait(timedelta(seconds=LIMIT))
 
     def _coming(self, message: Tensor, rank: int) -> Any:
-        """What a rank sends, once it has been waited for."""
+        """Wait for what a rank sends, and return it."""
         return self._control.recv([message], rank, 0)
 
     def _post(self, job: Callable[[], Made]) -> Future[Made]:
@@ -196,18 +197,18 @@ class Ranks:
 
 
 class RankError(EngineError):
-    """What all ranks raise, as one of them cannot go on."""
+    """Raised by all ranks when one of them cannot continue."""
 
 
 class UnsentError(EngineError):
-    """Predictions did not come over."""
+    """Predictions could not be received."""
 
 
 _known: dict[Any, Ranks] = {}
 
 
 def ranks_of(group: Any) -> Ranks:
-    """The processes of a torch.distributed group, or of a device mesh of one dimension. All of them have to ask."""
+    """The processes of a torch.distributed group, or of a one-dimensional device mesh. All of them must call this."""
     if not dist.is_available() or not dist.is_initialized():
         raise SettingsError(
             "branches: got no torch.distributed, expected its group: start with torchrun, and call "
@@ -225,12 +226,12 @@ def ranks_of(group: Any) -> Ranks:
 
 
 def device_of(asked: str | None) -> str | None:
-    """The device of a process that torchrun has started: where nothing else is asked for, a GPU of its own."""
+    """The device of a process that torchrun started: its own GPU, unless another device is asked for."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if asked in (None, "cuda") and torch.cuda.is_available() else asked
 
 
 def joined(device: str | None, **how: Any) -> Ranks:
-    """This process as one of a group, which is begun by those that torchrun has started, or as `how` says."""
+    """This process as a member of a group, which torchrun's processes start, or as `how` says."""
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if chosen.index is not None:
         torch.cuda.set_device(chosen)

@@ -1,4 +1,4 @@
-"""Whether accelerated guidance is what it claims to be, on one pipeline as it is.
+"""Verify accelerated guidance on one pipeline.
 
 run.py      `stgfast.verify`
 command.py  `stgfast verify`

@@ -1,4 +1,4 @@
-"""`stgfast verify`: its arguments, and what it prints.
+"""`stgfast verify`: its arguments and output.
 
 Exit codes: 0 equal to the plain method; 1 not equal; 2 the arguments or the model are wrong.
 """

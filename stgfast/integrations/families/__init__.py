@@ -1,1 +1,1 @@
-"""One small file for every diffusers family; each is found by itself."""
+"""One small file for each diffusers family. Files are found automatically."""

@@ -17,8 +17,9 @@ from stgfast.presets import PRESETS
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
-    """Whether there is CFG is settled when the call begins; `use_dynamic_cfg` sets each step's scale only after the
-    denoiser was called, from the timestep, so it is computed here from the same formula."""
+    """Whether there is CFG is fixed when the call begins. `use_dynamic_cfg` sets each step's scale from the timestep
+    only after the denoiser was called, so it is computed here by the same formula.
+    """
     asked = requested_scale(call)
     if asked is None or not call["use_dynamic_cfg"]:
         return asked and float(pipe.guidance_scale)

@@ -1,6 +1,6 @@
 """Cosmos Predict 1, 2 and 2.5: text to world, image or video to world, and text to image.
 
-All of them combine as `c + s (c - u)`, so that the scale of CFG as it is written here, `u + scale (c - u)`, is `1 + s`.
+All of them combine as `c + s (c - u)`. In the form used here, `u + scale (c - u)`, the scale is `1 + s`.
 """
 
 from __future__ import annotations

@@ -17,12 +17,12 @@ from stgfast.perturbation import Perturbation
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
-    """A callback may switch CFG off; the scale stays what the pipeline was called with."""
+    """A callback may switch CFG off. The scale is that of the call."""
     return float(call["guidance_scale"]) if pipe.do_classifier_free_guidance else None
 
 
 def schedule(pipe: Any, call: CallArguments) -> Mapping[str, Any]:
-    """The pipeline looks at the scheduler's class."""
+    """The arguments depend on the scheduler's class."""
     shift = {"mu": 1} if hasattr(pipe.scheduler, "time_shift") else {}
     return {**schedule_of_call(pipe, call), **shift}
 

@@ -15,7 +15,7 @@ from stgfast.perturbation import Perturbation
 
 
 def size(call: CallArguments, denoiser: Arguments, block: Arguments) -> tuple[int, int, int]:
-    """Latents come to the denoiser patched already, two by two."""
+    """The latents reach the denoiser already in patches of two by two."""
     pipe = call["self"]
     asked = (call[name] or pipe.default_sample_size * pipe.vae_scale_factor for name in ("height", "width"))
     height, width = (int(pixels) // (2 * pipe.vae_scale_factor) for pixels in asked)

@@ -16,7 +16,7 @@ from stgfast.perturbation import Perturbation
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
-    """Whether there is CFG is looked up in every step; the scale stays what it was when the call began."""
+    """Whether there is CFG is decided in each step. The scale is fixed when the call begins."""
     return float(call["guidance_scale"]) if pipe.guidance_scale > 1 else None
 
 

@@ -1,4 +1,4 @@
-"""Latte: blocks that attend over space and blocks that attend over time take turns."""
+"""Latte: blocks that attend over space and blocks that attend over time, in turns."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def size(call: CallArguments, denoiser: Arguments, block: Arguments) -> tuple[in
 
 
 def size_with_conditions(call: CallArguments, denoiser: Arguments, block: Arguments) -> tuple[int, int, int]:
-    """Conditions at later frames come before the video, as so many more frames of the same size."""
+    """The size with conditions at later frames, which come before the video as further frames of the same size."""
     height, width = (call[name] // call["self"].vae_spatial_compression_ratio for name in ("height", "width"))
     return denoiser["hidden_states"].shape[1] // (height * width), height, width
 
@@ -80,7 +80,7 @@ LTX_MODULAR = guided_by(LTX, "LTXModularPipeline", steps_asked=steps_of_modular_
 
 
 def steps_of_window(pipe: Any) -> int:
-    """Its scheduler's last timestep ends a window, and is no step of it."""
+    """The number of steps without the scheduler's last timestep, which ends a window and is not a step."""
     return len(pipe.scheduler.timesteps) - 1
 
 

@@ -1,6 +1,6 @@
-"""LTX-2: video and audio together. Its pipelines ask for their weak branches themselves and combine in x0 space.
+"""LTX-2: video and audio. Its pipelines ask for perturbed branches themselves and combine in x0 space.
 
-Its modular pipelines have a guider for video and one for audio, and make every pass that one of the two asks for.
+Its modular pipelines have a guider for video and one for audio, and make each pass that one of them asks for.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def requested(call: CallArguments) -> float | None:
 
 
 def notice(call: CallArguments) -> str:
-    """Audio has scales of its own: with these left as they are, a pass that was switched off for video still runs."""
+    """A notice if a pass that was switched off for video still runs for audio, which has scales of its own."""
     off = {"guidance_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0}
     left = {name: call.get(f"audio_{name}") for name, none in off.items() if call[name] <= none}
     return "; ".join(
@@ -68,7 +68,7 @@ def notice(call: CallArguments) -> str:
 
 
 def passes(pipe: Any, call: CallArguments, guidance: Guidance, moment: Moment, denoiser: str) -> Passes:
-    """What the pipeline asks for in the step that begins, in its own order."""
+    """The passes that the pipeline asks for in the coming step, in its order."""
     _switch_off(pipe, call)
     depth = len(pipe.transformer.transformer_blocks)
     weak = Perturbation(call["spatio_temporal_guidance_blocks"] or [0], kind=ATTENTION)
@@ -96,7 +96,7 @@ def passes(pipe: Any, call: CallArguments, guidance: Guidance, moment: Moment, d
 
 
 def _switch_off(pipe: Any, call: CallArguments) -> None:
-    """0 is off: the pipeline takes an audio scale of 0 for one that was left out, and a modality scale of 0 for -1."""
+    """Make 0 mean off: the pipeline takes an audio scale of 0 as not given, and a modality scale of 0 as -1."""
     if call.get("audio_stg_scale") == 0:
         pipe._audio_stg_scale = 0.0
     for name in ("modality_scale", "audio_modality_scale"):
@@ -105,7 +105,7 @@ def _switch_off(pipe: Any, call: CallArguments) -> None:
 
 
 def _set(pipe: Any, name: str, scale: float) -> None:
-    """Of video, and of audio where the pipeline has a scale for that."""
+    """Set a scale for video, and for audio if the pipeline has one."""
     for each in (f"_{name}", f"_audio_{name}"):
         if hasattr(pipe, each):
             setattr(pipe, each, scale)
@@ -180,7 +180,7 @@ def steps_of_guiders(pipe: Any) -> int:
 
 
 def passes_of_guiders(pipe: Any, call: CallArguments, guidance: Guidance, moment: Moment, denoiser: str) -> Passes:
-    """Those of the video guider, then what audio's asks for beside them; each is a call of its own."""
+    """The passes of the video guider, then those that only the audio guider asks for. Each is a call of its own."""
     asked = dict.fromkeys(PASSES[name] for guider in guiders(pipe) for name in guider.active_predictions())
     depth = len(pipe.transformer.transformer_blocks)
     every = {

@@ -29,9 +29,11 @@ def attend(
     attention_mask: Tensor,
     image_rotary_emb: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Joint attention for all rows in one call, where the model's own takes row by row and asks the device each time
-    how many text tokens are valid. Valid tokens are moved to the front, so that they are the first keys of a row; the
-    others' outputs are zero, as they are there. Output row b is of input row `source[b]`."""
+    """Joint attention for all rows in one call. The model's own code runs row by row, and reads from the device how
+    many text tokens are valid. Here valid tokens are moved to the front, so that they are the first keys of a
+    row, and the outputs of the others are zero, as in the model. Output row b is computed from input row
+    `source[b]`.
+    """
     order = torch.argsort(attention_mask.logical_not().to(torch.uint8), dim=1, stable=True)
     count = attention_mask.sum(dim=1, dtype=torch.int32)
     text = encoder_hidden_states.take_along_dim(order[..., None], dim=1)
@@ -63,7 +65,7 @@ def identity(attn: Any, hidden_states: Tensor, *args: Any, **named: Any) -> tupl
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Neighbouring channels turned as pairs, by an angle for each token and head."""
+    """Rotate neighboring channels as pairs, by an angle for each token and head."""
     even, odd = x[..., 0::2].float(), x[..., 1::2].float()
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).to(x.dtype)
 

@@ -1,4 +1,6 @@
-"""Sana-Video: from text, and from an image. Its attention is linear, and has no scores to be made the identity."""
+"""Sana-Video: from text, and from an image. Its attention is linear, so there are no scores to replace by the
+identity.
+"""
 
 from __future__ import annotations
 

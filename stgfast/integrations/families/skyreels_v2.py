@@ -14,12 +14,13 @@ from stgfast.perturbation import Perturbation
 
 
 def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
-    """The scale of a call stays what it was when it began."""
+    """The scale of a call, fixed when it begins."""
     return float(call["guidance_scale"]) if pipe.do_classifier_free_guidance else None
 
 
 def forced_steps(call: CallArguments) -> int:
-    """With `ar_step`, every block of frames sets out so many steps after the one before it; a first image is done.
+    """With `ar_step`, each block of frames starts this number of steps after the one before it; a first image is
+    done.
 
     A longer clip is made part by part: these are the steps of the first.
     """

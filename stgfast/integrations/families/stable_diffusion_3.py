@@ -16,7 +16,7 @@ from stgfast.presets import PRESETS
 
 
 def units(denoiser: nn.Module) -> Sequence[Unit]:
-    """Some blocks of 3.5 have a second self-attention, of the image alone."""
+    """Some blocks of 3.5 have a second self-attention, over the image only."""
     blocks = list(denoiser.get_submodule("transformer_blocks").children())
     found = []
     for number, block in enumerate(blocks):

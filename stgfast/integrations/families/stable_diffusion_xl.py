@@ -15,12 +15,12 @@ from stgfast.presets import PRESETS
 
 
 def requested(call: CallArguments) -> float | None:
-    """A distilled model has the scale as an input, and no CFG."""
+    """The CFG scale; None for a distilled model, which has the scale as an input."""
     return requested_scale(call) if call["self"].unet.config.time_cond_proj_dim is None else None
 
 
 def steps_asked(call: CallArguments) -> int:
-    """With `denoising_end`, the steps whose timesteps lie before it."""
+    """The number of steps; with `denoising_end`, of those whose timesteps come before it."""
     steps, end = steps_of_call(call), call["denoising_end"]
     if not isinstance(end, float) or not 0 < end < 1:
         return steps
@@ -31,7 +31,7 @@ def steps_asked(call: CallArguments) -> int:
 
 
 def first_sigmas(pipe: Any, steps: int) -> list[float]:
-    """`denoising_end` leaves out the last steps."""
+    """The first sigmas: `denoising_end` leaves out the last steps."""
     return sigmas_of_scheduler(pipe)[:steps]
 
 

@@ -16,7 +16,7 @@ from stgfast.presets import PRESETS
 
 
 def steps_asked(call: CallArguments) -> int:
-    """The scheduler takes the last of the sigmas for the one at which it ends."""
+    """The number of steps; the scheduler uses the last of given sigmas as its end."""
     return int(call["num_inference_steps"]) if call["sigmas"] is None else len(call["sigmas"]) - 1
 
 

@@ -28,7 +28,7 @@ def second_below(pipe: Any) -> float | None:
 
 
 def fps(config: Mapping[str, Any]) -> float:
-    """The 5B model of 2.2 is the one with a timestep for every token."""
+    """Frames per second; the 5B model of 2.2 is the one with a timestep for each token."""
     return 24.0 if config.get("expand_timesteps") else 16.0
 
 
@@ -46,7 +46,7 @@ def chrono_unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | No
 
 
 def vace_units(denoiser: nn.Module) -> Sequence[Unit]:
-    """All hints are made first, from the control video; they are no layers of the model, and only shared."""
+    """The units. Hints are made first from the control video; they are not layers of the model, and only shared."""
     hints = [
         Unit(block, None, state=("control_hidden_states",))
         for block in denoiser.get_submodule("vace_blocks").children()
