@@ -1,4 +1,4 @@
-"""`stgfast demo`: its arguments, and what it prints."""
+"""`stgfast demo`: its arguments and output."""
 
 from __future__ import annotations
 

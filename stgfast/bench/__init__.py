@@ -1,11 +1,11 @@
-"""What guidance costs, beside what a user would otherwise run, and how far it is from the limit.
+"""What guidance costs compared with alternatives, and how far it is from the device's limit.
 
-models.py    the models that are measured, as data, built with random weights
-variants.py  the ways in which a clip can be made
-measure.py   rounds in turns, agreement, arithmetic, rates, and a result as one row of JSON
-steps.py     one result for every model: its variants, found to agree and then timed
+models.py    the measured models, as data, built with random weights
+variants.py  the ways to make a clip
+measure.py   rounds in turns, agreement, arithmetic, rates, and results as rows of JSON
+steps.py     one result for each model: its variants agree, and are then timed
 growth.py    how the cost of a step grows
-overhead.py  what our own Python takes
-report.py    rows as a page
-command.py   `stgfast bench`: arguments and what is shown
+overhead.py  the cost of our own Python code
+report.py    results as a page
+command.py   `stgfast bench`: arguments and output
 """

@@ -1,7 +1,7 @@
-"""`stgfast bench`: its arguments, what it shows, and what it tells the shell.
+"""`stgfast bench`: its arguments, output and exit codes.
 
-Exit codes: 0 all is measured, and where it was to be checked as predicted; 1 variants disagree, of which nothing is
-timed, or a time is not as predicted; 2 the arguments are wrong.
+Exit codes: 0 everything is measured and, with --check, as predicted; 1 variants disagree and nothing was timed, or a
+time is not as predicted; 2 the arguments are wrong.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _report(folder: Path, page: Path, said: TextIO) -> int:
 
 
 def _rows(arguments: argparse.Namespace) -> Any:
-    """Results one after another, each with whether it is as predicted, where that is asked."""
+    """The results one by one, each with whether it is as predicted, if that is checked."""
     from stgfast.bench.growth import grown
     from stgfast.bench.overhead import overhead
     from stgfast.bench.ranks import over_ranks
@@ -140,7 +140,7 @@ def _rows(arguments: argparse.Namespace) -> Any:
 
 
 def _of_steps(row: dict[str, Any]) -> str:
-    """What a person looks for."""
+    """A result in words."""
     times = ", ".join(f"{name} {value:.3f}" for name, value in row["over"].items() if name != "stgfast")
     predicted = f"; predicted for paper {row['predicted']['paper']:.3f}" if "paper" in row["over"] else ""
     return f"{row['model']:14} stgfast {row['seconds']['stgfast']:.4g} s; over it: {times}{predicted}"
@@ -180,7 +180,7 @@ SUMMARIES = {
 
 
 def _quiet() -> None:
-    """Of what does not matter to a measurement."""
+    """Silence messages that do not matter for a measurement."""
     import warnings
 
     from diffusers.utils import logging

@@ -1,7 +1,8 @@
-"""How the cost of a guided step grows: with tokens, prompts and weak branches, and with the layer that is skipped.
+"""How the cost of a guided step grows: with tokens, prompts and perturbed branches, and with the first perturbed
+layer.
 
-All points of one question take turns, each after its result was found to be that of one pass after another. A curve is
-fitted to the times: a + b n + c n^2 in tokens, lines in all else.
+All points of one question take turns, after each result was found equal to that of separate passes. A curve is fitted
+to the times: a + b n + c n^2 in tokens, lines otherwise.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ AXES = {"tokens": 2, "prompts": 1, "branches": 1, "layer": 1}
 
 
 def points(bench: Bench, axis: str) -> dict[int, Bench]:
-    """By the value that changes."""
+    """The points of a question, by the value that changes."""
     last = bench.layout.layers - 1
     if axis == "tokens":
         height, width, frames = bench.frames
@@ -52,7 +53,7 @@ def grown(
     rounds: int = 5,
     axes: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
-    """A row for every question, and one for time against block-rows in those where nothing else changes."""
+    """One row for each question, and one for time by block-rows in those where nothing else changes."""
     bench = Bench(MODELS[name], size, device, steps)
     if bench.guidance is None:
         raise wrong("a model whose cost grows", name, "one that does not guide itself")

@@ -1,4 +1,4 @@
-"""Rounds in turns, agreement, arithmetic, the rates of a device, and a result as one row of JSON."""
+"""Rounds in turns, agreement, arithmetic, the rates of a device, and results as rows of JSON."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ MALLOC = {-1: (1 << 31) - 1, -2: 1 << 28, -3: 1 << 30}
 
 
 class Disagreement(RuntimeError):
-    """Two ways of computing the same thing gave different ones."""
+    """Two ways to compute the same thing gave different results."""
 
 
 def agreeing(
     what: str, results: Mapping[str, Tensor], exact: str, allowed: float, unlike: Sequence[str] = ()
 ) -> dict[str, float]:
-    """How far results are from the exact one, relatively; raises where one that is not among `unlike` is too far."""
+    """The relative distance of results from the exact one. Raises if one that is not in `unlike` is too far."""
     right = results[exact].double()
     far = {name: float((result.double() - right).norm() / right.norm()) for name, result in results.items()}
     wrong = {name: distance for name, distance in far.items() if name not in unlike and not distance <= allowed}
@@ -49,13 +49,14 @@ def agreeing(
 
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of every call in every round. What warms up has been done before."""
+    """The seconds of each call in each round, without warm-up."""
     return rounds_of({name: partial(seconds, call, device) for name, call in calls.items()}, rounds)
 
 
 def rounds_of(measures: Mapping[K, Callable[[], T]], rounds: int) -> dict[K, list[T]]:
-    """What is measured, in rounds in which all take turns, there and back: whatever changes meanwhile, in a second or
-    slowly, changes for all."""
+    """Measurements in rounds in which all take turns, forward and backward, so that changes of the machine affect
+    all alike.
+    """
     taken: dict[K, list[T]] = {name: [] for name in measures}
     order = list(measures.items())
     for _ in range(rounds):
@@ -66,9 +67,9 @@ def rounds_of(measures: Mapping[K, Callable[[], T]], rounds: int) -> dict[K, lis
 
 
 def keep_memory() -> None:
-    """The C library keeps what it has for tensors on a CPU, as torch does on a GPU.
+    """Let the C library keep memory of tensors on a CPU, as torch does on a GPU.
 
-    To give it back and take it again makes up to a tenth of a step, and decides which of two variants is faster.
+    Releasing and reallocating it takes up to a tenth of a step, and would decide which of two variants is faster.
     """
     options: Any = getattr(ctypes.CDLL(None), "mallopt", None)  # of glibc
     for option, size in (MALLOC if options else {}).items():
@@ -76,7 +77,7 @@ def keep_memory() -> None:
 
 
 class Stopwatch:
-    """Moments of a run. On a CPU time is the processor's, so that what else runs on it hardly counts."""
+    """Times of a run. On a CPU this is processor time, so that other processes hardly count."""
 
     def __init__(self, device: str):
         self.device = device
@@ -91,7 +92,7 @@ class Stopwatch:
         self.moments.append(event)
 
     def seconds(self) -> list[float]:
-        """Since the first moment."""
+        """The seconds since the first time."""
         first, *_ = self.moments
         if self.device == "cpu":
             return [moment - first for moment in self.moments]
@@ -112,7 +113,9 @@ def medians(taken: Mapping[str, Sequence[float]]) -> dict[str, float]:
 
 
 def peak_memory(call: Callable[[], Tensor], device: str) -> tuple[Tensor, int]:
-    """What a call makes, and the most bytes that it had on a GPU; 0 for a CPU, whose peak is that of the process."""
+    """The result of a call, and its peak memory on a GPU in bytes; 0 on a CPU, where only the peak of the process is
+    known.
+    """
     if device == "cpu":
         return call(), 0
     torch.cuda.reset_peak_memory_stats()
@@ -120,25 +123,27 @@ def peak_memory(call: Callable[[], Tensor], device: str) -> tuple[Tensor, int]:
 
 
 class Arithmetic(NamedTuple):
-    """Floating point operations: of matrices, convolutions and attention, which is all that counts in these models."""
+    """Floating point operations of matrix products, convolutions and attention, which dominate in these models."""
 
     total: int
     attention: int
 
 
 def arithmetic(call: Callable[[], Any]) -> Arithmetic:
-    """Counted while it runs. Rows with few valid keys are counted with all of them."""
+    """The operations of a call, counted while it runs. Rows with few valid keys count with all keys."""
     counts = _counted(call)["Global"]
     return Arithmetic(sum(counts.values()), sum(n for op, n in counts.items() if "attention" in str(op)))
 
 
 def by_module(call: Callable[[], Any]) -> dict[str, int]:
-    """The same, of every module, its parts included."""
+    """The same for each module, with its parts."""
     return {name: sum(counts.values()) for name, counts in _counted(call).items()}
 
 
 class Fit(NamedTuple):
-    """A least-squares fit: a coefficient for every power of the variable, and how much of the variance it explains."""
+    """A least-squares fit: one coefficient for each power of the variable, and the fraction of variance that it
+    explains.
+    """
 
     coefficients: tuple[float, ...]
     r2: float
@@ -175,7 +180,7 @@ def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = No
 
 
 class Rates(NamedTuple):
-    """What a device can do: operations in a second, and bytes, those read and those written."""
+    """What a device can do: operations per second, and bytes per second, read and written."""
 
     matrix: float
     copy: float
@@ -193,7 +198,7 @@ def rates(device: str, dtype: torch.dtype, rounds: int = 7) -> Rates:
 
 
 def result(bench: str, device: str, **figures: Any) -> dict[str, Any]:
-    """One row: what was measured, on what, with what. Figures may say something else about it."""
+    """One row: what was measured, and on what. Figures may override its fields."""
     on = torch.cuda.get_device_name() if device == "cuda" else _processor()
     clock = "wall" if device == "cuda" else "processor time"
     about = {"bench": bench, "device": on, "clock": clock, "threads": torch.get_num_threads()}
@@ -217,7 +222,7 @@ def _version(package: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Of the checkout that the package is in, with a mark where it was changed since; None where it is in none."""
+    """The commit of the checkout with the package, with a mark if files have changed; None outside a checkout."""
     here = Path(__file__).parents[2]
     if not (here / ".git").exists():
         return None
@@ -230,7 +235,7 @@ def commit() -> str | None:
 
 
 def saved(row: Mapping[str, Any], file: Path | None) -> str:
-    """A row as a line of JSON, added to a file where there is one."""
+    """Append a row to a file as a line of JSON."""
     line = json.dumps(row)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -240,5 +245,5 @@ def saved(row: Mapping[str, Any], file: Path | None) -> str:
 
 
 def significant(number: float, digits: int = 4) -> float:
-    """As much of a number as was measured."""
+    """A number rounded to its significant digits."""
     return float(f"{number:.{digits}g}")

@@ -1,5 +1,6 @@
-"""How much memory a call takes at its peak, beyond what was there before: counted, on a CPU or on a device without
-numbers, from what every operation allocates and what is let go of. The same everywhere, and no allocator's habits."""
+"""The peak memory of a call beyond what was there before. It is counted from what operations allocate and release,
+on a CPU or on the meta device, so it is the same everywhere and does not depend on an allocator.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Peak(TorchDispatchMode):
-    """Within it, the bytes of all tensors made and not let go of yet, and the most that there were at once."""
+    """Count the bytes of all living tensors within the block, and their maximum."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -42,7 +43,7 @@ class Peak(TorchDispatchMode):
 
 
 def peak_of(call: Callable[[], Any]) -> int:
-    """The most bytes at once that a call makes."""
+    """The peak bytes of a call."""
     with Peak() as peak, torch.no_grad():
         call()
     most: int = peak.most

@@ -1,7 +1,7 @@
-"""The models that are measured, as data. They are built from their configuration, with random weights.
+"""The measured models, as data. They are built from their configuration, with random weights.
 
-A clip is measured from encoded prompts to latents: what encodes and decodes is not built. Where a pipeline cannot be
-given what its encoders make, something stands in for them that takes no time.
+A clip is measured from encoded prompts to latents: encoders and decoders are not built. If a pipeline needs one, a
+substitute that takes no time is used.
 """
 
 from __future__ import annotations
@@ -27,25 +27,28 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True)
 class Model:
-    """A released model, and the same made narrow.
+    """A released model, and narrow versions of it.
 
-    pipeline  the pipeline class
-    denoiser  the class of its denoiser
-    layers    which one the weak branch skips: about 70% of the way through, as with Mochi's published setting; by
-              size, all as the full one where they are left out
-    text      what encoders make of a prompt, by the denoiser's configuration and whether the model is a narrow one:
-              shapes by name, without the prompts
-    clips     the clip, by size; the largest is the full one where it is left out
-    narrow    what is less in the narrow one, by size; a small one is as deep, a tiny one is not
-    config    of the released model, where that is not the class's own
-    source    where the released configuration is from
-    guidance  in place of a skipped layer; None where the pipeline asks for its weak branches itself
-    given     further arguments of a call, by the layer
-    prepare   puts what stands in for encoders and decoders into a pipeline
-    part      which part of the pipeline its denoiser is
-    frames    of a video that one of its latents stands for, but the first
-    modular   the modular pipeline that makes the same clip under a guider: its blocks, and the path of the denoiser's
-    reference  the file of the paper's repository that has a pipeline for it, and the pipeline's class, if any
+    Attributes:
+        pipeline: the pipeline class.
+        denoiser: the class of its denoiser.
+        layers: the skipped layer, by size; about 70% of the depth, as in Mochi's published setting. Sizes left out use
+            that of the full model.
+        text: the outputs of encoders for a prompt, as shapes by name without the prompts, from the denoiser's
+            configuration and whether the model is a narrow one.
+        clips: the clip, by size. The full one defaults to the largest.
+        narrow: what is smaller in the narrow model, by size. A small one has full depth, a tiny one does not.
+        config: the configuration of the released model, if it is not the class's default.
+        source: the source of that configuration.
+        guidance: replaces a skipped layer; None if the pipeline asks for perturbed branches itself.
+        given: further arguments of a call, from the layer.
+        prepare: puts substitutes for encoders and decoders into a pipeline.
+        part: the component that is the denoiser.
+        frames: the number of frames of a video for each latent frame but the first.
+        modular: the modular pipeline that makes the same clip under a guider: its blocks, and the path of the
+            denoiser's.
+        reference: the file of the authors' repository with a pipeline for it, and the pipeline's class, if there is
+            one.
     """
 
     pipeline: str
@@ -77,7 +80,7 @@ class Model:
         return {**self.config, **self.narrow.get(size, {})}
 
     def build(self, size: str, device: str = "cpu") -> Any:
-        """A pipeline, which has little more than its denoiser and its scheduler."""
+        """A pipeline with little more than its denoiser and scheduler."""
         import diffusers
 
         torch.manual_seed(0)
@@ -98,7 +101,7 @@ class Model:
         return pipe
 
     def arguments(self, pipe: Any, size: str, steps: int | None, *, prompts: int = 1, clip: Clip | None = None) -> Any:
-        """A call of the pipeline, but its generators; with the pipeline's own number of steps for None."""
+        """The arguments of a call without generators. `None` steps are the pipeline's own number."""
         denoiser = getattr(pipe, self.part)
         device, dtype = denoiser.device, denoiser.dtype
         generator = torch.Generator().manual_seed(0)
@@ -120,7 +123,7 @@ class Model:
 
 
 def usual_text(config: Any, narrow: bool, width: str, tokens: int, fewer: int = 0) -> Shapes:
-    """So many tokens as the pipeline pads prompts to, or fewer for a narrow model."""
+    """As many tokens as the pipeline pads prompts to, or fewer for a narrow model."""
     return {"prompt_embeds": (fewer if narrow and fewer else tokens, config[width])}
 
 
@@ -134,7 +137,7 @@ def no_text(config: Any, narrow: bool) -> Shapes:
 
 
 def encoded_image(pipe: Any) -> None:
-    """Stable Video Diffusion takes an image and nothing that was made of one."""
+    """Prepare Stable Video Diffusion, which only takes an image and nothing made from one."""
     unet = pipe.unet
 
     @functools.cache
@@ -153,7 +156,9 @@ def encoded_image(pipe: Any) -> None:
 
 
 def connected_text(pipe: Any) -> None:
-    """LTX-2 passes encoded prompts through a model of its own, once a call; its latents are scaled at the end."""
+    """Prepare LTX-2, which runs encoded prompts through a model of its own once per call, and scales latents at the
+    end.
+    """
     none, one = torch.zeros(1), torch.ones(1)
     scaling: dict[str, Any] = {"latents_mean": none, "latents_std": one}
     video = SimpleNamespace(config=SimpleNamespace(scaling_factor=1.0), **scaling)
@@ -170,17 +175,17 @@ WIDTH = {TINY: 128, SMALL: 256}
 
 
 def narrowed(*widths: str, **changes: Any) -> dict[str, dict[str, Any]]:
-    """Few heads, and these as wide as they are together."""
+    """A narrow model: few heads, and as wide as they are together."""
     return {size: {**HEADS[size], **dict.fromkeys(widths, WIDTH[size]), **changes} for size in WIDTH}
 
 
 def alike(narrow: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The tiny one as wide as the small one: narrower, what a call costs whatever its rows are is no longer little."""
+    """The tiny model as wide as the small one: if it were narrower, fixed costs of a call would matter."""
     return {size: dict(narrow) for size in WIDTH}
 
 
 def shallow(narrow: Mapping[str, Mapping[str, Any]], **less: Any) -> dict[str, Mapping[str, Any]]:
-    """With fewer blocks in the tiny one, or less of what is in them."""
+    """The tiny model with fewer blocks, or less inside them."""
     return {**narrow, TINY: {**narrow[TINY], **less}}
 
 

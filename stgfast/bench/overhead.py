@@ -1,8 +1,7 @@
-"""What our own Python takes: for every call of a block, for a step, and for a call of the pipeline.
+"""The cost of our own Python code: per block, per step, and per call of the pipeline.
 
-The model's blocks hand on what they are given and do nothing else, so that an accelerated clip takes longer than the
-stock one by our own work, and by what the model does for the weak branch outside of its blocks: it is no less than our
-own.
+The model's blocks return their inputs, so an accelerated clip takes longer than the stock one by our own work, and by
+what the model does outside its blocks for the perturbed branch. The measured value is an upper limit for our own part.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A step whose branches are divided over processes: how long it takes, what the plan says of that, and what is sent.
+"""A step whose branches are divided over processes: its time, the plan's prediction, and what is sent.
 
-torchrun starts the processes. Every number of them takes turns, the first so many each time, while the others wait;
-all of them agree before anything is timed. A step takes as long as on the rank that takes longest: on a CPU in its
-processor time, without what it waits for.
+torchrun starts the processes. Each number of ranks takes turns, using the first of them while the others wait. All must
+agree before anything is timed. A step takes as long as on its slowest rank; on a CPU this is processor time, without
+waiting.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from stgfast.ranks.wire import device_of, joined, ranks_of
 
 
 def begin(device: str) -> bool:
-    """This process as one of those that torchrun has started; whether it is the first, which says what is measured."""
+    """Join the processes that torchrun started. Returns whether this is the first, which prints."""
     if not dist.is_torchelastic_launched():
         raise wrong("--ranks", "one process", "several: torchrun --nproc-per-node N -m stgfast.cli bench --ranks")
     return joined(device_of(device)).rank == 0
@@ -81,7 +81,7 @@ def _divided(bench: Bench, group: Any) -> Bench:
 
 
 def _planned(explained: Explanation) -> list[float]:
-    """Block-rows of every rank in a step."""
+    """The block-rows of each rank in a step."""
     steps = sum(phase.steps for phase in explained.phases)
     loads = [0.0] * explained.ranks
     for phase in explained.phases:

@@ -1,7 +1,7 @@
-"""Rows of results as a page: static, in one file, opened from disk.
+"""Results as one static page.
 
-The page is `report.html` with the rows in it as JSON; its script draws them. Of rows that answer the same question on
-the same device the last one is shown.
+The page is `report.html` with the rows as JSON, which its script draws. Of rows that answer the same question on the
+same device, the last one is shown.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ QUESTION = (
 
 
 def rows_in(folder: Path) -> list[dict[str, Any]]:
-    """The rows of all files of a folder; raises where there is none."""
+    """The rows of all files in a folder; raises if there are none."""
     files = sorted(folder.glob("*.jsonl"))
     rows = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines() if line.strip()]
     if not rows:
@@ -46,7 +46,9 @@ def page(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def table(rows: Iterable[Mapping[str, Any]], size: str, names: Mapping[str, str]) -> str:
-    """For a README: over the accelerated step, the time of others, and of the paper's scheme what blocks predict."""
+    """A table for a README: the time of each variant over the accelerated step, and the prediction for the paper's
+    scheme.
+    """
     of = {row["model"]: row for row in rows if row["bench"] == "steps" and row["size"] == size and not row["whole"]}
     there = [model for model in names if model in of]
     lines = [["", *(names[model] for model in there)], ["---"] * (len(there) + 1)]

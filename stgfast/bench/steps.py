@@ -1,4 +1,4 @@
-"""One result for every model: its variants, found to agree and then timed in turns."""
+"""One result for each model: its variants agree, and are then timed in turns."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ def measured(
     backend: str = "inductor",
     reference: Path | None = None,
 ) -> dict[str, Any]:
-    """One row of results; raises where variants disagree.
+    """One row of results; raises if variants disagree.
 
-    Its figures are of one step, the mean of all but the first; for no `steps` they are of a whole clip, which has as
-    many as the pipeline's default says.
+    Its figures are for one step, the mean of all but the first. Without `steps` they are for a whole clip with the
+    pipeline's default number.
     """
     bench = Bench(MODELS[name], size, device, steps, backend=backend, reference=reference)
     far, memory = agreed(bench, name, variants)
@@ -90,8 +90,9 @@ def measured(
 def checked(
     name: str, *, size: str, device: str, steps: int | None, rounds: int, variants: Sequence[str]
 ) -> dict[str, Any]:
-    """One row on whether the paper's scheme takes as long, over stgfast, as the blocks predict; raises where variants
-    disagree. While it does not there are more rounds: what has been undisturbed once only comes nearer to the truth."""
+    """One row on whether the paper's scheme over stgfast takes as long as the blocks predict; raises if variants
+    disagree. While it does not, more rounds follow: noise falls with more rounds.
+    """
     # What is not compiled has the same result, and takes no time to compile.
     bench = Bench(MODELS[name], size, device, steps, backend="eager")
     far, _ = agreed(bench.at(steps=FEWEST), name, variants)
@@ -123,7 +124,7 @@ def checked(
 
 
 def agreed(bench: Bench, name: str, variants: Sequence[str]) -> tuple[dict[str, float], dict[str, int]]:
-    """How far the variants are apart that there are for this model, and their memory on a GPU; warms them up."""
+    """The distances of this model's variants and their memory on a GPU. Also warms them up."""
     torch.compiler.reset()
     there = [each for each in bench.variants() if each in {*variants, "stgfast"}]
     made = {each: peak_memory(partial(bench.make, each), bench.device) for each in there}
@@ -133,7 +134,7 @@ def agreed(bench: Bench, name: str, variants: Sequence[str]) -> tuple[dict[str, 
 
 
 def about(bench: Bench, name: str) -> dict[str, Any]:
-    """What is measured."""
+    """The description of what is measured."""
     model, size = bench.model, bench.size
     return {
         "model": name,
@@ -149,21 +150,21 @@ def about(bench: Bench, name: str) -> dict[str, Any]:
 
 
 def undisturbed(steps: Sequence[Sequence[float]]) -> float:
-    """A step of which every part is as fast as it ever was.
+    """The time of a step in which each part is as fast as it ever was.
 
-    Whatever else runs on a machine slows parts of every step down, but hardly the same ones of all.
+    Other processes slow down parts of each step, but rarely the same parts in all of them.
     """
     fastest: list[float] = [min(parts) for parts in zip(*steps, strict=True)]
     return sum(fastest)
 
 
 def _ratio(one: Sequence[float], other: Sequence[float]) -> float:
-    """The median of what neighbours in time say."""
+    """The median ratio of measurements that are neighbors in time."""
     return significant(statistics.median(a / b for a, b in zip(one, other, strict=True)))
 
 
 def predictions(rows: dict[str, list[float]], costs: Sequence[int]) -> dict[str, float]:
-    """Over stgfast, what block-rows say where one of a block counts as much as the block computes.
+    """The predicted times over stgfast, from block-rows weighted by what each block computes.
 
     The blocks of most models compute the same; those of a UNet do not.
     """
@@ -172,11 +173,11 @@ def predictions(rows: dict[str, list[float]], costs: Sequence[int]) -> dict[str,
 
 
 def limits(bench: Bench, unique: int, steps: int, can: Rates) -> dict[str, float]:
-    """Seconds that the device needs at least: for the arithmetic, and to read the weights in every pass."""
+    """The seconds that the device needs at least, for the arithmetic, and for reading the weights in each pass."""
     weights = steps * bench.passes_of_a_step() * sum(parameter.nbytes for parameter in bench.denoiser.parameters())
     return {"arithmetic": significant(unique / can.matrix), "weights": significant(weights / can.copy)}
 
 
 def as_predicted(over: Mapping[str, float], predicted: Mapping[str, float]) -> bool:
-    """Whether the time of the paper's scheme is what the blocks predict for it."""
+    """Whether the time of the paper's scheme is what the blocks predict."""
     return abs(over["paper"] / predicted["paper"] - 1) <= WITHIN

@@ -1,18 +1,18 @@
-"""The ways in which one clip can be made.
+"""The ways to make one clip.
 
-stock      the pipeline with CFG alone, and where it guides itself with that alone
-paper      STG as the paper's code does it: a stack of all branches, every row through every block; one call after
-           another where the pipeline itself does so; the passes of a pipeline that asks for weak branches itself
-passes     every branch by itself, one after another, combined by one formula
-guiders    the modular pipeline under diffusers' `SkipLayerGuidance`, which does so too
-reference  the paper's own code, of a checkout
+stock      the pipeline with CFG alone, or with its own guidance
+paper      STG as in the authors' code: a stack of all branches, each row through each block; separate calls if the
+           pipeline makes separate calls; its own passes if it asks for perturbed branches itself
+passes     each branch in a pass of its own, combined by one formula
+guiders    the modular pipeline under diffusers' `SkipLayerGuidance`, which also makes separate passes
+reference  the authors' code (path to a checkout)
 stgfast    `stgfast.accelerate`
-split      the same, with no more rows in a block at once than the pipeline's own call has
-auto       the same, with all layers attending by what is fastest for their shape
+split      the same, with no more rows in a block at once than in the pipeline's own call
+auto       the same, with the fastest attention for each shape in all layers
 compiled   the same, with the model's blocks compiled
-graphs     the same, with what a block launches recorded as a CUDA graph
-fastest    the same, with the attention of diffusers' that was measured to be the fastest
-reuse      as stgfast, with the weak branch computed in every second step: another result
+graphs     the same, with the launches of a block recorded as a CUDA graph
+fastest    the same, with the fastest of diffusers' attention backends, as measured
+reuse      stgfast with the perturbed branch computed in each second step: another result
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ OFF = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 1.0, "audio_m
 
 
 class Seconds(NamedTuple):
-    """Of a clip, and of one of its steps."""
+    """The seconds of a clip, and of one of its steps."""
 
     clip: float
     step: float
 
 
 class Bench:
-    """One model, and the ways in which its clip can be made."""
+    """One model, and the ways to make its clip."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Bench:
         self.drawn: dict[Any, dict[str, Any]] = {}  # what is given to the pipeline, by the point that is measured
 
     def variants(self) -> tuple[str, ...]:
-        """Those that there are for this model."""
+        """The variants of this model."""
         there = {"guiders": bool(self.model.modular), "graphs": self.device == "cuda"}
         there["reference"] = bool(self.checkout and any(self.model.reference))
         if self.adapter.protocol == "announced":
@@ -113,19 +113,18 @@ class Bench:
         return made
 
     def timed(self, variant: str) -> Seconds:
-        """What is done but once is done when the first step ends, which is not timed."""
+        """Time a clip. What is done only once happens in the first step, which is not timed."""
         moments, ends = self._watched(variant)
         return Seconds(moments[-1], (moments[ends[-1]] - moments[ends[0]]) / (len(ends) - 1))
 
     def parts(self, variant: str) -> list[list[float]]:
-        """Of every step but the first, how long each of its parts takes: modules that have no parts of their own, and
-        what is between them."""
+        """The seconds of each part of each step but the first: modules without parts, and what is between them."""
         moments, ends = self._watched(variant, parts=True)
         taken = [after - before for before, after in pairwise(moments)]
         return [taken[first:last] for first, last in pairwise(ends)]
 
     def _watched(self, variant: str, parts: bool = False) -> tuple[list[float], list[int]]:
-        """Moments of a clip, and which of them end a step, as the scheduler tells."""
+        """The times within a clip, and which of them end a step, from the scheduler."""
         scheduler, watch, ends = self.pipe.scheduler, Stopwatch(self.device), list[int]()
         step = type(scheduler).step
 
@@ -199,11 +198,11 @@ class Bench:
         return self._accelerated(self._reusing())
 
     def auto(self) -> Tensor:
-        """Every layer attends by what is fastest for its shape."""
+        """Each layer uses the fastest attention for its shape."""
         return self.stgfast(attention=AUTO)
 
     def compiled(self) -> Tensor:
-        """Of which the first call compiles: it is the warm-up."""
+        """Compiled blocks; the first call compiles, as warm-up."""
         return self.stgfast(compile={"backend": self.backend})
 
     def graphs(self) -> Tensor:
@@ -241,7 +240,9 @@ class Bench:
         return min(times, key=lambda name: times[name])
 
     def guiders(self) -> Tensor:
-        """Its blocks are those that make latents of embeddings; its guider skips in the first step too."""
+        """The modular pipeline, with the blocks that make latents from embeddings. Its guider also skips in the
+        first step.
+        """
         import diffusers
         from diffusers.hooks import LayerSkipConfig
 
@@ -289,7 +290,7 @@ class Bench:
             restore(self.pipe)
 
     def block_rows(self, variant: str) -> list[float]:
-        """What a variant computes of every block in a step that is timed, by the planner, or by its own scheme."""
+        """The rows that a variant computes in each block of a timed step, from the planner or from its own scheme."""
         explained = self.explained(variant)
         depth = explained.depth
         if variant == "stock":
@@ -304,7 +305,7 @@ class Bench:
         return len(_plans(self.explained())[-1])
 
     def costs(self) -> tuple[list[int], int]:
-        """The arithmetic of every block on the same rows, and how many tokens of a sample the first one sees."""
+        """The arithmetic of each block on the same rows, and the number of tokens of a sample in the first one."""
         names = {module: name for name, module in self.denoiser.named_modules()}
         with self._first_block() as given:
             counts = by_module(self.at(steps=FEWEST).stock)
@@ -316,7 +317,7 @@ class Bench:
         return costs, state.numel() // (channels * rows)
 
     def arithmetic(self, variant: str) -> Arithmetic:
-        """Of one step."""
+        """The arithmetic of one step."""
         counted = arithmetic(functools.partial(self.at(steps=FEWEST).make, variant))
         return Arithmetic(*(count // FEWEST for count in counted))
 
@@ -328,7 +329,7 @@ class Bench:
         guidance: Guidance | None = None,
         steps: int | None = None,
     ) -> Bench:
-        """The same model, at another point."""
+        """The same model with other sizes or settings."""
         other = copy.copy(self)
         other.prompts, other.frames = prompts or self.prompts, clip or self.frames
         other.guidance, other.steps = guidance or self.guidance, steps or self.steps
@@ -336,7 +337,7 @@ class Bench:
 
     @contextmanager
     def _first_block(self) -> Iterator[list[inspect.BoundArguments]]:
-        """What the first block is given within, call after call."""
+        """Record the arguments of the first block within the block, call by call."""
         first, given = self.layout.units[0].module, list[inspect.BoundArguments]()
         signature = inspect.signature(first.forward)
 
@@ -368,14 +369,14 @@ class Bench:
             restore(self.pipe)
 
     def _clip(self, pipe: Any = None, **changes: Any) -> Tensor:
-        """All that the pipeline makes, as numbers in a row."""
+        """Everything that the pipeline returns, as one tensor."""
         torch.manual_seed(0)  # some schedulers draw noise that no pipeline gives them a generator for
         with torch.no_grad():
             output = (pipe or self.pipe)(**{**self.arguments(), **changes})
         return torch.cat([part.flatten() for part in output.values()])
 
     def _by(self, scheme: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Tensor:
-        """The clip, with the denoiser called in another way."""
+        """The clip, with another way to call the denoiser."""
         forward = self.denoiser.forward
         with mock.patch.object(self.denoiser, "forward", functools.wraps(forward)(scheme(forward))):
             return self._clip()
@@ -426,7 +427,7 @@ class Bench:
         return after_one
 
     def _weak(self, forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """Every weak branch, by itself."""
+        """Each perturbed branch in a pass of its own."""
         made = []
         for part in self._guidance.perturbations:
             with self._weakened(part, 0, 1):
@@ -465,7 +466,7 @@ class Bench:
 
     @contextmanager
     def _weakened(self, part: Perturbation, branch: int, of: int) -> Iterator[None]:
-        """Within the block, one of the stack's branches is weak, after all of them were computed."""
+        """Perturb one branch of the stack within the block, after all branches were computed."""
         with ExitStack() as stack:
             for unit in self.layout.units:
                 if unit.layer not in part.layers:
@@ -475,7 +476,7 @@ class Bench:
             yield
 
     def _weak_modules(self, unit: Unit, part: Perturbation) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-        """What changes, and what it gives instead."""
+        """The modules that change, and their replacements' outputs."""
         if part.kind == RESIDUAL:
             signature = inspect.signature(unit.module.forward)
 
@@ -491,12 +492,12 @@ class Bench:
 
 
 def _plans(explained: Explanation) -> list[tuple[Plan, ...]]:
-    """Of every step, where all phases are alike."""
+    """The plans of each step, if all phases are equal."""
     return [plans for phase in explained.phases for count, plans in phase.kinds for _ in range(count)]
 
 
 def _without_progress(blocks: Any) -> None:
-    """A modular pipeline hands this on to its own blocks, but not to the blocks of these."""
+    """Switch off progress bars: a modular pipeline only passes this on to its own blocks, not to theirs."""
     for block in getattr(blocks, "sub_blocks", {}).values():
         if hasattr(block, "progress_bar"):
             block.set_progress_bar_config(disable=True)
@@ -504,7 +505,7 @@ def _without_progress(blocks: Any) -> None:
 
 
 def _mixed(forward: Callable[..., Any], weak: Callable[..., Any], branch: int, of: int) -> Callable[..., Any]:
-    """One branch of what is computed, replaced."""
+    """A computed stack with one branch replaced."""
 
     def mixed(*args: Any, **kwargs: Any) -> Any:
         made, others = forward(*args, **kwargs), weak(*args, **kwargs)

@@ -1,10 +1,10 @@
-"""How good are clips, and what did guidance do to them?
+"""Measure clips, and what guidance changes about them.
 
-measures.py    what is measured of one clip
-statistics.py  what many clips say together, and how sure that is
-run.py         the clips of an output folder, setting by setting
+measures.py    measures of one clip
+statistics.py  statistics over many clips, with intervals
+run.py         the clips of an output folder, by setting
 command.py     `stgfast evaluate`
-judged.py      what is measured of clips of the toy model
+judged.py      measures for clips of the toy model
 study.py       what guidance does to that model
 """
 

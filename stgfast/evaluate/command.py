@@ -1,4 +1,4 @@
-"""`stgfast evaluate`: its arguments, and what it prints."""
+"""`stgfast evaluate`: its arguments and output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured of clips of the toy model, beside what can be said of any: do they show what their prompt says?"""
+"""Measures for clips of the toy model: those of any clip, and whether a clip shows what its prompt says."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from stgfast.toy.judge import ATTRIBUTES, Judge, load, right, track
 
 
 def seen(judge: Judge, frames: Frames, prompt: str) -> Measured:
-    """Beside what can be said of any clip:
+    """Measures beside those of any clip.
 
-    colour, ...  the share of what the prompt says of it that is seen; `right` where all of it is
-    speed        of a shape that moves, pixels a frame
-    jerk         how far a shape is from the middle between where it was and where it will be, pixels
-    lost         the share of frames in which the shape's colour is not found
+        colour, ...  the fraction of what the prompt says about it that is seen; `right` is 1 if all of it is
+        speed        of a moving shape, in pixels per frame
+        jerk         the distance of a shape from the middle between its positions one frame before and after, in pixels
+        lost         the fraction of frames in which the shape's colour is not found
 
-    The last three are of clips with one shape; what a prompt in other words asks for is not known.
+    The last three are for clips with one shape. A prompt in other words has no measures.
     """
     clip = torch.from_numpy(frames).permute(0, 3, 1, 2).float()[None] / 255
     reading = judge(clip)

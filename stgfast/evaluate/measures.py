@@ -1,14 +1,13 @@
-"""What is measured of one clip, without weights of any kind.
+"""Measures of one clip that need no weights.
 
-    dynamics    how much a pixel changes from one frame to the next
-    flicker     how much it jumps there and back: what it differs from the mean of its neighbours in time, the median
-                over time, so that what moves past counts little
+    dynamics    the change of a pixel from one frame to the next
+    flicker     the median over time of |frame - mean of its two neighbors|, so that passing objects count little
     sharpness   the steepness of edges
     contrast    the spread of brightness within frames
     saturation  the spread between red, green and blue
-    clipped     the share of values that are as dark or as bright as can be; strong guidance burns them out
+    clipped     the fraction of values at the darkest or brightest level, which strong guidance increases
 
-All in brightness from 0 to 1. A clip's features, for the diversity of seeds, are a few frames made small.
+All use brightness from 0 to 1. A clip's features, for the diversity of seeds, are a few small frames.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ class Measured:
 
 @dataclass(frozen=True)
 class Measure:
-    """What is measured of clips. `real`, where there is one, is what their features should be spread like."""
+    """The measures of a clip. `real` is the distribution that its features should have, if there is one."""
 
     of: Callable[[Frames, str], Measured]  # of a clip and its prompt
     real: Cloud | None = None
 
 
 def plain(frames: Frames, prompt: str = "") -> Measured:
-    """What can be said of any clip."""
+    """The measures of any clip."""
     pixels = frames.astype(np.float32) / 255
     grey = pixels.mean(-1)
     values = {
@@ -62,7 +61,7 @@ def _flicker(grey: np.ndarray) -> float:
 
 
 def _thumbnails(pixels: np.ndarray) -> Array:
-    """Means over the fields of a grid, of frames from the first to the last."""
+    """Frames from the first to the last, averaged over the fields of a grid."""
     chosen = pixels[np.linspace(0, len(pixels) - 1, MOMENTS).round().astype(int)]
     rows, columns = (np.linspace(0, side, THUMBNAIL + 1).round().astype(int) for side in chosen.shape[1:3])
     sums = np.add.reduceat(np.add.reduceat(chosen, rows[:-1], axis=1), columns[:-1], axis=2)

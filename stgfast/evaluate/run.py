@@ -1,6 +1,6 @@
-"""The clips of an output folder, measured and summed up: every setting beside CFG alone, by prompt and seed.
+"""Measure the clips of an output folder, and compare each setting with CFG alone, by prompt and seed.
 
-A setting is all that a job says but prompt, image, seed and name.
+A setting is everything in a job except prompt, image, seed and name.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ APART = ("prompt", "negative_prompt", "image", "image_sha256", "seed", "name")  
 
 @dataclass(frozen=True)
 class Setting:
-    """Clips that were made alike."""
+    """Clips with the same setting."""
 
     job: Mapping[str, Any]  # what they share, as data
     clips: dict[Clip, Measured] = field(default_factory=dict)
@@ -48,13 +48,13 @@ class Setting:
 
     @property
     def base(self) -> str:
-        """The key of the same with CFG alone."""
+        """The key of the same setting with CFG alone."""
         return _key({**self.job, "guidance": Guidance().to_dict()})
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What the clips of one setting say."""
+    """The statistics of one setting."""
 
     name: str
     job: Mapping[str, Any]
@@ -71,17 +71,19 @@ class Evaluation:
     left_out: int  # jobs without a clip
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; what is not known is None."""
+        """Plain data, with None for what is not known."""
         settings = [_plain(dataclasses.asdict(summary)) for summary in self.summaries]
         return {"left_out": self.left_out, "settings": settings}
 
     def page(self) -> str:
-        """All of it, drawn: one static file."""
+        """The evaluation as one static page."""
         before, after = halves("stgfast.evaluate", "page.html")
         return f"{before}{safe(json.dumps(self.to_dict(), allow_nan=False))}{after}"
 
     def table(self, names: Sequence[str] = ()) -> str:
-        """In markdown. A number that differs from CFG alone, as far as can be told, has the sign of the difference."""
+        """The evaluation in markdown. A number that differs significantly from CFG alone has the sign of the
+        difference.
+        """
         known = list(dict.fromkeys(name for summary in self.summaries for name in summary.estimates))
         unknown = [name for name in names if name not in known]
         if unknown:
@@ -123,7 +125,7 @@ def evaluate(
 
 
 def clips_of(out: Path) -> tuple[list[Row], int]:
-    """The jobs whose clips are there, and how many others there are."""
+    """The jobs whose clips exist, and the number of others."""
     if not (out / FOLDER / "jobs.db").is_file():
         raise wrong("folder", str(out), "one that stgfast render or stgfast sweep rendered into")
     with Store(out) as store:
@@ -137,7 +139,7 @@ def clips_of(out: Path) -> tuple[list[Row], int]:
 def measured(
     out: Path, done: Iterable[Row], measure: Measure, told: Callable[[int], None] | None = None
 ) -> dict[str, Setting]:
-    """By what their jobs have in common."""
+    """The measured clips by setting."""
     settings: dict[str, Setting] = {}
     for count, row in enumerate(done, 1):
         data = {name: value for name, value in row.job.to_dict().items() if name not in APART}
@@ -150,7 +152,7 @@ def measured(
 
 
 def measure_for(models: Iterable[str]) -> Measure:
-    """A model may come with a measure of its own; clips of several models have the plain one in common."""
+    """The measure of a model, if it has one. Clips of several models have the plain measure in common."""
     if set(models) == {"toy"}:
         from stgfast.evaluate.judged import measure
 
@@ -159,7 +161,7 @@ def measure_for(models: Iterable[str]) -> Measure:
 
 
 def summed_up(settings: Mapping[str, Setting], real: Cloud | None) -> tuple[Summary, ...]:
-    """By the key of a setting; those with CFG alone are what the others are held against."""
+    """The summaries by setting; those with CFG alone are the base of the others."""
     names = _names(settings)
     summaries = []
     for key, setting in settings.items():
@@ -184,8 +186,8 @@ Statistics = dict[str, Callable[[Chosen], float]]
 
 
 def _statistics(clips: Mapping[Clip, Measured], real: Cloud | None) -> tuple[Statistics, NDArray[np.int64]]:
-    """Every number as a function of which clips it is of, and the units that stay together: prompts, or seeds where
-    there are more of those.
+    """Each number as a function of a set of clips, and the units that stay together: prompts, or seeds if there are
+    more of those.
     """
     prompts, seeds = (np.unique([clip[n] for clip in clips], return_inverse=True)[1] for n in range(2))
     units = prompts if prompts.max() >= seeds.max() else seeds
@@ -220,7 +222,7 @@ def _less(of: Callable[[Chosen], float], than: Callable[[Chosen], float], chosen
 
 
 def _names(settings: Mapping[str, Setting]) -> dict[str, str]:
-    """Settings in words: their guidance, and what not all of them have alike."""
+    """Settings in words: their guidance, and the fields in which they differ."""
     flat = {key: _flat(setting.job) for key, setting in settings.items() if not setting.name}
     every = {name for given in flat.values() for name in given}
     varied = sorted(name for name in every if len({json.dumps(given.get(name)) for given in flat.values()}) > 1)
@@ -237,7 +239,7 @@ def _names(settings: Mapping[str, Setting]) -> dict[str, str]:
 
 
 def _flat(job: Mapping[str, Any]) -> dict[str, Any]:
-    """A job's fields and arguments of the pipeline, but for its guidance."""
+    """The fields of a job and the arguments of its pipeline, without guidance."""
     return {
         **{name: value for name, value in job.items() if name not in ("guidance", "pipeline")},
         **job.get("pipeline", {}),

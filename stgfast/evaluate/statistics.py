@@ -1,8 +1,8 @@
-"""What many clips say together, and how sure that is: means, diversity, Fréchet distance, each with its interval.
+"""Statistics over many clips: means, diversity, Fréchet distance, each with its interval.
 
-Intervals are 95% ones of a delete-a-group jackknife: the number is computed again without each of up to 32 groups of
-clips in turn. It holds for numbers that are no means, and for the difference of two settings over the same prompts and
-seeds, which is known far better than either number.
+Intervals are 95%, from a delete-a-group jackknife: the number is computed again without each of up to 32 groups of
+clips. This also works for numbers that are not means, and for the difference of two settings over the same prompts and
+seeds, which is known much better than each number.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ Chosen = NDArray[np.bool_]  # which clips a number is of
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, and by how much it may be off; NaN where there are too few clips to say."""
+    """A number and the half-width of its interval; NaN if there are too few clips."""
 
     value: float
     half: float
 
     @property
     def apart(self) -> bool:
-        """Whether it is not 0, as far as can be told."""
+        """Whether it differs significantly from 0."""
         return abs(self.value) > self.half
 
     @property
     def sign(self) -> str:
-        """Of a difference, as far as there is one."""
+        """The sign of a significant difference, else ""."""
         return "" if not self.apart else " ▲" if self.value > 0 else " ▼"
 
     def __str__(self) -> str:
@@ -42,7 +42,7 @@ class Estimate:
 
 
 def estimated(statistic: Callable[[Chosen], float], units: NDArray[np.int64]) -> Estimate:
-    """`statistic` of all clips. Those of one unit, such as a prompt, stay together."""
+    """The estimate of `statistic` over all clips. Clips of one unit, such as a prompt, stay together."""
     value = statistic(np.ones(len(units), dtype=bool))
     groups = np.unique(units, return_inverse=True)[1] % GROUPS
     count = int(groups.max()) + 1 if len(groups) else 0
@@ -67,13 +67,13 @@ def quantile(freedom: int) -> float:
 
 
 def mean(values: Array) -> float:
-    """Of those there are: a clip may have nothing to measure."""
+    """The mean of existing values: a clip may have none."""
     there = values[np.isfinite(values)]
     return float(there.mean()) if len(there) else math.nan
 
 
 def diversity(features: Array, prompts: NDArray[np.int64]) -> float:
-    """How far clips of one prompt are from one another: root mean square, averaged over prompts."""
+    """The distance between clips of one prompt: root mean square, averaged over prompts."""
     spreads = []
     for prompt in np.unique(prompts):
         own = features[prompts == prompt]
@@ -84,7 +84,7 @@ def diversity(features: Array, prompts: NDArray[np.int64]) -> float:
 
 @dataclass(frozen=True)
 class Cloud:
-    """What Fréchet distance takes features for: a normal distribution."""
+    """The normal distribution of features, for the Fréchet distance."""
 
     mean: Array
     root: Array  # of the covariance
@@ -100,7 +100,7 @@ class Cloud:
         return cls(mean, root)
 
     def distance(self, features: Array) -> float:
-        """Fréchet's, squared as everywhere. It falls with the number of clips: compare equal numbers."""
+        """The Fréchet distance, squared as usual. It falls with the number of clips, so compare equal numbers only."""
         if len(features) < 2:
             return math.nan
         covariance = np.cov(features, rowvar=False)

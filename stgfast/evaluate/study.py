@@ -1,11 +1,11 @@
-"""Does STG do here what its paper says? CFG at several scales beside CFG and STG, judged by the toy model's own data.
+"""Study whether STG does what its paper says: CFG at several scales with and without STG, judged on the toy model.
 
-    python -m stgfast.evaluate.study tuning --out DIR      many settings, few clips: what to choose
+    python -m stgfast.evaluate.study tuning --out DIR      many settings, few clips: to choose settings
     python -m stgfast.evaluate.study reported --out DIR    the chosen ones, 1,024 clips each, on other prompts and seeds
 
-Clips are rendered as any folder of jobs is, so that a study goes on where it was stopped; a table and all numbers come
-out at the end. Beside what the model renders stand clips that are drawn, for the same prompts, and the same through the
-model's VAE: as good as it can be.
+Clips are rendered like any folder of jobs, so a study continues where it was stopped. At the end it prints a table and
+writes all numbers. The table also has drawn clips for the same prompts, directly and through the model's VAE: the best
+that the model could do.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SEEDS = 4  # of every prompt
 
 @dataclass(frozen=True)
 class Study:
-    """Which clips, and which settings: CFG scales with the guidance beside each."""
+    """The clips and settings of a study: CFG scales, each with its guidance."""
 
     seed: int  # of prompts, and of noise
     prompts: int
@@ -74,7 +74,7 @@ EARLY, LATER = perturbed(RESIDUAL, 4, 1.0), perturbed(RESIDUAL, 8, 1.0)
 
 
 def tuning() -> Study:
-    """Every second layer, of both kinds, beside a good CFG scale, and some of them without CFG."""
+    """Each second layer, of both kinds, at a good CFG scale, and some of them without CFG."""
     grid = [
         (cfg, perturbed(kind, layer, scale))
         for cfg, kinds, layers, scales in (
@@ -89,7 +89,9 @@ def tuning() -> Study:
 
 
 def reported() -> Study:
-    """What the README says, of what was chosen by the study before; and what that showed to be weaker, or to hurt."""
+    """The settings that the README reports: those chosen by the tuning study, and those that it found to be weak or
+    harmful.
+    """
     usual = toy.CALL["guidance_scale"]
     return Study(
         seed=202,
@@ -128,7 +130,7 @@ def run(study: Study, out: Path) -> Evaluation:
 
 
 def as_drawn(study: Study, clips: Sequence[Clip], judged: Measure, vae: Any) -> tuple[Setting, Setting]:
-    """For the same prompts: what the model was trained to make, and what its VAE leaves of that."""
+    """Drawn clips for the same prompts, directly and through the VAE."""
     drawn, through = Setting({}, name="as drawn"), Setting({}, name="as drawn, through the VAE")
     for number, clip in enumerate(clips):
         prompt = json.loads(clip[0])[0]

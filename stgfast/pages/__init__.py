@@ -1,10 +1,10 @@
-"""Pages: each a template, in which a line such as `// common.js` stands for a part that several of them share.
+"""Pages: templates in which a line such as `// common.js` stands for a part that several pages share.
 
-common.css, common.js                of pages of plots
-clips.css, clips.js, compare.html    of pages of clips
+    common.css, common.js                for pages with plots
+    clips.css, clips.js, compare.html    for pages of clips
 
-What comes from elsewhere is data there and never markup: the script puts it in as text alone. Pages that are opened
-from disk have their data in them as JSON.
+Content from job files is data, never markup: scripts insert it as text only. Pages that are opened from disk contain
+their data as JSON.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def whole(package: str, name: str) -> str:
 
 
 def halves(package: str, name: str) -> tuple[str, str]:
-    """What comes before the data of a page, and what comes after."""
+    """The parts of a page before and after its data."""
     before, after = whole(package, name).split(MARK)
     return before, after
 
 
 def safe(text: str) -> str:
-    """JSON that cannot end the element that it stands in."""
+    """JSON that cannot end the element that contains it."""
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

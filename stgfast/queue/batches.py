@@ -1,4 +1,4 @@
-"""Which jobs are rendered together, and how many: those whose calls differ in nothing but prompt, seed and rows."""
+"""Which jobs are rendered together, and how many: those whose calls differ only in prompt, seed and rows."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ class Task:
 class Batch:
     """Jobs that are rendered in one call.
 
-    shape   what the memory of a clip depends on, and the device
-    lonely  the process that renders it has no other batch meanwhile: should the process die, it is known of what
-    limit   seconds that the batch may take, or None where nothing is known yet: then `quiet` holds
-    quiet   seconds that the batch may go without a sign of progress
+    Attributes:
+        shape: what the memory of a clip depends on, beside the device.
+        lonely: the process that renders it has no other batch, so that the cause is known if the process dies.
+        limit: the seconds that the batch may take; None if nothing is known yet, and then `quiet` applies.
+        quiet: the seconds that the batch may take without progress.
     """
 
     tasks: tuple[Task, ...]
@@ -42,13 +43,13 @@ class Batch:
 
 
 def takes_more(batches: Iterable[Batch], most: int) -> bool:
-    """Whether a process that has these takes another one: none beside a lonely batch, and not more than so many."""
+    """Whether a process with these batches takes another one: not beside a lonely batch, and only up to a number."""
     there = list(batches)
     return len(there) < most and not any(batch.lonely for batch in there)
 
 
 def stack_of(job: Job, images: str = "") -> str:
-    """Jobs with the same are one call of the pipeline, which takes images as its adapter says."""
+    """A key: jobs with the same key can be one call of the pipeline, which takes images as its adapter says."""
     data = job.to_dict()
     apart = {name: data.get(name) for name in ("width", "height", "num_frames", "steps", "guidance", "pipeline")}
     apart["negative"] = job.negative_prompt is not None  # pipelines have a negative prompt of their own
@@ -62,7 +63,7 @@ def stack_of(job: Job, images: str = "") -> str:
 
 
 def shape_of(job: Job) -> str:
-    """What decides how much memory a clip takes, in short: its size, and how many branches guide it."""
+    """A key for the memory that a clip needs: its size, and the number of branches."""
     size = " x ".join("?" if side is None else str(side) for side in (job.num_frames, job.height, job.width))
     branches = "" if job.guidance is None else f", {len(job.guidance.perturbations)} weak"
     return f"{size}{branches}{', image' if job.image else ''}"

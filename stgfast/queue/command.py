@@ -1,7 +1,7 @@
-"""`stgfast status`, `add`, `cancel`, `pause`, `resume`, `retry`, `priority`: a folder, asked and told from any shell.
+"""`stgfast status`, `add`, `cancel`, `pause`, `resume`, `retry`, `priority`: work with a folder from any shell.
 
-Exit codes: 0 it was done; 1 no job was meant; 2 the arguments or the jobs are wrong; 3 the folder cannot be used.
-None of them loads torch.
+Exit codes: 0 done; 1 no job was selected; 2 the arguments or the jobs are wrong; 3 the folder cannot be used. None of
+them loads torch.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def run_status(arguments: argparse.Namespace) -> int:
 
 
 def table(status) -> str:  # type: ignore[no-untyped-def]
-    """A status for people."""
+    """A status as text."""
     counts = ", ".join(f"{count} {name}" for name, count in status.counts.items() if count) or "no jobs"
     lines = [counts]
     if status.inbox:
@@ -187,7 +187,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Prompts and names come from job files: nothing in them is a command to the terminal."""
+    """Text from job files without control characters, which a terminal might interpret."""
     return "".join(c if c.isprintable() else "�" for c in text)
 
 

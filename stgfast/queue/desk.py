@@ -1,6 +1,6 @@
-"""What is asked of a folder from outside of its runs: jobs are added, cancelled, paused, put first.
+"""Changes of a folder from outside its runs: add, cancel, pause, prioritize jobs.
 
-A run looks at the folder every second and does as it is told. Where none is on, the next one does.
+A run reads the folder each second and follows. If no run is active, the next one does.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from stgfast.queue.words import Words
 
 @dataclass(frozen=True)
 class Choice:
-    """Which jobs are meant.
+    """A selection of jobs.
 
-    names     of clips, with or without their ending; * stands for any letters
-    words     that prompt and name have, all of them, in any order
-    statuses  that they have
-    every     all of the folder
+    Attributes:
+        names: names of clips, with or without extension; * stands for any letters.
+        words: words that prompt and name must all contain, in any order.
+        statuses: statuses of the jobs.
+        every: all jobs of the folder.
     """
 
     names: Sequence[str] = ()
@@ -52,10 +53,11 @@ class Choice:
 
 
 class Desk(State):
-    """A folder's state for a command, as a context manager. Its process is no runner.
+    """The state of a folder for a command, as a context manager. Its process is not a runner.
 
-    create  the folder, where it is not there
-    check   that the state is not damaged, which reads all of it
+    Attributes:
+        create: make the folder if it does not exist.
+        check: check that the state is not damaged, which reads all of it.
     """
 
     def __init__(self, out: Path, *, create: bool = False, check: bool = True):
@@ -78,10 +80,10 @@ class Desk(State):
     def add(
         self, jobs: Path | Iterable[Mapping[str, Any]], *, priority: int | None = None, words: Words | None = None
     ) -> tuple[int, list[Bad]]:
-        """Put jobs into the folder's inbox: how many, and what is wrong with others. All of them, or none.
+        """Add jobs to the folder's inbox, all of them or none. Returns their number, and the errors.
 
-        The prompts of mappings are taken as they are, or have choices and variables with `words`. What depends on the
-        model is checked by the run that takes them up; it refuses those that the model cannot do.
+        Prompts of mappings are used as they are, or have choices and variables with `words`. The run that claims them
+        checks what depends on the model, and refuses jobs that the model cannot do.
         """
         if isinstance(jobs, Path):
             lines = read_packed(jobs, self.home / PACKED) if is_archive(jobs) else read(jobs)
@@ -110,7 +112,7 @@ class Desk(State):
         return count, []
 
     def again(self, file: str, changes: Mapping[str, Any]) -> list[Bad]:
-        """Add a job of the folder once more, with some fields changed, or left out where they are None."""
+        """Add a job of the folder again, with some fields changed, or left out if they are None."""
         row = self.connection.execute("SELECT job, model FROM jobs WHERE file = ?", (file,)).fetchone()
         if row is None:
             raise wrong("name", shown(file), "a clip of this folder")
@@ -122,30 +124,30 @@ class Desk(State):
         return bad
 
     def models(self) -> list[str]:
-        """Those of its jobs, and of the runs that are on."""
+        """The models of its jobs, and of active runs."""
         query = "SELECT model FROM jobs UNION SELECT model FROM runs ORDER BY model"
         return [str(row[0]) for row in self.connection.execute(query)]
 
     def dismiss(self) -> int:
-        """Forget added jobs that were refused: how many."""
+        """Remove refused jobs, and return their number."""
         return self.connection.execute("DELETE FROM inbox WHERE error IS NOT NULL").rowcount
 
     def cancel(self, choice: Choice) -> list[str]:
-        """Jobs that are not done are not rendered; a clip that is being made is thrown away."""
+        """Cancel jobs that are not done. A clip in progress is discarded."""
         with self.transaction():
             found = self._found(choice, (PENDING, CLAIMED, FAILED))
             self._change(found, "status = 'cancelled', runner = NULL, error = NULL")
             return self._named(found) + self._of_inbox(choice, "DELETE FROM inbox WHERE id = ?")
 
     def retry(self, choice: Choice) -> list[str]:
-        """Jobs that failed or were cancelled are rendered after all."""
+        """Render failed or cancelled jobs after all."""
         with self.transaction():
             found = self._found(choice, (FAILED, CANCELLED))
             self._change(found, f"{RETRIED}, added = 1")
             return self._named(found)
 
     def pause(self, choice: Choice | None = None) -> list[str]:
-        """These jobs are not begun, or none of the folder."""
+        """Do not start these jobs, or none of the folder."""
         return self._paused(choice, 1)
 
     def resume(self, choice: Choice | None = None) -> list[str]:
@@ -161,7 +163,7 @@ class Desk(State):
             return self._named(found) + self._of_inbox(choice, f"UPDATE inbox SET paused = {paused} WHERE id = ?")
 
     def prioritise(self, choice: Choice, priority: int) -> list[str]:
-        """Jobs of a higher priority are begun first."""
+        """Start jobs with a higher priority first."""
         check_number("priority", priority, -MAX_PRIORITY, MAX_PRIORITY)
         with self.transaction():
             found = self._found(choice, (PENDING, CLAIMED, FAILED, CANCELLED))
@@ -170,7 +172,7 @@ class Desk(State):
             return self._named(found) + self._of_inbox(choice, change)
 
     def has_added(self) -> bool:
-        """Whether there are jobs that were added and are not rendered yet."""
+        """Whether added jobs are not rendered yet."""
         query = "SELECT 1 FROM inbox WHERE error IS NULL UNION SELECT 1 FROM jobs WHERE added AND status != 'done'"
         return self.connection.execute(f"{query} LIMIT 1").fetchone() is not None
 
@@ -185,7 +187,7 @@ class Desk(State):
         self.connection.executemany(change, [(row["id"],) for row in rows])
 
     def _of_inbox(self, choice: Choice, change: str) -> list[str]:
-        """Jobs that no run has looked at: their names, where they have any, else their prompts."""
+        """Jobs that no run has read: their names if they have any, else their prompts."""
         query = "SELECT id, json_extract(entry, '$.name') AS name, json_extract(entry, '$.prompt') AS prompt FROM inbox"
         rows = self.connection.execute(f"{query} ORDER BY id").fetchall()
         meant = [row for row in rows if choice.means(row["name"] or "", row["prompt"] or "", PENDING)]

@@ -1,4 +1,4 @@
-"""How long jobs will take, and how many bytes, by clips of the same shapes that were rendered before."""
+"""Estimates of how long jobs will take, and how many bytes, from finished clips of the same shapes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from stgfast.queue.state import State
 
 @dataclass(frozen=True)
 class Forecast:
-    """What is known of jobs that wait.
+    """The estimate for waiting jobs.
 
-    jobs     how many there are
-    unknown  of how many nothing is known: no clip of their shape was rendered
-    seconds  that the others take on the same devices, without loading the model
-    bytes    of their clips
+    Attributes:
+        jobs: their number.
+        unknown: the number without a finished clip of their shape.
+        seconds: of the others on the same devices, without loading the model.
+        bytes: of their clips.
     """
 
     jobs: int
@@ -29,10 +30,10 @@ class Forecast:
 
 
 def forecast(state: State, waiting: str, past: State) -> Forecast:
-    """For the jobs of a state of which `waiting` is true, by those of `past` that are done.
+    """Estimate the jobs for which `waiting` is true by the finished ones of `past`.
 
-    Clips of the same call but for its prompt and seed are asked first; then those of the same size and number of
-    branches, whose seconds go by steps.
+    Clips of the same call except prompt and seed count first. Then those of the same size and number of branches,
+    scaled by steps.
     """
     each, of = "key, shape, model", "jobs JOIN stacks ON stacks.id = stack"
     query = f"SELECT {each}, COUNT(*) AS count FROM {of} WHERE {waiting} GROUP BY {each}"
@@ -49,7 +50,7 @@ def forecast(state: State, waiting: str, past: State) -> Forecast:
 
 
 def _known(past: State, model: str, key: str, shape: str) -> tuple[float, float] | None:
-    """Seconds and bytes of a clip."""
+    """The seconds and bytes of a clip, or None."""
     done = "FROM jobs JOIN stacks ON stacks.id = stack WHERE status = 'done' AND wall IS NOT NULL AND model = ?"
     wall, size = past.connection.execute(f"SELECT AVG(wall), AVG(bytes) {done} AND key = ?", (model, key)).fetchone()
     if wall is not None:

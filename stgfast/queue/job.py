@@ -1,7 +1,7 @@
-"""A job: one clip that is asked for, and everything about it that can be wrong before a model is known.
+"""A job: one requested clip, and all checks that need no model.
 
-Jobs come from other people. Nothing in one is trusted: prompts and images have limits, the name of an output is one
-harmless word, and what is wrong is said together with what would be right.
+Jobs come from other people, and nothing in one is trusted: prompts and images have limits, and the name of an output is
+one harmless word. Messages say what is wrong together with what is expected.
 """
 
 from __future__ import annotations
@@ -59,12 +59,13 @@ RESERVED = {"index", "index.html"}  # the page about the clips
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Weights that change a model, for one clip.
+    """Weights that change a model for one clip.
 
-    path    a .safetensors file
-    weight  how much of them
-    second  they are for the second of two denoisers, as Wan 2.2 has them
-    sha256  of the file
+    Attributes:
+        path: a .safetensors file.
+        weight: their factor.
+        second: they are for the second of two denoisers, as in Wan 2.2.
+        sha256: the digest of the file.
     """
 
     path: str
@@ -91,18 +92,19 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One clip. What is left out is the pipeline's own.
+    """One clip. Fields that are left out are the pipeline's own.
 
-    prompt, negative_prompt, seed, width, height, num_frames, steps   as everywhere
-    guidance   a `Guidance`, or as data; the name of a preset; left out, the default of the model
-    pipeline   further arguments of the pipeline's call
-    image      for image-to-video: a file
-    name       of the output, without an ending; left out, made of prompt and settings
-    loras      weights that change the model, as `Lora` or as data
-    solver     that makes its steps, of `stgfast.solver`
-    recipe     what `stgfast tune` found, as data: its steps, solver and reuse
-    model      a folder or a name on the hub; left out, the run's own
-    priority   jobs of a higher one are rendered first
+    Attributes:
+        prompt, negative_prompt, seed, width, height, num_frames, steps: as in diffusers.
+        guidance: a `Guidance`, or one as data, or the name of a preset. Default: that of the model.
+        pipeline: further arguments of the pipeline's call.
+        image: a file, for image to video.
+        name: the name of the output without extension. Default: made from prompt and settings.
+        loras: weights that change the model, as `Lora` or data.
+        solver: a solver of `stgfast.solver`.
+        recipe: a recipe of `stgfast tune`, as data.
+        model: a folder or hub name. Default: that of the run.
+        priority: jobs with a higher one are rendered first.
     """
 
     prompt: str = ""
@@ -154,7 +156,7 @@ class Job:
         check_number("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, the same as what `from_dict` takes; what was left out is left out."""
+        """Plain data for `from_dict`, without fields that were left out."""
         return dict(self._data)
 
     @functools.cached_property
@@ -176,15 +178,16 @@ class Job:
         return cls(**data)
 
     def identity(self, model: str, made: Mapping[str, Any] = NOTHING) -> str:
-        """Everything that decides what the clip looks like, in one line: where it is equal, clips are. `made` is what
-        is to be known of the model beside its name."""
+        """Everything that decides what the clip looks like, in one line: clips with equal identity are equal. `made`
+        describes the model beside its name.
+        """
         mine = {name: value for name, value in self.to_dict().items() if name not in ("name", "image", "priority")}
         if self.loras:  # wherever their files are
             mine["loras"] = [{k: v for k, v in lora.to_dict().items() if k != "path"} for lora in self.loras]
         return json.dumps({**mine, "model": model, **made}, sort_keys=True)
 
     def named(self, model: str, made: Mapping[str, Any] = NOTHING) -> Job:
-        """The same job with a name: its own, or one that stays as long as what it asks for."""
+        """The same job with a name: its own, or one that depends on its settings only."""
         if self.name:
             return self
         digest = hashlib.sha256(self.identity(model, made).encode()).hexdigest()[:10]
@@ -198,7 +201,7 @@ NUMBERS = ("seed", "width", "height", "num_frames", "steps", "repeat", "priority
 
 
 def parse_json(text: str) -> Any:
-    """JSON, more strictly than Python: no name twice, no NaN, no nesting without end."""
+    """Parse JSON, more strictly than Python: no duplicate names, no NaN, limited nesting."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -220,7 +223,7 @@ def parse_json(text: str) -> Any:
 
 
 def safe_name(name: object) -> str:
-    """The name of an output: one part of a path, the same file on every system, and none that means something."""
+    """The name of an output: one part of a path that means the same file on each system."""
     if not isinstance(name, str):
         raise wrong("name", name, "text")
     check_text("name", name, MAX_NAME)
@@ -298,7 +301,7 @@ def _check_plain(name: str, given: Mapping[Any, Any]) -> None:
 
 
 def _recipe(given: object, solver: str) -> Mapping[str, Any] | None:
-    """The data of a recipe, but for what was measured of it. What it says is checked where the model is known."""
+    """The data of a recipe without its measurements. Its content is checked when the model is known."""
     if given is None:
         return None
     if solver:
@@ -349,7 +352,7 @@ def _digest_of_lora(path: str, size: int, changed: int) -> str:
 
 
 def _check_image(path: object, digest: str | None) -> str:
-    """What the file holds, by its digest; after it has been read whole."""
+    """The digest of an image, after it was read completely."""
     if not isinstance(path, str):
         raise wrong("image", shown(path), "the name of a file")
     try:
@@ -373,7 +376,7 @@ def _digest_of_image(path: str, size: int, changed: int) -> str:
 
 
 def read_image(path: str) -> Any:
-    """The image as RGB, upright. Its size is known, and bounded, before anything is unpacked."""
+    """The image as RGB, upright. Its size is checked before it is decoded."""
     import warnings
 
     from PIL import Image, ImageOps
@@ -399,7 +402,7 @@ def _slug(prompt: str) -> str:
 
 
 def shown(value: object) -> object:
-    """A value in a message, which stays short whatever came; a number is one, and no text."""
+    """A value for a message: short whatever it is; a number is shown as a number."""
     if isinstance(value, int) and abs(value) > 10**30:
         return "a number of more than 30 digits"
     if isinstance(value, int | float):

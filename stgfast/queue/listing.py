@@ -1,4 +1,4 @@
-"""The jobs of a folder as a page shows them: some at a time, of those that a choice means."""
+"""The jobs of a folder for a page: a selection, in parts."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ ORDERS = {
 
 @dataclass(frozen=True)
 class Entry:
-    """A job of the list, and how far it is.
+    """A job in the list, and its progress.
 
-    version  another one where the clip was made anew
+    Attributes:
+        version: changes when the clip is made again.
     """
 
     row: Row
@@ -35,7 +36,7 @@ class Entry:
 def listed(
     state: State, choice: Choice | None, *, order: str = "listed", offset: int = 0, limit: int = 100
 ) -> tuple[int, list[Entry]]:
-    """How many jobs are meant, all where there is no choice, and some of them in an order."""
+    """The number of selected jobs (all without a choice), and some of them in an order."""
     where, given = "1", []
     if choice is not None and choice.statuses:
         where = f"status IN ({', '.join('?' * len(choice.statuses))})"

@@ -1,9 +1,9 @@
-"""A job file with everything that its jobs need, as one archive that another machine takes.
+"""A job file with everything that its jobs need, as one archive for another machine.
 
-    jobs.jsonl      the jobs, their words chosen
+    jobs.jsonl      the jobs, with their words chosen
     files/<digest>  images and LoRAs
 
-An archive comes from anywhere: what is taken from it is what its jobs name, by digest, and nothing else.
+An archive may come from anywhere: only the files that its jobs name are read, by digest.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MAX_JOBS = 1 << 30  # bytes of a job file
 
 
 def pack(jobs: Path, archive: Path) -> tuple[int, int]:
-    """Put jobs and their files into an archive: how many of each. A bad line stops it."""
+    """Pack jobs and their files into an archive, and return their numbers. A wrong line raises."""
     if not is_archive(archive):
         raise wrong("archive", archive.name, "a name that ends in .zip")
     aside = archive.with_name(f".{archive.name}.{uuid.uuid4().hex[:8]}")
@@ -75,7 +75,7 @@ def is_archive(path: Path) -> bool:
 
 
 def read_packed(archive: Path, folder: Path, *, defaults: Mapping[str, Any] | None = None) -> Iterator[Line | Bad]:
-    """The lines of an archive; their words were chosen when it was made."""
+    """The lines of an archive. Their words were chosen when it was made."""
     found = 0
     for number, given in unpacked(archive, folder):
         found += 1
@@ -88,7 +88,7 @@ def read_packed(archive: Path, folder: Path, *, defaults: Mapping[str, Any] | No
 
 
 def unpacked(archive: Path, folder: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """The entries of an archive, whose files are put into a folder, each once."""
+    """The entries of an archive, with their files extracted into a folder, each once."""
     right = "an archive of stgfast pack"
     try:
         with zipfile.ZipFile(archive) as given:
@@ -130,7 +130,7 @@ def _entry(given: zipfile.ZipFile, raw: bytes, folder: Path) -> dict[str, Any] |
 
 
 def _taken(given: zipfile.ZipFile, member: object, folder: Path, limit: int) -> str:
-    """A member, put into the folder under its digest, which it has to have."""
+    """Extract a member into the folder under its digest, after checking the digest."""
     if not isinstance(member, str) or not MEMBER.fullmatch(member):
         raise wrong("a file of the archive", shown(member), "files/ with a digest and an ending")
     try:

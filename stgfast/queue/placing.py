@@ -1,4 +1,4 @@
-"""Files put in their place: written aside, and then whole under their name, or not there at all."""
+"""Atomic placing of files: written to a temporary place, then moved whole to their name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def publish(aside: Path, final: Path) -> None:
-    """Put a written clip in its place, where nothing is yet."""
+    """Move a written clip to its place, where nothing may be."""
     if os.path.lexists(final):
         raise FileExistsError(errno.EEXIST, "a file that is not of this run is there", str(final))
     os.rename(aside, final)
@@ -17,7 +17,7 @@ def publish(aside: Path, final: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove what was written aside, whatever it is and whether or not it is there."""
+    """Remove a temporary file or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -25,7 +25,7 @@ def discard(path: Path) -> None:
 
 
 def size_of(path: Path) -> int | None:
-    """Bytes of a clip, which may be a folder of pictures; None where it is not there."""
+    """The bytes of a clip, which may be a folder of pictures; None if it does not exist."""
     try:
         if path.is_dir():
             parts = [inner for inner in path.iterdir() if inner.suffix in (".png", ".wav")]  # and no file manager's

@@ -1,6 +1,6 @@
-"""Job files: JSONL, CSV, YAML or text, entry by entry, each as jobs or as what is wrong with it.
+"""Job files in JSONL, CSV, YAML or text: each entry as jobs, or as its error.
 
-Job files come from other people: no line is read without end, and nothing in one stops the others from being read.
+Job files come from other people: no line is read without a limit, and an error in one does not stop the others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VARIABLES = "vars"  # an entry with this field alone is no job
 
 
 class Line(NamedTuple):
-    """A line that asks for clips; with `repeat`, for several."""
+    """A line with jobs; with `repeat`, several from one line."""
 
     number: int
     jobs: tuple[Job, ...]
@@ -48,7 +48,7 @@ class Bad(NamedTuple):
 
 
 def read(path: Path, *, defaults: Mapping[str, Any] | None = None) -> Iterator[Line | Bad]:
-    """The lines of a job file, one at a time. Images and files of words are looked for beside it."""
+    """Read the lines of a job file one by one. Images and word files are relative to it."""
     found = 0
     for number, given, words in entries(path):
         found += 1
@@ -61,7 +61,7 @@ def read(path: Path, *, defaults: Mapping[str, Any] | None = None) -> Iterator[L
 
 
 def entries(path: Path) -> Iterator[tuple[int, dict[str, Any] | str, Words]]:
-    """The entries of a job file as they are written, or what is wrong with them; with the variables that hold there."""
+    """The entries of a job file as written, or their errors; with the variables that apply."""
     reader = FORMATS.get(path.suffix.lower())
     if reader is None:
         raise wrong("job file", path.name, f"a name that ends in {', '.join(FORMATS)}")
@@ -89,7 +89,7 @@ def checked(
     defaults: Mapping[str, Any] | None = None,
     words: Words | None = None,
 ) -> Line | Bad:
-    """One entry, as jobs or as what is wrong with it."""
+    """One entry as jobs, or as its error."""
     try:
         return Line(number, tuple(jobs_of(over(defaults or {}, given), base, words)))
     except (SettingsError, TypeError, ValueError) as error:
@@ -97,7 +97,7 @@ def checked(
 
 
 def over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a job has that does not say otherwise, and what it says; a recipe says how many steps."""
+    """The fields of a job over default fields. A recipe sets the number of steps."""
     kept = dict(defaults)
     if given.get("recipe") is not None:
         kept.pop("steps", None)
@@ -105,7 +105,7 @@ def over(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
 
 
 def jobs_of(given: dict[str, Any], base: Path, words: Words | None = None) -> Iterator[Job]:
-    """The jobs of one entry. Without `words`, prompts are taken as they are."""
+    """The jobs of one entry. Without `words`, prompts are used as they are."""
     check_fields(given, FIELDS)
     repeat = given.pop("repeat", 1)
     check_number("repeat", repeat, 1, MAX_REPEAT)
@@ -136,7 +136,7 @@ def jobs_of(given: dict[str, Any], base: Path, words: Words | None = None) -> It
 
 
 def _beside(base: Path, lora: object) -> object:
-    """A LoRA with its path, which is looked for beside the job file."""
+    """A LoRA with its path, relative to the job file."""
     if isinstance(lora, dict) and isinstance(lora.get("path"), str):
         return {**lora, "path": str(base.resolve() / _local(lora["path"], "path of a LoRA"))}
     return lora
@@ -167,7 +167,7 @@ Entry = tuple[int, "dict[str, Any] | str"]
 
 
 def _lines(file: BinaryIO) -> Iterator[tuple[int, str, str]]:
-    """(number, text, what is wrong). No line is held in memory beyond its limit."""
+    """(number, text, error). No line is held in memory beyond its limit."""
     number = 0
     while raw := file.readline(MAX_LINE + 1):
         number += 1
@@ -184,7 +184,7 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, str, str]]:
 
 
 def _read_text(file: BinaryIO) -> Iterator[Entry]:
-    """One prompt a line; empty lines and lines that begin with # are left out."""
+    """One prompt per line. Empty lines and lines that begin with # are ignored."""
     for number, text, why in _lines(file):
         if why:
             yield number, why
@@ -206,7 +206,7 @@ def _read_jsonl(file: BinaryIO) -> Iterator[Entry]:
 
 
 def _read_csv(file: BinaryIO) -> Iterator[Entry]:
-    """A header with names of fields; `guidance` and `pipeline` as JSON; an empty cell is left out."""
+    """A header with names of fields; `guidance` and `pipeline` are JSON; an empty cell is left out."""
     faults: list[tuple[int, str]] = []
 
     def text() -> Iterator[str]:
@@ -262,13 +262,13 @@ def _cell(name: str, cell: str) -> Any:
 
 
 def _read_yaml(file: BinaryIO) -> Iterator[Entry]:
-    """Lists of mappings, or of prompts, one in each document, read entry by entry."""
+    """Lists of mappings or prompts, one in each document, read entry by entry."""
     import yaml
 
     BETWEEN = yaml.StreamStartEvent, yaml.DocumentStartEvent, yaml.DocumentEndEvent, yaml.SequenceEndEvent
 
     class Loader(yaml.SafeLoader):
-        """Without aliases: a few of them, nested, ask for more memory than there is."""
+        """A loader without aliases: a few nested ones can ask for any amount of memory."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
@@ -277,7 +277,7 @@ def _read_yaml(file: BinaryIO) -> Iterator[Entry]:
             return super().compose_node(parent, index)
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            """No key twice: which of them holds, nobody would see."""
+            """Raise for duplicate keys: nobody would see which one applies."""
             made = super().construct_mapping(node, deep=True)
             if len(made) < len(node.value):
                 keys = [key.value for key, _ in node.value]
@@ -317,7 +317,7 @@ def _read_yaml(file: BinaryIO) -> Iterator[Entry]:
 
 
 class _Bounded(io.RawIOBase):
-    """A file that one entry cannot read without end."""
+    """A file with a limit on the bytes of one entry."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.left = file, MAX_LINE

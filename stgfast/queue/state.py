@@ -1,11 +1,11 @@
-"""The state of an output folder, in SQLite beside the clips: what every job is, who renders it, and how it went.
+"""The state of an output folder, in SQLite beside the clips: each job, its runner, and its result.
 
-    OUT/                    the clips, and nothing else that is not whole
+    OUT/                    the clips, only whole ones
     OUT/.stgfast/jobs.db    this state
-    OUT/.stgfast/packed/    images and LoRAs that came in archives of jobs
-    OUT/.stgfast/<runner>/  what one running process writes before it is whole, and the lock that says it runs
+    OUT/.stgfast/packed/    images and LoRAs from archives of jobs
+    OUT/.stgfast/<runner>/  temporary files of one running process, and the lock that says it runs
 
-Several processes use it at once: runs, and commands that add jobs, cancel some, or look.
+Several processes use it at once: runs, and commands that add jobs, cancel some, or read.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ class State:
         self.out, self.home = out, out / FOLDER
 
     def connect(self, *, check: bool = True) -> None:
-        """Open the state, or make it, and check whether it is damaged. Its files are the folder's own: a link might
-        lead anywhere."""
+        """Open or create the state, and check whether it is damaged. Its files must be in the folder itself: a link
+        might lead anywhere.
+        """
         try:
             for name in ("jobs.db", "jobs.db-wal", "jobs.db-shm"):
                 if (self.home / name).is_symlink():
@@ -104,7 +105,7 @@ class State:
             raise StoreError(f"{self.home / 'jobs.db'}: {error}") from error
 
     def make_home(self) -> None:
-        """The folder, and the one within it that has the state."""
+        """Make the folder, and its subfolder with the state."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             if self.home.is_symlink():
@@ -129,7 +130,7 @@ class State:
             raise StoreError(f"state in {self.home} is damaged ({damage}): move jobs.db away to begin anew")
 
     def _make(self, version: int) -> None:
-        """The tables, from nothing or from those of an older version."""
+        """Make the tables, new or from an older version."""
         if version not in range(VERSION + 1):
             raise StoreError(f"state in {self.home}: got version {version}, expected {VERSION}")
         if version == VERSION:  # another process made it meanwhile
@@ -145,7 +146,7 @@ class State:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All of it or nothing, with no other process in between."""
+        """All or nothing, with no other process in between."""
         self.connection.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -156,7 +157,7 @@ class State:
         self.connection.execute("COMMIT")
 
     def setting(self, name: str) -> str:
-        """A setting of the folder, such as `paused`; '' where it is not set."""
+        """A setting of the folder, such as `paused`; "" if it is not set."""
         found = self.connection.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
         return str(found[0]) if found else ""
 
@@ -166,7 +167,7 @@ class State:
 
 
 def locked(path: Path, *, wait: bool = False) -> int:
-    """A lock on a file, which ends with the process however that ends. The file is no link."""
+    """Lock a file. The lock ends with the process, however that ends. The file must not be a link."""
     import fcntl  # which Windows does not have; there, the rest of the library works
 
     handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -195,5 +196,5 @@ def lock_of_dead(path: Path) -> int | None:
 
 
 def differing(one: dict[str, Any], other: dict[str, Any]) -> str:
-    """Which entries of two differ, in words."""
+    """Which fields of two entries differ, in words."""
     return ", ".join(sorted(name for name in {**one, **other} if one.get(name) != other.get(name)))

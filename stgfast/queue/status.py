@@ -1,4 +1,4 @@
-"""How a folder stands: what runs and how far it is, what waits, how fast it goes, and when it will be done."""
+"""The status of a folder: what runs and how far it is, what waits, the rate, and when it will be done."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HOUR = 3600.0
 
 @dataclass(frozen=True)
 class Running:
-    """A job that is rendered now."""
+    """A job that is being rendered."""
 
     file: str
     stage: str
@@ -26,14 +26,15 @@ class Running:
 
 @dataclass(frozen=True)
 class Status:
-    """A folder at one moment.
+    """The status of a folder at one moment.
 
-    runs     the runs that are on: process, host, model, seconds since they began
-    inbox    jobs that were added, and no run has looked at yet
-    strange  clips that are done and look wrong, as black ones do
-    refused  jobs that were added and are wrong for the model, with the reason
-    rate     clips in an hour, by those of the last one; None where there are none
-    seconds  until all is done, at that rate; None where it is not known
+    Attributes:
+        runs: active runs: process, host, model, seconds since their start.
+        inbox: jobs that were added, and no run has read yet.
+        strange: finished clips that look wrong, such as black ones.
+        refused: added jobs that the model cannot do, with the reason.
+        rate: clips per hour, from those of the last one; None if there are none.
+        seconds: until all is done, at that rate; None if it is not known.
     """
 
     counts: dict[str, int]
@@ -53,7 +54,7 @@ class Status:
 
 
 def status_of(state: State, *, shown: int = 20) -> Status:
-    """How a folder stands; `shown` of the running, the refused and the failed are named."""
+    """The status of a folder, with up to `shown` names each of running, refused and failed jobs."""
     query = state.connection.execute
     counts = {
         **dict.fromkeys(STATUSES, 0),
@@ -110,7 +111,7 @@ def status_of(state: State, *, shown: int = 20) -> Status:
 
 
 def _rate(state: State) -> float | None:
-    """Clips in an hour, by those that were finished last: of an hour, or of the runs that are on where that is less."""
+    """Clips per hour, from the last ones: those of an hour, or of the active runs if they are younger."""
     now = time.time()
     query = "SELECT COUNT(*), MIN(finished) FROM jobs WHERE status = 'done' AND finished > ?"
     (began,) = state.connection.execute("SELECT MIN(started) FROM runs").fetchone()

@@ -1,8 +1,8 @@
-"""The state of an output folder as a run sees it, which claims jobs and records what becomes of them.
+"""The state of an output folder for a run, which claims jobs and records their results.
 
-Who is alive is asked of the kernel: a runner holds a lock on its own file, which ends with the process however that
-ends. No clock decides anything. A clip goes from `claimed` over `publishing` (written aside, about to be renamed) to
-`done`; where a runner died in between, the next one finishes the rename or gives the job back.
+The kernel says who is alive: a runner holds a lock on its own file, which ends with the process however that ends. No
+clock decides anything. A clip goes from `claimed` over `publishing` (written to a temporary place, about to be renamed)
+to `done`. If a runner dies in between, the next one finishes the rename or releases the job.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ WAITS = "status = 'pending' AND NOT paused AND jobs.id IN mine"
 
 @dataclass(frozen=True)
 class Row:
-    """One job as it stands."""
+    """One job and its status."""
 
     file: str
     status: str
@@ -58,7 +58,7 @@ class Row:
 
     @classmethod
     def of(cls, row: sqlite3.Row) -> Row:
-        """From the list of the folder."""
+        """A row from the list of the folder."""
         return cls(
             file=row["file"],
             status=row["status"],
@@ -75,8 +75,9 @@ class Row:
 class Store(Taking):
     """One run's view of an output folder, as a context manager: within it, this process is a living runner.
 
-    retries  how often a job is tried again that a process died of
-    adopt    what a clip says it was made of, as `Job.identity`, or None
+    Attributes:
+        retries: how often a job is retried after its process died.
+        adopt: what a clip says it was made from, as `Job.identity`, or None.
     """
 
     def __init__(self, out: Path, *, retries: int = RETRIES, adopt: Callable[[Path], str | None] | None = None):
@@ -124,7 +125,7 @@ class Store(Taking):
 
     @contextmanager
     def _registering(self) -> Iterator[None]:
-        """Runners come, and dead ones are cleared away, one at a time."""
+        """Register a runner and clear dead ones, one process at a time."""
         lock = locked(self.home / "lock", wait=True)
         try:
             yield
@@ -132,19 +133,19 @@ class Store(Taking):
             os.close(lock)
 
     def begin(self, model: str) -> None:
-        """This run is on, and has this model, for whoever looks."""
+        """Record that this run is active with this model."""
         values = (self.runner, os.getpid(), socket.gethostname(), model, time.time())
         change = "INSERT INTO runs VALUES (?, ?, ?, ?, ?) ON CONFLICT (runner) DO UPDATE SET model = excluded.model"
         self.connection.execute(change, values)
 
     def renders_within(self) -> None:
-        """Jobs are rendered in this process, and may take it down."""
+        """Record that jobs are rendered in this process, and may kill it."""
         (self.scratch / WITHIN).touch()
 
     # Rendering
 
     def next_model(self) -> str | None:
-        """That of the waiting job which comes first."""
+        """The model of the first waiting job."""
         query = f"SELECT model FROM jobs WHERE {WAITS} ORDER BY {ORDER} LIMIT 1"
         found = self.connection.execute(query).fetchone()
         return None if found is None else str(found["model"])
@@ -152,16 +153,17 @@ class Store(Taking):
     def claim(
         self, size: int, device: str, *, model: str = "", idle: bool = True, place: str = "", others: bool = False
     ) -> Batch | None:
-        """Take up to `size` waiting jobs that fit together, fewer where memory is known to hold fewer.
+        """Claim up to `size` waiting jobs that fit together; fewer if memory is known to hold fewer.
 
-        model   theirs; of whichever where left out
-        idle    the process that asks renders nothing else
-        place   where it is
-        others  there are other places
+        A job that was being rendered when a process died comes last: if it is the cause, the others are done before. It
+        then has a process for itself, first with similar jobs, and finally alone. If there is another place, it goes
+        there.
 
-        A job that was rendered when a process died goes last: if it is what kills, the others are done before. It then
-        has a process to itself, with others like it first, and at last alone. It goes to another place where there is
-        one.
+        Args:
+            model: their model; any if left out.
+            idle: the asking process renders nothing else.
+            place: the place of that process.
+            others: there are other places.
         """
         if self.setting(PAUSED):
             return None
@@ -192,17 +194,17 @@ class Store(Taking):
 
     @property
     def _alone(self) -> int:
-        """From how many deaths on a job is rendered alone."""
+        """The number of deaths from which a job is rendered alone."""
         return min(2, self.retries)
 
     def slowest(self, model: str, shape: str) -> float | None:
-        """Seconds that a clip of this shape has taken at most in this folder."""
+        """The most seconds that a clip of this shape has taken in this folder."""
         query = "SELECT MAX(took) FROM jobs JOIN stacks ON stacks.id = stack WHERE status = 'done'"
         found = self.connection.execute(f"{query} AND model = ? AND shape = ?", (model, shape)).fetchone()[0]
         return None if found is None else float(found)
 
     def waiting_prompts(self, count: int, model: str) -> list[tuple[str, str | None]]:
-        """Prompt and negative prompt of the jobs that come next, for reading them ahead."""
+        """The prompts and negative prompts of the next jobs, for encoding ahead."""
         query = f"SELECT job FROM jobs WHERE {WAITS} AND model = ? ORDER BY {ORDER} LIMIT ?"
         rows = self.connection.execute(query, (model, count))
         found = (json.loads(row["job"]) for row in rows)
@@ -218,10 +220,10 @@ class Store(Taking):
         form: str = "",
         remark: str = "",
     ) -> tuple[str, str]:
-        """A clip that is written aside becomes the job's output: what the job is then, and why.
+        """Make a written clip the job's output. Returns the job's status and the reason.
 
-        Its name is on record before it is moved. It fails where somebody else's file has that name by now. A job that
-        was cancelled meanwhile stays so.
+        The name is recorded before the move. It fails if another file has that name by now. A job that was cancelled
+        meanwhile stays cancelled.
         """
         took, size = sum(seconds.values()), size_of(aside)
         values = {"seconds": json.dumps(seconds), "took": took, "wall": wall, "bytes": size}
@@ -243,14 +245,15 @@ class Store(Taking):
         return DONE, ""
 
     def fail(self, task: Task, error: str, seconds: Mapping[str, float]) -> bool:
-        """Whether it was still this run's to fail: a job that was cancelled stays so."""
+        """Record a failure. Returns whether the job was still this run's: a cancelled one stays cancelled."""
         change = "UPDATE jobs SET status = 'failed', error = ?, seconds = ?, finished = ?, runner = NULL"
         values = (error, json.dumps(seconds), time.time(), task.id, self.runner)
         return self.connection.execute(f"{change} WHERE id = ? AND runner = ?", values).rowcount > 0
 
     def fail_waiting(self, model: str, error: str, shape: str = "") -> list[str]:
-        """Jobs of this run that wait for this model, and have this shape where it is given, have failed, untried: their
-        files."""
+        """Fail the waiting jobs of this run with this model, and this shape if it is given, without trying them.
+        Returns their files.
+        """
         with self.transaction():
             rows = self.connection.execute(
                 f"SELECT jobs.id, file FROM jobs JOIN stacks ON stacks.id = stack WHERE {WAITS} AND model = ? "
@@ -262,14 +265,14 @@ class Store(Taking):
         return [row["file"] for row in rows]
 
     def give_back(self, tasks: Iterable[Task], *, apart: bool = False, error: str | None = None) -> None:
-        """Claimed jobs wait again; `apart`, each on its own."""
+        """Release claimed jobs; with `apart`, each for a batch of its own."""
         change = "UPDATE jobs SET status = 'pending', runner = NULL, apart = MAX(apart, ?), error = ?"
         with self.transaction():
             values = [(int(apart), error, task.id, self.runner) for task in tasks]
             self.connection.executemany(f"{change} WHERE id = ? AND runner = ?", values)
 
     def died(self, tasks: Iterable[Task], why: str, place: str = "") -> list[tuple[Task, str]]:
-        """Jobs that were rendered by a process that died wait again. Returns those that failed by it."""
+        """Release jobs whose process died. Returns those that failed because of it."""
         with self.transaction():
             ids = {task.id: task for task in tasks}
             marks = ", ".join("?" * len(ids))
@@ -279,7 +282,7 @@ class Store(Taking):
         return failed
 
     def _die(self, row: sqlite3.Row, why: str, place: str) -> str:
-        """A job whose process died waits again, or has failed, and why."""
+        """The status of a job whose process died, waiting or failed, and why."""
         deaths = row["deaths"] + 1
         if row["deaths"] < max(self._alone, self.retries):
             change = "UPDATE jobs SET status = 'pending', runner = NULL, deaths = ?, place = ?, error = ? WHERE id = ?"
@@ -291,12 +294,14 @@ class Store(Taking):
         return error
 
     def bound(self, shape: str, rows: int) -> None:
-        """Remember that no more clips of this shape than these fit into memory."""
+        """Remember that no more clips of this shape fit into memory."""
         change = "INSERT INTO shapes VALUES (?, ?) ON CONFLICT (key) DO UPDATE SET rows = MIN(rows, excluded.rows)"
         self.connection.execute(change, (shape, rows))
 
     def record(self, progress: Iterable[tuple[int, str, int, int, float, str]]) -> None:
-        """How far running jobs are: job, stage, step, of how many steps, seconds, place. A crash may lose it."""
+        """Record the progress of running jobs: job, stage, step, number of steps, seconds, place. A crash may lose
+        it.
+        """
         self.connection.execute("PRAGMA synchronous=OFF")
         try:
             with self.transaction():
@@ -316,7 +321,7 @@ class Store(Taking):
     # Other runners
 
     def recover(self) -> int:
-        """Take over from runners that died: finish their renames, give back their jobs, clear their folders away."""
+        """Take over from runners that died: finish their renames, release their jobs, clear their folders."""
         recovered = 0
         with self._registering():
             held = {row["runner"] for row in self.connection.execute("SELECT DISTINCT runner FROM jobs")} - {None}
@@ -333,7 +338,7 @@ class Store(Taking):
         return recovered
 
     def _recover(self, runner: str, *, blamed: bool = False) -> int:
-        """What a runner had claimed waits again. `blamed`: it may be that one of these jobs took it down."""
+        """Release what a runner had claimed. `blamed`: one of these jobs may have killed it."""
         with self.transaction():
             self.connection.execute("DELETE FROM runs WHERE runner = ?", (runner,))
             rows = self.connection.execute("SELECT * FROM jobs WHERE runner = ?", (runner,)).fetchall()
@@ -349,7 +354,7 @@ class Store(Taking):
         return len(rows)
 
     def _roll_forward(self, aside: Path, file: str) -> bool:
-        """A clip was about to be renamed: it is in one of two places, and whole in either."""
+        """Finish the rename of a clip: it is in one of two places, and whole in either."""
         there = os.path.lexists(self.out / file)
         if os.path.lexists(aside):
             if there:
@@ -360,30 +365,29 @@ class Store(Taking):
         return True
 
     def waiting(self, model: str = "") -> int:
-        """How many of this run's jobs, of one model where it is given, may be begun, but for a folder that is
-        paused."""
+        """The number of this run's jobs, of one model if it is given, that may start if the folder is not paused."""
         query = f"SELECT COUNT(*) FROM jobs WHERE {WAITS} AND (model = ? OR ? = '')"
         return int(self.connection.execute(query, (model, model)).fetchone()[0])
 
     def of_another_form(self, form: str) -> int:
-        """How many clips of this run are done, in another form than it would give them."""
+        """The number of finished clips of this run in another format than it would write."""
         query = "SELECT COUNT(*) FROM jobs WHERE status = 'done' AND form != ? AND id IN mine"
         return int(self.connection.execute(query, (form,)).fetchone()[0])
 
     def elsewhere(self) -> int:
-        """How many of this run's jobs other runners have in hand."""
+        """The number of this run's jobs that other runners have claimed."""
         count = "SELECT COUNT(*) FROM jobs WHERE runner IS NOT NULL AND runner != ? AND id IN mine"
         return int(self.connection.execute(count, (self.runner,)).fetchone()[0])
 
     # Looking
 
     def counts(self) -> dict[str, int]:
-        """How many of this run's jobs stand where."""
+        """The number of this run's jobs by status."""
         rows = self.connection.execute("SELECT status, COUNT(*) FROM jobs WHERE id IN mine GROUP BY status")
         return {**dict.fromkeys(STATUSES, 0), **{row[0]: row[1] for row in rows}}
 
     def rows(self, *, status: str | None = None, every: bool = False) -> Iterator[Row]:
-        """This run's jobs, or every one in the folder, in order, one at a time."""
+        """This run's jobs, or all in the folder, in order, one by one."""
         where = "(? IS NULL OR status = ?)" + ("" if every else " AND id IN mine")
         for row in self.connection.execute(f"SELECT * FROM jobs WHERE {where} ORDER BY id", (status, status)):
             yield Row.of(row)

@@ -1,4 +1,4 @@
-"""What a run is about: jobs that it takes up into the list of a folder, and those that others have added to it."""
+"""The jobs of a run: those that it adds to the list of a folder, and those that others have added."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ Staged = tuple[Job, str, int, str, str, Mapping[str, Any]]  # what `Taking.stage
 class Taking(State):
     """A run's own part of a folder's list.
 
-    adopt  what a clip says it was made of, as `Job.identity`, or None
+    Attributes:
+        adopt: what a clip says it was made from, as `Job.identity`, or None.
     """
 
     adopt: Callable[[Path], str | None]
@@ -42,8 +43,9 @@ class Taking(State):
     def stage(self, job: Job, file: str, line: int, images: str, model: str, made: Mapping[str, Any] = NOTHING) -> None:
         """Put a job on this run's list, which nobody else sees yet.
 
-        images  how its pipeline takes them, as its adapter says
-        made    what decides clips of this model beside its name
+        Args:
+            images: how its pipeline takes them, as its adapter says.
+            made: what decides clips of this model beside its name.
         """
         values = {
             **{"file": file, "job": json.dumps(job.to_dict()), "line": line, "stack": stack_of(job, images)},
@@ -53,10 +55,10 @@ class Taking(State):
 
     @contextmanager
     def taking_up(self, bad: Iterable[Bad], *, keep: bool = True) -> Iterator[Iterator[Bad]]:
-        """Everything that was staged becomes work of this folder, or is found again with what was done for it.
+        """Add all staged jobs to this folder, or find them with their earlier results.
 
-        `bad` stages jobs as it goes, before the folder is locked. It is given, and after it what cannot be taken up.
-        Where the block raises, nothing was; nor where it is not to be kept, once the block has looked.
+        `bad` stages jobs while it runs, before the folder is locked. It is returned, followed by what cannot be added.
+        If the block raises, nothing is added; nor if it decides so.
         """
         try:
             yield itertools.chain(bad, self._take_up())
@@ -105,7 +107,7 @@ class Taking(State):
         return int(self.connection.execute(insert, tuple(values.values())).lastrowid or 0)
 
     def _check_adoptable(self, final: Path, identity: str) -> None:
-        """A clip of which the list says nothing is the job's own where it says so itself: the list was lost."""
+        """Adopt a clip that the list does not know, if it says that it is the job's: the list was lost."""
         found = self.adopt(final)
         if found == identity:
             return
@@ -115,7 +117,7 @@ class Taking(State):
         )
 
     def _change(self, there: sqlite3.Row, values: Mapping[str, Any], final: Path) -> None:
-        """A job that the list has already: it is the same, or takes the place of one that was not rendered."""
+        """Handle a job that the list already has: it is the same, or replaces one that was not rendered."""
         changes = {name: values[name] for name in ("line", "job", "priority")}
         if there["identity"] != values["identity"]:
             if there["status"] not in (PENDING, FAILED, CANCELLED):
@@ -136,19 +138,19 @@ class Taking(State):
         return int(self.connection.execute("SELECT id FROM stacks WHERE key = ?", (key,)).fetchone()[0])
 
     def retry_failed(self) -> int:
-        """Failed jobs of this run are to be tried again."""
+        """Retry the failed jobs of this run."""
         change = f"UPDATE jobs SET {RETRIED} WHERE status = 'failed' AND id IN mine"
         return self.connection.execute(change).rowcount
 
     def lose(self, file: str) -> None:
-        """A clip that is done turned out not to be whole: it is removed, and rendered again."""
+        """Remove a finished clip that is damaged, and render it again."""
         discard(self.out / file)
         self.connection.execute("UPDATE jobs SET status = 'pending' WHERE file = ? AND status = 'done'", (file,))
 
     # Jobs that others add
 
     def models_added(self) -> list[str]:
-        """Which models the added jobs name; '' for the run's own."""
+        """The models that added jobs name; "" for the run's own."""
         named = "COALESCE(json_extract(entry, '$.model'), '')"
         query = f"SELECT DISTINCT {named} FROM inbox WHERE error IS NULL"
         return [str(row[0]) for row in self.connection.execute(query)]
@@ -156,10 +158,11 @@ class Taking(State):
     def take_in(
         self, models: Mapping[str, Mapping[str, Any]], check: Callable[[str, int], Staged], limit: int = 200
     ) -> tuple[int, list[tuple[int, str]]]:
-        """Take up jobs that were added, and those that an earlier run took up so: how many are new, and those refused.
+        """Take added jobs, and those that an earlier run took. Returns the number of new ones, and the refused ones.
 
-        models  that this run has, and what decides their clips beside their names
-        check   gives the job of an entry as it is staged; what it raises is why it is refused
+        Args:
+            models: the models of this run, and what decides their clips beside their names.
+            check: returns the job of an entry as it is staged; its error is why the job is refused.
         """
         new = sum(self._adopt_added(model, made) for model, made in models.items())
         if not self.connection.execute("SELECT 1 FROM inbox WHERE error IS NULL LIMIT 1").fetchone():
@@ -187,7 +190,7 @@ class Taking(State):
         return new, refused
 
     def _adopt_added(self, model: str, made: Mapping[str, Any]) -> int:
-        """Jobs that another run took up for whoever has this model, made in the same way."""
+        """Take jobs that another run took for any run with this model, made in the same way."""
         query = "SELECT id, identity FROM jobs WHERE added AND model = ? AND status IN ('pending', 'claimed', 'failed')"
         rows = self.connection.execute(f"{query} AND id NOT IN mine", (model,)).fetchall()
         ours = [row["id"] for row in rows if made.items() <= json.loads(row["identity"]).items()]
@@ -196,7 +199,7 @@ class Taking(State):
 
 
 def trusted(text: str) -> Job:
-    """A job from its JSON, without a second look at what was checked when it was taken up, its image above all."""
+    """A job from its JSON, without repeating the checks from when it was added, in particular of its image."""
     data = json.loads(text)
     guidance = data.pop("guidance", None)
     job = object.__new__(Job)  # which has its defaults from its class, but for what can be changed
@@ -210,6 +213,6 @@ def trusted(text: str) -> Job:
 
 
 def _whole(clip: Path, size: int | None) -> bool:
-    """Whether a clip is there, with as many bytes as it had."""
+    """Whether a clip exists with the recorded number of bytes."""
     found = size_of(clip)
     return found is not None and size in (None, found)

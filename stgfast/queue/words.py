@@ -1,10 +1,10 @@
-r"""Prompts with choices and variables in them, as a job file has them.
+r"""Choices and variables in the prompts of job files.
 
-    {red|green|blue} kite       one of these, chosen by the job's seed; choices may be within one another
-    $style, ${style}            a variable: text, or a list of which the seed chooses one, the same wherever it stands
+    {red|green|blue} kite       one of these, chosen by the job's seed; choices may be nested
+    $style, ${style}            a variable: text, or a list from which the seed chooses one, the same everywhere
     \{ \} \| \$                 the character itself
 
-Braces without a bar are text. The same seed chooses the same words on every machine.
+Braces without a bar are text. The same seed chooses the same words on each machine.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ PLAIN = re.compile(r"[^\\{}|$]+")
 
 @dataclass(frozen=True)
 class Words:
-    """The variables that hold for an entry of a job file."""
+    """The variables that apply to an entry of a job file."""
 
     variables: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def with_variables(self, entry: Mapping[str, Any], base: Path) -> Words:
-        """These variables and those of a `vars` entry, whose files of words are beside the job file."""
+        """These variables and those of a `vars` entry, whose word files are relative to the job file."""
         (name, given), *more = entry.items()
         if more or name != "vars" or not isinstance(given, Mapping):
             raise wrong("vars", shown(entry), 'an entry of its own, such as {"vars": {"style": "oil on canvas"}}')
         return Words({**self.variables, **{name: _values(name, value, base) for name, value in given.items()}})
 
     def chosen(self, text: str, key: str) -> str:
-        """The text with one choice made for everything in it that is to be chosen. `key` decides which."""
+        """The text with all choices made. `key` decides them."""
         if PLAIN.fullmatch(text):
             return text
         made = _Choosing(self.variables, key).text(text)
@@ -51,7 +51,7 @@ class Words:
 
 
 class _Choosing:
-    """One text on its way to what it becomes."""
+    """One text while its choices are made."""
 
     def __init__(self, variables: Mapping[str, Sequence[str]], key: str):
         self.variables, self.key = variables, key
@@ -65,7 +65,7 @@ class _Choosing:
         return "|".join(made)
 
     def _until(self, text: str, place: int, end: str) -> tuple[list[str], int]:
-        """Parts of the text between bars, up to the character that ends them, and the place after it."""
+        """The parts of the text between bars, up to the character that ends them, and the position after it."""
         parts: list[str] = [""]
         while place < len(text):
             character = text[place]

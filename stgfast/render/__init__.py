@@ -1,23 +1,23 @@
-"""Production batch rendering: many jobs in, video files out, and a night's work that finishes.
+"""Rendering many jobs to video files, in runs that finish.
 
-models.py     which pipeline a model is
-checks.py     what it cannot do of a job
-skeleton.py   a pipeline without its weights, by which jobs are checked
-loading.py    loading it, and where its parts are meanwhile
-planning.py   jobs, checked against their models, and taken up
-rendering.py  batches handed out, and what became of them recorded
-limits.py     how long a batch may take
-worker.py     batches in, written clips out
-outcomes.py   what became of their jobs
-loras.py      weights that a job changes the model by
-texts.py      prompts encoded once
-files.py      clips as files, which say inside how they were made
-crew.py       who renders: a worker here,
-process.py    one in a process of its own (child.py), or
-actors.py     the devices of a Ray cluster
-run.py        all of these, until nothing waits
+    models.py     which pipeline a model is
+    checks.py     what it cannot do of a job
+    skeleton.py   a pipeline without weights, with which jobs are checked
+    loading.py    loading the pipeline, and offloading its parts
+    planning.py   jobs, checked against their models and added to the folder
+    rendering.py  handing out batches, and recording results
+    limits.py     time limits of batches
+    worker.py     batches in, written clips out
+    outcomes.py   results of their jobs
+    loras.py      LoRAs of jobs
+    texts.py      encoded prompts, each once
+    files.py      clips as files, with how they were made
+    crew.py       what renders: a worker in this process,
+    process.py    one in a child process (child.py), or
+    actors.py     actors on the devices of a Ray cluster
+    run.py        a whole run
 
-Jobs, and the state of a folder, are in `stgfast.queue`. Names are imported when they are first asked for.
+Jobs and the state of a folder are in `stgfast.queue`. Names are imported on first use.
 """
 
 from __future__ import annotations

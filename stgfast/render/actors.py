@@ -1,8 +1,8 @@
-"""The devices of a Ray cluster as a crew: an actor for each, which holds the model and a worker of its own.
+"""The devices of a Ray cluster as a crew: one actor for each, with the model and a worker of its own.
 
-Ray places actors, starts them again and says which died; this process alone has the state of the folder. An actor
-writes clips into folders of this run, aside, and this process puts them in their place. A batch has such a folder to
-itself: whoever was taken for dead, and goes on writing, disturbs nobody.
+Ray places actors, restarts them and reports deaths. Only this process has the state of the folder. An actor writes
+clips into temporary folders of this run, and this process moves them to their place. Each batch has such a folder for
+itself, so an actor that was taken for dead and keeps writing disturbs nobody.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ADDRESSES = '"local", "auto", or the host:port of a cluster'
 
 
 def check(model: Model | None, address: str | None, actors: int | None) -> None:
-    """What can be said before there is a cluster."""
+    """The checks that need no cluster."""
     if address is None:
         raise wrong("actors", actors, f"none without ray: {ADDRESSES}")
     if actors is not None and (isinstance(actors, bool) or not isinstance(actors, int) or actors < 1):
@@ -54,7 +54,7 @@ def check(model: Model | None, address: str | None, actors: int | None) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Ready:
-    """An actor that takes batches."""
+    """An actor that accepts batches."""
 
     device_name: str
     node: str
@@ -63,15 +63,16 @@ class Ready:
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """One that cannot. `ours`: so would every other, as what it was asked for is wrong."""
+    """An actor that cannot start. `ours`: each other one would fail too, because the request is wrong."""
 
     why: str
     ours: bool
 
 
 class Actor:
-    """What runs on a device of the cluster. It does not load at its beginning: Ray begins an actor that dies there
-    again for ever."""
+    """The part on a device of the cluster. It does not load in its constructor, because Ray would restart an actor
+    that dies there for ever.
+    """
 
     def __init__(self, setup: Setup, folder: bool, scratch: Path, token: str, version: str):
         self.setup, self.folder, self.scratch, self.token, self.version = setup, folder, scratch, token, version
@@ -79,7 +80,7 @@ class Actor:
         self.state: Ready | Refused | None = None
 
     def hello(self) -> None:
-        """Its process runs."""
+        """Return that its process runs."""
 
     def load(self) -> Ready | Refused:
         with self.lock:
@@ -124,7 +125,7 @@ class Actor:
 
 
 class Hired:
-    """The actors that make every clip together with this one, which has hired them; they end with it."""
+    """The actors that make each clip together with this one, which started them. They end with it."""
 
     def __init__(self, setup: Setup, scratch: Path):
         import ray
@@ -150,7 +151,7 @@ class Hired:
 
 
 class Follower:
-    """An actor that makes clips together with the one that has hired it, and writes none."""
+    """An actor that makes clips together with the one that started it, and writes none."""
 
     def __init__(self, setup: Setup, address: str, rank: int):
         self.setup, self.address, self.rank = setup, address, rank
@@ -164,11 +165,11 @@ class Follower:
         self.worker.follow(batch, ahead)
 
     def begin(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
-        """It is told what to begin, and tells nobody."""
+        """Start a batch; its own followers are nobody."""
 
 
 class RemoteActor:
-    """An actor as this process sees it: a seat."""
+    """An actor as seen by this process: a seat."""
 
     def __init__(self, number: int, handle: Any, send: Callable[[RemoteActor, Batch, Sequence[Prompt]], None]):
         self.number, self.handle, self.send = number, handle, send
@@ -293,7 +294,7 @@ class Actors:
         return self.found.popleft() if self.found else None
 
     def progress(self) -> list[Progress]:
-        """What actors have said last, and the time since: one that hangs says nothing."""
+        """The last progress of actors, and the time since then: one that hangs reports none."""
         for actor in self.members:
             if actor.said is not None and self.ray.wait([actor.said], timeout=0)[0]:
                 said, actor.said = actor.said, None
@@ -316,7 +317,7 @@ class Actors:
                 actor.handle.expire.remote(batch, why)
 
     def replace(self, batch: Batch, why: str) -> None:
-        """The actor that has it is killed, and Ray begins it again."""
+        """Kill the actor with this batch; Ray starts it again."""
         for actor in self.members:
             if any(hand.batch == batch for hand in actor.in_hand.values()):
                 self._kill(actor, again=True)
@@ -327,7 +328,7 @@ class Actors:
                 self._greet(actor)
 
     def close(self, seconds: float) -> None:
-        """No actor is left, and this process is no part of the cluster any more, if it was not before."""
+        """Kill all actors, and leave the cluster if this process was not part of it before."""
         if self.members:
             for actor in self.members:
                 self._kill(actor)
@@ -352,7 +353,7 @@ class Actors:
         actor.in_hand[stream] = Hand(batch, aside)
 
     def _heard(self, actor: RemoteActor, stream: Any, hand: Hand) -> None:
-        """What an actor says of a batch, or Ray of the actor."""
+        """Handle what an actor reports of a batch, or Ray of the actor."""
         try:
             outcome: Outcome = self.ray.get(next(stream))
         except StopIteration:
@@ -380,7 +381,9 @@ class Actors:
         return hand.left()
 
     def _died(self, actor: RemoteActor, stream: Any, why: str) -> None:
-        """Every stream of a dead actor ends so. Ray starts it again, and it loads the model again."""
+        """Handle the death of an actor, with which each of its streams ends. Ray restarts it, and it loads the model
+        again.
+        """
         left = self._put_down(actor, stream)
         if left:
             self.found.append(Died(left, f"actor {actor.number}: {why}", actor.place))
@@ -424,7 +427,7 @@ class Actors:
             self._lost(actor, said.why)
 
     def _lost(self, actor: RemoteActor, why: str) -> None:
-        """An actor that does not come back."""
+        """Handle an actor that does not come back."""
         self._kill(actor)
         self.tell("lost", actor=actor.number, why=why)
         actor.hello = actor.ready = actor.said = None
@@ -444,7 +447,7 @@ class Actors:
                 self._again(actor, f"the model was not loaded after {LOADING:g} s")
 
     def _look_whether_gone(self) -> None:
-        """Ray waits for a cluster to come back, and ends the process when it does not: say why before that."""
+        """Raise if the cluster is gone. Ray would wait for it, and then end the process without a reason."""
         now = time.monotonic()
         if now - self.looked < ANSWER or not self.members:
             return
@@ -465,7 +468,7 @@ class Actors:
 
 
 def _ray(address: str) -> Any:
-    """Ray, imported. It reads its settings then."""
+    """Import Ray. It reads its settings at that time."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address == "local":
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # all of it listens to this machine alone
@@ -478,7 +481,9 @@ def _ray(address: str) -> Any:
 
 
 def _connected(address: str) -> tuple[Any, contextlib.ExitStack]:
-    """Ray, and what ends with the run. A cluster that this process is part of already is used, and left as it is."""
+    """Connect to Ray, and return what ends with the run. A cluster that this process is already part of is used and
+    left as it is.
+    """
     own = contextlib.ExitStack()
     ray = _ray(address)
     if ray.is_initialized():
@@ -501,7 +506,7 @@ def _connected(address: str) -> tuple[Any, contextlib.ExitStack]:
 
 @contextlib.contextmanager
 def _unmoved_signal() -> Iterator[None]:
-    """Ray takes SIGTERM for itself."""
+    """Keep our SIGTERM handler, which Ray would replace."""
     main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -513,7 +518,7 @@ def _unmoved_signal() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Ray prints that a process died, whatever it is told of logs: on standard output, where a run's own lines are."""
+    """Silence Ray's message that a process died. It goes to standard output, whatever the log settings are."""
     from ray._private import worker
 
     before = getattr(worker, "_worker_logs_enabled", True)
@@ -544,7 +549,7 @@ def _at(place: Any, bundle: int) -> Any:
 
 
 def _sees(path: Path, token: str) -> bool:
-    """Whether a file of the run is there; a folder over the network may be late."""
+    """Whether a file of the run exists; a network folder may be late."""
     until = time.monotonic() + ANSWER
     while True:
         with contextlib.suppress(OSError):
@@ -556,7 +561,7 @@ def _sees(path: Path, token: str) -> bool:
 
 
 def _plain(error: BaseException) -> BaseException:
-    """An error that can be sent anywhere, and is as much the disk's as it was."""
+    """An error that can be sent anywhere, and keeps its kind."""
     if isinstance(error, OSError):
         return OSError(error.errno, f"{error.strerror or error} (on {socket.gethostname()})", error.filename)
     return DeviceError(_said(error))
@@ -567,6 +572,6 @@ def _said(error: BaseException) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Ray's errors are pages, of which the last line says why."""
+    """The last line of Ray's error, which says why."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1][:500] if lines else type(error).__name__

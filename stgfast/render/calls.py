@@ -1,4 +1,4 @@
-"""What jobs are as the arguments of one call of a pipeline."""
+"""Jobs as the arguments of one call of a pipeline."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def frames_argument(known: Collection[str]) -> str:
 
 
 def arguments_of(pipe: Any, jobs: Sequence[Job]) -> dict[str, Any]:
-    """Generators begin anew with every call: each job's own, on the CPU, as on any machine."""
+    """The arguments. Each call starts with new generators: one for each job, on the CPU, so that they are the same
+    on any machine.
+    """
     first = jobs[0]
     known = inspect.signature(type(pipe).__call__).parameters
     frames = frames_argument(known)

@@ -26,7 +26,7 @@ CHECKED = 10_000  # calls that are remembered
 
 
 def check(model: Model, job: Job) -> None:
-    """What this pipeline cannot do of a job."""
+    """Raise if this pipeline cannot do a job."""
     job = model.completed(job)
     _check_fields(model, job)
     key = f"{stack_of(job)} {bool(job.prompt)} {json.dumps(job.recipe)}"
@@ -67,7 +67,7 @@ def _check_fields(model: Model, job: Job) -> None:
 
 
 def _check_values(model: Model, job: Job) -> None:
-    """That further arguments of the call are of the kind that it takes."""
+    """Raise if further arguments of the call have the wrong type."""
     for name, value in job.pipeline.items():
         parameter = model.parameters[name]
         default = parameter.default
@@ -86,8 +86,9 @@ def _check_values(model: Model, job: Job) -> None:
 
 
 def _check_frames(model: Model, job: Job) -> None:
-    """Where the VAE makes several frames of one, the first alone, and the pipeline's own number is of that form,
-    others are rounded without a word."""
+    """Raise for a number of frames that would be rounded silently: the VAE makes several frames from one, except for
+    the first, and the pipeline's own number has that form.
+    """
     pipe, asked = model.skeleton, job.num_frames
     if pipe is None or asked is None:
         return
@@ -118,7 +119,7 @@ def _check_call(model: Model, job: Job) -> None:
 
 
 def _own_check(model: Model, job: Job) -> None:
-    """The pipeline's own check of its arguments, as far as it can be had without the weights."""
+    """The pipeline's own check of its arguments, as far as it works without weights."""
     checks = getattr(model.kind, "check_inputs", None)
     if checks is None:
         return

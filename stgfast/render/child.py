@@ -1,7 +1,8 @@
-"""The process that renders: it loads the model, and makes the batches that it is sent; it ends when its parent does.
+"""The child process that renders: it loads the model, and makes the batches that it receives. It ends with its
+parent.
 
-parent to child     Begin, then (name of a method of the worker, its arguments)
-child to parent     Ready or an error, then outcomes, and lists of Progress for every time that they are asked for
+    parent to child     Begin, then (name of a method of the worker, its arguments)
+    child to parent     Ready or an error, then outcomes, and lists of Progress whenever they are asked for
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ENDED = 70  # exit code of a child that could not go on and has said why
 
 @dataclass(frozen=True)
 class Begin:
-    """What a child is told first, beside the setup of its worker. `bars`: it may show how loading goes."""
+    """The first message to a child, beside the setup of its worker. `bars`: it may show progress bars of loading."""
 
     scratch: Path
     bars: bool
@@ -90,7 +91,7 @@ def _plain_within(outcome: Any) -> Any:
 
 
 def plain(error: BaseException) -> BaseException:
-    """An error that can be sent to another process, and is of the same kind for whoever gets it."""
+    """An error that can be sent to another process and keeps its kind there."""
     from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError
 
     if isinstance(error, OSError):
@@ -103,7 +104,7 @@ def plain(error: BaseException) -> BaseException:
 
 
 def _end_with_parent() -> None:
-    """The kernel ends this process when its parent ends, whatever this process does then."""
+    """Let the kernel end this process with its parent, whatever this process does."""
     with contextlib.suppress(OSError, AttributeError):  # Linux has it
         death_signal = 1
         ctypes.CDLL(None).prctl(death_signal, signal.SIGKILL)

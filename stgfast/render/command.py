@@ -1,7 +1,7 @@
-"""`stgfast render` and `stgfast sweep`: their arguments, what they show while they run, and what they tell the shell.
+"""`stgfast render` and `stgfast sweep`: their arguments, output and exit codes.
 
-Exit codes: 0 every job is done; 1 some failed, were left out as wrong, or still wait; 2 the arguments, the jobs or the
-model are wrong, and nothing was rendered; 3 the output folder or the disk gave out; 4 the device did; 130 interrupted.
+Exit codes: 0 all jobs are done; 1 some failed, were skipped as invalid, or still wait; 2 the arguments, jobs or model
+are wrong, and nothing was rendered; 3 the output folder or disk failed; 4 the device failed; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Which model, how it is had, and what all clips have."""
+    """Add the arguments for the model, for loading it, and for the form of clips."""
     rest = "" if required else "; left out where every job names its own"
     parser.add_argument(
         "--model", required=required, metavar="NAME_OR_PATH", help=f"a model's folder, or its name on the hub{rest}"
@@ -125,7 +125,7 @@ def _add_common(parser: argparse.ArgumentParser, *, required: bool = True) -> No
 
 
 def run_render(arguments: argparse.Namespace) -> int:
-    """As `run`, in a process of its own: what still computes after a second interruption ends with it."""
+    """Like `run`, in a process of its own: computations that go on after a second interrupt end with it."""
     if arguments.quiet or arguments.json:
         from stgfast.render.loading import without_bars
 
@@ -143,7 +143,7 @@ run_sweep = run_render
 
 
 def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:
-    """The command, from its arguments to its exit code."""
+    """Run the command, from its arguments to its exit code."""
     from stgfast.errors import SettingsError
     from stgfast.render.hooks import Hooks
     from stgfast.render.screen import Screen
@@ -226,7 +226,7 @@ def _run(arguments: argparse.Namespace, screen: Screen) -> int:
 
 
 def jobs_of(arguments: argparse.Namespace) -> Path | list[dict[str, Any]] | None:
-    """The file of jobs, or the jobs that the arguments say."""
+    """The file of jobs, or the jobs from the arguments."""
     from stgfast.errors import SettingsError, wrong
     from stgfast.render.sweep import sweep
 
@@ -256,7 +256,7 @@ def jobs_of(arguments: argparse.Namespace) -> Path | list[dict[str, Any]] | None
 
 
 def _has_added(out: Path) -> bool:
-    """Whether the folder has jobs that `stgfast add` put there."""
+    """Whether the folder has jobs from `stgfast add`."""
     from stgfast.queue.desk import Desk
 
     if not (out / ".stgfast" / "jobs.db").is_file():
@@ -266,7 +266,7 @@ def _has_added(out: Path) -> bool:
 
 
 def prompts_of(given: list[str]) -> list[str]:
-    """Prompts as they are given, or those of a file."""
+    """The given prompts, or those of a file."""
     from stgfast.errors import SettingsError
     from stgfast.queue.readers import Bad, read
 
@@ -281,7 +281,7 @@ def prompts_of(given: list[str]) -> list[str]:
 
 
 def repeated(clip: Path) -> dict[str, Any]:
-    """The job that a clip says it came from."""
+    """The job from which a clip says it was made."""
     from stgfast.errors import wrong
     from stgfast.render.files import metadata_of
 
@@ -292,7 +292,7 @@ def repeated(clip: Path) -> dict[str, Any]:
 
 
 def defaults_of(given: Iterable[str]) -> dict[str, Any]:
-    """`FIELD=VALUE`, where a value that is no JSON is text."""
+    """`FIELD=VALUE`, where a value that is not JSON is text."""
     from stgfast.errors import wrong
     from stgfast.queue.job import parse_json
 

@@ -1,4 +1,6 @@
-"""Who renders a run's batches: one worker in this process, or actors of a cluster. The run does not know which."""
+"""What renders a run's batches: a worker in this process, a child process, or actors of a cluster. The run does not
+need to know.
+"""
 
 from __future__ import annotations
 
@@ -17,23 +19,23 @@ from stgfast.render.worker import Others, Worker
 
 
 class Seat(Protocol):
-    """One device that takes batches, of which it has some in hand at a time."""
+    """One device that takes batches, several at a time."""
 
     @property
     def device_name(self) -> str:
-        """What memory is remembered for: another card may hold more."""
+        """The device for which memory limits are remembered: another card may hold more."""
 
     @property
     def where(self) -> dict[str, Any]:
-        """What the listener is told of it."""
+        """What the listener learns about it."""
 
     @property
     def idle(self) -> bool:
-        """Whether it has no batch in hand."""
+        """Whether it has no batch."""
 
     @property
     def place(self) -> str:
-        """Which of several it is: a job that a process died of goes to another one."""
+        """Its number among several: a job whose process died goes to another one."""
 
     def start(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
         """Take a batch; `ahead` are prompts that come later."""
@@ -47,44 +49,44 @@ class Crew(Protocol):
 
     @property
     def alike(self) -> bool:
-        """Whether what one of its devices has no memory for, none has."""
+        """Whether all its devices have the same memory."""
 
     @property
     def busy(self) -> bool:
-        """Whether there is an outcome to come."""
+        """Whether an outcome is still to come."""
 
     @property
     def places(self) -> int:
-        """How many of its devices take batches."""
+        """The number of devices that take batches."""
 
     def free(self) -> Sequence[Seat]:
-        """Those that take another batch, beginning with the one that has fewest in hand."""
+        """The devices that take another batch, beginning with the one that has fewest."""
 
     def progress(self) -> list[Progress]:
-        """How far the batches in hand are."""
+        """The progress of unfinished batches."""
 
     def expire(self, batch: Batch, why: str) -> None:
-        """A batch is put down as soon as the thread that renders it can be."""
+        """Abort a batch as soon as its thread can be interrupted."""
 
     def replace(self, batch: Batch, why: str) -> None:
-        """A batch that was not put down in time, with the process that renders it, where it has one of its own."""
+        """Abort a batch that could not be interrupted in time, together with its process if it has one of its own."""
 
     def outcome(self, seconds: float) -> Outcome | None:
-        """What became of some jobs, if that is known within this time."""
+        """The outcome of some jobs, if it is known within this time."""
 
     def stop(self) -> None:
-        """Batches in hand are finished, others put down."""
+        """Finish batches that denoise, release the others."""
 
     def abort(self) -> None:
-        """Every batch is put down at once."""
+        """Abort all batches at once."""
 
     def close(self, seconds: float) -> None:
-        """Nothing writes any more, or is not waited for longer than this."""
+        """Stop writing, and wait no longer than this."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """Everything that a worker is made of, on this machine or another."""
+    """Everything from which a worker is made, on this machine or another."""
 
     model: Model
     form: Form
@@ -92,8 +94,9 @@ class Setup:
     loading: Loading = USUAL
 
     def worker(self, scratch: Path, others: Others | None = None) -> Worker:
-        """`scratch` is made where it is not there. `others` make every clip with it: each has a worker of its own, or
-        none has one."""
+        """Make the worker. `scratch` is created if needed. `others` make each clip together with it: all of them
+        have a worker, or none.
+        """
         with nullcontext() if others is None else others.ranks.together():
             scratch.mkdir(exist_ok=True)
             pipe = self.model.load(self.loading)

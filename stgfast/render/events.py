@@ -1,4 +1,4 @@
-"""What happens in a run, told to whoever listens."""
+"""The events of a run, for its listener."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Listener = Callable[[Event], None]
 
 
 class Events:
-    """One run's events. `note` is for the page about its folder."""
+    """The events of one run. `note` is for the page about its folder."""
 
     def __init__(self, listener: Listener | None, recipe: Recipe | None = None):
         self.listener = listener or _nobody

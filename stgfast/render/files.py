@@ -1,7 +1,7 @@
-"""Clips as files: MP4 (H.264), GIF, a folder of PNGs, or an array. Each says inside how it was made, and appears whole
-or not.
+"""Clips as files: MP4 (H.264), GIF, a folder of PNGs, or an array. Each contains how it was made, and appears whole
+or not at all.
 
-A file is written aside and synced (`write`), then put in its place by one rename (`publish`).
+A file is written to a temporary place and synced (`write`), then moved to its place by one rename (`publish`).
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ ENDINGS = {"mp4": ".mp4", "gif": ".gif", "png": "", "npz": ".npz"}  # the PNGs o
 
 @dataclass(frozen=True, kw_only=True)
 class Form:
-    """What clips become.
+    """The format of clips.
 
-    kind  `mp4`, `gif`, `png`, or `npz`: `frames` as an array, and where there is sound `sound` and its `rate`
-    fps   frames in a second
-    crf   of H.264, from 0 (without loss) to 51
+    Attributes:
+        kind: `mp4`, `gif`, `png`, or `npz`: `frames` as an array and, with sound, `sound` and its `rate`.
+        fps: frames per second.
+        crf: of H.264, from 0 (lossless) to 51.
     """
 
     kind: str = "mp4"
@@ -51,25 +52,25 @@ class Form:
             raise wrong("crf", self.crf, "a whole number from 0 to 51")
 
     def told(self, *, with_fps: bool) -> str:
-        """In words; without frames per second where every clip has the model's own."""
+        """The format in words; without frames per second if each clip has the model's own."""
         crf = f", crf {self.crf}" if self.kind == "mp4" else ""
         return f"{self.kind}{crf}" + (f", {self.fps:g} fps" if with_fps else "")
 
     def file(self, name: str) -> str:
-        """What the output of this name is called."""
+        """The file name of the output with this name."""
         ending = ENDINGS[self.kind]
         return name if ending and name.lower().endswith(ending) else name + ending
 
 
 class Sound(NamedTuple):
-    """What is heard with a clip, from -1 to 1."""
+    """The sound of a clip, from -1 to 1."""
 
     samples: NDArray[np.float32]  # (channels, length)
     rate: int  # samples in a second
 
 
 def pixels(clip: Any) -> Frames:
-    """Frames from 0 to 1, as bytes."""
+    """Frames from 0 to 1 as bytes."""
     frames = np.asarray(clip, dtype=np.float32)
     _check_finite("frames", frames, "0 to 1")
     made: Frames = (frames * 255).round().clip(0, 255).astype(np.uint8)
@@ -77,7 +78,7 @@ def pixels(clip: Any) -> Frames:
 
 
 def remark_on(frames: Frames, asked: int | None) -> str:
-    """What is strange about a clip, for whoever looks through a folder: it is done all the same."""
+    """What is strange about a clip, for whoever checks a folder. The clip counts as done."""
     if frames.max() < BLACK:
         return "it is black"
     if int(frames.max()) - int(frames.min()) <= 1:
@@ -199,7 +200,7 @@ WRITERS: dict[str, Callable[[Path, Frames, Form, str, Sound | None], None]] = {
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
-    """What a clip says of how it was made."""
+    """How a clip says it was made."""
     right = "a clip that stgfast rendered: .mp4, .gif, .npz, .png, or a folder of these"
     if path.is_dir():
         inner = sorted(path.glob("*.png"))
@@ -255,7 +256,7 @@ READERS: dict[str, Callable[[Path], str]] = {
 
 
 def read_frames(path: Path) -> Frames:
-    """The frames of a clip, as they are seen."""
+    """The frames of a clip as displayed."""
     import av
     from PIL import Image
 

@@ -1,6 +1,6 @@
-"""A page about an output folder: every clip with how it was made and how it went. Static, opened from disk.
+"""A static page about an output folder: each clip with how it was made and its result.
 
-The page is `gallery.html` with the clips in it as JSON.
+The page is `gallery.html` with the clips as JSON.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ SHOWN = ("width", "height", "num_frames", "steps", "solver", "image")
 
 
 def write_gallery(out: Path, rows: Iterable[Row], aside: Path, *, note: str = "") -> Path:
-    """The page about these jobs, put in its place whole; rows are written as they come, however many there are.
+    """Write the page about these jobs atomically. Rows are written as they come, whatever their number.
 
-    `note` is about the run, for whoever looks.
+    `note` is about the run, for the reader.
     """
     before, after = halves("stgfast.render", "gallery.html")
     if note:
@@ -42,7 +42,7 @@ def write_gallery(out: Path, rows: Iterable[Row], aside: Path, *, note: str = ""
 
 
 def described(row: Row) -> dict[str, Any]:
-    """What a page knows of a job."""
+    """The data of a job for a page."""
     job = row.job
     settings: dict[str, Any] = {name: getattr(job, name) for name in SHOWN if getattr(job, name) not in (None, "")}
     settings |= {name: value for name, value in job.pipeline.items() if isinstance(value, str | int | float | bool)}
@@ -69,7 +69,7 @@ def described(row: Row) -> dict[str, Any]:
 
 
 def _frames(out: Path, row: Row) -> list[str]:
-    """The addresses of a clip's pictures, or of its one file."""
+    """The addresses of a clip's pictures, or of its file."""
     path = out / row.file
     if row.status != DONE or path.suffix == ".npz":  # which no browser shows
         return []
@@ -79,7 +79,7 @@ def _frames(out: Path, row: Row) -> list[str]:
 
 
 def _guidance(guidance: Any) -> list[dict[str, Any]]:
-    """Each perturbation by its layers, kind and scale, for the grid of one against the other."""
+    """Each perturbation by its layers, kind and scale, for the grid of layers and scales."""
     return [
         {
             "layers": ", ".join(map(str, part.layers)),

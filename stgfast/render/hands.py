@@ -1,4 +1,4 @@
-"""Batches that another process renders, as this one knows them."""
+"""Batches that another process renders, as seen by this one."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LOADING = 2 * 3600.0  # seconds that loading a model may take, with downloading 
 
 
 def silent(hands: Sequence[Hand], asked: float) -> str:
-    """Why a process of several batches is given up that was asked how far they are, and did not answer.
+    """Why a process with several batches is given up: it did not answer when asked for progress.
 
-    Nobody knows which of them it is. One alone is timed by itself.
+    Nobody knows which batch is the cause. A single batch has a time limit of its own.
     """
     since = time.monotonic() - asked
     limits = [hand.batch.limit or hand.batch.quiet for hand in hands]
@@ -29,7 +29,7 @@ def silent(hands: Sequence[Hand], asked: float) -> str:
 
 
 def brought(outcome: Outcome, scratch: Path) -> Outcome:
-    """An outcome of another process, whose clip, if there is one, is in the run's own folder now."""
+    """An outcome of another process, with its clip, if any, in the run's own folder."""
     if not isinstance(outcome, Written):
         return outcome
     path = scratch / outcome.task.file
@@ -40,9 +40,10 @@ def brought(outcome: Outcome, scratch: Path) -> Outcome:
 
 @dataclasses.dataclass
 class Hand:
-    """A batch that another process has.
+    """A batch in another process.
 
-    aside  the folder into which it writes the clips of this batch, where that is not one for all
+    Attributes:
+        aside: the temporary folder for this batch, if there is not one for all.
     """
 
     batch: Batch
@@ -55,13 +56,15 @@ class Hand:
         return tuple(task for task in self.batch.tasks if task.id not in self.settled)
 
     def hear(self, said: Iterable[Progress]) -> None:
-        """What the process says of how far its batches are."""
+        """Store the progress that the process reports."""
         for progress in said:
             if progress.batch == self.batch:
                 self.said, self.at = progress, time.monotonic()
 
     def progress(self, *, alone: bool) -> Progress:
-        """As it was said, and the time since; a batch that waits for others is not timed. `alone`: there are none."""
+        """The reported progress, and the time since then. A batch that waits for others is not timed. `alone`: there
+        are none.
+        """
         since = time.monotonic() - self.at
         if self.said is None:
             return Progress(self.batch, "", 0, 0, *((since, since) if alone else (0.0, 0.0)))

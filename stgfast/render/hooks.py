@@ -1,4 +1,4 @@
-"""Who is told when a run is over: a command that gets the report as JSON, and an address that it is sent to."""
+"""Actions at the end of a run: a command that receives the report as JSON, and a webhook."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ PATIENCE = 60.0  # seconds for a command, or an answer
 
 @dataclass(frozen=True)
 class Hooks:
-    """What is to be done at the end of a run.
+    """The actions at the end of a run.
 
-    on_done  a command of the shell, where all is done
-    on_fail  one for every other end
-    webhook  an address to which the report is sent in either case
+    Attributes:
+        on_done: a shell command, if all jobs are done.
+        on_fail: a shell command for each other end.
+        webhook: an address that receives the report in both cases.
     """
 
     on_done: str | None = None
@@ -32,7 +33,7 @@ class Hooks:
             raise wrong("--webhook", self.webhook, "an address that begins with https:// or http://")
 
     def run(self, code: int, report: Mapping[str, Any], complain: Callable[[str], None]) -> None:
-        """A hook that fails is complained of, and changes nothing about how the run ended."""
+        """Run the hooks. One that fails is reported, and does not change the result of the run."""
         text = json.dumps({**report, "code": code})
         name, command = ("--on-fail", self.on_fail) if code else ("--on-done", self.on_done)
         if command:

@@ -1,4 +1,4 @@
-"""How long a batch may take, and what is done about one that takes longer."""
+"""Time limits of batches, and aborting those that exceed them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ MORE = "--timeout gives it another limit"
 class Limits:
     """The batches of a run and their time.
 
-    timeout  seconds for each clip of a batch; None for what is known of its shape
+    Attributes:
+        timeout: the seconds for each clip of a batch; None for what is known of its shape.
     """
 
     def __init__(self, timeout: float | None, tell: Callable[..., None]):
@@ -29,7 +30,7 @@ class Limits:
         self.overdue: dict[int, float] = {}  # since when batches are to be put down, by their first job
 
     def on(self, batch: Batch, store: Store) -> Batch:
-        """The batch with the time that it may take."""
+        """The batch with its time limit."""
         if self.timeout is not None:
             return dataclasses.replace(batch, limit=self.timeout * len(batch))
         slowest = store.slowest(batch.tasks[0].model, shape_of(batch.tasks[0].job))
@@ -38,7 +39,7 @@ class Limits:
         return dataclasses.replace(batch, limit=max(LEAST, GENEROUS * slowest * len(batch)))
 
     def enforce(self, crew: Crew, progress: Sequence[Progress], cancelled: Collection[int]) -> None:
-        """Batches that take too long, or of which every job was cancelled, are put down."""
+        """Abort batches that take too long, or whose jobs were all cancelled."""
         now = time.monotonic()
         for each in progress:
             batch = each.batch
@@ -58,7 +59,7 @@ class Limits:
 
 
 def _too_long(progress: Progress) -> str:
-    """Why a batch is to be put down, if it is."""
+    """Why a batch is aborted, if it is."""
     batch = progress.batch
     step = f", step {progress.step} of {progress.steps}" if progress.steps else ""
     at = f"in {progress.stage or 'its beginning'}{step}"

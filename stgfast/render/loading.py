@@ -1,4 +1,4 @@
-"""Loading a model as a run asks for it: weights from safetensors, no code from its folder, parts where they fit."""
+"""Load a model for a run: weights from safetensors, no code from its folder, offloading as asked."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ OFFLOADS = TEXT, MODEL, GROUP = ("text", "model", "group")
 
 @dataclass(frozen=True)
 class Loading:
-    """How a run has its model.
+    """How a run loads its model.
 
-    dtype       of its weights, but of parts that are float32 in any; bfloat16 where left out, on a CPU float32
-    device      "cuda" where there is one and this is left out, else "cpu"
-    offload     what is on the device only while it computes: "text", the text encoders; "model", every model of the
-                pipeline; "group", every layer
-    vae_tiling  the VAE decodes a clip in tiles, for memory: not quite the same pixels
-    compile     the denoiser's blocks are compiled
-    attention   "auto": every layer attends by what is fastest for its shape
-    ranks       over how many processes every clip is divided, this one among them
+    Attributes:
+        dtype: of the weights, except for parts that are always float32. Default: bfloat16, or float32 on a CPU.
+        device: "cuda" or "cpu". Default: CUDA if there is a GPU.
+        offload: what is on the device only while it computes: "text", the text encoders; "model", each model of the
+            pipeline; "group", each layer.
+        vae_tiling: the VAE decodes in tiles, with less memory and slightly different pixels.
+        compile: compile the denoiser's blocks.
+        attention: "auto", the fastest for each shape.
+        ranks: the processes over which each clip is divided, including this one.
     """
 
     dtype: str | None = None
@@ -61,24 +62,25 @@ class Loading:
 
     @property
     def footprint(self) -> str:
-        """What of it decides how many clips fit into memory, in short."""
+        """A key for how many clips fit into memory."""
         said = {"dtype": self.dtype, "offload": self.offload, "tiles": self.vae_tiling}
         return "".join(f", {name} {value}" for name, value in said.items() if value)
 
     def number_type(self, name: str | None) -> str:
-        """The type of the denoiser's numbers; `name` is that of a model which has one of its own."""
+        """The dtype of the denoiser; `name` is that of a model with a dtype of its own."""
         return self.dtype or name or ("float32" if self._target.type == "cpu" else "bfloat16")
 
     def check_handed_over(self) -> None:
-        """That nothing is asked of a pipeline that is there but what is done to a copy of it."""
+        """Raise if something is asked that cannot be done to a copy of a pipeline object."""
         for each in dataclasses.fields(self):
             value = getattr(self, each.name)
             if value != each.default and (each.name, value) not in (("offload", TEXT), ("vae_tiling", True)):
                 raise wrong(each.name, value, "none for a pipeline that is loaded: it is used as it is")
 
     def load(self, source: str | Callable[[], Any], *, trusted: bool, exact: Sequence[str], revision: str = "") -> Any:
-        """The pipeline, guided: of a folder or a name on the hub, or of what builds it; parts that are `exact` have
-        float32 in any case."""
+        """The pipeline, guided, from a folder, a hub name, or a function that builds it. `exact` parts are in
+        float32.
+        """
         device = self._target
         try:
             if isinstance(source, str):
@@ -97,7 +99,7 @@ class Loading:
         return self.prepared(pipe)
 
     def prepared(self, pipe: Any) -> Any:
-        """The pipeline, guided, and its VAE as it is asked for."""
+        """The pipeline, guided, with its VAE as asked."""
         if not hasattr(pipe, INSTALLED) or self.compile or self.attention or self.ranks > 1:
             given, adapter = given_to(pipe), adapter_for(pipe, original_class(type(pipe)))
             if given is None and adapter.announced is None:
@@ -157,7 +159,7 @@ USUAL = Loading()
 
 
 def given_to(pipe: Any) -> Guidance | None:
-    """The guidance that a pipeline was accelerated with; None for its default, or where it was not."""
+    """The guidance with which a pipeline was accelerated; None for its default, or if it is not accelerated."""
     installed = getattr(pipe, INSTALLED, None)
     return installed.given if installed else None
 
@@ -169,13 +171,13 @@ def execution_of(pipe: Any) -> Execution:
 
 
 def recipe_of(pipe: Any) -> Recipe | None:
-    """That which a pipeline was accelerated with."""
+    """The recipe with which a pipeline was accelerated."""
     installed = getattr(pipe, INSTALLED, None)
     return installed.recipe if installed else None
 
 
 def moves(pipe: Any) -> bool:
-    """Whether models, or layers, come to the device and leave it around their calls, by accelerate or by diffusers."""
+    """Whether models or layers move to and from the device around their calls, by accelerate or diffusers."""
     parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
     registries = (getattr(module, "_diffusers_hook", None) for part in parts for module in part.modules())
     grouped = any("group_offloading" in registry.hooks for registry in registries if registry is not None)
@@ -183,7 +185,7 @@ def moves(pipe: Any) -> bool:
 
 
 def without_bars() -> None:
-    """The libraries that load a model show no progress."""
+    """Switch off the progress bars of the libraries that load a model."""
     import diffusers
     import transformers
 
@@ -192,8 +194,9 @@ def without_bars() -> None:
 
 
 def fingerprint(folder: Path) -> str:
-    """What tells the files of a model from those of another, or of another version: settings whole, weights by their
-    size and samples of them, since to read them all may take minutes."""
+    """A key for the files of a model and its version: settings completely, weights by size and samples, because
+    reading all of them may take minutes.
+    """
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.suffix not in (".json", ".safetensors") or not path.is_file():
@@ -209,7 +212,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """That a model's folder asks for no code of its own, and for nothing but known libraries."""
+    """Raise if a model's folder asks for code of its own, or for an unknown library."""
     import diffusers
 
     index = read_json(folder / "model_index.json")

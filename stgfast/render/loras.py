@@ -1,6 +1,6 @@
-"""LoRAs of jobs: loaded before a batch denoises, and taken off again before the next one that has others.
+"""LoRAs of jobs: loaded before a batch denoises, and unloaded before the next one with others.
 
-Taken off means unloaded: the model's layers are its own again, so that a clip is what it is alone.
+After unloading, the model's layers are its own again, so that a clip is equal to one rendered alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from stgfast.queue.job import Lora
 
 
 class Loras:
-    """Those that a pipeline has now."""
+    """The LoRAs that a pipeline has now."""
 
     def __init__(self, pipe: Any):
         self.pipe = pipe
@@ -22,7 +22,7 @@ class Loras:
         self.now: tuple[Lora, ...] = ()
 
     def use(self, wanted: tuple[Lora, ...]) -> None:
-        """Have these, and no others. Nobody denoises meanwhile."""
+        """Load these, and unload all others. Nothing denoises meanwhile."""
         if wanted == self.now:
             return
         if self.foreign:
@@ -48,7 +48,7 @@ class Loras:
 
 
 def lacking(kind: type[Any], loras: tuple[Lora, ...]) -> str:
-    """What a pipeline would need for these and does not have, or ''."""
+    """What a pipeline lacks for these LoRAs, or ""."""
     import importlib.util
 
     if not loras:

@@ -1,4 +1,4 @@
-"""Which pipeline a model is, and what its calls take: known before it is loaded."""
+"""Which pipeline a model is, and the arguments of its calls, known before it is loaded."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ from stgfast.render.skeleton import skeleton
 
 @dataclass(frozen=True)
 class Named:
-    """A model that comes by a name of its own.
+    """A model with a name of its own.
 
-    build     the pipeline, accelerated
-    kind      its class, of diffusers
-    guidance  that it is accelerated with
-    job       what its jobs have that do not say otherwise
-    folder    its files, where there are any
+    Attributes:
+        build: makes the pipeline, accelerated.
+        kind: its class in diffusers.
+        guidance: the guidance with which it is accelerated.
+        job: default fields of its jobs.
+        folder: its files, if there are any.
     """
 
     build: Callable[[], Any]
@@ -54,7 +55,7 @@ NAMED = {"toy": Named(_toy, "LTXPipeline", toy.GUIDANCE, toy.JOB, toy.FOLDER)}
 
 @dataclass(frozen=True)
 class Model:
-    """What is known of a model before its weights are: its name and the class of its pipeline."""
+    """What is known about a model before its weights: its name and the class of its pipeline."""
 
     name: str
     kind: type[Any]
@@ -85,10 +86,10 @@ class Model:
             )
 
     def settled(self, job: Job) -> Job:
-        """The job as it is rendered, where it does not say: with the settings of a model that comes by name, and the
-        guidance of the pipeline, or the default of the model, which may be another one in another version. Pipelines
-        that ask for their weak branches themselves have settings of their own in its place. A recipe becomes what it
-        says: solver, steps and reuse."""
+        """The job with everything that it leaves open: the settings of a named model, and the guidance of the
+        pipeline or the default of the model, which may change between versions. Pipelines that ask for perturbed
+        branches themselves have their own settings instead. A recipe is replaced by its solver, steps and reuse.
+        """
         job = self.completed(job)
         recipe, guidance = self._recipe_of(job), job.guidance or self.given
         if guidance is None and self.adapter.announced is None:
@@ -99,7 +100,7 @@ class Model:
         return dataclasses.replace(job, guidance=guidance, model="")
 
     def completed(self, job: Job) -> Job:
-        """The job with the settings of a model that comes by name."""
+        """The job with the settings of a named model."""
         own = dict(NAMED[self.name].job) if self.name in NAMED else {}
         if job.recipe is not None or self.recipe is not None:
             own.pop("steps", None)
@@ -107,7 +108,7 @@ class Model:
         return dataclasses.replace(job, **changes) if changes else job
 
     def _recipe_of(self, job: Job) -> Recipe | None:
-        """That which a job is made by: its own, or that of a pipeline that was handed over."""
+        """The recipe of a job: its own, or that of a pipeline object."""
         if job.recipe is None:
             if job.solver and self.recipe is not None:
                 raise wrong("solver", job.solver, "none: the pipeline has a recipe")
@@ -125,7 +126,7 @@ class Model:
         return self.recipes[key]
 
     def made(self, loading: Loading) -> dict[str, Any]:
-        """What else decides a clip: the type of numbers, the version of the model's files."""
+        """What else decides a clip: the dtype, and the version of the model's files."""
         own = None if self.build is None else "float32"
         if self.pipe is not None:
             layout, *_ = self.adapter.layouts(self.pipe).values()
@@ -150,7 +151,7 @@ class Model:
 
     @functools.cached_property
     def skeleton(self) -> Any:
-        """The pipeline without its weights, or None where that cannot be had."""
+        """The pipeline without weights, or None if it cannot be built."""
         if self.pipe is not None:
             return self.pipe
         if self.folder is None and (self.build is not None or self.trusted):
@@ -170,7 +171,7 @@ class Model:
         vars(self).update({**state, "checked": set()})
 
     def fps(self, job: Job) -> float:
-        """Frames in a second, as the call has them, or as the model was trained."""
+        """Frames per second of the call, or of the model's training."""
         for name in RATES:
             if name in self.parameters:
                 given = job.pipeline.get(name, self.parameters[name].default)
@@ -180,7 +181,7 @@ class Model:
         return fps(self.config) if callable(fps) else fps
 
     def load(self, loading: Loading = USUAL) -> Any:
-        """The pipeline, guided: a copy where it was handed over, which itself is left as it is."""
+        """The pipeline, guided. A pipeline object is copied, and stays as it is."""
         if self.pipe is not None:
             return loading.prepared(copy.copy(self.pipe))
         revision = "" if Path(self.name).is_dir() else self.revision  # of the hub
@@ -189,9 +190,9 @@ class Model:
 
 
 def described(model: Any, *, trust: str | None = None) -> Model:
-    """What a model is, by its name, its folder, or the pipeline itself.
+    """What a model is, from its name, its folder, or a pipeline object.
 
-    `trust` is the name of a model whose folder may bring code that is run. It has to be the model's own, in full.
+    `trust` is the full name of a model whose folder may contain code that is run.
     """
     import diffusers
 
@@ -233,7 +234,7 @@ def described(model: Any, *, trust: str | None = None) -> Model:
 
 
 def _of_hub(name: str, file: str, revision: str) -> Path | None:
-    """A small file of a model on the hub, or None where it has none of this name."""
+    """A small file of a model on the hub, or None if it does not exist."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 
@@ -261,7 +262,7 @@ def _check_supported(name: str) -> None:
 
 
 def _check_graphs(pipe: Any) -> None:
-    """Batches have threads of their own, and a CUDA graph is of the thread that recorded it."""
+    """Raise for CUDA graphs: batches have threads of their own, and a graph belongs to the thread that recorded it."""
     installed = getattr(pipe, INSTALLED, None)
     compilation = dict(installed.execution.compilation or {}) if installed else {}
     options = compilation.get("options") or {}

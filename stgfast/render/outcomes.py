@@ -1,4 +1,4 @@
-"""What becomes of the jobs of a batch, and how far it is."""
+"""The results of a batch's jobs, and its progress."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from stgfast.queue.batches import Batch, Task
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """A clip that is whole, aside."""
+    """A whole clip in a temporary place."""
 
     task: Task
     path: Path
@@ -22,7 +22,7 @@ class Written:
 
 @dataclasses.dataclass(frozen=True)
 class Failed:
-    """A job that cannot be rendered; `memory`: it takes more than the device has, with nothing else on it."""
+    """A job that cannot be rendered. `memory`: it takes more than the device has, with nothing else on it."""
 
     task: Task
     error: str
@@ -33,10 +33,11 @@ class Failed:
 
 @dataclasses.dataclass(frozen=True)
 class Again:
-    """Jobs that nothing is wrong with, and that are to be rendered another time.
+    """Jobs to render another time, without an error of their own.
 
-    rows   no more of this shape than so many fit into memory
-    apart  each alone: together they cannot, or something is wrong with one of them
+    Attributes:
+        rows: no more of this shape fit into memory.
+        apart: each in a batch of its own: together they cannot be rendered, or one of them has an error.
     """
 
     tasks: tuple[Task, ...]
@@ -48,7 +49,7 @@ class Again:
 
 @dataclasses.dataclass(frozen=True)
 class Stopped:
-    """Jobs that were put down because the run ends, and the error that ends it."""
+    """Jobs that were released because the run ends, and the error that ends it."""
 
     tasks: tuple[Task, ...]
     error: BaseException | None = None
@@ -56,7 +57,7 @@ class Stopped:
 
 @dataclasses.dataclass(frozen=True)
 class Expired:
-    """Jobs of a batch that took longer than it may, or that is not wanted any more."""
+    """Jobs of a batch that exceeded its time limit, or that is not wanted any more."""
 
     tasks: tuple[Task, ...]
     why: str
@@ -64,7 +65,7 @@ class Expired:
 
 @dataclasses.dataclass(frozen=True)
 class Died:
-    """Jobs that were in hand when the process that rendered them ended."""
+    """Unfinished jobs of a dead worker."""
 
     tasks: tuple[Task, ...]
     why: str
@@ -73,10 +74,11 @@ class Died:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a batch is.
+    """The progress of a batch.
 
-    seconds  that it has computed, without those in which it waited for other batches
-    quiet    seconds since there was a sign of it: a step, or the beginning of a stage
+    Attributes:
+        seconds: of computing, without waiting for other batches.
+        quiet: the seconds since the last sign of progress: a step, or the start of a stage.
     """
 
     batch: Batch
@@ -88,7 +90,7 @@ class Progress:
 
 
 class Clip(NamedTuple):
-    """As the pipeline hands it over."""
+    """Frames and audio returned by the pipeline."""
 
     frames: Any
     sound: Any = None
@@ -96,7 +98,7 @@ class Clip(NamedTuple):
 
 
 class Clock:
-    """How long a batch has computed, without the time in which it waits for others."""
+    """How long a batch has computed, without waiting for others."""
 
     def __init__(self) -> None:
         self.before, self.since, self.signed = 0.0, time.monotonic(), time.monotonic()
@@ -126,5 +128,5 @@ Prompt = tuple[str, str | None]  # and the negative one
 
 
 def tasks_of(outcome: Outcome) -> tuple[Task, ...]:
-    """The jobs that an outcome is about."""
+    """The jobs of an outcome."""
     return (outcome.task,) if isinstance(outcome, (Written, Failed)) else outcome.tasks

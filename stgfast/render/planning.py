@@ -1,4 +1,4 @@
-"""What a run is about: jobs are checked against their models and taken up by the folder, those that are added too."""
+"""The jobs of a run: checked against their models and added to the folder, including those that are added later."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOWN = 1000  # bad lines that are kept for the report; all are told to the list
 
 
 class BadJobs(SettingsError):
-    """Lines of a job file that cannot be rendered. Nothing was taken up."""
+    """Lines of a job file that cannot be rendered. Nothing was added."""
 
     def __init__(self, lines: list[Bad], count: int):
         self.lines, self.count = lines, count
@@ -37,9 +37,10 @@ class BadJobs(SettingsError):
 
 
 class Part:
-    """One model of a run: its jobs are checked, and get what decides their clips.
+    """One model of a run: its jobs are checked, and completed with everything that decides their clips.
 
-    made  that is beside the model's name
+    Attributes:
+        made: what decides clips beside the model's name.
     """
 
     def __init__(self, model: Model, loading: Loading, form: Form):
@@ -47,7 +48,7 @@ class Part:
         self.compiled = loading.compile or (model.pipe is not None and execution_of(model.pipe).compilation is not None)
 
     def staged(self, job: Job, line: int) -> Staged:
-        """A job as it is rendered, or what this model cannot do of it."""
+        """A job as it is rendered; raises if this model cannot do it."""
         check(self.model, job)
         if job.loras and self.compiled:
             raise wrong("loras", len(job.loras), "none with compiled blocks: these do not change")
@@ -56,7 +57,7 @@ class Part:
 
 
 class Parts:
-    """The models of a run: the one that it was given, and those that its jobs name."""
+    """The models of a run: the given one, and those that jobs name."""
 
     def __init__(self, first: Part | None, make: Callable[[str], Part]):
         self.first, self.make = first, make
@@ -64,7 +65,7 @@ class Parts:
         self.wrong: dict[str, str] = {}
 
     def of(self, name: str) -> Part:
-        """That of a job, by the name in it; '' for the run's own."""
+        """The part of a job's model; "" for the run's own."""
         if not name:
             if self.first is None:
                 raise wrong("model", None, "one for this job, or --model for all that name none")
@@ -80,7 +81,7 @@ class Parts:
         return self.named[name]
 
     def check_trust(self, trust: str | None) -> None:
-        """That the model which may bring code of its own is one of these."""
+        """Raise if the model that may contain code is not one of these."""
         if trust is not None and not any(part.model.trusted for part in self.named.values()):
             raise wrong("trust", trust, f"the name of the model, such as {', '.join(self.models)!r}, or none")
 
@@ -93,8 +94,9 @@ class Parts:
 class Planning:
     """The jobs of a run.
 
-    defaults  what every job has that does not say otherwise
-    formed    the form of clips, in words
+    Attributes:
+        defaults: fields of all jobs that do not set them.
+        formed: the format of clips, in words.
     """
 
     def __init__(self, parts: Parts, defaults: Mapping[str, Any], formed: str, tell: Callable[..., None]):
@@ -104,9 +106,9 @@ class Planning:
     def plan(
         self, store: Store, jobs: Jobs, *, skip_bad: bool, keep: bool = True, like: str | Path | None = None
     ) -> dict[str, int]:
-        """Check every line; then take all of them up, or none: how many jobs stand where.
+        """Check all lines, then add all of them or none. Returns the number of jobs by status.
 
-        What is not to be kept is listed, with how long it will take by the clips of this folder, or of another one.
+        A plan that is not kept is listed, with an estimate of its time from the clips of this folder or another one.
         """
         kept: list[Bad] = []
         staged = self._staged(store, lines_of(jobs, self.defaults, store.home / PACKED))
@@ -151,7 +153,7 @@ class Planning:
                     break
 
     def take_in(self, store: Store) -> None:
-        """Jobs that were added since."""
+        """Take jobs that were added since."""
         for name in store.models_added():
             with contextlib.suppress(SettingsError):  # which is said of each of its jobs
                 self.parts.of(name)  # now, and not while the folder is locked: it may be on the hub
@@ -170,7 +172,7 @@ class Planning:
             self.tell("refused", line=line, error=why)
 
     def verify(self, store: Store) -> None:
-        """Clips that are done and cannot be read whole are rendered again."""
+        """Render finished clips again that cannot be decoded."""
         for row in store.rows(status=DONE):
             try:
                 frames = read_frames(store.out / row.file)
@@ -186,7 +188,7 @@ Jobs = str | Path | Iterable[Job | Mapping[str, Any]] | None
 
 
 def lines_of(jobs: Jobs, defaults: Mapping[str, Any], packed: Path) -> Iterator[Line | Bad]:
-    """Jobs from wherever they come; the files of an archive are put into `packed`."""
+    """Jobs from any source. The files of an archive are extracted into `packed`."""
     if jobs is None:
         return
     if isinstance(jobs, (str, Path)) and is_archive(Path(jobs)):
@@ -207,7 +209,7 @@ def lines_of(jobs: Jobs, defaults: Mapping[str, Any], packed: Path) -> Iterator[
 
 
 def identity_in(clip: Path) -> str | None:
-    """What a clip says it was made of, as `Job.identity`; None where it says nothing."""
+    """The `Job.identity` from which a clip says it was made; None if it does not say."""
     try:
         said = metadata_of(clip)
         made = {name: said[name] for name in ("dtype", "revision") if said.get(name)}
@@ -217,7 +219,7 @@ def identity_in(clip: Path) -> str | None:
 
 
 def jobs_of(model: Model, prompts: Sequence[str], clips: int, seed: int, defaults: Mapping[str, Any]) -> Iterator[Job]:
-    """One job for every clip, the prompts in turn; raises where the model cannot do one of them."""
+    """One job for each clip, with prompts in turn. Raises if the model cannot do one of them."""
     for number in range(clips):
         given = {"prompt": prompts[number % len(prompts)], "seed": seed + number // len(prompts)}
         line = checked(number + 1, given, base=Path(), defaults=defaults)

@@ -1,6 +1,6 @@
-"""A worker in a process of its own, as a crew: where it hangs or dies, another process takes its place.
+"""A worker in a child process, as a crew: if it hangs or dies, another process replaces it.
 
-This process alone has the state of the folder. The other one writes clips into a folder of its own, aside.
+Only this process has the state of the folder. The child writes clips into a temporary folder of its own.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from stgfast.render.worker import STAGES
 
 
 class OwnProcess:
-    """One process that renders, at a time; it is its own seat."""
+    """One child process at a time. It is its own seat."""
 
     alike = True
     places = 1
@@ -90,7 +90,7 @@ class OwnProcess:
         return self.found.popleft() if self.found else None
 
     def progress(self) -> list[Progress]:
-        """What the process has said last, and the time since: one that hangs says nothing."""
+        """The last progress of the child, and the time since then: one that hangs reports none."""
         if self.ready and not self.asked and self.hands:
             self.asked = time.monotonic()
             self._send("progress")
@@ -118,7 +118,7 @@ class OwnProcess:
         self.stopping = self.aborting = True
 
     def close(self, seconds: float) -> None:
-        """The process is gone, and what it has not finished is not there."""
+        """End the process. What it has not finished is discarded."""
         self._kill()
 
     def _send(self, *message: Any) -> None:
@@ -164,7 +164,7 @@ class OwnProcess:
         self.found.append(outcome)
 
     def _end(self, why: str) -> None:
-        """The process died, or is of no use any more: another one begins."""
+        """Handle a process that died or is useless, and start another one."""
         self._kill()
         left = tuple(task for hand in self.hands for task in hand.left())
         self.hands = []

@@ -1,4 +1,4 @@
-"""The work of a run: batches are handed out, and what became of their jobs is recorded, until nothing waits."""
+"""The work of a run: hand out batches and record results, until nothing waits."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ ENDING = 5.0  # seconds that batches have to put themselves down when a run stop
 
 
 class Rendering:
-    """One run in charge of what it has claimed in a folder.
+    """One run, responsible for what it has claimed in a folder.
 
-    ahead      how many prompts that come later are encoded with those of a batch
-    footprint  what decides how many clips fit into memory, beside the device and their shape
-    stays      when all is done, for jobs that are added
+    Attributes:
+        ahead: the number of later prompts that are encoded with those of a batch.
+        footprint: a key for how many clips fit into memory, beside the device and their shape.
+        stays: keep running when all is done, for jobs that are added.
     """
 
     def __init__(
@@ -68,10 +69,10 @@ class Rendering:
             self.tell("recovered", jobs=recovered)
 
     def work(self, crew_for: Callable[[str], Crew], first: str) -> None:
-        """Until nothing waits that this run may render, one model after another, and other runners have done theirs,
-        or died.
+        """Render one model after another until nothing waits that this run may render, and other runners have
+        finished theirs or died.
 
-        first  the model that is loaded where no job waits for one
+        `first` is the model to load if no job waits for one.
         """
         while not self.ending and (self.store.waiting() or self.stays or self.store.elsewhere()):
             self.model, self.claimed = self.store.next_model() or first, False
@@ -84,14 +85,14 @@ class Rendering:
                 self.fault, self.ending = None, False
 
     def _give_up_model(self, error: str) -> bool:
-        """All jobs of a model that cannot be loaded have failed; not where the run has no others."""
+        """Fail all jobs of a model that cannot be loaded, unless it is the run's only one."""
         files = [] if len(self.planning.parts.models) < 2 else self.store.fail_waiting(self.model, error)
         for file in files:
             self.tell("failed", file=file, error=error, **self._progress())
         return bool(files)
 
     def _work(self, crew: Crew) -> None:
-        """Until no job waits for the model that is loaded."""
+        """Render until no job waits for the loaded model."""
         try:
             with self._interruptible(crew):
                 while not crew.aborting:
@@ -118,7 +119,7 @@ class Rendering:
             ) from self.fault
 
     def _goes_on(self, crew: Crew) -> bool:
-        """Wait a moment for an outcome; whether there is anything for this crew to do."""
+        """Wait a moment for an outcome. Returns whether this crew has anything to do."""
         if crew.busy or (not crew.stopping and self.store.waiting(self.model)):
             self._settle(crew.outcome(0.1), crew)  # in time for a look at whether the run is to stop
             return True
@@ -138,7 +139,7 @@ class Rendering:
             pass
 
     def _claim(self, seat: Seat, *, others: bool) -> bool:
-        """Whether there was a batch for this seat."""
+        """Claim a batch for a seat. Returns whether there was one."""
         device = seat.device_name + self.footprint
         batch = self.store.claim(
             self.max_batch, device, model=self.model, idle=seat.idle, place=seat.place, others=others
@@ -155,7 +156,7 @@ class Rendering:
         return True
 
     def _look(self, crew: Crew) -> None:
-        """Once a second: what was asked of the folder meanwhile, and how far batches are."""
+        """Once per second: read what was asked of the folder, and record the progress of batches."""
         if time.monotonic() - self.looked < LOOK:
             return
         self.looked = time.monotonic()
@@ -174,7 +175,7 @@ class Rendering:
         self.limits.enforce(crew, progress, self.store.cancelled(self.where))
 
     def _settle(self, outcome: Outcome | None, crew: Crew) -> None:
-        """Record what became of jobs."""
+        """Record the results of jobs."""
         if outcome is None:
             return
         store = self.store
@@ -238,7 +239,7 @@ class Rendering:
             self.tell("cancelled", file=task.file, **self._progress())
 
     def _fail_alike(self, failed: Failed, crew: Crew) -> None:
-        """Where there is no memory for a job, no night is spent on others of its shape, of which none was rendered."""
+        """Fail jobs of a shape that does not fit into memory, if none of that shape was rendered."""
         model, shape = failed.task.model, shape_of(failed.task.job)
         if not failed.memory or not crew.alike or (model, shape) in self.fits:
             return
@@ -255,7 +256,7 @@ class Rendering:
 
     @contextmanager
     def _interruptible(self, crew: Crew) -> Iterator[None]:
-        """Within the block, the first signal to end lets batches in hand finish, and the second one does not."""
+        """Within the block, the first signal finishes current batches, and the second one aborts them."""
 
         def handle(number: int, frame: FrameType | None) -> None:
             self.interrupts += 1
@@ -279,13 +280,15 @@ class Rendering:
                 signal.signal(number, handler)
 
     def _tell_of_signal(self) -> None:
-        """Not within the signal: what that interrupts may be the listener, which would be called within itself."""
+        """Report a signal outside its handler: it may have interrupted the listener, which must not be called within
+        itself.
+        """
         name, self.signal = self.signal, ""
         if name:
             self.tell("stopping", why=name)
 
     def page(self) -> None:
-        """The page about the folder, as it stands. Clips that are done are done without it."""
+        """Write the page about the folder. It is not needed for clips to be done."""
         try:
             rows = self.store.rows(every=True)
             write_gallery(self.store.out, rows, self.store.scratch / NAME, note=self.events.note)

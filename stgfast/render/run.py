@@ -1,4 +1,4 @@
-"""A run: jobs are checked and taken up, rendered, and what became of them is recorded, until nothing waits."""
+"""A run: check jobs, add them to the folder, render them and record the results, until nothing waits."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = ["BadJobs", "Report", "render"]
 
 @dataclass(frozen=True)
 class Report:
-    """How a run ended. The counts are of all jobs that it was about, whoever rendered them."""
+    """The result of a run. Counts are for all its jobs, whichever run rendered them."""
 
     done: int
     failed: int
@@ -47,7 +47,7 @@ class Report:
 
     @classmethod
     def of(cls, counts: Mapping[str, int], bad: int, rendered: int, seconds: float, *, interrupted: bool) -> Report:
-        """From how many jobs stand where."""
+        """A report from numbers of jobs by status."""
         waiting = counts[PENDING] + counts[CLAIMED] + counts[PUBLISHING]
         return cls(
             done=counts[DONE],
@@ -62,7 +62,7 @@ class Report:
 
     @property
     def code(self) -> int:
-        """For the shell: 0 all is done, 1 something failed or was left out, 130 interrupted."""
+        """The exit code: 0 all is done, 1 something failed or was skipped, 130 interrupted."""
         if self.interrupted:
             return 130
         return 1 if self.failed or self.bad or self.waiting else 0
@@ -220,7 +220,7 @@ def render(
 
 @dataclass(frozen=True)
 class Crews:
-    """Who renders a run's jobs: one crew after another, each for one model."""
+    """The crews of a run, one after another, each for one model."""
 
     store: Store
     parts: Parts
@@ -233,7 +233,7 @@ class Crews:
     others: together.Started | None
 
     def of(self, name: str, ray: str | None, actors: int | None) -> Crew:
-        """That of a model, on a cluster or here."""
+        """The crew for a model, on a cluster or here."""
         gc.collect()  # what there is of a model before this one
         model = self.parts.of(name).model
         setup = Setup(model, self.form, self.own_fps, self.loading)
@@ -251,7 +251,7 @@ class Crews:
 
 
 def _maker(known: Model | None, loading: Loading, form: Form, trust: str | None) -> Callable[[str], Part]:
-    """What makes the part of a model that a job names."""
+    """A function that makes the part of a model that a job names."""
 
     def make(name: str) -> Part:
         if known is not None and known.pipe is not None:

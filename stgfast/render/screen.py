@@ -1,7 +1,7 @@
-"""What a person, or a machine, sees of a run.
+"""The output of a run, for people or programs.
 
-A machine sees lines of JSON: each has `version`, the form of these lines; `run`, the same in all lines of a run;
-`time`; `event`; and what that event has.
+Programs get lines of JSON. Each has `version`, the version of this format; `run`, the same in all lines of a run;
+`time`; `event`; and the fields of that event.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Screen:
         self.report: dict[str, Any] = {}
 
     def show(self, event: dict[str, Any]) -> None:
-        """An event of the run. Raises BrokenPipeError where nobody reads any more."""
+        """Show an event of the run. Raises BrokenPipeError if nobody reads the output any more."""
         kind = event["event"]
         if kind == "ended":
             self.report = {name: value for name, value in event.items() if name not in ("event", "code")}
@@ -52,7 +52,7 @@ class Screen:
         self.complain(text)
 
     def complain(self, text: str) -> None:
-        """Something went wrong that is no event of the run."""
+        """Report an error that is not an event of the run."""
         try:
             if self.as_json:
                 self._json({"event": "error", "error": text})
@@ -62,7 +62,7 @@ class Screen:
             return
 
     def ended(self, code: int) -> None:
-        """The last line for a machine, in every case."""
+        """The last line for programs, in all cases."""
         if not self.as_json:
             return
         try:
@@ -119,7 +119,7 @@ class Screen:
 
 
 def _forecast(event: dict[str, Any]) -> str:
-    """How long, and how many bytes, as far as it is known."""
+    """The estimate of time and bytes, as far as it is known."""
     known = event["jobs"] - event["unknown"]
     if not known:
         return "how long it takes is not known: no clip of these shapes is in this folder (--like names another)"

@@ -1,4 +1,4 @@
-"""Memory that ran out: how it is told, and what can be given back."""
+"""Out of memory: how it is recognized, and what can be released."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this error, or what caused it, says that memory ran out; on a CPU torch has no class for it."""
+    """Whether this error, or its cause, says that memory ran out. torch has no error class for it on a CPU."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, (MemoryError, torch.OutOfMemoryError)):
@@ -19,7 +19,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def free(device: torch.device) -> None:
-    """Give back what the allocator keeps for later; it may be in pieces too small for what comes."""
+    """Release what the allocator keeps for later, which may be too fragmented for the next request."""
     import gc
 
     gc.collect()

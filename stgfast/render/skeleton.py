@@ -1,6 +1,7 @@
-"""A pipeline without its weights: its models have their form and no numbers, so that calls are checked before it loads.
+"""A pipeline without weights: its models have their structure and no numbers, so that calls are checked before it
+loads.
 
-What is built takes no memory, and less than a second for the largest models.
+This takes no memory, and less than a second for the largest models.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ Find = Callable[[str], Path | None]  # a file of the model's folder, such as vae
 
 
 def skeleton(kind: type[Any], index: Mapping[str, Any], denoisers: tuple[str, ...], find: Find) -> Any | None:
-    """The pipeline of this class, with the models and the scheduler that its index names; None where they cannot be
-    built from what is in the package and the folder."""
+    """The pipeline of this class, with the models and scheduler in its index; None if they cannot be built from the
+    package and the folder.
+    """
     parameters = inspect.signature(kind.__init__).parameters
     given = {name: value for name, value in index.items() if name in parameters and not isinstance(value, list)}
     try:

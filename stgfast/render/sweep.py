@@ -1,4 +1,4 @@
-"""Prompts guided at several layers and scales: what to look at, and what to measure, before choosing them."""
+"""Prompts at several layers and scales, to look at and measure before choosing."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ def sweep(
     cfg: Sequence[float] = (),
     **fields: Any,
 ) -> Iterator[Job]:
-    """For every prompt, seed and CFG scale a job with CFG alone, and one for each of these lists of layers at each of
-    these scales.
+    """For each prompt, seed and CFG scale, one job with CFG alone, and one for each list of layers and scale.
 
-    `cfg` left out is the pipeline's own scale. `fields` are further ones of a `Job`, for all of them. The page about
-    the output folder shows them as a grid.
+    `cfg` defaults to the pipeline's own scale. `fields` are further fields of all jobs. The page about the output
+    folder shows them as a grid.
     """
     many = [prompts] if isinstance(prompts, str) else list(prompts)
     guided = [Guidance(Perturbation(chosen, kind=kind, scale=scale)) for chosen in layers for scale in scales]

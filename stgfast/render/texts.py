@@ -1,6 +1,6 @@
-"""Prompts, each encoded once: what a pipeline's `encode_prompt` gave is remembered prompt by prompt.
+"""Encoded prompts, each once: the result of a pipeline's `encode_prompt` is stored prompt by prompt.
 
-Prompts are encoded one at a time, so that what comes out does not depend on what they are rendered with.
+Prompts are encoded one by one, so that the result does not depend on the other prompts of a batch.
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ Encoded = tuple[Tensor | None, ...]
 
 
 class NotStackable(Exception):
-    """These prompts cannot be rendered in one call as they are alone."""
+    """These prompts cannot be in one call and give what each gives alone."""
 
 
 class Texts:
-    """Encoded prompts by everything that decides them.
+    """Encoded prompts, by everything that decides them.
 
-    folder   for what memory does not hold
-    parts    the text encoders, where they are on the device only while they encode; then others are read ahead
-    ahead    prompts and negative prompts that come later
+    Attributes:
+        folder: for what memory does not hold.
+        parts: the text encoders, if they are on the device only while they encode; then others are encoded ahead.
+        ahead: later prompts and negative prompts.
     """
 
     def __init__(
@@ -58,12 +59,12 @@ class Texts:
             part.to("cpu")
 
     def anew(self) -> Texts:
-        """One like it that knows nothing, for where this one is held by a thread that does not go on."""
+        """An empty copy, for a worker whose thread hangs and holds this one."""
         folder = self.folder.with_name(f"{self.folder.name}+")
         return Texts(folder, self.device, parts=self.parts, ahead=self.ahead, memory=self.memory, disk=self.disk)
 
     def encoding(self, pipe: Any, count: int) -> Callable[..., Any]:
-        """Stands in for `pipe.encode_prompt` in calls for the same `count` prompts, which are looked up once."""
+        """The replacement of `pipe.encode_prompt` in calls for the same `count` prompts, which are looked up once."""
         original = type(pipe).encode_prompt
         signature = inspect.signature(original)
         named = all(p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in signature.parameters.values())
@@ -107,9 +108,9 @@ class Texts:
 
     @contextmanager
     def _reader(self, pipe: Any) -> Iterator[Any]:
-        """The pipeline with its text encoders, on the device for as long as the block runs.
+        """The pipeline with its text encoders, on the device within the block.
 
-        Each remembers what it read last: a negative prompt comes with every prompt.
+        Each encoder remembers its last outputs, because a negative prompt comes with each prompt.
         """
         reader = copy.copy(pipe)
         for name, part in (self.parts or encoders_of(pipe)).items():
@@ -133,7 +134,7 @@ class Texts:
             self._spill(oldest)
 
     def _spill(self, key: str) -> None:
-        """From memory to disk. Where the disk is full, it is forgotten: that is no fault of the job at hand."""
+        """Move from memory to disk. If the disk is full, the entry is dropped: the current job is not at fault."""
         from safetensors.torch import save
 
         encoded = self.known.pop(key)
@@ -198,7 +199,7 @@ class Last:
 
 
 def _held(output: Any) -> int:
-    """Bytes of an output's tensors."""
+    """The bytes of an output's tensors."""
     if isinstance(output, Tensor):
         return output.nbytes
     parts = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
@@ -206,7 +207,7 @@ def _held(output: Any) -> int:
 
 
 def encoders_of(pipe: Any) -> dict[str, nn.Module]:
-    """The text encoders of a pipeline, by the names it has for them."""
+    """The text encoders of a pipeline, by name."""
     return {
         name: part
         for name, part in vars(pipe).items()
@@ -215,7 +216,7 @@ def encoders_of(pipe: Any) -> dict[str, nn.Module]:
 
 
 def _of_one(given: dict[str, Any], place: int, count: int) -> dict[str, Any]:
-    """The arguments for one prompt: what is a list of as many is cut."""
+    """The arguments for one prompt: lists with one entry for each prompt are cut."""
     one = {
         name: value[place : place + 1] if isinstance(value, list) and len(value) == count else value
         for name, value in given.items()
@@ -231,12 +232,12 @@ def _with(given: dict[str, Any], prompt: str, negative: str | None) -> dict[str,
 
 
 def _key(given: dict[str, Any]) -> str:
-    """What is the same for equal arguments alone; raises TypeError for some whose equality is not to be told."""
+    """A key that is equal only for equal arguments; raises TypeError if their equality cannot be decided."""
     return hashlib.sha256(repr({name: _told(given[name]) for name in sorted(given)}).encode()).hexdigest()
 
 
 def _told(value: Any) -> Any:
-    """A value as something that is the same in words where the value is."""
+    """A value as text that is equal for equal values."""
     if value is None or isinstance(value, (str, int, float, torch.device, torch.dtype)):
         return value
     if isinstance(value, (list, tuple)):
@@ -253,7 +254,7 @@ def _plain(encoded: Any) -> bool:
 
 
 def _together(each: list[Any]) -> Any:
-    """What several prompts gave, as one call for all of them would have it."""
+    """The outputs for several prompts, in the form of one call for all of them."""
     for encoded in each:
         if not _plain(encoded) or any(part is not None and (not part.ndim or len(part) != 1) for part in encoded):
             raise NotStackable("prompts: got an encoding that has no row for each")

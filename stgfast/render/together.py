@@ -1,7 +1,7 @@
-"""Processes that make one clip together. The first of them has the jobs, and tells the others which batch comes next;
-they make the same calls of the pipeline, and write nothing.
+"""Processes that make one clip together. The first one has the jobs and tells the others the next batch. They make
+the same calls of the pipeline, and write nothing.
 
-Here for processes that torchrun has started; those of a Ray cluster are in actors.py.
+This module is for processes that torchrun started; those of a Ray cluster are in actors.py.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LOOK = 0.02  # seconds between looks for the next batch
 
 
 def check(gpus_per_clip: int | None, ray: str | None, model: Model | None) -> int:
-    """Over how many processes every clip is divided."""
+    """Check the number of processes over which each clip is divided."""
     if model is not None and model.pipe is not None:
         if gpus_per_clip is not None or execution_of(model.pipe).ranks is not None:
             right = (
@@ -58,12 +58,12 @@ def check(gpus_per_clip: int | None, ray: str | None, model: Model | None) -> in
 
 
 def follows() -> bool:
-    """Whether torchrun has started this process as another one than the first, which says what is wrong for all."""
+    """Whether this process was started by torchrun and is not the first, which reports errors for all."""
     return dist.is_available() and dist.is_torchelastic_launched() and os.environ["RANK"] != "0"
 
 
 class Started:
-    """The processes that torchrun has started, as one of them; what the first one says goes through its store."""
+    """The processes that torchrun started, as seen by one of them. The first one sends messages through the store."""
 
     def __init__(self, device: str | None):
         from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -79,21 +79,21 @@ class Started:
         return self.ranks.rank == 0
 
     def worker(self, setup: Setup, scratch: Path) -> Worker:
-        """That of the first process, with which the others work."""
+        """The worker of the first process, with which the others work."""
         self._say("load", setup, scratch)
         return setup.worker(scratch, self)
 
     def begin(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
-        """The others make the calls of this batch, too."""
+        """Let the others make the calls of this batch too."""
         if self.first:
             self._say("batch", batch, ahead)
 
     def end(self) -> None:
-        """Nothing comes any more."""
+        """Tell the others that nothing comes any more."""
         self._say("end")
 
     def follow(self) -> None:
-        """What the other processes do, until the first one ends it. It is that one which is interrupted."""
+        """The loop of the other processes, until the first one ends it. Interrupts go to the first one."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
         worker: Worker | None = None

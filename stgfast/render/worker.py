@@ -1,15 +1,14 @@
-"""Batches in, written clips out, on one device. It knows no database: what became of a job is an `Outcome`.
+"""Batches in, written clips out, on one device. A worker has no database: the result of a job is an `Outcome`.
 
-Every batch has a thread, and goes through four stages, each of which takes one batch at a time:
+Each batch has a thread, and goes through four stages, each of which takes one batch at a time:
 
-    text      the pipeline's own call, up to where it prepares latents: every prompt it asks for is encoded, once
-    denoiser  the call itself; prompts are answered from what is known
-    decoder   the same call, from where it reaches the VAE's decoder, one clip after another
-    writer    frames become files, aside
+    text      the pipeline's own call, up to where it prepares latents: each prompt is encoded, once
+    denoiser  the call itself, with the encoded prompts
+    decoder   the same call, from the VAE's decoder on, one clip after another
+    writer    frames become files in a temporary place
 
-So the next batch denoises while this one is decoded and written. No pipeline's code is copied: a batch has a shallow
-copy of the pipeline with a scheduler of its own, in which `encode_prompt`, `prepare_latents` and the VAE's `decode`
-are stood in for.
+So the next batch denoises while this one is decoded and written. No pipeline code is copied: a batch has a shallow copy
+of the pipeline with its own scheduler, in which `encode_prompt`, `prepare_latents` and the VAE's `decode` are replaced.
 """
 
 from __future__ import annotations
@@ -65,28 +64,29 @@ TEXT, DENOISER, DECODER, WRITER = STAGES = ("text", "denoise", "decode", "write"
 
 
 class Others(Protocol):
-    """The processes that make every clip together with this one."""
+    """The processes that make each clip together with this one."""
 
     ranks: Ranks
 
     def begin(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
-        """They make the calls of this batch, too."""
+        """Let them make the calls of this batch too."""
 
 
 class Stopping(Exception):
-    """Thrown where a batch in hand is to be put down."""
+    """Raised in a batch that is to be released."""
 
 
 class Overdue(BaseException):
-    """Thrown into the thread of a batch that took too long. No library takes it for an error of its own."""
+    """Raised in the thread of a batch that took too long. No library takes it for an error of its own."""
 
 
 class Worker:
     """Renders batches with one pipeline.
 
-    scratch  where clips are written before they are whole
-    fps      frames in a second of a job's clip, where that is not the same for all
-    others   the processes that make every clip together with this one; then one batch is made after another
+    Attributes:
+        scratch: the folder for temporary files.
+        fps: frames per second of a job's clip, if it is not the same for all.
+        others: the processes that make each clip together with this one; batches are then made one after another.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class Worker:
         return self.form if self.fps is None else dataclasses.replace(self.form, fps=self.fps(job))
 
     def metadata_for(self, task: Task, form: Form) -> dict[str, Any]:
-        """What a clip says of how it was made: enough to make it again."""
+        """How a clip was made: enough to make it again."""
         return {
             "job": task.job.to_dict(),
             "model": task.model,
@@ -187,14 +187,13 @@ class Worker:
         thread.start()
 
     def render(self, batch: Batch, ahead: Sequence[Prompt], aside: Path) -> Iterator[Outcome]:
-        """As `start`, in the caller's thread: what became of the jobs, whose clips are in a folder of the caller's."""
+        """Like `start`, in the caller's thread. Returns the outcomes, with clips in a folder of the caller's."""
         run = self.in_hand[threading.current_thread()] = BatchRun(self, batch, aside)
         self.ahead = ahead
         yield from self._through(run)
 
     def follow(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
-        """The calls of a batch that another process writes. Where one of them fails, that process says what becomes
-        of it."""
+        """Make the calls of a batch that another process writes. If one fails, that process decides what follows."""
         run = self.in_hand[threading.current_thread()] = BatchRun(self, batch, self.scratch)
         self.ahead = ahead
         try:
@@ -209,14 +208,14 @@ class Worker:
 
     @property
     def lost(self) -> DeviceError | None:
-        """What ends the run, where a process has gone that makes clips with this one."""
+        """The error that ends the run, if a process is gone that makes clips with this one."""
         return DeviceError(self.others.ranks.lost) if self.others is not None and self.others.ranks.lost else None
 
     def progress(self) -> list[Progress]:
         return [run.progress() for run in list(self.in_hand.values())]
 
     def expire(self, batch: Batch, why: str) -> None:
-        """A batch is put down where it can be: at its next step, or at the next line of Python."""
+        """Abort a batch at its next step, or at the next line of Python."""
         for thread, run in list(self.in_hand.items()):
             if run.batch == batch and not run.expired:
                 run.expired = why
@@ -226,7 +225,7 @@ class Worker:
                     asynchronously(ctypes.c_ulong(thread.ident), ctypes.py_object(Overdue))
 
     def replace(self, batch: Batch, why: str) -> None:
-        """A batch that could not be put down is left to its thread, which others do not wait for any more."""
+        """Abandon a batch that cannot be interrupted: others do not wait for its thread any more."""
         for thread, run in list(self.in_hand.items()):
             if run.batch == batch:
                 del self.in_hand[thread]
@@ -241,20 +240,21 @@ class Worker:
                     self.outcomes.put(Stopped((), error))
 
     def stop(self) -> None:
-        """Batches that do not denoise yet are put down; the others are finished."""
+        """Release batches that do not denoise yet, and finish the others."""
         self.stopping = True
 
     def abort(self) -> None:
-        """Every batch is put down, at its next step."""
+        """Abort all batches at their next step."""
         self.stopping = self.aborting = True
         for run in list(self.in_hand.values()):
             run.interrupt()
 
     @contextmanager
     def stream(self) -> Iterator[None]:
-        """On a GPU, work of one batch does not wait for that of another.
+        """A CUDA stream for a batch, so that batches do not wait for each other on a GPU.
 
-        Streams are used again: the allocator keeps memory for each. Entered in the text stage, by one at a time.
+        Streams are reused, because the allocator keeps memory for each. The text stage enters this, one batch at a
+        time.
         """
         if self.device.type != "cuda":
             yield
@@ -272,7 +272,9 @@ class Worker:
             thread.join(max(0.0, until - time.monotonic()))
 
     def _to_come(self) -> list[Prompt]:
-        """Of the batches in hand too: more of them may have been handed out before the first reads its prompts."""
+        """Prompts that come later, including those of current batches: several may be handed out before the first
+        encodes its prompts.
+        """
         ahead = self.ahead  # before the batches in hand: what leaves it is among them
         jobs = [task.job for run in list(self.in_hand.values()) for task in run.batch.tasks]
         return list(dict.fromkeys([*((job.prompt, job.negative_prompt) for job in jobs), *ahead]))
@@ -297,7 +299,7 @@ class Worker:
 
 
 class BatchRun:
-    """One batch on its way through the stages, its clips to a folder aside."""
+    """One batch on its way through the stages, with clips in a temporary folder."""
 
     def __init__(self, worker: Worker, batch: Batch, aside: Path):
         self.worker, self.batch, self.aside = worker, batch, aside
@@ -313,7 +315,7 @@ class BatchRun:
         self.pipe: Any = self._copy()
 
     def outcomes(self) -> Iterator[Outcome]:
-        """What became of every job; none is left out."""
+        """The outcome of each job."""
         for outcome in self._outcomes():
             tasks = tasks_of(outcome)
             self.settled |= {task.id for task in tasks}
@@ -325,11 +327,11 @@ class BatchRun:
         return Progress(self.batch, stage, self.step, self.steps, clock.seconds, clock.quiet)
 
     def interrupt(self) -> None:
-        """Denoising, where it is, has no further steps."""
+        """Make no further denoising steps."""
         self.pipe._interrupt = True
 
     def close(self) -> None:
-        """Let go of what the batch has had: its pipeline knows it by its stand-ins."""
+        """Release what the batch holds: its pipeline refers to it through the replaced methods."""
         self.pipe = SimpleNamespace()
 
     def left(self) -> tuple[Task, ...]:
@@ -368,7 +370,7 @@ class BatchRun:
         yield from self._written(clips)
 
     def _after(self, error: Exception) -> Outcome:
-        """What becomes of the jobs after an error of their call."""
+        """The outcome of the jobs after an error in their call."""
         tasks = self.batch.tasks
         if self.expired:
             return Expired(tasks, self.expired)
@@ -382,9 +384,9 @@ class BatchRun:
         return Failed(tasks[0], _said(error), self._share(), "".join(traceback.format_exception(error)))
 
     def clips(self, alone: bool) -> list[Clip]:
-        """By the pipeline's own call.
+        """The clips, by the pipeline's own call.
 
-        `alone`, nothing else is on the device meanwhile: memory was short, or models are moved to and fro.
+        `alone`: nothing else is on the device meanwhile, because memory was short or models are offloaded.
         """
         for stage in (DECODER, DENOISER, TEXT) if alone else (TEXT,):
             self._enter(stage)
@@ -415,7 +417,7 @@ class BatchRun:
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """Within the block, all processes of a clip make the calls of this batch, and end them where one fails."""
+        """Within the block, all processes of a clip make the calls of this batch, and end them if one fails."""
         others = self.worker.others
         if others is None:
             yield
@@ -477,7 +479,7 @@ class BatchRun:
         return pipe
 
     def _counting(self, scheduler: Any) -> Any:
-        """The scheduler, whose every step is a sign of the batch, and the place where it can be put down."""
+        """The scheduler, in which each step counts as progress and can be interrupted."""
         step = getattr(type(scheduler), "step", None)
         if step is None:
             return scheduler
@@ -499,7 +501,7 @@ class BatchRun:
         return scheduler
 
     def _rehearse(self) -> None:
-        """Make the call up to its latents: what is wrong with it is known, and its prompts are encoded."""
+        """Make the call up to its latents: this finds its errors, and encodes its prompts."""
         if not hasattr(self.pipe, "encode_prompt"):
             return
         parts = vars(self.pipe)
@@ -519,7 +521,7 @@ class BatchRun:
             del parts["prepare_latents"]
 
     def _decode_with(self, decode: Callable[..., Any]) -> Callable[..., Any]:
-        """The VAE's `decode`, which gives the denoiser up first, and then does one clip at a time."""
+        """The replacement of the VAE's `decode`: it releases the denoiser, then decodes one clip at a time."""
 
         def standing_in(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
             if self.worker.aborting or self.expired:
@@ -571,7 +573,7 @@ class BatchRun:
     # Stages, clocks, streams
 
     def _enter(self, stage: str) -> None:
-        """Wait until a stage is free. Who wants several takes decoder, denoiser, text, in this order."""
+        """Wait until a stage is free. Several are taken in the order decoder, denoiser, text."""
         self.clock.pause()
         self.worker.stages[stage].acquire()
         self.clock.go()
@@ -590,7 +592,7 @@ class BatchRun:
             self._leave(stage)
 
     def _share(self) -> dict[str, float]:
-        """Seconds per stage, a clip's share of its batch's."""
+        """Seconds per stage, divided among the clips of the batch."""
         count = len(self.batch)
         return {stage: round(self.seconds[stage] / count, 4) for stage in STAGES if stage in self.seconds}
 
@@ -599,8 +601,9 @@ class BatchRun:
             torch.cuda.current_stream(self.worker.device).synchronize()
 
     def _broken(self) -> BaseException | None:
-        """Whether the device itself is past use, as it is after some errors, and every further job would fail; or a
-        process is, without which there is no clip."""
+        """Whether each further job would fail: the device is unusable, as after some errors, or a process is gone
+        that clips need.
+        """
         if self.worker.lost is not None:
             return self.worker.lost
         if self.worker.device.type != "cuda":
@@ -613,7 +616,7 @@ class BatchRun:
 
 
 class _Reached(Exception):
-    """A rehearsal is where it was to go."""
+    """Raised when a rehearsal has reached its end."""
 
 
 def _row(value: Any, place: int, count: int) -> Any:
@@ -622,7 +625,7 @@ def _row(value: Any, place: int, count: int) -> Any:
 
 
 def _stacked(outputs: list[Any]) -> Any:
-    """Decoder outputs of one clip each as one."""
+    """Decoder outputs of one clip each, as one output."""
     first = outputs[0]
     if isinstance(first, tuple):
         return tuple(torch.cat(parts) for parts in zip(*outputs, strict=True))

@@ -1,4 +1,4 @@
-"""What a server says of a folder, and does to it: a request's values in, checked, and JSON out."""
+"""The responses of a server: the values of a request are checked, and the result is JSON."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def status(state: Desk) -> dict[str, Any]:
 
 
 def jobs(state: State, asked: Mapping[str, str]) -> dict[str, Any]:
-    """Some of the jobs that have a status and words, in an order: /api/jobs?status=done,failed&words=kite&offset=60."""
+    """Some of the jobs with a status and words, in an order: /api/jobs?status=done,failed&words=kite&offset=60."""
     check_fields_of(asked, {"status", "words", "order", "offset", "limit"})
     order = asked.get("order", "listed")
     if order not in ORDERS:
@@ -51,7 +51,7 @@ def jobs(state: State, asked: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _shown(state: State, entry: Entry) -> dict[str, Any]:
-    """What the page knows of a job: `pictures`, where it is a folder of them, and else one file at `address`."""
+    """The data of a job for the page: `pictures` if it is a folder of them, else one file at `address`."""
     row = entry.row
     address, pictures = "", 0
     if row.status == DONE and not row.file.endswith(".npz"):  # which no browser shows
@@ -74,14 +74,14 @@ def _shown(state: State, entry: Entry) -> dict[str, Any]:
 
 
 def add(desk: Desk, given: Given) -> Any:
-    """{"job": fields of a job, its image one that was sent}. Prompts may have choices, as in job files."""
+    """{"job": fields of a job; its image is one that was sent}. Prompts may have choices, as in job files."""
     check_fields_of(given, {"job"})
     count, bad = desk.add([_fields(desk, given.get("job"))], words=Words())
     return _added(bad, count)
 
 
 def again(desk: Desk, given: Given) -> Any:
-    """{"name": a clip, "changes": fields of its job, null for those that are to be left out}"""
+    """{"name": a clip, "changes": fields of its job, null for those to leave out}"""
     check_fields_of(given, {"name", "changes"})
     name = given.get("name")
     check_text("name", name, MAX_WORDS)
@@ -139,7 +139,7 @@ ACTIONS: dict[str, Callable[[Desk, Given], Any]] = {
 
 
 def choice_of(given: Given) -> Choice:
-    """{"names": [...], "words": "...", "statuses": [...], "every": true}, some of these."""
+    """{"names": [...], "words": "...", "statuses": [...], "every": true}, or some of these."""
     check_fields_of(given, {"names", "words", "statuses", "every"})
     names, words = given.get("names", []), given.get("words", "")
     statuses, every = given.get("statuses", []), given.get("every", False)

@@ -1,12 +1,12 @@
-"""What a server of a folder answers.
+"""The routes of a folder's server.
 
 GET   /                                  the page
-GET   /api/status                        how the folder stands
-GET   /api/jobs                          its jobs, some at a time
+GET   /api/status                        the status of the folder
+GET   /api/jobs                          its jobs, in pages
 GET   /clips/NAME, /clips/NAME/NUMBER    a clip, or a picture of one
 GET   /metrics                           for Prometheus
-POST  /api/ACTION                        what is asked of the folder, as JSON: the names of `answers.ACTIONS`
-POST  /api/images                        an image, for a job that is added: its name
+POST  /api/ACTION                        a change, as JSON: the names of `answers.ACTIONS`
+POST  /api/images                        an image for a new job; returns its name
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ KEPT = "private, max-age=3600"  # by the browser: a clip that is made anew has a
 
 
 def application(out: Path, token: str = "") -> Guard:
-    """The server of a folder, as an ASGI application; with a token, for those who have it."""
+    """The server of a folder as an ASGI application. With a token, requests must have it."""
 
     def asked(do: Callable[[Desk], Any]) -> Any:
         with Desk(out, check=False) as desk:
@@ -102,7 +102,7 @@ def _refusing(code: int) -> Callable[[Request, Exception], Response]:
 
 
 async def _body(request: Request, limit: int) -> bytes:
-    """What a request brings, as far as that is not too much."""
+    """The body of a request, up to a limit."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
@@ -113,7 +113,7 @@ async def _body(request: Request, limit: int) -> bytes:
 
 
 def _object(request: Request, body: bytes) -> dict[str, Any]:
-    """The JSON of a request. No form of another site's page can send this type without being asked first."""
+    """The JSON of a request. A form of another site cannot send this content type without a preflight request."""
     if _type_of(request) != "application/json":
         raise HTTPException(415, "expected application/json")
     try:

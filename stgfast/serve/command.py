@@ -46,7 +46,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
 
 def token_for(host: str, *, asked: bool) -> str:
-    """What a link has that opens the page, '' where everybody on this machine may."""
+    """The token in the link to the page; "" if everybody on this machine may open it."""
     from stgfast.serve.guard import is_loopback
 
     given = os.environ.get(VARIABLE, "")
@@ -58,7 +58,7 @@ def token_for(host: str, *, asked: bool) -> str:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket at an address of this machine."""
+    """Open a socket at an address of this machine."""
     if not 0 <= port < 1 << 16:
         raise wrong("--port", port, "a number from 0 to 65535")
     try:

@@ -1,5 +1,6 @@
-"""Files of a folder that go to a browser and come from it. No name that is asked for becomes a path by itself: a clip
-is looked up in the folder's list, a picture of it by its number, an image by its digest."""
+"""Files of a folder for a browser, and from it. A requested name never becomes a path: a clip is looked up in the
+folder's list, a picture by its number, an image by its digest.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ IMAGE = re.compile(r"[0-9a-f]{64}\.[A-Za-z0-9]{1,12}")
 
 
 def clip_of(state: State, file: str, frame: int | None = None) -> Path | None:
-    """The file of a clip that is done, or of one of its pictures; None where the folder has none such."""
+    """The file of a finished clip, or of one of its pictures; None if the folder does not have it."""
     if not _is_name(file):
         return None
     query = "SELECT 1 FROM jobs WHERE file = ? AND status = ?"
@@ -39,7 +40,7 @@ def frames_of(path: Path) -> list[Path]:
 
 
 def _is_name(file: str) -> bool:
-    """Whether it is one part of a path, as names of clips are; the list may be anybody's."""
+    """Whether it is one part of a path, as names of clips are. Anybody may have written the list."""
     try:
         file.encode()
     except UnicodeEncodeError:
@@ -48,7 +49,7 @@ def _is_name(file: str) -> bool:
 
 
 def keep_image(folder: Path, data: bytes) -> str:
-    """Put an image that was sent beside those of archives: its name there."""
+    """Store an image that was sent beside those of archives, and return its name."""
     if len(data) > MAX_IMAGE:
         raise wrong("image", f"{len(data)} bytes", f"{MAX_IMAGE} bytes at most")
     name = f"{hashlib.sha256(data).hexdigest()}.image"

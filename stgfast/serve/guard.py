@@ -1,4 +1,6 @@
-"""Who may ask a server: its own page, and programs; no page of another site, and where there is a token, who has it."""
+"""Which requests a server allows: those of its own page and of programs, none of other sites, and with a token only
+those that have it.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ COOKIE = "stgfast-{port}"  # cookies are for all ports of a machine
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine alone."""
+    """Whether a host is this machine only."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -35,10 +37,10 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """Lets requests through to an application, or refuses them; with a token, those that do not bring it.
+    """Pass allowed requests to an application, and refuse the others; with a token, those without it.
 
-    A browser says where a request comes from: `Origin` and `Sec-Fetch-Site` are not in a page's hands. A name that
-    leads to this machine may be another site's, so that without a token the host has to be this machine's own.
+    A browser says where a request comes from: a page cannot change `Origin` and `Sec-Fetch-Site`. A host name that
+    resolves to this machine may be another site's, so without a token the host must be this machine's own.
     """
 
     def __init__(self, app: ASGIApp, token: str):
@@ -63,7 +65,7 @@ class Guard:
         await answer(scope, receive, guarded)
 
     def _refusal(self, scope: Scope) -> tuple[int, str]:
-        """Why a request is refused, '' where it is not."""
+        """Why a request is refused; "" if it is allowed."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if not self.token and not is_loopback(_name(host)):
@@ -122,6 +124,6 @@ def _same(origin: str, host: str) -> bool:
 
 
 def _follows_link(scope: Scope, headers: Headers) -> bool:
-    """Whether somebody followed a link to the page, from wherever."""
+    """Whether the request comes from a link to the page, on any site."""
     navigates = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
     return bool(navigates and scope["method"] == "GET" and scope["path"] == "/")

@@ -1,4 +1,4 @@
-"""A folder for Prometheus, in its text form."""
+"""A folder in the text format of Prometheus."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Sample = tuple[dict[str, str], float]
 
 
 def metrics(state: State) -> str:
-    """Everything of a folder that is a number."""
+    """All numbers of a folder."""
     status = status_of(state, shown=1000)
     totals = "SELECT COALESCE(SUM(took), 0), COALESCE(SUM(bytes), 0) FROM jobs WHERE status = 'done'"
     took, size = state.connection.execute(totals).fetchone()

@@ -1,7 +1,7 @@
-"""A small text-to-video model that comes with the package, trained on videos drawn by a program.
+"""A small text-to-video model in the package, trained on videos that a program draws.
 
-It is an `LTXPipeline` of 12 blocks that stock diffusers loads from `FOLDER`, and makes clips of coloured shapes that
-move and turn, 64x64 pixels and 17 frames. `README.md` beside it says how good it is.
+It is an `LTXPipeline` of 12 blocks that stock diffusers loads from `FOLDER`. It makes clips of coloured shapes that
+move and turn, with 64x64 pixels and 17 frames. `README.md` in this folder says how good it is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROMPTS = (
 
 
 def pipeline() -> Any:
-    """The stock pipeline, whose tokenizer says which words it does not know."""
+    """The stock pipeline, with a tokenizer that warns of unknown words."""
     from diffusers import LTXPipeline
 
     from stgfast.toy.words import Tokenizer

@@ -1,8 +1,8 @@
-"""What is to be seen in a clip: a small classifier of videos, and a tracker of coloured shapes.
+"""What is visible in a clip: a small classifier of videos, and a tracker of coloured shapes.
 
-The classifier is trained on drawn videos, apart from the model that it judges: `python -m stgfast.toy.judge --out DIR`.
-For every colour it says whether a shape has it, which shape, and how that moves; so it reads clips of one shape and of
-two alike.
+The classifier is trained on drawn videos, independently of the model that it judges: `python -m stgfast.toy.judge --out
+DIR`. For each colour it says whether a shape has it, which shape, and how it moves. So it works for clips with one
+shape and with two.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REAL = 4096  # drawn clips whose features are what those of rendered ones are he
 
 @dataclass(frozen=True)
 class Reading:
-    """What the classifier sees: scores, one row for every clip."""
+    """The classifier's scores, one row for each clip."""
 
     features: Tensor
     present: Tensor  # clip, colour
@@ -66,7 +66,7 @@ class Judge(nn.Module):
         self.back = nn.Linear(FEATURES, len(GROUNDS) + len(videos.PATTERNS))
 
     def forward(self, frames: Tensor) -> Reading:
-        """Frames from 0 to 1: clip, frame, channel, y, x."""
+        """Classify frames from 0 to 1: clip, frame, channel, y, x."""
         near = torch.stack([nearness(frames, colour) for colour in COLOURS], 1)
         seen = self.layers(torch.cat([frames.transpose(1, 2) * 2 - 1, near, near.amax(1, keepdim=True)], 1))
         # What is seen where a colour is, and how much of the colour there is: clip, colour, feature.
@@ -81,7 +81,7 @@ class Judge(nn.Module):
 
 
 def labels(scenes: Sequence[videos.Scene]) -> dict[str, Tensor]:
-    """Class numbers; -1 for the shape and the motion of a colour that is not there."""
+    """Class numbers; -1 for the shape and motion of a colour that is absent."""
     made = {name: torch.full((len(scenes), len(COLOURS)), -1) for name in ("kind", "motion")}
     for n, scene in enumerate(scenes):
         for shape in scene.shapes:
@@ -94,9 +94,9 @@ def labels(scenes: Sequence[videos.Scene]) -> dict[str, Tensor]:
 
 
 def right(reading: Reading, scenes: Sequence[videos.Scene]) -> dict[str, Tensor]:
-    """For every clip and attribute, the share of what the prompt says that is seen.
+    """For each clip and attribute, the fraction of what the prompt says that is seen.
 
-    Shape and motion are looked up at the colours that are seen best, so that a wrong colour alone is one mistake.
+    Shape and motion are read at the colours with the best scores, so that a wrong colour is one mistake.
     """
     found: dict[str, list[float]] = {name: [] for name in ATTRIBUTES}
     for n, scene in enumerate(scenes):
@@ -117,14 +117,14 @@ def right(reading: Reading, scenes: Sequence[videos.Scene]) -> dict[str, Tensor]
 
 
 def nearness(frames: Tensor, colour: str) -> Tensor:
-    """From 1, where a pixel is about of a colour, to 0 where it is far from it: like `frames`, but for the channels."""
+    """1 for pixels close to a colour, 0 for distant ones: like `frames`, without channels."""
     wanted = frames.new_tensor(videos.COLOURS[colour])[:, None, None]
     distance: Tensor = (frames - wanted).square().sum(-3).sqrt()
     return ((0.45 - distance) / 0.2).clamp(0, 1)
 
 
 def track(frames: Tensor, colour: str) -> Tensor:
-    """x and y of the shape of a colour in every frame of one clip; NaN where fewer than 12 pixels have the colour."""
+    """x and y of the shape with a colour, in each frame of one clip; NaN if fewer than 12 pixels have the colour."""
     weight = nearness(frames, colour)  # frame, y, x
     line = torch.arange(frames.shape[-1], device=frames.device) + 0.5
     mass = weight.sum((1, 2))
@@ -135,7 +135,9 @@ def track(frames: Tensor, colour: str) -> Tensor:
 
 
 def save(path: Path, judge: Judge, real: Tensor) -> None:
-    """Weights as bytes, with a scale for every output of a layer; and how features of drawn clips are spread."""
+    """The weights as bytes, with a scale for each output of a layer, and the distribution of features of drawn
+    clips.
+    """
     from safetensors.torch import save_file
 
     kept = {"real.mean": real.mean(0), "real.covariance": real.T.cov()}
@@ -149,7 +151,7 @@ def save(path: Path, judge: Judge, real: Tensor) -> None:
 
 
 def load(path: Path = SHIPPED) -> tuple[Judge, Tensor, Tensor]:
-    """With the mean and the covariance of the features of drawn clips."""
+    """The judge, with the mean and covariance of the features of drawn clips."""
     from safetensors.torch import load_file
 
     kept = load_file(path)
@@ -173,7 +175,7 @@ def judge_loss(reading: Reading, truth: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def degraded(frames: Tensor, generator: torch.Generator) -> Tensor:
-    """A clip may be soft or noisy; neither changes what it shows."""
+    """A clip with blur or noise, which do not change what it shows."""
     soft: Tensor = nn.functional.avg_pool2d(frames.flatten(0, 1), 3, 1, 1, count_include_pad=False).view_as(frames)
     amount, strength = torch.rand(2, len(frames), 1, 1, 1, 1, generator=generator)
     made: Tensor = frames.lerp(soft, amount) + 0.06 * strength * torch.randn(frames.shape, generator=generator)
@@ -198,7 +200,7 @@ def train(settings: Settings, *, steps: int = 2400, batch: int = 16) -> Judge:
 
 @torch.no_grad()
 def features_of_drawn(judge: Judge, seed: int, count: int) -> Tensor:
-    """Of clips as they are stored: in whole steps of brightness."""
+    """Features of drawn clips as they would be stored: in whole levels of brightness."""
     parts = []
     for first in range(0, count, 64):
         frames = videos.clips(seed, range(first, min(first + 64, count))).frames
@@ -208,7 +210,7 @@ def features_of_drawn(judge: Judge, seed: int, count: int) -> Tensor:
 
 @torch.no_grad()
 def accuracy(judge: Judge, seed: int, count: int = 1024) -> dict[str, float]:
-    """Of real clips that the judge was not trained on, and how far off the tracker is, in pixels."""
+    """The accuracy on drawn clips that the judge was not trained on, and the error of the tracker in pixels."""
     sums: dict[str, float] = dict.fromkeys((*ATTRIBUTES, "track"), 0.0)
     singles = 0
     for first in range(0, count, 64):

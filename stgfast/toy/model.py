@@ -1,6 +1,6 @@
-"""The trained pipeline's parts, small and untrained: diffusers' own classes, in its own `LTXPipeline`.
+"""The parts of the pipeline, small and untrained: diffusers' own classes, in an `LTXPipeline`.
 
-Its text tokens carry a mask, so that the length to which prompts are padded changes nothing in the denoiser.
+Text tokens have a mask, so the padded length of prompts does not matter in the denoiser.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def text_encoder() -> Any:
 
 
 def tokenizer() -> Any:
-    """A token for every word that prompts are made of, and one for all others."""
+    """A tokenizer with one token for each word of prompts, and one for all other words."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -109,8 +109,8 @@ def pipeline(vae: Any, text_encoder: Any, transformer: Any) -> Any:
 
 
 def save(folder: Path, vae: Any, text_encoder: Any, transformer: Any) -> Path:
-    """All in half precision but the text encoder: transformers gives it back as it was stored, unless told otherwise,
-    and the rest of the pipeline must have the same precision.
+    """Save all parts in half precision except the text encoder: transformers loads it in its stored precision by
+    default, and the rest of the pipeline must have the same.
     """
     pipe = pipeline(vae.half(), text_encoder.float(), transformer.half())
     pipe.save_pretrained(folder)

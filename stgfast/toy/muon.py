@@ -1,6 +1,6 @@
-"""Muon, an optimizer whose steps turn all directions of a weight matrix alike, with Adam for what is no matrix.
+"""The optimizer Muon, whose steps treat all directions of a weight matrix alike, with Adam for everything else.
 
-It takes a small model to the same loss in about half the steps of Adam, and here steps are what training costs.
+It takes a small model to the same loss in about half the steps of Adam.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Muon(torch.optim.Optimizer):
-    """`adam` names what Adam moves: vectors, embeddings, first and last layers."""
+    """`adam` names the parameters for Adam: vectors, embeddings, first and last layers."""
 
     def __init__(
         self, matrices: Iterable[nn.Parameter], adam: Iterable[nn.Parameter], *, rate: float, adam_rate: float

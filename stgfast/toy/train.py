@@ -1,8 +1,9 @@
-"""Training of the toy model, from one command: `python -m stgfast.toy.train --out DIR`.
+"""Train the toy model by one command: `python -m stgfast.toy.train --out DIR`.
 
-First the VAE, on videos as they are drawn; then, on latents that are encoded once, the text encoder and the
-transformer together, by flow matching; then the VAE's decoder alone, for sharper pictures of the same latents. What a
-step sees depends on the seed and its number alone, and the same command goes on where it was stopped.
+First the VAE is trained on drawn videos. Then the text encoder and the transformer are trained together by flow
+matching, on latents that are encoded once. Then the VAE's decoder alone is trained, for sharper pictures from the same
+latents. The data of a step depends on the seed and its number only, and the same command continues where it was
+stopped.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ class Settings:
     save_every: int = 100
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """For convolutions; the small matrices of the transformer gain nothing by it on a CPU."""
+        """Autocast for convolutions. The small matrices of the transformer gain nothing from it on a CPU."""
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16)
 
 
 class Stage:
-    """A model in training, with an average of its weights, and checkpoints that are replaced whole."""
+    """A model in training, with an average of its weights, and checkpoints that are replaced atomically."""
 
     def __init__(
         self, name: str, network: nn.Module, settings: Settings, *, steps: int, average: float, rate: float = 0.01
@@ -73,7 +74,7 @@ class Stage:
             self.averaged, self.step = saved["averaged"], saved["step"]
 
     def run(self, loss: Loss) -> None:
-        """Trains to the end, and leaves the averaged weights in the network."""
+        """Train to the end, and put the averaged weights into the network."""
         sums: dict[str, float] = {}
         began, first = time.perf_counter(), self.step
         self.network.train()
@@ -105,7 +106,7 @@ class Stage:
         self.network.eval()
 
     def follow(self) -> None:
-        """The average starts short, so that it forgets the first weights."""
+        """Update the average. It is short at first, so that it forgets the first weights."""
         part = 1 - min(self.average, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for key, value in self.network.state_dict().items():
@@ -124,7 +125,7 @@ class Stage:
 
 
 def optimizer(network: nn.Module, rate: float) -> Muon:
-    """Adam for vectors and for tables of words, Muon for the rest."""
+    """Adam for vectors and embeddings, Muon for the rest."""
     tables = {id(module.weight) for module in network.modules() if isinstance(module, nn.Embedding)}
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -134,7 +135,9 @@ def optimizer(network: nn.Module, rate: float) -> Muon:
 
 
 def pace(step: int, steps: int) -> float:
-    """The learning rate beside its highest: a rise, a long level, and a fall over the last quarter."""
+    """The learning rate as a fraction of its maximum: a rise, a long constant part, and a fall over the last
+    quarter.
+    """
     return min(1.0, (step + 1) / min(200, steps), (steps - step) / (steps / 4))
 
 
@@ -163,7 +166,7 @@ def train_vae(settings: Settings) -> Any:
 
 
 def vae_loss(frames: Tensor, decoded: Tensor, mean: Tensor, spread: Tensor) -> dict[str, Tensor]:
-    """Pixels and edges, most of all where something moves, and a little of the usual divergence."""
+    """The loss of pixels and edges, most of all where something moves, and a little of the usual divergence."""
     still = frames.mean(2, keepdim=True)
     moving = (frames - still).abs().amax(1, keepdim=True).clamp(0, 0.5) * 2
     weight = 1 + 4 * nn.functional.max_pool3d(moving, (1, 3, 3), 1, (0, 1, 1))
@@ -183,7 +186,7 @@ def vae_loss(frames: Tensor, decoded: Tensor, mean: Tensor, spread: Tensor) -> d
 
 
 def train_decoder(settings: Settings, vae: Any) -> None:
-    """On latents with a little noise: those that are made from a prompt are not perfect either."""
+    """Train the decoder on latents with a little noise, because generated latents are not perfect either."""
 
     def loss(generator: torch.Generator, step: int) -> dict[str, Tensor]:
         first = step * settings.vae_batch
@@ -199,7 +202,7 @@ def train_decoder(settings: Settings, vae: Any) -> None:
 
 
 def encode(vae: Any, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Latents as token rows, and the token ids of their prompts; what is encoded already is read back."""
+    """Latents as token rows, and the token ids of their prompts. What is encoded already is loaded."""
     tokenizer = model.tokenizer()
     folder = settings.out / "latents"
     folder.mkdir(exist_ok=True)
@@ -233,7 +236,7 @@ def encode(vae: Any, settings: Settings) -> tuple[Tensor, Tensor]:
 
 
 class Denoiser(nn.Module):
-    """The text encoder and the transformer, as they are called together."""
+    """The text encoder and the transformer, called together."""
 
     def __init__(self, text: Any, transformer: Any):
         super().__init__()
@@ -285,7 +288,7 @@ def train_denoiser(settings: Settings, latents: Tensor, ids: Tensor) -> Denoiser
 
 
 def train(settings: Settings) -> Path:
-    """The folder of the trained pipeline. Its weights are stored in half precision, and load in any."""
+    """Train, and return the folder of the pipeline. Its weights are stored in half precision, and load in any."""
     settings.out.mkdir(parents=True, exist_ok=True)
     vae = train_vae(settings)
     denoiser = train_denoiser(settings, *encode(vae, settings))

@@ -1,6 +1,6 @@
 """Videos drawn by a program: coloured shapes move, turn and cross over backgrounds, as a short sentence says.
 
-Clip `i` of seed `s` depends on these two numbers alone, whatever is drawn beside it.
+Clip `i` of seed `s` depends on these two numbers only, whatever else is drawn.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt says. Of two shapes, the first passes in front."""
+    """What a prompt says. The first of two shapes is in front."""
 
     shapes: tuple[Shape, ...]
     ground: str
@@ -88,7 +88,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Path:
-    """A shape with its numbers. Lengths are pixels, angles radians, `speed` is per frame."""
+    """A shape and its movement. Lengths are pixels, angles radians, `speed` is per frame."""
 
     shape: Shape
     centre: tuple[float, float]  # in the middle of the clip
@@ -98,7 +98,7 @@ class Path:
     tint: tuple[float, float, float]
 
     def at(self, frames: int = FRAMES) -> np.ndarray:
-        """x, y and angle in every frame."""
+        """x, y and angle in each frame."""
         times = np.arange(frames) - (frames - 1) / 2
         move, turn = MOVES.get(self.shape.motion, (0, 0)), TURNS.get(self.shape.motion, 0)
         start, way = np.array([*self.centre, self.angle]), np.array([*move, turn])
@@ -108,7 +108,7 @@ class Path:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that a clip is drawn from."""
+    """Everything from which a clip is drawn."""
 
     scene: Scene
     paths: tuple[Path, ...]
@@ -131,7 +131,7 @@ class Clips:
 
 
 def clips(seed: int, indices: Iterable[int], scenes: Sequence[Scene] | None = None) -> Clips:
-    """The clips with these indices; with `scenes`, of these scenes in place of random ones."""
+    """The clips with these indices; with `scenes`, of these scenes instead of random ones."""
     plans = [plan(seed, index, scenes[n] if scenes else None) for n, index in enumerate(indices)]
     tracks = torch.full((len(plans), 2, FRAMES, 2), math.nan)
     for n, made in enumerate(plans):
@@ -185,7 +185,7 @@ def plan(seed: int, index: int, scene: Scene | None = None) -> Plan:
 
 
 def _beside(first: Path, shape: Shape, random: np.random.Generator) -> tuple[float, float]:
-    """Where the second shape is at half time: near the first where their ways cross, else apart."""
+    """The position of the second shape at half time: near the first if their paths cross, else apart."""
     one, other = (MOVES.get(name) for name in (first.shape.motion, shape.motion))
     cross = one is not None and other is not None and one != other
     axis = 1 if (one or other or (0, 1))[0] else 0  # apart means across the way of what moves
@@ -201,7 +201,7 @@ def _tinted(colour: tuple[float, float, float], random: np.random.Generator) -> 
 
 
 def draw(plans: Sequence[Plan]) -> Tensor:
-    """Frames from 0 to 1, anti-aliased: a pixel is covered as far as its centre lies inside of an edge."""
+    """Frames from 0 to 1, anti-aliased: a pixel is covered by the distance of its center from an edge."""
     line = torch.arange(SIZE) + 0.5
     y, x = torch.meshgrid(line, line, indexing="ij")
     frames = _grounds(plans, x, y)[:, None].repeat(1, FRAMES, 1, 1, 1)
@@ -216,7 +216,7 @@ def draw(plans: Sequence[Plan]) -> Tensor:
 
 
 def covered(paths: Sequence[Path], x: Tensor, y: Tensor) -> Tensor:
-    """How much of every pixel a shape covers: path, frame, y, x."""
+    """How much of each pixel a shape covers: path, frame, y, x."""
     places = torch.from_numpy(np.stack([path.at() for path in paths])).float()
     left, top, angle = (places[:, :, n, None, None] for n in range(3))
     across, down = x - left, y - top

@@ -1,4 +1,4 @@
-"""The tokenizer of the toy model, which knows few words, and says so."""
+"""The tokenizer of the toy model, which knows few words and warns of others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 class Tokenizer(PreTrainedTokenizerFast):
-    """Words that the model never saw are all the same to it."""
+    """All words that the model never saw are one token."""
 
     def __call__(self, text: str | Sequence[str], *args: Any, **kwargs: Any) -> Any:
         prompts = [text] if isinstance(text, str) else text

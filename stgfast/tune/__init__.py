@@ -1,7 +1,7 @@
-"""Which solver, how many steps and what to carry on: the cheapest recipe that is as near to converged clips as asked.
+"""Find the cheapest recipe (solver, steps, reuse) whose clips are near enough to converged ones.
 
-search.py   which recipes are tried, which are given up, which one is chosen
-run.py      clips by each of them, held against converged ones; a run goes on where it was stopped
-page.py     what was found, drawn, with clips side by side
+search.py   which recipes are tried, which are dropped, which one is chosen
+run.py      makes clips by each of them and compares with converged ones; continues where it was stopped
+page.py     a page of the results, with clips side by side
 command.py  `stgfast tune`
 """

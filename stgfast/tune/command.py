@@ -1,7 +1,7 @@
-"""`stgfast tune`: its arguments, and what it prints.
+"""`stgfast tune`: its arguments and output.
 
-Exit codes: 0 a recipe was found; 1 none is within what was asked for; 2 the arguments or the model are wrong; 130
-interrupted, and the same command goes on.
+Exit codes: 0 a recipe was found; 1 none meets the limits; 2 the arguments or the model are wrong; 130 interrupted, and
+the same command continues.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def run_tune(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr
 
 
 def prompts_for(arguments: argparse.Namespace) -> list[str]:
-    """Those that were given, or those that come with a model."""
+    """The given prompts, or those of the model."""
     from stgfast import toy
     from stgfast.errors import SettingsError
 
@@ -87,7 +87,7 @@ def prompts_for(arguments: argparse.Namespace) -> list[str]:
 
 
 class Progress:
-    """A bar of the clips that are to be made; it gets shorter as recipes are given up."""
+    """A progress bar of the clips to make. Its total falls when recipes are dropped."""
 
     def __init__(self, stderr: TextIO, *, quiet: bool):
         self.stderr, self.quiet = stderr, quiet

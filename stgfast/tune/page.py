@@ -1,4 +1,4 @@
-"""A page about what was found: error against cost, and clips side by side. Static, opened from disk."""
+"""A static page of the results: error by cost, and clips side by side."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""A search for the cheapest recipe: clips by every candidate, held against converged ones. It goes on where it stopped.
+"""Search for the cheapest recipe: make clips by each candidate, and compare with converged ones. A stopped search
+continues.
 
-Clips are made prompt after prompt, by every recipe that is not given up yet: whenever time is out, all are known alike.
+Clips are made prompt by prompt, by each recipe that was not dropped, so that at any time all recipes are equally known.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ Event = dict[str, Any]
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was found."""
+    """The result of a search."""
 
     aim: Aim
     usual: Trial
@@ -53,7 +54,7 @@ class Tuned:
     out: Path
 
     def table(self) -> str:
-        """By cost; with a star what no other one is both cheaper and nearer than."""
+        """The recipes by cost, with a star if no other is both cheaper and nearer."""
         best = front(self.trials)
         lines = ["  cost  seconds  distance  clips"]
         for trial in sorted(self.trials, key=lambda trial: (trial.cost, trial.distance)):
@@ -127,7 +128,7 @@ def tune(
 
 
 class Search:
-    """One model, its clips, and the folder in which what is known of them is kept."""
+    """One model, its clips, and the folder with the measurements."""
 
     def __init__(
         self, model: Model, jobs: Sequence[Job], out: Path, loading: Loading, listener: Callable[[Event], None]
@@ -152,7 +153,7 @@ class Search:
         self.known = Kept(out, {"model": self.usual.recipe.model, "jobs": [job.to_dict() for job in jobs]})
 
     def _steps(self) -> int:
-        """Of a usual clip."""
+        """The number of steps of a usual clip."""
         return sum(phase.steps for phase in explain(self.pipe, **self._call(self.jobs[0])).phases)
 
     def _takes(self, solver: str) -> bool:
@@ -229,7 +230,7 @@ class Search:
         return torch.cat(latents), time.monotonic() - begun
 
     def _show(self, tuned: Tuned) -> None:
-        """The page, with clips of the first prompts: usual, by the recipe, and converged."""
+        """Write the page, with clips of the first prompts: usual, by the recipe, and converged."""
         sides = {"usual": self.usual.recipe, "converged": self.converged}
         if tuned.chosen is not None:
             sides["recipe"] = tuned.chosen.recipe
@@ -248,13 +249,15 @@ class Search:
 
 
 def _named(side: str, recipe: Recipe) -> str:
-    """A folder that no other recipe's clips are in."""
+    """The name of the folder for a recipe's clips, which no other recipe has."""
     words = "".join(letter if letter.isalnum() else "-" for letter in str(recipe))
     return f"{side}-{words}"[:120]
 
 
 class Kept:
-    """What is known of clips, in a file of the output folder: its first line says of which, then one for every clip."""
+    """The measurements of clips, in a file of the output folder: the first line describes them, then one line for
+    each clip.
+    """
 
     def __init__(self, out: Path, about: Mapping[str, Any]):
         self.rows: dict[tuple[str, int], tuple[float, float]] = {}

@@ -1,4 +1,4 @@
-"""Which recipes are tried, which are given up on the way, and which one is chosen. No tensors here."""
+"""Which recipes are tried, which are dropped on the way, and which one is chosen. This module needs no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MUCH = 0.8  # as a part of another's distance: so much nearer is more than chanc
 
 @dataclass
 class Trial:
-    """A recipe, and what is known of it."""
+    """A recipe and its measurements."""
 
     recipe: Recipe
     cost: float  # in parts of the usual clip's block-rows
@@ -32,15 +32,15 @@ class Trial:
         return statistics.median(self.distances.values()) if self.distances else math.inf
 
     def times(self, usual: Trial) -> float:
-        """What its clips take, in parts of the usual ones."""
+        """The cost of its clips, as a fraction of the usual ones."""
         both = [self.seconds[clip] / usual.seconds[clip] for clip in self.seconds if usual.seconds.get(clip)]
         return statistics.median(both) if both else math.nan
 
 
 def candidates(usual: Recipe, solvers: Sequence[str], *, weak: bool, cfg: bool, blocks: bool) -> Iterator[Recipe]:
-    """Recipes for a model whose usual clip is `usual`: by these solvers, the best guesses first.
+    """Recipes for a model whose usual clip is `usual`, by these solvers, the best guesses first.
 
-    `weak`, `cfg`, `blocks`: whether there are weak branches, an unconditional one, and blocks, to be carried on.
+    `weak`, `cfg`, `blocks`: whether there are perturbed branches, an unconditional branch, and blocks to reuse.
     """
     counts = sorted({max(FEWEST, round(usual.steps * share)) for share in SHARES}, reverse=True)
     for solver in sorted({*solvers, usual.solver}, key=lambda name: (name != "unipc", name)):
@@ -61,7 +61,7 @@ def candidates(usual: Recipe, solvers: Sequence[str], *, weak: bool, cfg: bool, 
 
 
 def given_up(trials: Sequence[Trial]) -> list[Trial]:
-    """Those that another one beats: for no more work it is much nearer, over the clips that both made."""
+    """The recipes to drop: another one is much nearer at no more cost, over the clips that both made."""
     seen = [trial for trial in trials if len(trial.distances) >= LOOKED_AT]
     return [
         trial
@@ -71,7 +71,7 @@ def given_up(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def _ratio(one: Trial, other: Trial) -> float:
-    """Of their distances, in the mean."""
+    """The mean ratio of their distances."""
     both = one.distances.keys() & other.distances.keys()
     if not both or not all(one.distances[clip] and other.distances[clip] for clip in both):
         return 1.0
@@ -79,7 +79,7 @@ def _ratio(one: Trial, other: Trial) -> float:
 
 
 def front(trials: Sequence[Trial]) -> list[Trial]:
-    """Of those that made the most clips: what no other one is both cheaper and nearer than, by cost."""
+    """Among the recipes with the most clips, those for which no other is both cheaper and nearer, by cost."""
     most = max(len(trial.distances) for trial in trials)
     whole = [trial for trial in trials if len(trial.distances) == most]
     found: list[Trial] = []
@@ -91,8 +91,9 @@ def front(trials: Sequence[Trial]) -> list[Trial]:
 
 @dataclass(frozen=True)
 class Aim:
-    """What to find: the cheapest recipe within a distance, or the nearest one within a cost; where neither is given,
-    the cheapest that is as near as the usual clip."""
+    """What to find: the cheapest recipe within a distance, or the nearest within a cost. If neither is given, the
+    cheapest that is as near as the usual clip.
+    """
 
     distance: float | None = None
     cost: float | None = None
@@ -106,7 +107,7 @@ class Aim:
                 raise wrong(name, number, "a number above 0")
 
     def choose(self, trials: Sequence[Trial], usual: Trial) -> Trial | None:
-        """None where there is none."""
+        """The chosen recipe, or None."""
         best = front(trials)
         if self.cost is not None:
             within = [trial for trial in best if trial.cost <= self.cost]
@@ -122,7 +123,7 @@ class Aim:
 
 
 def described(trial: Trial, usual: Trial, about: Mapping[str, object]) -> Recipe:
-    """Its recipe, with what was found."""
+    """The recipe of a trial, with its measurements."""
     measured = {
         "distance": round(trial.distance, 5),
         "cost": round(trial.cost, 4),
