@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from stgfast.tune.run import tune
     from stgfast.verify.run import verify
 
-# Where each name is. A name is imported when it is first asked for: reading settings needs no torch.
+# The module of each name. Names are imported on first use: settings need no torch.
 _HOME = {
     "batching.layout": ("Blocks",),
     "errors": ("EngineError", "SettingsError", "UnsupportedPipelineError"),

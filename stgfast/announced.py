@@ -45,7 +45,7 @@ class Answering:
         skips = self.blocks.skips(passes.branches, moment.step, name)
         return self.step(run, name, passes, self.memory, recalled, self.blocks, skips, moment)
 
-    # Where branches are divided over processes, there is another way for these two.
+    # Replaced if branches are divided over processes.
 
     def foresee(self, passes: Passes) -> None:
         """The passes that the coming step will ask for."""
@@ -54,7 +54,7 @@ class Answering:
         return AnsweringStep(*of_step)
 
     def weak_layers(self, layout: Layout) -> Collection[int | None]:
-        return {unit.layer for unit in layout.units}  # what will be asked for is known only later
+        return {unit.layer for unit in layout.units}  # what the pipeline will ask for is known later
 
 
 class AnsweringStep:
@@ -73,7 +73,7 @@ class AnsweringStep:
     ):
         self.run, self.name, self.passes, self.calls, self.moment = run, name, passes, passes.turns, moment
         self.memory, self.recalled, self.blocks, self.skips = memory, recalled, blocks, skips
-        self.held: dict[str, Any] = {}  # the output for every branch that is known and not asked for yet
+        self.held: dict[str, Any] = {}  # outputs of branches that were not asked for yet
         self.cond: tuple[Tensor, ...] = ()
 
     def answer(self, turn: int, plain: Call, arguments: Arguments) -> Any:

@@ -18,15 +18,15 @@ from stgfast.integrations.spec import Adapter, Fitted
 from stgfast.integrations.steps import CallArguments
 from stgfast.spacing import EVERY
 
-# What a call takes beside the pipeline's own arguments.
+# Arguments of a call in addition to the pipeline's own.
 SETTINGS = (
-    "stg",  # a Guidance for this call alone
+    "stg",  # a Guidance for this call only
     "stg_scale",
     "stg_layers",
     "stg_mode",
     "stg_rescale",
-    "stg_applied_layers_idx",  # the paper's code's name for stg_layers
-    "do_rescaling",  # the paper's code's switch: rescale by 0.7, or not at all
+    "stg_applied_layers_idx",  # the name in the authors' code for stg_layers
+    "do_rescaling",  # the switch in the authors' code: rescale 0.7 or 0
 )
 PAPER_RESCALE = 0.7
 
@@ -62,9 +62,9 @@ def settle(guidance: Guidance, own_rescale: float | None, given: Mapping[str, An
         "scale": scale,
     }
     changes = {name: change for name, change in changes.items() if change is not None}
-    if isinstance(scale, Real) and scale == 0:  # off, but for what the same call asks for
+    if isinstance(scale, Real) and scale == 0:  # off, except for what this call asks for
         if len(changes) > 1:
-            guidance.with_perturbation(**changes)  # what is wrong is wrong at scale 0 too
+            guidance.with_perturbation(**changes)  # wrong settings raise at scale 0 too
         return Guidance(rescale=rescale or 0.0)
     if changes:
         guidance = guidance.with_perturbation(**changes)
@@ -202,4 +202,4 @@ def check_layers(fitted: Fitted, guidance: Guidance, *, default: bool = False) -
                 advice = "; choose some with stgfast.Guidance(stgfast.Perturbation([...]))" if default else ""
                 right = f"numbers from 0 to {layout.layers - 1}{advice}"
                 raise wrong(f"{whose}, {fitted.adapter.pipeline}", beyond, right)
-            layout.marks(perturbation)  # which says what the model does not have
+            layout.marks(perturbation)  # raises if the model does not support this kind or axis

@@ -77,7 +77,7 @@ def _open_standard_files() -> None:
         try:
             os.fstat(handle)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # it gets the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number
 
 
 def _module(command: Command) -> object:

@@ -54,7 +54,7 @@ class Combining:
             self.plans[key] = passing(plan, step.skips)
         return self.plans[key]
 
-    # A sampler that combines by itself has another way for these three.
+    # Replaced for a sampler that combines by itself.
 
     def arranged(self, run: Run, arguments: Arguments, sources: Sequence[str]) -> Arguments:
         """The arguments of a call, with one row for each source and prompt."""
@@ -80,9 +80,9 @@ class CombiningStep:
         self.calls = run.adapter.calls(cfg is not None)
         self.acts, self.skips = guidance.acts(moment), False
         self.guidance = guidance if self.acts else Guidance()  # of this step
-        self.predictions: dict[str, Tensor] = {}  # of every branch, as the step's calls give them
-        self.handed: list[weakref.ref[Tensor]] = []  # what earlier calls of this step gave
-        self.form: Callable[[Tensor], Any] | None = None  # of what the denoiser returns
+        self.predictions: dict[str, Tensor] = {}  # predictions by branch, from the calls of this step
+        self.handed: list[weakref.ref[Tensor]] = []  # outputs of earlier calls of this step
+        self.form: Callable[[Tensor], Any] | None = None  # the form of the denoiser's output
         self.computed = frozenset(source for sources in self.calls for source in sources)
         if self.acts:
             self.weights = guidance.weights(moment, cfg)
@@ -142,7 +142,7 @@ class CombiningStep:
         """Put g in place of each prediction that the pipeline has. Then u + s (c - u) is g, for any CFG scale."""
         held = self.held()
         if held is None:
-            # The pipeline has used c already, or holds a copy: with this for u, its own u + s (c - u) is g.
+            # The pipeline has used c already, or copied it: with this u, its own u + s (c - u) is g.
             scale, given = cast(Tensor, self.cfg), self.given()
             guided = (guided if given is None else guided - scale * given.to(guided.dtype)) / (1 - scale)
         else:

@@ -30,7 +30,7 @@ STEPS = 48  # of a clip without a recipe
 CALL = {name: value for name, value in toy.CALL.items() if name != "num_inference_steps"}
 ONE_STEP = {"num_inference_steps": 1}
 BATCH = 4  # clips that one call makes
-LARGER = 4  # by how much clips are enlarged, and pictures half of that
+LARGER = 4  # factor by which clips are enlarged; in the picture half of it
 SHOWN = 8  # frames of a clip in the picture
 IN_PICTURE = 4  # prompts in the picture
 FPS = 8.0

@@ -40,8 +40,8 @@ class DividedStep(CombiningStep):
 
     def __init__(self, strategy: Combining, run: Run, name: str):
         super().__init__(strategy, run, name)
-        self.shared: Shared | None = None  # once its first call is made
-        self.sample: Tensor | None = None  # that of its last call
+        self.shared: Shared | None = None  # set at its first call
+        self.sample: Tensor | None = None  # the sample of its last call
         self.like: Tensor | None = None  # a prediction, for its form
 
     def own(self, turn: int, plain: Call, arguments: Arguments, sources: tuple[str, ...]) -> Any:
@@ -110,7 +110,7 @@ class DividedAnswering(Answering):
     passes: Passes | None = None  # of the last step
 
     def foresee(self, passes: Passes) -> None:
-        if passes != self.passes:  # what blocks added to a branch may be with another process
+        if passes != self.passes:  # another process may hold what blocks added to a branch
             self.blocks.forget()
         self.passes = passes
 
@@ -138,7 +138,7 @@ class DividedAnswer(AnsweringStep):
     def _compute(self, turn: int, plain: Call, arguments: Arguments) -> None:
         """Compute this process's share of a call. After the last call, return what all processes computed."""
         run, asked = self.run, self.calls[turn]
-        # A pipeline that makes something of a prediction at once has to be given it at once.
+        # A pipeline that uses a prediction at once must receive it at once.
         turns = [turn] if run.adapter.early else self.computing
         plans = [self.plan(self.calls[one]) for one in turns]
         if turn == turns[0]:

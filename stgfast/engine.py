@@ -38,7 +38,7 @@ from stgfast.schedules import Moment
 class Step(Protocol):
     """The state of one denoising step."""
 
-    calls: tuple[tuple[str, ...], ...]  # of the denoiser, each with the branches that its rows are of
+    calls: tuple[tuple[str, ...], ...]  # calls of the denoiser, each with the branches of its rows
 
     def answer(self, turn: int, plain: Call, arguments: Arguments) -> Any:
         """The output for the call of the denoiser with this number."""
@@ -82,16 +82,16 @@ class Run:
         self.compiles = bool(self.compiled) or any(map(compiled, every))
         auto = execution.attention == AUTO
         self.quickened = {layout.denoiser: quickened(layout) if auto else () for layout in self.layouts.values()}
-        # Whether a step without guidance, too, goes block by block.
+        # Whether a step without guidance also runs block by block.
         blockwise = execution.max_rows is not None or execution.ranks is not None or self.compiled
         self.divided = bool(blockwise or any(self.quickened.values()))
         self.steps_done = self.steps = 0
-        self.part_began = self.part_ends = 0  # steps of the run, where a longer clip is made part by part
+        self.part_began = self.part_ends = 0  # steps of the run, if a longer clip is made in parts
         self.turn = 0  # calls of the denoiser done in this step
-        self.step: Step | None = None  # nothing of a step is held while the scheduler works
+        self.step: Step | None = None  # None while the scheduler works
         self.sigmas: list[float] | None = None
         self.divisions: dict[Any, Division] = {}  # of steps, over processes
-        self.blanks: dict[Any, Any] = {}  # outputs of the denoiser without its blocks, by what it was called on
+        self.blanks: dict[Any, Any] = {}  # outputs of the denoiser without its blocks, by sources and shape
 
     def whole(self, call: Callable[[], Any]) -> Any:
         with self.in_place():
@@ -101,7 +101,7 @@ class Run:
 
     def finish(self) -> None:
         """Raise if the run did not make all its steps, unless it was interrupted: then some steps were not guided."""
-        # As the last step had it: a guider that the next call shares may have begun anew meanwhile.
+        # As in the last step: a guider that the next call shares may have started again.
         steps = self.steps if self.steps_done or self.turn else self.adapter.steps(self.pipe)
         done = self.steps_done - self.part_began
         if (done, self.turn) != (steps, 0) and not getattr(self.pipe, "interrupt", False):
@@ -157,7 +157,7 @@ class Run:
         prompts = len(mine)
         where = spans([sources.index(one.source) * every + prompt for one in plan.branches for prompt in mine], 1)
         grid = layout.blocks.grid and functools.partial(layout.blocks.grid.size, self.call, arguments)
-        if self.compiles:  # blocks that are CUDA graphs keep what they made until the next call of the denoiser
+        if self.compiles:  # CUDA graphs of blocks keep their outputs until the next call of the denoiser
             torch.compiler.cudagraph_mark_step_begin()
         limit = self.room.rows(len(sources) * prompts, len(plan.branches) * prompts, device)
         quick = Fastest(self.quickened[layout.denoiser])
@@ -204,7 +204,7 @@ class Run:
         words = f"step {moment.step} of {moment.steps}"
         if moment.step == 0:
             words += f" of call {fingerprint(self.call)} by {fingerprint({'guidance': repr(self.guidance)})}"
-        if moment.step in (0, 1, moment.steps - 1):  # the device is waited for
+        if moment.step in (0, 1, moment.steps - 1):  # this waits for the device
             words += f" on latents {fingerprint(sample)}"
         return words
 
@@ -240,5 +240,5 @@ class Run:
             yield
         finally:
             for name, layout in self.layouts.items():
-                if parts[name] is layout.denoiser:  # and not another one, put there meanwhile
+                if parts[name] is layout.denoiser:  # not another one that was set meanwhile
                     parts[name] = given[name]

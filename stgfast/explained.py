@@ -25,14 +25,14 @@ class Phase:
 
     first: int
     last: int
-    weights: dict[str, float]  # at the first step of the phase; empty where the pipeline is left alone
-    rescale: float  # likewise
-    varies: bool  # whether later steps of the phase weigh the same branches differently
-    # In how many steps the blocks run by which plans, one for every call of the denoiser that computes anything; there
-    # are several kinds of steps where some take branches from others.
+    weights: dict[str, float]  # at the first step of the phase; empty if the pipeline runs unchanged
+    rescale: float  # at the first step of the phase
+    varies: bool  # whether weights change within the phase
+    # The number of steps with these plans, one for each call of the denoiser that computes anything. There
+    # are several kinds of steps if some reuse branches of others.
     kinds: tuple[tuple[int, tuple[Plan, ...]], ...]
-    branches: tuple[str, ...]  # all that have to be known
-    announced: bool = False  # the pipeline asks for these branches, and combines them, itself
+    branches: tuple[str, ...]  # all branches that are needed
+    announced: bool = False  # the pipeline asks for these branches and combines them itself
 
     @property
     def steps(self) -> int:
@@ -60,9 +60,10 @@ class Explanation:
     recipe: Recipe | None
     max_rows: Rows
     phases: tuple[Phase, ...]
-    notice: str = ""  # what the call gets that it seems not to ask for
-    attention: Mapping[str, Sequence[int]] = field(default_factory=dict)  # how identity rows go, and in which blocks
-    ranks: int = 1  # processes over which the branches of every step are divided
+    notice: str = ""  # what the call gets that it does not seem to ask for
+    # How identity rows are computed, and in which blocks.
+    attention: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    ranks: int = 1  # processes over which branches are divided
     full: bool = False  # the stack is full after every block
 
     @property

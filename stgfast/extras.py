@@ -7,7 +7,7 @@ import importlib.util
 from stgfast.errors import SettingsError
 
 RENDER = ("av", "yaml", "PIL", "tqdm", "accelerate", "ftfy", "sentencepiece", "google.protobuf")
-EXTRAS = {  # as in pyproject.toml, by what is imported
+EXTRAS = {  # as in pyproject.toml, by import name
     "render": RENDER,
     "toy": RENDER,
     "ray": (*RENDER, "ray"),

@@ -38,7 +38,7 @@ def sure(
     and the call has no guidance.
     """
     if installed.found:
-        # The layers of a default are not known yet.
+        # The default layers are not known yet.
         asked = settle(installed.given or Guidance(Perturbation([0])), None, given)
         if asked.inert:
             return None

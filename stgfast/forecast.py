@@ -29,7 +29,7 @@ class KeptBlocks:
         self.spacing, self.order = guidance.reuse_blocks, guidance.reuse_order or 0
         self.warm = WARM if self.order and not isinstance(self.spacing, tuple) else 1
         self.model, self.step = "", 0
-        self.left: tuple[bool, ...] = ()  # which of the hidden states the last block leaves behind
+        self.left: tuple[bool, ...] = ()  # which hidden states the last block returns
         self.asked: dict[str, int] = {}  # the last step that needed a branch
         self.computed: dict[str, list[int]] = {}  # the steps in which it was computed
         self.added: dict[str, list[tuple[Tensor, ...]]] = {}  # the last of what was added, oldest first

@@ -26,7 +26,7 @@ from stgfast.schedules import BySigma, Moment, Schedule, checked, finite, plain,
 from stgfast.spacing import ORDER, REUSE, Spacing
 
 MOST = 5  # perturbations: with cond, uncond and the CFG result, the eight predictions that a kernel combines
-# A pipeline's CFG scale: none, a number, or a number for every frame in whatever form the pipeline has it.
+# A pipeline's CFG scale: None, a number, or one number for each frame in the pipeline's own form.
 Scale = None | float | Any
 
 
@@ -75,7 +75,7 @@ class Guidance:
     reuse_blocks: Spacing = spacing.EVERY
     reuse_order: int | None = None
 
-    if TYPE_CHECKING:  # what the constructor takes is wider than what the fields hold afterwards
+    if TYPE_CHECKING:  # the constructor accepts more types than the fields have afterwards
 
         def __init__(
             self,
@@ -215,7 +215,7 @@ class Guidance:
                 raise wrong("stg_layers", None, "layer numbers, as the pipeline's guidance has no perturbation")
             return replace(self, perturbations=(Perturbation(**changes),))
         kind = self.perturbations[0].kind
-        # A sigma goes with the kind that it was of.
+        # A sigma belongs to its kind.
         settled = {**({"sigma": None} if changes.get("kind", kind) != kind else {}), **changes}
         return replace(self, perturbations=tuple(replace(part, **settled) for part in self.perturbations))
 
@@ -226,7 +226,8 @@ class Guidance:
         for name, schedule in self._schedules():
             if isinstance(schedule, tuple) and len(schedule) != steps:
                 raise SettingsError(f"{name}: got {len(schedule)} numbers, expected {steps}, one for every step")
-            for step in range(0 if isinstance(schedule, BySigma) else steps):  # whose numbers are known already
+            # Its numbers were checked when it was made.
+            for step in range(0 if isinstance(schedule, BySigma) else steps):
                 number = value(schedule, Moment(step, steps), name)
                 if name == "rescale" and not 0 <= number <= 1:
                     raise wrong(f"rescale at step {step}", number, "a number from 0 to 1")

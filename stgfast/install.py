@@ -110,7 +110,7 @@ def accelerate(
             raise wrong(
                 "recipe", "one for a pipeline whose facts are not known", "an adapter, or a pipeline of the table"
             )
-        installed.recipe.applied(installed.guidance(pipe))  # which says what does not go with it
+        installed.recipe.applied(installed.guidance(pipe))  # raises if they do not fit
         installed.recipe.put_on(pipe, adapter)
     pipe.__dict__[INSTALLED] = installed
     pipe.__class__ = _guided_class(original)
@@ -145,7 +145,7 @@ def _guided_class(original: Any) -> Any:
     settings = settings_of(original)
 
     def __new__(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        # `type(pipe)(...)`, `from_pretrained` and `from_pipe` give what is not guided.
+        # `type(pipe)(...)`, `from_pretrained` and `from_pipe` make pipelines without guidance.
         return original(*args, **kwargs) if cls is guided else object.__new__(cls)
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,8 +15,8 @@ from stgfast.integrations.spec import Adapter, Fitted
 from stgfast.integrations.steps import CallArguments
 from stgfast.recipes import Recipe
 
-INSTALLED = "_stgfast"  # the one attribute that an accelerated pipeline has more than others
-ORIGINAL = "_stgfast_original"  # of the class of an accelerated pipeline: the class that it had before
+INSTALLED = "_stgfast"  # the only additional attribute of an accelerated pipeline
+ORIGINAL = "_stgfast_original"  # the attribute of an accelerated pipeline's class with its former class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Installed:
     execution: Execution
     recipe: Recipe | None
     original: Any  # the class of the pipeline before it was accelerated
-    # The facts that were verified, by what calls have in common; None where they need not be.
+    # Verified facts, by kind of call; None if they need not be verified.
     verified: dict[Any, Adapter] | None = None
-    found: bool = False  # its facts are to be found, or were
+    found: bool = False  # its facts are found, not given
     told: set[str] = dataclasses.field(default_factory=set)  # notices that were given
 
     @property

@@ -26,7 +26,7 @@ def _with_modality(layer: int) -> dict[str, Any]:
     return {"perturbations": [{"layers": [layer], "kind": "attention"}, isolated]}
 
 
-# Other layers and scales as sigma falls, and CFG in the middle alone.
+# Layers and scales change with sigma, and CFG is used in the middle only.
 LTX_13B = {
     "perturbations": [
         {
@@ -55,7 +55,7 @@ PRESETS = {
     "ltx-13b": Preset("the model's own configuration, for 0.9.8 dev", LTX_13B),
     "ltx-2": Preset("the model's own code, for 2.0", _with_modality(29)),
     "ltx-2.3": Preset("the model's own code, for 2.3", _with_modality(28)),
-    # Unlike the paper, its code makes the unconditional branch weak here, and holds it against the CFG result.
+    # Unlike the paper, the authors' code perturbs the unconditional branch here, with the CFG result as base.
     "wan": Preset(
         "the paper's code, for 2.1",
         {"perturbations": [{"layers": [2], "scale": 2.0, "of": "uncond", "base": "guided"}]},

@@ -26,9 +26,9 @@ from torch import Tensor
 from stgfast.errors import SettingsError, wrong
 
 Generators = torch.Generator | Sequence[torch.Generator]
-# What solvers remember of earlier steps; after the way back it is what it was when the run began.
+# What solvers store about earlier steps. A restart resets it to its state at the start of the run.
 HISTORY = ("model_outputs", "timestep_list", "lower_order_nums", "last_sample", "prev_derivative", "dt")
-SNAP = 1e-3  # how far t_max may lie beyond the first step: some schedules begin a rounding below 1
+SNAP = 1e-3  # how far t_max may be beyond the first step: some schedules start slightly below 1
 
 
 def flow(scheduler: Any) -> tuple[Tensor, Tensor]:
@@ -182,7 +182,7 @@ def restart(scheduler: Any, *, t_min: float, t_max: float, times: int = 1, gener
 class Restarting:
     """The methods in which a restarting scheduler differs from its stock class."""
 
-    # Both belong to the class: a scheduler made anew from it, or copied, restarts in the same way.
+    # Both are in the class, so that a copied or newly made scheduler restarts in the same way.
     _stock: Any
     _settings: Settings
     _run: Run | None = None
@@ -267,7 +267,7 @@ class Restarting:
             raise wrong("generators", len(generator), f"one, or one for each of {len(sample)} samples")
         times = arguments.get("per_token_timesteps")
         if times is not None and bool(((times != 0) & (times < timestep - SNAP)).any()):
-            # Such a token joins in later in the run: how far it would have to go back is not known here.
+            # Such a token joins later in the run: how far it would have to go back is not known here.
             loose = round(float(times[(times != 0) & (times < timestep - SNAP)][0]), 3)
             raise wrong(
                 "time of a token at the first step", loose, f"0, or {float(timestep):g}: conditions of strength 1"
@@ -289,7 +289,7 @@ class Restarting:
             got, expected = float(arguments["timestep"]), float(self.timesteps[position])
             if got != expected:  # the pipeline began in the middle, where the same timestep occurs again
                 raise wrong("timestep after a restart", got, f"{expected}: the run has to begin at or before t_max")
-            if "old_pred_original_sample" in arguments:  # history that CogVideoX's pipelines keep for the solver
+            if "old_pred_original_sample" in arguments:  # history that CogVideoX's pipelines store for the solver
                 arguments["old_pred_original_sample"] = arguments["timestep_back"] = None
         with self._short(run):
             self._step_index = run.order[position]

@@ -17,7 +17,7 @@ from stgfast.formulas import COND, GUIDED, UNCOND
 from stgfast.guidance import Guidance, Scale
 from stgfast.spacing import EVERY, Spacing, due
 
-WARM = 2  # steps that are computed first, where values are carried on and not only held
+WARM = 2  # steps that are computed first, if values are extrapolated
 
 
 class KeptDifferences:
@@ -34,11 +34,11 @@ class KeptDifferences:
         spacings = {UNCOND: guidance.reuse_cfg, **dict.fromkeys(bases, guidance.reuse)}
         self.spacings = {name: spacing for name, spacing in spacings.items() if spacing != EVERY}
         self.warm = {name: self._first(number) for number, name in enumerate(self.spacings)}
-        self.base = {UNCOND: COND, **bases}  # a weak branch may be held against the CFG result
+        self.base = {UNCOND: COND, **bases}  # the base of a perturbed branch may be the CFG result
         self.model, self.step = "", 0
         self.asked: dict[str, int] = {}  # the last step that needed a branch
         self.computed: dict[str, list[int]] = {}  # the steps in which it was computed
-        self.differences: dict[str, list[tuple[Tensor, ...]]] = {}  # the last of these, oldest first
+        self.differences: dict[str, list[tuple[Tensor, ...]]] = {}  # the last values, oldest first
 
     def recalled(self, branches: Collection[str], step: int, model: str) -> frozenset[str]:
         if model != self.model:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from stgfast.errors import SettingsError, wrong
 
-BY_SIGMA = "by_sigma"  # in settings written as data
+BY_SIGMA = "by_sigma"  # in settings as data
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def finite(name: str, number: object) -> float:
 
 
 def checked(name: str, given: object) -> Schedule:
-    if isinstance(given, Mapping) and set(given) == {BY_SIGMA}:  # as `to_dict` has it
+    if isinstance(given, Mapping) and set(given) == {BY_SIGMA}:  # as `to_dict` writes it
         given = BySigma(given[BY_SIGMA])
     if isinstance(given, BySigma):
         if name == "rescale" and not all(0 <= number <= 1 for _, number in given.levels):

@@ -13,14 +13,14 @@ from stgfast.errors import SettingsError, wrong
 from stgfast.integrations import ADAPTERS, known_class
 
 Pipe = TypeVar("Pipe")
-REPLACED = "_stgfast_scheduler"  # of a pipeline: the scheduler that it had before
+REPLACED = "_stgfast_scheduler"  # the attribute of a pipeline that holds its former scheduler
 TAKES = "FlowMatchEulerDiscreteScheduler"
-SOLVERS = {  # the class of diffusers, and its order
+SOLVERS = {  # class in diffusers, order
     "unipc": ("UniPCMultistepScheduler", 2),  # arXiv 2302.04867
     "unipc3": ("UniPCMultistepScheduler", 3),
     "dpm++": ("DPMSolverMultistepScheduler", 2),  # arXiv 2211.01095
 }
-NO_SIGNAL = 1.0 - 1e-6  # the solver takes the logarithm of what is left of the signal
+NO_SIGNAL = 1.0 - 1e-6  # the solver takes the logarithm of the remaining signal
 
 
 def solver(pipe: Pipe, name: str) -> Pipe:
@@ -45,7 +45,7 @@ def solver(pipe: Pipe, name: str) -> Pipe:
     check_solver(pipe, name)
     parts = vars(pipe)
     own = parts.get(REPLACED, parts["scheduler"])
-    # Not by `pipe.scheduler = ...`: what a pipeline is saved as stays what it was.
+    # `pipe.scheduler = ...` would also change how the pipeline is saved.
     parts |= {"scheduler": _flow(SOLVERS[name][0])(own, SOLVERS[name][1]), REPLACED: own}
     return pipe
 
@@ -83,7 +83,7 @@ def _flow(solver: str) -> Any:
         def __init__(self, own: Any, order: int):
             flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": order}
             super().__init__(num_train_timesteps=own.config.num_train_timesteps, **flow)
-            # Pipelines look up how to shift by the size of a clip.
+            # Pipelines read from here how to shift by the size of a clip.
             self.register_to_config(**{**own.config, **flow})
             self.own = own
 
@@ -96,7 +96,7 @@ def _flow(solver: str) -> Any:
             if float(self.own.sigmas.max()) > 1:
                 raise wrong("sigmas of the scheduler", float(self.own.sigmas.max()), "shares of noise, at most 1")
             dynamic = {"mu": 0.0} if self.config.use_dynamic_shifting else {}
-            super().set_timesteps(len(self.own.timesteps), **dynamic)  # all that a run begins with
+            super().set_timesteps(len(self.own.timesteps), **dynamic)  # everything for the start of a run
             self.timesteps = self.own.timesteps
             self.sigmas = self.own.sigmas.cpu().clamp(max=NO_SIGNAL)
 
@@ -104,7 +104,7 @@ def _flow(solver: str) -> Any:
             return self.own.scale_noise(*args, **kwargs)
 
         def step(self, model_output: Any, timestep: Any, sample: Any, return_dict: bool = True, **others: Any) -> Any:
-            others.pop("generator", None)  # for steps that draw noise; these do not
+            others.pop("generator", None)  # only for steps that draw noise
             unknown = [name for name, given in others.items() if given is not None]
             if unknown:
                 raise wrong("step of the scheduler", unknown, f"none of these, which {solver} does not know")

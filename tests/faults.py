@@ -581,7 +581,7 @@ FAULTS = [
     Fault(
         "jobs that came when the last one was done",
         "render/rendering.py",
-        "        self.planning.take_in(self.store)  # what was added since the last look\n",
+        "        self.planning.take_in(self.store)  # jobs added since the last check\n",
         "",
         "tests/render/test_several_models.py -k added",
     ),

@@ -42,7 +42,7 @@ class Attention:
     def identity(self) -> Any:
         """The output with output = V."""
         module, identity = self.arguments.module, self.layout.blocks.identity
-        # Another processor may do more to what it attends to than project it.
+        # Another processor may do more than project its inputs.
         if identity is identity_attention and not of_library(module) and not unfit(module):
             try:
                 return self.arguments.given_to(functools.partial(identity_of_scores, module))
@@ -129,7 +129,7 @@ class Inside:
         groups: list[list[int]] = [[row for row in range(rows) if marks[row] == mark] for mark in dict.fromkeys(marks)]
         outputs, order, some = [], [], together(marks)
         stacked = self._stacked(own, arguments, [marks[row] for row in some], some)
-        if any(marks):  # what else of the block has attentions sees rows that differ
+        if any(marks):  # the rest of the block sees rows that differ
             self.inputs = range(rows)
         if stacked is not None:
             groups = [mine for mine in groups if mine[0] not in some]
@@ -161,7 +161,7 @@ class Inside:
         try:
             call = as_written(module) if compiled(module) else plain
             return one_call(call, given, len(different), masked, source, self.fastest.keys_of(module))
-        except UnfitError:  # noted with the module: `way_of` says APART from now on
+        except UnfitError:  # recorded for the module: `way_of` returns APART from now on
             return None
 
     def _some(self, arguments: Arguments, rows: Sequence[int]) -> Arguments:

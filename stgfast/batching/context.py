@@ -35,7 +35,7 @@ def over_all(context: Any, tokens: int, change: Callable[[Tensor], Tensor]) -> C
     """A change of tokens along dimension 1 that needs all of them, for a process that has a shard."""
     group = context._flattened_mesh.get_group()
     size, rank = dist.get_world_size(group), dist.get_rank(group)
-    counts = [tokens // size + (number < tokens % size) for number in range(size)]  # as `tensor_split` has them
+    counts = [tokens // size + (number < tokens % size) for number in range(size)]  # as in `tensor_split`
 
     def changed(shard: Tensor) -> Tensor:
         if shard.shape[1] != counts[rank]:

@@ -21,7 +21,7 @@ from stgfast.batching.sdpa import Scores, answering
 from stgfast.batching.seam import Call, compiled
 from stgfast.kernels import masked_attention
 
-NOTHING = -10000.0  # or less, added to a score, leaves nothing of it: as diffusers has it where a mask is added
+NOTHING = -10000.0  # added to a score, this or less removes it; diffusers uses it for additive masks
 
 
 class Fastest:
@@ -76,7 +76,7 @@ class Fastest:
             if _one(seen, mask):
                 return known
         keys = _keys(mask, rows)
-        if mask.shape[2] == 1:  # one for every query is too large to be kept
+        if mask.shape[2] == 1:  # a mask for each query is too large to store
             self._looked.append((mask, keys))
         return keys
 
@@ -115,7 +115,7 @@ def _keys(mask: Tensor, rows: int) -> Keys | None:
     if queries and mask.shape[2] != mask.shape[3]:
         return None
     whole = first[:, None, None] & first[:, None, :, None] if queries else first[:, None, None]
-    said = torch.cat([count, (mask == whole).all().to(count.dtype)[None]]).tolist()  # one look at the device
+    said = torch.cat([count, (mask == whole).all().to(count.dtype)[None]]).tolist()  # one read from the device
     *lengths, right = said
     if not right or not all(lengths):
         return None

@@ -22,8 +22,8 @@ from stgfast.batching.seam import Call
 from stgfast.errors import EngineError
 from stgfast.kernels import masked_attention
 
-PROJECTIONS = 3  # that make queries, keys and values
-LIBRARY = "diffusers"  # whose processors are known to keep nothing of their rows but what `_Rows` puts right
+PROJECTIONS = 3  # for queries, keys and values
+LIBRARY = "diffusers"  # its processors store nothing about their rows except what `_Rows` corrects
 UNSEEN = "does not call torch's attention"
 SIZES = ("reshape", "view")
 PAIRS = ("add", "sub", "mul", "div", "lerp", "where")
@@ -127,7 +127,7 @@ class _Rows:
         if scores.beyond:
             raise UnfitError(scores.beyond)
         rows = scores.q.shape[0]
-        each, left = divmod(rows, self.inputs)  # a sample's row may be several neighbours
+        each, left = divmod(rows, self.inputs)  # a sample may have several neighboring rows
         if self.calls or left:
             raise UnfitError("calls torch's attention more than once" if self.calls else "attends row by row")
         if scores.q.shape[2] != scores.k.shape[2]:

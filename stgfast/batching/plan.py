@@ -38,10 +38,10 @@ class Step(NamedTuple):
 
     before: int  # groups in the stack
     run: tuple[int, ...]
-    marks: tuple[Mark | None, ...]  # for every group in `run`: none, or what is done to it inside the block
+    marks: tuple[Mark | None, ...]  # for each group in `run`: None, or its mark inside the block
     keep: tuple[int, ...]
     order: tuple[int, ...]
-    rows_of: tuple[int, ...]  # for every group in `run`: the branch whose per-row arguments it takes
+    rows_of: tuple[int, ...]  # for each group in `run`: the branch whose per-row arguments it uses
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,13 @@ class Plan:
 
 def make_plan(branches: Sequence[Branch], depth: int, *, full: bool = False) -> Plan:
     """The plan for `depth` blocks that computes no history twice; with `full`, the stack is full after each block."""
-    # A group stands for the branches that share its history; the first of them lends it its per-row arguments.
+    # A group represents the branches that share its history, and uses the per-row arguments of the first one.
     by_source: dict[str, list[int]] = {}
     for number, branch in enumerate(branches):
         by_source.setdefault(branch.source, []).append(number)
     groups = list(by_source.values())
-    places = [members[0] for members in groups]  # where each group lies in the stack: first, one group per branch
+    # The position of each group in the stack; at first, one group per branch.
+    places = [members[0] for members in groups]
     before = len(branches)
     steps = []
     for layer in range(depth):

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 
 ALL = "all"
-Rows = int | str | None  # a bound, ALL, or what is found to fit
-SPARE = 1.25  # more memory than was counted has to be free: an allocator cannot use all of what it has
+Rows = int | str | None  # a limit, ALL, or None for what fits
+SPARE = 1.25  # factor of free memory over the counted one: an allocator cannot use all of it
 
 
 class Room:
@@ -19,7 +19,7 @@ class Room:
 
     def __init__(self, asked: Rows):
         self.asked = asked
-        self._per_row: float | None = None  # bytes, as far as that is known
+        self._per_row: float | None = None  # bytes, if known
         self._limit: int | None = None
 
     def rows(self, own: int, stacked: int, device: torch.device) -> int | None:
@@ -39,7 +39,7 @@ class Room:
             return
         before = torch.cuda.memory_allocated(device)
         yield
-        # The most since the process began, which is no less than the most since then.
+        # The peak since the process started, an upper limit of the peak since then.
         taken = torch.cuda.max_memory_allocated(device) - before
         self._per_row = taken / max(self._limit or 1, 1)
 

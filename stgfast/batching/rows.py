@@ -24,7 +24,7 @@ def take(value: Any, where: Sequence[slice], rows: int, name: str) -> Any:
         return {key: take(part, where, rows, f"{name}[{key!r}]") for key, part in value.items()}
     if isinstance(value, tuple | list):
         if len(value) == rows and all(isinstance(part, int) for part in value):
-            return type(value)(number for part in where for number in value[part])  # a number for every sample
+            return type(value)(number for part in where for number in value[part])  # one number for each sample
         return type(value)(take(part, where, rows, name) for part in value)
     if not isinstance(value, Tensor) or value.ndim == 0 or (value.shape[0] == 1 and rows > 1):
         return value

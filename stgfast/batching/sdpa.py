@@ -87,7 +87,7 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # A backend that was chosen may call torch's function with a kernel of its choice: no call of the module's.
+        # A chosen backend may itself call torch's function, which is not a call by the module.
         if func is scaled_dot_product_attention and _answer.get() is not None:
             plain = functools.partial(func, *args, **kwargs)
             return self.answer(_scores(None, plain, *args, **kwargs))

@@ -25,7 +25,7 @@ from stgfast.batching.arguments import Arguments, unwrapped
 from stgfast.errors import EngineError
 
 ATTRIBUTE = "_compiled_call_impl"
-# Hooks of these call what they replace.
+# Hooks of these libraries call what they replace.
 CALL_ON = ("torch", "diffusers", "accelerate", "transformers", "peft", "stgfast")
 Call = Callable[..., Any]
 Handler = Callable[[Call, Arguments], Any]
@@ -147,7 +147,7 @@ def caching_hooks(denoiser: nn.Module) -> list[str]:
     for module in denoiser.modules():
         registry = getattr(module, "_diffusers_hook", None)
         for name, hook in registry.hooks.items() if registry is not None else ():
-            # Those of one cache share a state; one of them alone says that it has any.
+            # The hooks of one cache share a state; only one of them says so.
             if hook._is_stateful or any(type(part).__name__ == "StateManager" for part in vars(hook).values()):
                 found[name] = None
     return [*reversed(found)]

@@ -79,7 +79,7 @@ class Stack:
             raise EngineError(f"blocks run in order: got block {number}, expected block {self._done}")
         step, unit = self.plan.steps[number], self.layout.units[number]
         state = unit.state or self.layout.blocks.state
-        # What passes a block has a shard of its tokens, too, where the block is the one that takes it.
+        # Rows that pass a block must also be sharded, if the block is the one that shards tokens.
         spread = as_spread(arguments) if step.keep or (self.ends is not None and number == 0) else arguments
         before = [spread[name] for name in state] if step.keep else []
         self.inside.locate(step.marks, arguments)
@@ -113,7 +113,7 @@ class Stack:
                 return take(value, spans(step.run, self.prompts), step.before * self.prompts, name)
             if name not in layout.blocks.rows and name not in layout.blocks.packed:
                 return value
-            # The same for every block of a pass, so taken once for each set of groups.
+            # Equal for all blocks of a pass, so taken once for each set of groups.
             key = (name, step.rows_of, id(value))
             if key not in self._taken:
                 rows, where = len(self.plan.branches) * self.prompts, spans(step.rows_of, self.prompts)
@@ -126,7 +126,7 @@ class Stack:
         step = self.plan.steps[number]
         marks = [mark for mark in step.marks for _ in range(self.prompts)]
         inputs = [group * self.prompts + prompt for group in step.run for prompt in range(self.prompts)]
-        # Nothing can stand in for a call inside compiled code, so a block with weak rows runs as it is written.
+        # Calls inside compiled code cannot be replaced, so a block with perturbed rows runs uncompiled.
         module, weak = arguments.module, self.inside.weak(marks)
         call: Call = as_written(module) if weak else self.compiled.get(module, plain)
         runs_compiled = module in self.compiled or compiled(module)
@@ -162,9 +162,9 @@ class Stack:
         for kept, groups in itertools.groupby(step.order, key=lambda group: group >= runs):
             source = before if kept else computed
             if source is None:
-                return None  # of an output that a block may leave out
+                return None  # for an output that a block may omit
             where = spans([step.keep[group - runs] if kept else group for group in groups], self.prompts)
             piece = take(source, where, (step.before if kept else runs) * self.prompts, "output of a block")
-            # A model may be spread over devices: what a block leaves is where the block is.
+            # A model may be split over devices: a block's output is on its device.
             pieces.append(piece if computed is None else piece.to(computed.device))
         return join(pieces)

@@ -30,7 +30,7 @@ def identity_attention(
     video = project(getattr(attn, "to_out", None), values(attn, hidden_states))
     if encoder_hidden_states is None:
         return video
-    if getattr(attn, "add_v_proj", None) is None:  # text goes through the projections of the video
+    if getattr(attn, "add_v_proj", None) is None:  # text uses the projections of the video
         return video, project(getattr(attn, "to_out", None), values(attn, encoder_hidden_states))
     added = values(attn, encoder_hidden_states, "to_added_qkv", "add_v_proj")
     return video, project(getattr(attn, "to_add_out", None), added)

@@ -15,7 +15,7 @@ from stgfast.bench.models import MODELS, SIZES, SMALL, TINY
 from stgfast.bench.variants import VARIANTS
 
 DONE, WRONG_RESULT, WRONG = 0, 1, 2
-# Nothing is compiled for a check, and on a CPU there is little attention to choose from.
+# A check compiles nothing, and a CPU has few attention backends.
 CHECKED = {
     device: [name for name in VARIANTS if name not in left_out]
     for device, left_out in (("cuda", ("graphs",)), ("cpu", ("graphs", "fastest", "auto")))
@@ -24,7 +24,7 @@ USUAL = ("stock", "paper", "stgfast", "reuse")
 # Models whose blocks keep the shape of what they are given; those of a UNet do not.
 DEEP = [name for name, model in MODELS.items() if model.part == "transformer"]
 CHECKED_STEPS, CHECKED_ROUNDS = 6, 3
-GROWN = "wan-1.3b"  # whose pipeline takes clips of any length
+GROWN = "wan-1.3b"  # its pipeline takes clips of any length
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def run_bench(arguments: argparse.Namespace, stdout: TextIO | None = None, stder
     if arguments.device == "cpu":
         torch.set_num_threads(1)
         keep_memory()
-    torch.backends.cudnn.allow_tf32 = False  # with which convolutions in float32 would differ by the batch
+    torch.backends.cudnn.allow_tf32 = False  # with TF32, convolutions would depend on the batch
     _quiet()
     code = DONE
     try:

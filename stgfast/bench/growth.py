@@ -20,7 +20,7 @@ from stgfast.errors import wrong
 from stgfast.guidance import Guidance
 from stgfast.perturbation import Perturbation
 
-TIMES = (1, 2, 3, 4, 6, 8)  # as many tokens, and as many prompts
+TIMES = (1, 2, 3, 4, 6, 8)  # factors of tokens, and numbers of prompts
 BRANCHES = (1, 2, 3, 4, 5)
 PLACES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of the skipped layer, from the first to the last
 # The degree of the curve, by what changes.
@@ -37,7 +37,7 @@ def points(bench: Bench, axis: str) -> dict[int, Bench]:
         return {n: bench.at(clip=clip) for n, clip in clips.items()}
     if axis == "prompts":
         return {n: bench.at(prompts=n) for n in TIMES}
-    if axis == "branches":  # that fork one after another, in the later half
+    if axis == "branches":  # they fork one after another, in the second half
         parts = [Perturbation([last // 2 + n * (last - last // 2) // max(BRANCHES)]) for n in BRANCHES]
         return {n: bench.at(guidance=Guidance(parts[:n])) for n in BRANCHES}
     layers = [round(place * last) for place in PLACES]
@@ -81,7 +81,7 @@ def _row(
 def _timed(benches: Mapping[int, Bench], axis: str, size: str, rounds: int) -> Iterator[tuple[int, dict[str, Any]]]:
     far = {}
     for value, bench in benches.items():
-        both = {"stgfast": bench.stgfast(), "passes": bench.passes()}  # and the warm-up
+        both = {"stgfast": bench.stgfast(), "passes": bench.passes()}  # also the warm-up
         far[value] = agreeing(f"{axis} {value}", both, "passes", ALLOWED[DTYPES[size]])["stgfast"]
     taken = rounds_of({value: partial(bench.timed, "stgfast") for value, bench in benches.items()}, rounds)
     for value, bench in benches.items():

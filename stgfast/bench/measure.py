@@ -25,10 +25,10 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 PACKAGES = ("torch", "diffusers", "triton")
-MATRIX = {"cpu": 1024, "cuda": 8192}  # the side of the matrices by which the matrix rate is measured
-COPIED = {"cpu": 1 << 27, "cuda": 1 << 30}  # bytes by which the copy rate is
-# Options of the C library's allocator: how much to have free before any is given back, how much to take at once, and
-# from what size on to take memory from the system for one tensor alone.
+MATRIX = {"cpu": 1024, "cuda": 8192}  # the size of the matrices for the matrix rate
+COPIED = {"cpu": 1 << 27, "cuda": 1 << 30}  # bytes for the copy rate
+# Options of the C library's allocator: free memory before any is released, memory per request, and
+# the size from which one tensor gets memory of its own.
 MALLOC = {-1: (1 << 31) - 1, -2: 1 << 28, -3: 1 << 30}
 
 
@@ -87,7 +87,7 @@ class Stopwatch:
         if self.device == "cpu":
             self.moments.append(time.process_time())
             return
-        event = torch.cuda.Event(enable_timing=True)  # which the host need not wait for
+        event = torch.cuda.Event(enable_timing=True)  # the host need not wait for it
         event.record()
         self.moments.append(event)
 
@@ -161,10 +161,10 @@ def fitted(x: Sequence[float], y: Sequence[float], degree: int) -> Fit:
 
 
 def _counted(call: Callable[[], Any]) -> dict[str, dict[Any, int]]:
-    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton
+    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton
 
     counter = FlopCounterMode(display=False, custom_mapping={FOR_CPU: _attention})
-    # What the package's own attention launches is not known to the counter: for the count torch's computes it.
+    # The counter does not know our attention kernels: torch's attention runs for the count.
     with mock.patch.object(backends, "choose", return_value=backends.YARDSTICK), counter:
         call()
     return counter.get_flop_counts()

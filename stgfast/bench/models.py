@@ -89,7 +89,7 @@ class Model:
         try:
             with torch.device(device):
                 denoiser = getattr(diffusers, self.denoiser)(**self.settings(size)).eval()
-            denoiser.to(device)  # some make a tensor in a way that does not heed where it should be
+            denoiser.to(device)  # some create a tensor on the wrong device
         finally:
             torch.set_default_dtype(before)
         cls = getattr(diffusers, self.pipeline)
@@ -257,7 +257,7 @@ MODELS = {
         layers={TINY: 3, FULL: 28},
         text=functools.partial(usual_text, width="caption_channels", tokens=1024, fewer=128),
         clips={TINY: (384, 384, 25), SMALL: (256, 256, 25), FULL: (512, 768, 121)},
-        # The pipeline's weak pass needs it to be weak.
+        # The pipeline's perturbed pass needs this to have an effect.
         config={"perturbed_attn": True},
         narrow=shallow(NARROW_LTX2, num_layers=4),
         source=CONVERTED + ", version 2.0",
@@ -306,7 +306,7 @@ MODELS = {
         layers={TINY: 5, FULL: 8},
         text=no_text,
         clips={TINY: (256, 256, 2), SMALL: (192, 192, 8), FULL: (576, 1024, 14), LARGEST: (576, 1024, 25)},
-        # Where there are few pixels and many channels, reading the weights takes longer than computing with them.
+        # With few pixels and many channels, reading the weights takes longer than computing.
         narrow=shallow(
             alike(NARROW_UNET), block_out_channels=(64,) * 4, num_attention_heads=(1,) * 4, layers_per_block=1
         ),

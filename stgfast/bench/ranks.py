@@ -45,7 +45,7 @@ def over_ranks(name: str, *, size: str, device: str, steps: int | None, rounds: 
         if count in benches:
             ranks = ranks_of(group)
             before = ranks.received
-            clips[count] = benches[count].stgfast()  # and the warm-up
+            clips[count] = benches[count].stgfast()  # also the warm-up
             received[count] = (ranks.received - before) // makes
     far = agreeing(name, {str(count): clip for count, clip in clips.items()}, str(min(clips)), ALLOWED[DTYPES[size]])
 

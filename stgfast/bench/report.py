@@ -14,7 +14,7 @@ from typing import Any
 from stgfast.errors import wrong
 from stgfast.pages import halves, safe
 
-# What tells questions apart, of whatever kind they are.
+# The fields that distinguish questions of each kind.
 QUESTION = (
     *("bench", "device", "model", "size", "whole", "steps", "axis", "guidance"),
     *("case", "MB of a branch", "size of a head", "tokens", "grid", "jobs", "dtype"),

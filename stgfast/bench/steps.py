@@ -23,14 +23,14 @@ from stgfast.bench.measure import (
 from stgfast.bench.models import DTYPES, MODELS
 from stgfast.bench.variants import FEWEST, OTHER_RESULT, Bench
 
-# By how much variants may differ, relatively; those of bfloat16 are told apart by rounding.
-# How far apart results may be, by number type: roundings are some 1e-6 in float32, a wrong row is 1e-2 or more.
+# The allowed relative difference of variants; in bfloat16 rounding makes them differ.
+# The allowed distance of results by dtype: rounding is about 1e-6 in float32, a wrong row 1e-2 or more.
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-UNIQUE = ("stgfast", "split", "auto", "compiled", "graphs", "fastest")  # these compute every row once
+UNIQUE = ("stgfast", "split", "auto", "compiled", "graphs", "fastest")  # these compute each row once
 COUNTED = ("stock", "paper", "stgfast")
 COMPARED = ("paper", "stgfast")
-WITHIN = 0.05  # of what the blocks predict, where that is checked
-PATIENCE = 4  # times the rounds, at most, until it is
+WITHIN = 0.05  # relative difference from the prediction in a check
+PATIENCE = 4  # the largest factor of rounds in a check
 
 
 def measured(
@@ -52,7 +52,7 @@ def measured(
     bench = Bench(MODELS[name], size, device, steps, backend=backend, reference=reference)
     far, memory = agreed(bench, name, variants)
     whole, count = steps is None, bench.arguments()["num_inference_steps"]
-    part, of = ("clip", count) if whole else ("step", 1)  # that the figures are about, and its steps
+    part, of = ("clip", count) if whole else ("step", 1)  # what the figures describe, and its steps
     rows = {each: bench.block_rows(each) for each in far}
     costs, tokens = bench.costs()
     turns = rounds_of({each: partial(bench.timed, each) for each in far}, rounds)
@@ -93,7 +93,7 @@ def checked(
     """One row on whether the paper's scheme over stgfast takes as long as the blocks predict; raises if variants
     disagree. While it does not, more rounds follow: noise falls with more rounds.
     """
-    # What is not compiled has the same result, and takes no time to compile.
+    # Uncompiled code has the same result, and needs no time for compiling.
     bench = Bench(MODELS[name], size, device, steps, backend="eager")
     far, _ = agreed(bench.at(steps=FEWEST), name, variants)
     rows, (costs, tokens) = {each: bench.block_rows(each) for each in COMPARED}, bench.costs()

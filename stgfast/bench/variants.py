@@ -52,10 +52,10 @@ VARIANTS = (
     *("stgfast", "split", "auto", "compiled", "graphs", "fastest", "reuse"),
 )
 FEWEST = 2  # steps, of which the first is not timed
-STACKED = ("stacked", "announced")  # protocols that have cond and uncond in one call
+STACKED = ("stacked", "announced")  # protocols with cond and uncond in one call
 OTHER_RESULT = ("stock", "reuse")
-NATIVE = "native"  # attention of diffusers, its default
-# Those that download nothing; which of them are there, trying says.
+NATIVE = "native"  # diffusers' default attention backend
+# Backends that download nothing. Trying them shows which are installed.
 ATTENTION = {
     "cpu": (NATIVE, "_native_math"),
     "cuda": (NATIVE, "_native_cudnn", "_native_flash", "flash", "_flash_3", "xformers"),
@@ -92,13 +92,13 @@ class Bench:
         self.model, self.size, self.device, self.steps = model, size, device, steps
         self.prompts, self.frames, self.backend = prompts, clip or model.clip(size), backend
         self.checkout = reference
-        self.branches: Any = None  # the group over which they are divided
+        self.branches: Any = None  # the group over which branches are divided
         self.pipe = model.build(size, device)
         self.denoiser: Any = getattr(self.pipe, model.part)
         self.adapter = ADAPTERS[model.pipeline]
         self.layout = self.adapter.layouts(self.pipe)[model.part]
         self.guidance = guidance or model.guidance(model.layer(size))
-        self.drawn: dict[Any, dict[str, Any]] = {}  # what is given to the pipeline, by the point that is measured
+        self.drawn: dict[Any, dict[str, Any]] = {}  # inputs of the pipeline, by measured point
 
     def variants(self) -> tuple[str, ...]:
         """The variants of this model."""
@@ -131,7 +131,7 @@ class Bench:
         @functools.wraps(step)
         def marked(which: Any, *args: Any, **kwargs: Any) -> Any:
             made = step(which, *args, **kwargs)
-            if which is scheduler:  # and not a copy, for what is denoised beside the video
+            if which is scheduler:  # not a copy, which denoises something beside the video
                 ends.append(len(watch.moments))
                 watch.mark()
             return made
@@ -174,7 +174,7 @@ class Bench:
         blocks = [self.denoiser.get_submodule(f"{path}.{layer}") for layer in part.layers]
         settings = {"stg_applied_layers_idx": list(part.layers), "stg_scale": part.scale, "do_rescaling": False}
         with ExitStack() as stack:
-            for block in blocks:  # in which it leaves a forward of its own
+            for block in blocks:  # it leaves its own forward there
                 stack.enter_context(mock.patch.object(block, "forward", block.forward))
             return self._clip(self._papers, **settings)
 
@@ -232,7 +232,7 @@ class Bench:
         for name in ATTENTION[self.device]:
             try:
                 made = attended(name).double()
-            except Exception:  # whatever it is that a backend that is not there says
+            except Exception:  # a missing backend may raise anything
                 continue
             if float((made - right).norm() / right.norm()) <= SAME_ATTENTION:
                 calls[name] = functools.partial(attended, name)
@@ -370,7 +370,7 @@ class Bench:
 
     def _clip(self, pipe: Any = None, **changes: Any) -> Tensor:
         """Everything that the pipeline returns, as one tensor."""
-        torch.manual_seed(0)  # some schedulers draw noise that no pipeline gives them a generator for
+        torch.manual_seed(0)  # some schedulers draw noise without a generator
         with torch.no_grad():
             output = (pipe or self.pipe)(**{**self.arguments(), **changes})
         return torch.cat([part.flatten() for part in output.values()])

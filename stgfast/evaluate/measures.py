@@ -34,7 +34,7 @@ class Measured:
 class Measure:
     """The measures of a clip. `real` is the distribution that its features should have, if there is one."""
 
-    of: Callable[[Frames, str], Measured]  # of a clip and its prompt
+    of: Callable[[Frames, str], Measured]  # from a clip and its prompt
     real: Cloud | None = None
 
 

@@ -28,7 +28,7 @@ from stgfast.queue.state import DONE, FOLDER, StoreError
 from stgfast.queue.store import Row, Store
 from stgfast.render.files import Frames, read_frames
 
-Clip = tuple[str, int]  # its prompt, with what belongs to it, and its seed
+Clip = tuple[str, int]  # prompt with image, and seed
 APART = ("prompt", "negative_prompt", "image", "image_sha256", "seed", "name")  # what differs within a setting
 
 
@@ -36,10 +36,10 @@ APART = ("prompt", "negative_prompt", "image", "image_sha256", "seed", "name")  
 class Setting:
     """Clips with the same setting."""
 
-    job: Mapping[str, Any]  # what they share, as data
+    job: Mapping[str, Any]  # their common fields, as data
     clips: dict[Clip, Measured] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
-    name: str = ""  # of one that no job made
+    name: str = ""  # set if no job made it
 
     @property
     def guidance(self) -> Guidance | None:
@@ -62,7 +62,7 @@ class Summary:
     seconds: float  # of a clip, in all stages
     estimates: Mapping[str, Estimate]
     base: str = ""  # the name of the same with CFG alone
-    differences: Mapping[str, Estimate] = field(default_factory=dict)  # from that, over the clips that both have
+    differences: Mapping[str, Estimate] = field(default_factory=dict)  # from that one, over the clips of both
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _statistics(clips: Mapping[Clip, Measured], real: Cloud | None) -> tuple[Sta
     for name in measured[0].values:
         values = np.array([each.values[name] for each in measured])
         found[name] = functools.partial(_mean_of, values)
-    if len(measured) > prompts.max() + 1:  # some prompt has several seeds
+    if len(measured) > prompts.max() + 1:  # a prompt has several seeds
         found["diversity"] = lambda chosen: diversity(features[chosen], prompts[chosen])
     if real is not None:
         found["Fréchet"] = lambda chosen: real.distance(features[chosen])

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 GROUPS = 32
-FEWEST = 4  # groups, for an interval that means anything
+FEWEST = 4  # groups for a meaningful interval
 Array = NDArray[np.float64]
-Chosen = NDArray[np.bool_]  # which clips a number is of
+Chosen = NDArray[np.bool_]  # the clips from which a number is computed
 
 
 @dataclass(frozen=True)

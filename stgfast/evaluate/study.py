@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 CFG = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 COLUMNS = ("Fréchet", "right", "shape", "motion", "diversity", "speed", "jerk", "flicker")
-SEEDS = 4  # of every prompt
+SEEDS = 4  # for each prompt
 
 
 @dataclass(frozen=True)

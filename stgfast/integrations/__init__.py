@@ -12,7 +12,7 @@ from stgfast.errors import UnsupportedPipelineError
 from stgfast.integrations import families
 from stgfast.integrations.spec import Adapter
 
-NAMELESS = ""  # facts that other adapters are made of
+NAMELESS = ""  # facts from which other adapters are made
 BLOCKS = "default_blocks_name"  # the attribute by which a modular pipeline names its blocks
 
 

@@ -206,7 +206,7 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments, lists: Sequence[st
 def quiet(pipe: Any) -> Iterator[None]:
     """Keep guiders from changing the model within the block: what their hooks would do is computed already."""
     for guider in guiders(pipe):
-        guider._num_inference_steps = None  # what a former call had is not this one's
+        guider._num_inference_steps = None  # drop the value of a former call
     quieted = [guider for guider in guiders(pipe) if name_of(guider) in WITH_WEAK_PASSES]
     for guider in quieted:
         vars(guider)["prepare_models"] = functools.partial(_count, guider)

@@ -23,7 +23,7 @@ from stgfast.kinds import AXES
 from stgfast.perturbation import Perturbation
 from stgfast.presets import PRESETS
 
-NOTHING = "uncond without image"  # the third row of a sampler that has a scale for the image too
+NOTHING = "uncond without image"  # the third row, if a sampler has a scale for the image
 
 
 def requested(call: CallArguments) -> float | None:

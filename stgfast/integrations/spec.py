@@ -71,7 +71,7 @@ class Passes(NamedTuple):
         return not set(turn) <= {*self.weak, *recalled}
 
 
-# What an adapter does not say. Functions with names: an accelerated pipeline is pickled with its adapter.
+# Defaults of an adapter. Named functions, because an accelerated pipeline is pickled with its adapter.
 
 
 def nothing_missing(pipe: Any) -> str | None:

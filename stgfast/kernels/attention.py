@@ -17,7 +17,7 @@ from torch import Tensor
 from stgfast.kernels.layout import empty_like_query, on_device
 
 LOG2_E = 1.4426950408889634
-NO_BIAS, MASK, ADDED = 0, 1, 2  # what `bias` is: nothing, a boolean mask, or numbers to add
+NO_BIAS, MASK, ADDED = 0, 1, 2  # what `bias` is: None, a boolean mask, or numbers to add
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def _tile(
         k = tl.load(k_tile, mask=kv_ok, other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [M, N]
     if BIAS == 0 and not TAIL:
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale)  # the scale is positive: maximum and it commute
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale)  # the scale is positive, so it commutes with the maximum
         p = tl.math.exp2(scores * scale - new_top[:, None])
         keep = tl.math.exp2(top - new_top)
     else:
@@ -77,7 +77,7 @@ def _tile(
                 scores += bias.to(tl.float32) * 1.4426950408889634
         scores = tl.where(ok, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a query that has seen no key yet
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a query without keys so far
         p = tl.math.exp2(scores - base[:, None])
         keep = tl.math.exp2(top - base)
     total = total * keep + tl.sum(p, 1)
@@ -140,7 +140,7 @@ def attention_kernel(
     row = (program // (tiles * heads)).to(tl.int64)
     src = tl.load(source_ptr + row).to(tl.int64)
 
-    # Bases are 64 bits wide, one for a program; offsets within a tile fit 32, of which there are many.
+    # Base pointers have 64 bits, one for each program. Offsets within a tile fit into 32 bits.
     rows_m = tl.arange(0, M)
     offs_m = start_m + rows_m
     offs_d = tl.arange(0, DIM)
@@ -152,11 +152,11 @@ def attention_kernel(
     v_head = v_ptr + src * svb + head * svh
 
     if HAS_IDENTITY:
-        # A row that attends has an empty range: a return within another branch does not compile before triton 3.4.
+        # A row that attends has an empty range. A return in another branch does not compile before triton 3.4.
         same = tl.load(identity_ptr + row) != 0
         begin = tl.where(same, first, 0)
         end = tl.where(same, last, 0)
-        # Stored before anything is accumulated: kept until the end, V would cost registers throughout the loop.
+        # Stored before anything is accumulated: kept until the end, V would take registers throughout the loop.
         copies = q_ok & (offs_m >= begin) & (offs_m < end)
         where = copies[:, None] & d_ok[None, :]
         values = v_head + wide_m * svn + (rows_m[:, None] * svn + offs_d[None, :])
@@ -173,7 +173,7 @@ def attention_kernel(
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, DIM], tl.float32)
-    # Masks for the last tile alone are cheaper, but its copy of the loop's body costs registers.
+    # Masks for the last tile only are cheaper, but its copy of the loop body takes registers.
     whole = keys // N * N if LAST_APART else keys
     for start in tl.range(0, whole, N):
         acc, total, top = _tile(
@@ -224,7 +224,7 @@ def config(dim: int, bits: int, bias: int, per_query: bool, major: int) -> Confi
     return Config(128, 64 if major >= 9 else 32, 8, 2)
 
 
-INTERPRETED = 9  # the compute capability that a CPU stands in for
+INTERPRETED = 9  # the compute capability that the interpreter uses
 
 
 def capability(device: torch.device) -> int:

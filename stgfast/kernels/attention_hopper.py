@@ -22,7 +22,7 @@ from stgfast.kernels.layout import empty_like_query, on_device
 DTYPES = (torch.float16, torch.bfloat16)
 HOPPER = 9  # its compute capability
 MAX_SIZE = 128  # of a head
-ALIGNED = 16  # bytes: where TMA wants rows to begin
+ALIGNED = 16  # bytes: the alignment of rows for TMA
 
 
 @triton.jit
@@ -79,8 +79,8 @@ def attention_hopper_kernel(
     attends = offs_m < queries
     any_attends = True
     if HAS_IDENTITY:
-        # A row that attends copies an empty range. Both groups that compute copy the whole tile: the compiler halves
-        # only what belongs to a product.
+        # A row that attends copies an empty range. Both computing groups copy the whole tile: the compiler only
+        # halves what belongs to a product.
         same = tl.load(identity_ptr + row) != 0
         begin = tl.where(same, first, 0)
         end = tl.where(same, last, 0)
@@ -95,7 +95,7 @@ def attention_hopper_kernel(
         keys = all_keys
         if HAS_KV_LEN:
             keys = tl.minimum(tl.maximum(tl.load(kv_len_ptr + src), 0), all_keys).to(tl.int32)
-        # What lies beyond a descriptor's shape, keys or D, arrives as 0. The shape may not be empty.
+        # Elements beyond a descriptor's shape, keys or D, are read as 0. The shape may not be empty.
         reach = tl.maximum(keys, 1)
         q_tiles = tl.make_tensor_descriptor(q_ptr + src * sqb + head * sqh, [queries, D], [sqn, 1], [M, DIM])
         k_tiles = tl.make_tensor_descriptor(k_ptr + src * skb + head * skh, [reach, D], [skn, 1], [N, DIM])
@@ -109,7 +109,7 @@ def attention_hopper_kernel(
             scores = tl.dot(q, k.T)  # [M, N]
             if TAIL:
                 scores = tl.where((start + tl.arange(0, N) < keys)[None, :], scores, float("-inf"))
-            # Every tile has a key: no maximum is -inf. The scale is positive: maximum and it commute.
+            # Each tile has a key, so no maximum is -inf. The scale is positive, so it commutes with the maximum.
             new_top = tl.maximum(top, tl.max(scores, 1) * scale)
             p = tl.math.exp2(scores * scale - new_top[:, None])
             keep = tl.math.exp2(top - new_top)
@@ -173,7 +173,7 @@ def masked_attention(
 ) -> Tensor:
     """The operation as `stgfast.kernels.masked_attention` calls it: checked, with every option given."""
     reason = unsuitable(q, k, v, bias)
-    if reason:  # a compiled graph asks nobody before
+    if reason:  # a compiled graph does not check before
         raise ValueError(f"masked attention for Hopper {reason}")
     rows, (_, heads, queries, size) = len(source), q.shape
     out = empty_like_query(q, rows)
@@ -183,7 +183,7 @@ def masked_attention(
     cut = config(dim)
     sources = on_device(tuple(source), torch.int32, q.device)
     with torch.cuda.device_of(q):
-        triton.set_allocator(_descriptors)  # every launch: it holds for one thread, and others set theirs
+        triton.set_allocator(_descriptors)  # at each launch: it applies to one thread, and others set theirs
         attention_hopper_kernel[(triton.cdiv(queries, cut.m) * heads * rows,)](
             q,
             k,

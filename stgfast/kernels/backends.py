@@ -29,7 +29,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) ->
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
-# Torch's own one by one. `sdpa_kernel` would choose for every thread: for a VAE that decodes meanwhile too.
+# torch's kernels, called directly. `sdpa_kernel` would choose for all threads, including a VAE that decodes meanwhile.
 
 
 def _math(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -112,8 +112,8 @@ BACKENDS = {
 }
 WHOLE = ("reference", "triton", "hopper")  # these compute all rows, identity and plain
 NAMES = ("auto", *WHOLE, *BACKENDS)
-INTERPRETED = (torch.float32, torch.float16)  # Triton's interpreter knows no bfloat16
-YARDSTICK = "sdpa"  # what `auto` holds the others against: a fast result that is wrong is never chosen
+INTERPRETED = (torch.float32, torch.float16)  # Triton's interpreter has no bfloat16
+YARDSTICK = "sdpa"  # `auto` compares others with it: a wrong result is never chosen
 ROUNDINGS = 16  # of the largest value, by which two right results may differ
 
 
@@ -174,7 +174,7 @@ class Call:
     kv_len: Tensor | None
     bias: Tensor | None
     scale: float
-    lengths: tuple[int, ...] | None = None  # in place of `kv_len`, where the host knows
+    lengths: tuple[int, ...] | None = None  # replaces `kv_len` if the host knows the numbers
 
     def by(self, name: str) -> Tensor:
         reason = self.refused_by(name)
@@ -256,7 +256,7 @@ class Call:
         each = [lengths[row] for row in where]
         if len(set(each)) == 1 and each[0]:
             return self._of_rows(attend, where, queries, slice(each[0]))
-        out = empty_like_query(self.q[:, :, queries], len(where)).zero_()  # what has no keys gives 0
+        out = empty_like_query(self.q[:, :, queries], len(where)).zero_()  # a query without keys gives 0
         for length in dict.fromkeys(length for length in each if length):
             mine = [n for n, its in enumerate(each) if its == length]
             _put(out, mine, slice(None), self._of_rows(attend, [where[n] for n in mine], queries, slice(length)))
@@ -299,7 +299,7 @@ def triton_runs(device: str) -> bool:
 
 def unavailable(name: str, device: str, biased: bool) -> str:
     """Why an implementation cannot run; "" if it can."""
-    if torch.compiler.is_compiling():  # nothing can be looked up: what cannot run says so when it is called
+    if torch.compiler.is_compiling():  # nothing can be checked here: the call itself raises
         return ""
     if name == "hopper" and triton_runs(device):
         from stgfast.kernels import attention_hopper  # imports triton
@@ -341,10 +341,10 @@ def _measured(call: Call) -> Choice:
     failed: dict[str, str] = {}
     wanted = call.by(YARDSTICK)
     bound = ROUNDINGS * torch.finfo(call.q.dtype).eps * float(call.v.abs().max())
-    # `hopper` has not run on a GPU yet: what might wait forever is not tried unasked.
+    # `hopper` has not run on a GPU yet, and might wait forever: it only runs if it is named.
     for name in (YARDSTICK, "triton", *BACKENDS):
         if name == "math" or name in times:
-            continue  # `math` keeps all scores: never the fastest, and often out of memory
+            continue  # `math` stores all scores: never the fastest, and often out of memory
         reason = call.refused_by(name)
         if reason:
             failed[name] = reason
@@ -355,7 +355,7 @@ def _measured(call: Call) -> Choice:
                 failed[name] = f"differs from {YARDSTICK} by {off:.2g}, which rounding does not explain"
             else:
                 times[name] = _milliseconds(functools.partial(call.by, name))
-        except Exception as error:  # a backend that refuses this shape says so when it is called
+        except Exception as error:  # a backend that refuses this shape raises when it is called
             failed[name] = str(error).splitlines()[0]
     return Choice(min(times, key=lambda name: times[name]), times, failed)
 

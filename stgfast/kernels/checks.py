@@ -18,7 +18,7 @@ class Projection(NamedTuple):
     """The difference of branch `of` from branch 0 loses its part along a sum of branches, except for a fraction."""
 
     of: int
-    along: tuple[float, ...]  # the direction: a number for every branch
+    along: tuple[float, ...]  # the direction: one number for each branch
     left: float = 0.0
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from stgfast.kernels.checks import MOST_BRANCHES, Projection, check_combine, expected
 
 BLOCK, PARTS, WARPS = 2048, 256, 8
-SUMS = 9  # what a part leaves, see `sums_kernel`
+SUMS = 9  # sums of a part, see `sums_kernel`
 SUPPORTED = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -45,7 +45,7 @@ def _tile(
     change = tl.zeros_like(base)
     first = tl.zeros_like(base)
     direction = a0 * base
-    # A tuple of pointers would be shorter; triton 3.2 keeps only the first of one.
+    # A tuple of pointers would be shorter, but triton 3.2 only keeps its first one.
     if COUNT > 1:
         first = _loaded(x1 + offset, lanes, ok) - base
         change += w1 * first
@@ -103,7 +103,7 @@ def sums_kernel(
     offset = prompt * stride
 
     if RESCALE:
-        # The origin is one for all parts of a prompt, so that their means are small numbers too, and exact enough.
+        # All parts of a prompt have the same origin, so that their means are small numbers and exact enough.
         base, change, first, direction = _tile(
             x0_ptr, x1_ptr, x2_ptr, x3_ptr, x4_ptr, x5_ptr, x6_ptr, x7_ptr, w1, w2, w3, w4, w5, w6, w7,
             a0, a1, a2, a3, a4, a5, a6, a7, offset, lanes, lanes < numel, COUNT,
@@ -112,7 +112,7 @@ def sums_kernel(
         base_origin = tl.sum(base) / count
         change_origin = tl.sum(change) / count
         direction_origin = tl.sum(direction) / count
-    # Sums of one lane each: nothing is added across lanes before the end.
+    # One sum per lane: lanes are added at the end.
     square = tl.zeros([BLOCK], tl.float32)
     cross = tl.zeros([BLOCK], tl.float32)
     base_sum = tl.zeros([BLOCK], tl.float32)
@@ -211,7 +211,7 @@ def combine_kernel(
                 direction_square = tl.sum(_of_parts(sums, 7, parts, index) + count * direction_off * direction_off)
                 product = tl.sum(_of_parts(sums, 8, parts, index) + count * guided_off * direction_off)
                 guided_square += steer * (2.0 * product + steer * direction_square)
-            # Deviations unbiased or not, their ratio is the same.
+            # The ratio is the same for biased and unbiased deviations.
             factor = (1.0 - phi * (1.0 - tl.sqrt(base_square / guided_square))).to(tl.float32)
 
     for start in range(0, length, BLOCK):

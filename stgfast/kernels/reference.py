@@ -37,7 +37,7 @@ def combine(
     base, *others = (_elements(branch, wide) for branch in branches)
     distances = [base - other for other in others]
     if project is not None:
-        # By differences too: a direction may be one.
+        # Computed from differences too, because a direction may be a difference.
         direction = sum(project.along) * base
         for along, distance in zip(project.along[1:], distances, strict=True):
             direction = direction - along * distance

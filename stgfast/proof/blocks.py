@@ -47,7 +47,7 @@ def blocks_of(seen: Look, rows: int) -> tuple[Blocks, int]:
     main = max(paths, key=lambda path: len(lists_of(denoiser)[path]))
     own = [block for block in chain if block.path == main]
     if [block.module for block in own] == lists_of(denoiser)[main] and len(own) > len(chain) / 2:
-        # Others run between them, for all rows.
+        # Other blocks run between them, for all rows.
         between = dataclasses.replace(seen, blocks=own, attention={main: seen.attention.get(main, "")})
         found, layers = blocks_of(between, rows)
         return dataclasses.replace(found, full=True), layers
@@ -85,7 +85,7 @@ def _state(chain: Sequence[Block]) -> tuple[str, ...]:
 
 def _rows(seen: Look, chain: Sequence[Block], rows: int) -> Iterator[str]:
     """The arguments with as many rows as the samples or the blocks have, or several for each."""
-    # A model may make a mask only for several samples, which were not there.
+    # A model may make a mask only if there are several samples, which was not the case.
     yield from (name for name in chain[0].given if name.endswith("mask"))
     inner = next(size for size in chain[0].given.values() if size is not None)
     for given in (_sizes(seen), *(block.given for block in chain), seen.given):

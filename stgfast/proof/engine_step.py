@@ -68,7 +68,7 @@ class _Watched:
 
     def __init__(self, strategy: Strategy, watch: Watch, stub: Answer | None, step: int):
         self.strategy, self.watch, self.stub, self.step = strategy, watch, stub, step
-        self.inner: Step | None = None  # the step that counts
+        self.inner: Step | None = None  # the compared step
 
     def begin(self, run: Run, name: str) -> Step:
         number = run.steps_done

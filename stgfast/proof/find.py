@@ -31,9 +31,9 @@ from stgfast.proof.look import Look, look
 from stgfast.proof.measure import Combined, Stand, measured
 from stgfast.proof.watch import Watch
 
-SAMPLES = ("hidden_states", "sample", "x", "latents")  # what denoisers call what is to be denoised
-ATTEMPTS = 3  # a proposal may be put right so often, less one
-DEEP = 0.7  # how far through the model the layer of the default settings lies
+SAMPLES = ("hidden_states", "sample", "x", "latents")  # names of the denoiser's argument with noisy latents
+ATTEMPTS = 3  # attempts, each with a corrected proposal
+DEEP = 0.7  # relative depth of the default layer
 
 
 class Scaled(NamedTuple):

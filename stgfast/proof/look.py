@@ -168,7 +168,7 @@ def _is_standard(plain: Call, arguments: Arguments) -> bool:
     """Whether the package can make this self-attention the identity."""
     try:
         mine = as_tuple(arguments.given_to(functools.partial(identity_attention, arguments.module)))
-    except (AttributeError, TypeError, RuntimeError):  # it has other projections, or other arguments
+    except (AttributeError, TypeError, RuntimeError):  # it has other projections or arguments
         return False
     theirs = as_tuple(values_alone(plain, arguments))
     return len(mine) == len(theirs) and all(

@@ -22,7 +22,7 @@ from stgfast.batching.seam import Call
 from stgfast.errors import EngineError
 from stgfast.proof.watch import Seen, Watch
 
-LINEAR = 1e-3  # what a pipeline may send beside a weighted sum, by rounding
+LINEAR = 1e-3  # how far rounding may move what is sent from a weighted sum
 
 
 class Combined(NamedTuple):
@@ -66,7 +66,7 @@ class Form(NamedTuple):
     def shape(self, samples: torch.Size) -> torch.Size:
         """The shape of a prediction for samples of another shape."""
         rows, *made = prediction_in(self.output).shape
-        # Where a prediction has the size of the samples, it follows them.
+        # If a prediction has the size of the samples, it changes with them.
         if len(self.samples) == len(samples) == len(made) + 1:
             made = [
                 new if size == old else size for size, old, new in zip(made, self.samples[1:], samples[1:], strict=True)

@@ -30,7 +30,7 @@ class Enough(BaseException):
     """Ends a run. It is not an Exception, so that a pipeline which catches errors lets it through."""
 
 
-THIN = 1 << 16  # numbers of what is sent that are kept of a step, where those of all steps are
+THIN = 1 << 16  # the number of values stored for each step, if all steps are stored
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Watch:
         self.still = hasattr(getattr(pipe, "scheduler", None), "step")
         self.denoisers = {name: unwrapped(module) for name, module in denoisers.items()}
         parts = {name: part for name, part in vars(pipe).items() if isinstance(part, nn.Module)}
-        # Text encoders and the like give the same in every run: they run in the first one alone.
+        # Text encoders and similar models give the same in each run: they only run in the first one.
         self._others = {name: unwrapped(part) for name, part in parts.items() if name not in self.denoisers}
         self._outputs: dict[str, list[Any]] | None = None
         self.thin = False
@@ -117,7 +117,7 @@ class Watch:
         except Enough:
             pass
         finally:
-            free = getattr(pipe, "maybe_free_model_hooks", None)  # offloading is undone by the call's own last line
+            free = getattr(pipe, "maybe_free_model_hooks", None)  # the call itself undoes offloading in its last line
             if free is not None:
                 free()
             if "_all_hooks" in vars(pipe):
@@ -182,7 +182,7 @@ class Watch:
         """
         signature = inspect.signature(cls.step)
 
-        @functools.wraps(cls.step)  # pipelines look at its signature
+        @functools.wraps(cls.step)  # pipelines read its signature
         def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
             given = signature.bind(scheduler, *args, **kwargs).arguments
             if self.steps:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from stgfast.queue.job import Job
 
-EACH = "each"  # how a pipeline's call takes images: a list, one for each clip
+EACH = "each"  # a pipeline's call takes images as a list, one for each clip
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def stack_of(job: Job, images: str = "") -> str:
     """A key: jobs with the same key can be one call of the pipeline, which takes images as its adapter says."""
     data = job.to_dict()
     apart = {name: data.get(name) for name in ("width", "height", "num_frames", "steps", "guidance", "pipeline")}
-    apart["negative"] = job.negative_prompt is not None  # pipelines have a negative prompt of their own
+    apart["negative"] = job.negative_prompt is not None  # pipelines have a default negative prompt
     if job.solver:
         apart["solver"] = job.solver
     if job.loras:

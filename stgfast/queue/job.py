@@ -24,17 +24,17 @@ from typing import Any
 from stgfast.errors import SettingsError, wrong
 from stgfast.guidance import Guidance
 
-MAX_PROMPT = 10_000  # characters: the longest text encoder in use reads some 512 tokens
+MAX_PROMPT = 10_000  # characters: the longest text encoders read about 512 tokens
 MAX_ARGUMENTS = 1 << 16  # bytes of `guidance` or `pipeline`, as JSON
-MAX_NAME = 120  # bytes: with an ending it fits every file system
+MAX_NAME = 120  # bytes: with an extension it fits all file systems
 MAX_IMAGE = 64 << 20  # bytes of an image file
-MAX_PIXELS = 64 << 20  # and what it may become in memory
+MAX_PIXELS = 64 << 20  # in memory, after decoding
 MAX_PRIORITY = 1000
 MAX_PATH = 4096
 MAX_LORAS, MAX_WEIGHT = 8, 10
 MAX_LORA = 8 << 30  # bytes of a file
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-# What the worker gives to a pipeline itself: a job has its own words for it, or no say in it.
+# Arguments that the worker sets itself: a job has other fields for them, or cannot set them.
 TAKEN = {
     "prompt": "prompt",
     "negative_prompt": "negative_prompt",
@@ -51,7 +51,7 @@ TAKEN = {
 }
 CLOSED = ("output_type", "return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback")
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
-# Names that Windows keeps for devices, with any ending.
+# Names that Windows reserves for devices, with any extension.
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 RESERVED = {"index", "index.html"}  # the page about the clips
@@ -182,7 +182,7 @@ class Job:
         describes the model beside its name.
         """
         mine = {name: value for name, value in self.to_dict().items() if name not in ("name", "image", "priority")}
-        if self.loras:  # wherever their files are
+        if self.loras:  # without their paths
             mine["loras"] = [{k: v for k, v in lora.to_dict().items() if k != "path"} for lora in self.loras]
         return json.dumps({**mine, "model": model, **made}, sort_keys=True)
 
@@ -267,7 +267,7 @@ def check_fields(given: Mapping[str, Any], fields: Iterable[str]) -> None:
 def _guidance(given: object) -> Guidance | None:
     if given is None or isinstance(given, Guidance):
         if given is not None:
-            given.to_dict()  # which says what cannot be written as data
+            given.to_dict()  # raises for what cannot be plain data
         return given
     if isinstance(given, str):
         return Guidance.preset(given)
@@ -344,7 +344,7 @@ def _check_lora(path: object) -> str:
 def _digest_of_lora(path: str, size: int, changed: int) -> str:
     with open(path, "rb") as file:
         head = file.read(9)
-        # Which is the length of a header in JSON, and its first bracket.
+        # The length of a JSON header, and its first bracket.
         if len(head) < 9 or int.from_bytes(head[:8], "little") > size or head[8:] != b"{":
             raise wrong("path of a LoRA", path, "a whole .safetensors file")
         file.seek(0)
@@ -391,7 +391,7 @@ def read_image(path: str) -> Any:
                 return ImageOps.exif_transpose(image).convert("RGB")
     except SettingsError:
         raise
-    except Exception as error:  # whatever a decoder of hostile bytes may raise
+    except Exception as error:  # a decoder of hostile bytes may raise anything
         formats = ", ".join(IMAGE_FORMATS)
         raise wrong("image", path, f"a whole image ({formats}): {type(error).__name__}: {error}") from None
 

@@ -28,7 +28,8 @@ def size_of(path: Path) -> int | None:
     """The bytes of a clip, which may be a folder of pictures; None if it does not exist."""
     try:
         if path.is_dir():
-            parts = [inner for inner in path.iterdir() if inner.suffix in (".png", ".wav")]  # and no file manager's
+            # Without files of a file manager.
+            parts = [inner for inner in path.iterdir() if inner.suffix in (".png", ".wav")]
             return sum(inner.stat().st_size for inner in parts)
         return path.stat().st_size
     except OSError:

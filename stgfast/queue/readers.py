@@ -30,7 +30,7 @@ from stgfast.queue.words import Words
 
 MAX_LINE = 1 << 20  # bytes of one line, and of one entry of a YAML list
 MAX_REPEAT = 10_000
-VARIABLES = "vars"  # an entry with this field alone is no job
+VARIABLES = "vars"  # an entry with only this field is not a job
 
 
 class Line(NamedTuple):
@@ -162,7 +162,7 @@ def _local(path: str, what: str = "image") -> str:
     return path
 
 
-# Readers: each gives numbers of lines with an entry, or with what is wrong.
+# Readers: each yields line numbers with an entry, or with an error.
 Entry = tuple[int, "dict[str, Any] | str"]
 
 
@@ -215,7 +215,7 @@ def _read_csv(file: BinaryIO) -> Iterator[Entry]:
                 faults.append((number, why))
             yield line
 
-    reader = csv.reader(text(), strict=True)  # whose limit of a cell ends a quote that nobody closed
+    reader = csv.reader(text(), strict=True)  # its cell limit ends an unclosed quote
     header: list[str] | None = None
     while True:
         begun = reader.line_num + 1
@@ -241,7 +241,7 @@ def _read_csv(file: BinaryIO) -> Iterator[Entry]:
             yield reader.line_num, f"a line: got {len(row)} cells, expected {len(header)} as in the header"
         elif any(cell.strip() for cell in row):
             try:
-                cells = zip(header, row, strict=False)  # a short row has its last cells empty
+                cells = zip(header, row, strict=False)  # missing cells at the end of a row are empty
                 yield reader.line_num, {name: _cell(name, cell) for name, cell in cells if cell.strip()}
             except ValueError as error:
                 yield reader.line_num, str(error)

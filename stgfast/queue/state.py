@@ -21,8 +21,8 @@ FOLDER = ".stgfast"
 PENDING, CLAIMED, PUBLISHING, DONE, FAILED, CANCELLED = STATUSES = (
     *("pending", "claimed", "publishing", "done", "failed", "cancelled"),
 )
-PAUSED = "paused"  # the setting of a folder in which nothing is begun
-PACKED = "packed"  # within it: the files of archives
+PAUSED = "paused"  # the setting of a folder that starts no jobs
+PACKED = "packed"  # subfolder with the files of archives
 VERSION = 3
 JOBS = """
 CREATE TABLE jobs (
@@ -43,14 +43,14 @@ CREATE TABLE jobs (
     error TEXT,
     finished REAL                          -- by the clock on the wall, for people
 )"""
-# What version 2 has more; version 3 has another name for `identity`, which was `recipe`.
+# Columns added in version 2. Version 3 renamed `recipe` to `identity`.
 COLUMNS = {
     "priority": "INTEGER NOT NULL DEFAULT 0",
     "paused": "INTEGER NOT NULL DEFAULT 0",
-    "added": "INTEGER NOT NULL DEFAULT 0",  # by another process than a run: any run of the model renders it
-    "place": "TEXT",  # where a process died that rendered it
-    "took": "REAL",  # seconds of all stages, a clip's share of its batch's
-    "wall": "REAL",  # seconds since the clip before it was done, by which a night is forecast
+    "added": "INTEGER NOT NULL DEFAULT 0",  # added by another process than a run: any run of the model renders it
+    "place": "TEXT",  # the place of a process that died while rendering it
+    "took": "REAL",  # seconds of all stages, the clip's share of its batch
+    "wall": "REAL",  # seconds since the clip before it was done, for estimates
     "bytes": "INTEGER",  # of the clip
     "form": "TEXT",  # of the clip: its kind, frames per second and quality
     "remark": "TEXT",  # what is strange about the clip
@@ -70,7 +70,7 @@ CREATE TABLE runs (runner TEXT PRIMARY KEY, pid INTEGER NOT NULL, host TEXT NOT 
     started REAL NOT NULL);
 CREATE TABLE progress (id INTEGER PRIMARY KEY, stage TEXT NOT NULL, step INTEGER NOT NULL, steps INTEGER NOT NULL,
     seconds REAL NOT NULL, place TEXT NOT NULL)
-"""  # inbox: jobs that were added, and no run has looked at yet
+"""  # inbox: added jobs that no run has read yet
 
 
 class StoreError(RuntimeError):
@@ -151,7 +151,7 @@ class State:
         try:
             yield
         except BaseException:
-            if self.connection.in_transaction:  # a full disk has ended it already
+            if self.connection.in_transaction:  # a full disk has already ended it
                 self.connection.execute("ROLLBACK")
             raise
         self.connection.execute("COMMIT")
@@ -168,7 +168,7 @@ class State:
 
 def locked(path: Path, *, wait: bool = False) -> int:
     """Lock a file. The lock ends with the process, however that ends. The file must not be a link."""
-    import fcntl  # which Windows does not have; there, the rest of the library works
+    import fcntl  # Windows does not have it; the rest of the library works there
 
     handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     try:

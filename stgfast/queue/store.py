@@ -36,9 +36,9 @@ from stgfast.queue.state import (
 )
 from stgfast.queue.taking import Taking, trusted
 
-RETRIES = 2  # of a job that a process died of, or a device gave out with
-WITHIN = "within"  # marks a runner that renders in its own process: what kills it may be a job
-ORDER = "deaths, priority DESC, apart, stack, jobs.id"  # in which jobs are begun
+RETRIES = 2  # of a job whose process died, or whose device failed
+WITHIN = "within"  # marks a runner that renders in its own process: a job may kill it
+ORDER = "deaths, priority DESC, apart, stack, jobs.id"  # the order in which jobs start
 WAITS = "status = 'pending' AND NOT paused AND jobs.id IN mine"
 
 
@@ -103,13 +103,13 @@ class Store(Taking):
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if (self.home / "jobs.db").exists():  # and the folder was not deleted meanwhile
-                (self.scratch / WITHIN).unlink(missing_ok=True)  # it ends in order, and nothing died
+            if (self.home / "jobs.db").exists():  # the folder was not deleted meanwhile
+                (self.scratch / WITHIN).unlink(missing_ok=True)  # a regular end: nothing died
                 self.connection.execute("DELETE FROM runs WHERE runner = ?", (self.runner,))
-                self._recover(self.runner)  # what is claimed waits again
+                self._recover(self.runner)  # release what is claimed
         except (sqlite3.Error, OSError):
             if kind is None:
-                raise  # else the first error says why; the next runner finds this one's lock free, and does the same
+                raise  # otherwise the first error stands; the next runner finds this lock free, and does the same
         finally:
             self.connection.close()
             self._leave()
@@ -118,7 +118,7 @@ class Store(Taking):
         try:
             if self.home.is_dir():  # and was not deleted meanwhile
                 with self._registering():
-                    # A thread that was stopped may still write there. What stays, the next runner clears away.
+                    # An abandoned thread may still write there. The next runner clears what remains.
                     shutil.rmtree(self.scratch, ignore_errors=True)
         finally:
             os.close(self.lock)
@@ -358,7 +358,7 @@ class Store(Taking):
         there = os.path.lexists(self.out / file)
         if os.path.lexists(aside):
             if there:
-                return False  # somebody put a file there meanwhile; the next attempt will say so
+                return False  # another file is there by now; the next attempt reports it
             publish(aside, self.out / file)
         elif not there:
             return False

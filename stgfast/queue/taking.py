@@ -36,7 +36,7 @@ class Taking(State):
     def _prepare(self) -> None:
         super()._prepare()
         connection = self.connection
-        connection.execute("CREATE TEMP TABLE mine (id INTEGER PRIMARY KEY)")  # the jobs that this run is about
+        connection.execute("CREATE TEMP TABLE mine (id INTEGER PRIMARY KEY)")  # the jobs of this run
         staged = "id INTEGER PRIMARY KEY, file TEXT, job TEXT, line INTEGER, stack TEXT, apart INTEGER, model TEXT"
         connection.execute(f"CREATE TEMP TABLE staged ({staged}, identity TEXT)")
 
@@ -128,7 +128,7 @@ class Taking(State):
                 )
             changes = {**values, **AFRESH}
         elif there["status"] == DONE and not _whole(final, there["bytes"]):
-            changes |= AFRESH  # who deletes a clip wants it again, and one that was cut short is not whole
+            changes |= AFRESH  # a deleted clip is rendered again, and so is a truncated one
             discard(final)
         assignments = ", ".join(f"{name} = ?" for name in changes)
         self.connection.execute(f"UPDATE jobs SET {assignments} WHERE id = ?", (*changes.values(), there["id"]))
@@ -202,7 +202,7 @@ def trusted(text: str) -> Job:
     """A job from its JSON, without repeating the checks from when it was added, in particular of its image."""
     data = json.loads(text)
     guidance = data.pop("guidance", None)
-    job = object.__new__(Job)  # which has its defaults from its class, but for what can be changed
+    job = object.__new__(Job)  # its defaults come from the class, except for mutable ones
     loras = []
     for given in data.pop("loras", ()):
         loras.append(lora := object.__new__(Lora))

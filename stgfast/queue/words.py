@@ -118,7 +118,7 @@ class _Choosing:
 
     def _counted(self, text: str) -> str:
         self.made += len(text)
-        if self.made > 4 * MAX_PROMPT:  # variables of variables may grow without end
+        if self.made > 4 * MAX_PROMPT:  # nested variables may grow without limit
             raise wrong("prompt", f"more than {4 * MAX_PROMPT} characters", f"{MAX_PROMPT} at most")
         return text
 

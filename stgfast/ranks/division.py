@@ -15,7 +15,7 @@ from functools import cached_property
 from stgfast.batching.plan import Branch, make_plan
 
 Shares = tuple[frozenset[str], ...]
-TRIES = 20_000  # divisions that are looked at, if there are more; the best of them is taken
+TRIES = 20_000  # the largest number of divisions that are compared; the best of them is used
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _best(calls: Sequence[Sequence[Branch]], depth: int, most: int, full: bool) 
         return known[share]
 
     names = [branch.name for call in calls for branch in call]
-    # What weighs most is given away first: what is found early is then good, and rules out much of what is left.
+    # The heaviest branches are assigned first: early results are then good, and exclude many others.
     order = sorted(names, key=lambda name: -load(frozenset([name])))
     best: Shares = (frozenset(names),)
     least = load(best[0]), load(best[0])

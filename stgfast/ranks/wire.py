@@ -27,8 +27,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from stgfast.errors import EngineError, SettingsError, wrong
 
-LIMIT = 600.0  # seconds for a rank that neither comes to a meeting nor dies
-TOLD = 10.0  # seconds for the others to come and hear that this rank has failed
+LIMIT = 600.0  # seconds to wait for a rank that neither comes to a meeting nor dies
+TOLD = 10.0  # seconds to wait for the others, to report that this rank has failed
 WORDS = 1024  # bytes of a message
 Made = TypeVar("Made")
 
@@ -41,13 +41,13 @@ class Ranks:
         self.members = dist.get_process_group_ranks(group)
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.received = 0  # bytes of tensors
-        # Not `new_group`: it goes by how many groups a process has had, which may not be the same on all of them.
-        c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")  # which not every torch has
+        # Not `new_group`: it depends on the number of groups a process had, which may differ between processes.
+        c10d: Any = importlib.import_module("torch.distributed.distributed_c10d")  # not all torch builds have it
         store = c10d.PrefixStore(f"stgfast {group.group_name}", c10d._get_default_store())
         self._control = c10d.ProcessGroupGloo(store, self.rank, self.size, timedelta(seconds=LIMIT))
         self._jobs: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
         self.lost = ""  # why there are no more meetings
-        self.clip = f"a clip over {self.size} processes"  # as messages begin
+        self.clip = f"a clip over {self.size} processes"  # the beginning of messages
         self._one_call, self._depth = threading.RLock(), 0
         threading.Thread(target=self._work, daemon=True, name="stgfast ranks").start()
 
@@ -75,7 +75,7 @@ class Ranks:
             raise
         except BaseException as error:
             heard = self._tell(error) if self._depth == 1 else None
-            if isinstance(error, UnsentError) and heard is not None:  # which says whose fault it is
+            if isinstance(error, UnsentError) and heard is not None:  # it names the rank at fault
                 raise heard from error
             raise
         finally:
@@ -101,7 +101,7 @@ class Ranks:
         try:
             for sender, tensor in tensors:
                 self.received += 0 if sender == self.rank else tensor.nbytes
-                raw = tensor.view(torch.uint8)  # whatever its type, every backend can send it
+                raw = tensor.view(torch.uint8)  # all backends can send bytes
                 works.append(dist.broadcast(raw, src=self.members[sender], group=self.group, async_op=True))
             for work, (_, tensor) in zip(works, tensors, strict=True):
                 # On a GPU the host need not wait; with a limit it would.
@@ -117,7 +117,7 @@ class Ranks:
         try:
             return told.exception(timeout=TOLD)
         except TimeoutError:
-            return None  # they hear it when they come, or that this process has ended
+            return None  # they learn it when they come, or that this process has ended
 
     def _hear(self, message: str) -> None:
         """Come to a meeting; raise unless all ranks have come to the same one."""
@@ -192,7 +192,7 @@ class Ranks:
             job, future = self._jobs.get()
             try:
                 future.set_result(job())
-            except BaseException as error:  # raised where the result is asked for
+            except BaseException as error:  # raised where the result is read
                 future.set_exception(error)
 
 
@@ -241,7 +241,7 @@ def joined(device: str | None, **how: Any) -> Ranks:
 
 
 def _verdict(said: dict[int, str], gone: dict[int, str]) -> str:
-    # What others say of a rank that has gone is what follows from that.
+    # Reports of other ranks about a dead rank are consequences of its death.
     failed = gone or {rank: f"failed: {words[1:]}" for rank, words in said.items() if words.startswith("-")}
     if failed:
         return "; ".join(f"rank {rank} {how}" for rank, how in sorted(failed.items()))

@@ -30,9 +30,9 @@ from stgfast.render.models import Model
 from stgfast.render.outcomes import Died, Expired, Outcome, Progress, Prompt, Stopped, tasks_of
 from stgfast.version import __version__
 
-IN_HAND = 3  # batches of an actor: one is decoded, one denoised, one comes next
-STORE = 100 << 20  # bytes of a local Ray's object store; no more than jobs and outcomes pass through it
-ANSWER = 5.0  # seconds to answer a connection
+IN_HAND = 3  # batches of an actor: one in the decoder, one in the denoiser, one next
+STORE = 100 << 20  # bytes of a local Ray's object store: only jobs and outcomes pass through it
+ANSWER = 5.0  # seconds to wait for a connection
 GONE = 30.0  # seconds without an answer after which the cluster is gone; after 60, Ray ends this process itself
 KEPT = "what is done is kept"
 ADDRESSES = '"local", "auto", or the host:port of a cluster'
@@ -97,7 +97,7 @@ class Actor:
                 raise wrong(f"output folder {out}", f"another one on {node}", "the same on every node")
             if self.folder and not Path(setup.model.name).is_dir():
                 raise wrong(f"model on {node}", setup.model.name, "a folder that every node sees")
-            own = self.scratch / uuid.uuid4().hex  # where it keeps prompts
+            own = self.scratch / uuid.uuid4().hex  # for its encoded prompts
             self.worker = setup.worker(own) if setup.loading.ranks == 1 else Hired(setup, own).worker
             return Ready(self.worker.device_name, node, os.getpid())
         except (LoadError, DeviceError) as error:
@@ -173,13 +173,13 @@ class RemoteActor:
 
     def __init__(self, number: int, handle: Any, send: Callable[[RemoteActor, Batch, Sequence[Prompt]], None]):
         self.number, self.handle, self.send = number, handle, send
-        self.hello: Any = None  # awaited: that its process runs, then what it says when it has loaded the model
+        self.hello: Any = None  # pending: that its process runs, then that it has loaded the model
         self.loading = False
         self.ready: Ready | None = None
         self.in_hand: dict[Any, Hand] = {}
-        self.said: Any = None  # awaited: how far its batches are
+        self.said: Any = None  # pending: the progress of its batches
         self.asked = 0.0  # when
-        self.greeted = time.monotonic()  # when it was asked to load
+        self.greeted = time.monotonic()  # when it was told to load
         self.deaths = 0  # in a row
 
     @property
@@ -217,7 +217,7 @@ class Actors:
         self.found: deque[Outcome] = deque()
         self.batches = 0
         self.members: list[RemoteActor] = []
-        self.groups: list[Any] = []  # places in the cluster of actors that make a clip together
+        self.groups: list[Any] = []  # placement groups of actors that make a clip together
         self.ray, self.own = _connected(address)
         self.looked = self.answered = time.monotonic()
         try:
@@ -269,7 +269,7 @@ class Actors:
         return sorted(able, key=lambda actor: len(actor.in_hand))
 
     def stop(self) -> None:
-        self.stopping = True  # this may be within a signal: actors hear of it at the next look
+        self.stopping = True  # this may be in a signal handler: actors learn of it at the next check
 
     def abort(self) -> None:
         self.stopping = self.aborting = True
@@ -298,7 +298,7 @@ class Actors:
         for actor in self.members:
             if actor.said is not None and self.ray.wait([actor.said], timeout=0)[0]:
                 said, actor.said = actor.said, None
-                with contextlib.suppress(self.ray.exceptions.RayError):  # that it died is heard by its batches
+                with contextlib.suppress(self.ray.exceptions.RayError):  # its batches report its death
                     progress = self.ray.get(said)
                     for hand in actor.in_hand.values():
                         hand.hear(progress)
@@ -334,7 +334,7 @@ class Actors:
                 self._kill(actor)
             streams = [stream for actor in self.members for stream in actor.in_hand]
             until = time.monotonic() + seconds
-            for stream in streams:  # what writes is gone when its stream has ended
+            for stream in streams:  # a writer is gone when its stream has ended
                 with contextlib.suppress(self.ray.exceptions.RayError, StopIteration):
                     while time.monotonic() < until and self.ray.wait([stream], timeout=until - time.monotonic())[0]:
                         self.ray.get(next(stream))
@@ -362,10 +362,10 @@ class Actors:
         except self.ray.exceptions.RayActorError as error:
             self._died(actor, stream, _reason(error))
             return
-        except self.ray.exceptions.RayError as error:  # what it said did not come over
+        except self.ray.exceptions.RayError as error:  # its message was lost
             outcome = Stopped(hand.left(), DeviceError(f"actor {actor.number}: {_reason(error)}"))
         if isinstance(outcome, Stopped) and outcome.error is not None and not isinstance(outcome.error, OSError):
-            self._kill(actor, again=True)  # its device is past use for a process that began on it
+            self._kill(actor, again=True)  # the device is unusable for this process
             self._died(actor, stream, str(outcome.error))
             return
         outcome = brought(outcome, self.scratch)
@@ -388,7 +388,7 @@ class Actors:
         if left:
             self.found.append(Died(left, f"actor {actor.number}: {why}", actor.place))
         if actor.ready is None:
-            return  # known already
+            return  # already handled
         actor.ready = None
         self._again(actor, why)
 
@@ -406,7 +406,7 @@ class Actors:
         actor.hello = actor.handle.hello.options(max_task_retries=-1).remote()
 
     def _kill(self, actor: RemoteActor, *, again: bool = False) -> None:
-        with contextlib.suppress(self.ray.exceptions.RayError):  # whoever does not hear it is gone
+        with contextlib.suppress(self.ray.exceptions.RayError):  # one that does not receive it is gone
             self.ray.kill(actor.handle, no_restart=not again)
 
     def _greeted(self, actor: RemoteActor) -> None:
@@ -471,8 +471,8 @@ def _ray(address: str) -> Any:
     """Import Ray. It reads its settings at that time."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address == "local":
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # all of it listens to this machine alone
-        os.environ.setdefault("RAY_worker_niceness", "0")  # an actor is what this process would be without Ray
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # all parts listen on this machine only
+        os.environ.setdefault("RAY_worker_niceness", "0")  # an actor has the priority of this process
     try:
         import ray
     except ImportError as error:

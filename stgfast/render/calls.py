@@ -12,8 +12,8 @@ from stgfast.installed import installed_on
 from stgfast.integrations.clips import EACH
 from stgfast.queue.job import Job, read_image
 
-RATES = ("frame_rate", "fps")  # what calls take frames in a second by
-FRAMES = ("num_frames", "video_length", "frames")  # what pipelines call how many frames there are to be
+RATES = ("frame_rate", "fps")  # the arguments of calls for frames per second
+FRAMES = ("num_frames", "video_length", "frames")  # the arguments of pipelines for the number of frames
 
 
 def frames_argument(known: Collection[str]) -> str:
@@ -39,6 +39,6 @@ def arguments_of(pipe: Any, jobs: Sequence[Job]) -> dict[str, Any]:
     if first.image is not None:
         several = len(jobs) > 1 and installed_on(pipe).adapter.clips.images == EACH
         call["image"] = [read_image(str(job.image)) for job in jobs] if several else read_image(first.image)
-    # Some pipelines take one of each, and no list.
+    # Some pipelines take single values, not lists.
     call |= {name: values if len(jobs) > 1 else values[0] for name, values in of_each.items()}
     return {**call, "output_type": "np"}

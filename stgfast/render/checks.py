@@ -20,9 +20,9 @@ from stgfast.render.loras import lacking
 from stgfast.render.models import Model
 from stgfast.solvers import SOLVERS, check_solver
 
-# What pipelines call how many frames their VAE makes of one.
+# The attributes of pipelines for the number of frames per latent frame.
 STEPS = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_frame_scale_factor")
-CHECKED = 10_000  # calls that are remembered
+CHECKED = 10_000  # number of remembered calls
 
 
 def check(model: Model, job: Job) -> None:
@@ -30,7 +30,7 @@ def check(model: Model, job: Job) -> None:
     job = model.completed(job)
     _check_fields(model, job)
     key = f"{stack_of(job)} {bool(job.prompt)} {json.dumps(job.recipe)}"
-    if key not in model.checked:  # jobs differ in prompts and seeds above all
+    if key not in model.checked:  # most jobs only differ in prompt and seed
         _check_values(model, job)
         _own_check(model, job)
         _check_frames(model, job)
@@ -138,7 +138,7 @@ def _own_check(model: Model, job: Job) -> None:
     except ValueError as error:
         raise SettingsError(f"{model.kind.__name__}: {error}") from None
     except (AttributeError, TypeError):
-        # It asks for weights or for values that come from them: the call itself checks that again, for this job.
+        # It needs weights: the call itself checks this again.
         return
 
 

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-ENDED = 70  # exit code of a child that could not go on and has said why
+ENDED = 70  # exit code of a child that has reported its error
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Ready:
 
 def main(handle: int) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the parent says when it ends
+        signal.signal(number, signal.SIG_IGN)  # the parent ends this process
     parent = Connection(handle)
     sys.path[:], begin = parent.recv()
     _end_with_parent()
-    os.dup2(2, 1)  # what libraries print is not what a run says
+    os.dup2(2, 1)  # output of libraries must not mix with that of a run
     sending = threading.Lock()
 
     def send(message: Any) -> None:
@@ -111,7 +111,7 @@ def _end_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    # As a module of its own name: what is sent names its classes by it.
+    # Import under its own name, by which pickled classes are found.
     from stgfast.render.child import main as run
 
     sys.exit(run(int(sys.argv[1])))

@@ -166,7 +166,7 @@ def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Tex
         code = INTERRUPTED
     finally:
         screen.close()
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes, the first one alone reports
+    if os.environ.get("RANK", "0") == "0":  # only the first of torchrun's processes reports
         screen.ended(code)
         if not arguments.plan:
             told = {"out": str(arguments.out), "model": arguments.model, **screen.report}

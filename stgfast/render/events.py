@@ -21,7 +21,7 @@ class Events:
     def tell(self, event: str, **more: Any) -> None:
         try:
             self.listener({"event": event, **more})
-        except BrokenPipeError:  # whoever read what is printed went away, as `| head` does: the night goes on
+        except BrokenPipeError:  # the reader of the output went away, as `| head` does: the run continues
             self.listener = _nobody
             self.note = f"{self.note} Nobody reads the output of the run any more; it went on.".strip()
 

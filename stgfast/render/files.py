@@ -22,11 +22,11 @@ from stgfast.errors import SettingsError, wrong
 from stgfast.queue.placing import sync
 
 Frames = NDArray[np.uint8]  # (frames, height, width, 3)
-KEY = "stgfast"  # marks what a clip says as ours
+KEY = "stgfast"  # marks our metadata
 MAX_METADATA = 1 << 20
-BLACK = 8  # of 255: nothing brighter is seen
+BLACK = 8  # of 255: a clip with nothing brighter is black
 AAC_FRAME = 1024  # samples
-ENDINGS = {"mp4": ".mp4", "gif": ".gif", "png": "", "npz": ".npz"}  # the PNGs of a clip have a folder
+ENDINGS = {"mp4": ".mp4", "gif": ".gif", "png": "", "npz": ".npz"}  # the PNGs of a clip are in a folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ def _write_mp4(path: Path, frames: Frames, form: Form, text: str, sound: Sound |
     from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
 
     odd = [(0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)]
-    frames = np.pad(frames, odd, mode="edge")  # half of the colour's resolution is kept, so sides are even
+    frames = np.pad(frames, odd, mode="edge")  # colour has half the resolution, so sides must be even
     options = {"movflags": "+faststart"}
     with av.open(str(path), "w", format="mp4", options=options) as container:
         container.metadata["comment"] = text
@@ -126,10 +126,10 @@ def _write_mp4(path: Path, frames: Frames, form: Form, text: str, sound: Sound |
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": str(form.crf), "preset": "medium"}
         codec = stream.codec_context
-        codec.thread_count = 2  # the denoiser needs the others
+        codec.thread_count = 2  # leave the others to the denoiser
         codec.colorspace, codec.color_primaries = Colorspace.ITU709, ColorPrimaries.BT709
         codec.color_trc, codec.color_range = ColorTrc.BT709, ColorRange.MPEG
-        # Both are there before the first packet of either.
+        # Both exist before the first packet of either.
         track = None if sound is None else container.add_stream("aac", rate=sound.rate, layout=_layout(sound))
         for one in frames:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(one), format="rgb24")
@@ -157,7 +157,7 @@ def _write_gif(path: Path, frames: Frames, form: Form, text: str, sound: Sound |
         format="GIF",
         save_all=True,
         append_images=rest,
-        duration=max(20, round(1000 / form.fps / 10) * 10),  # in hundredths of a second, of which browsers take two
+        duration=max(20, round(1000 / form.fps / 10) * 10),  # in hundredths of a second; browsers need at least two
         loop=0,
         comment=text.encode(),
     )
@@ -241,7 +241,7 @@ def _image_comment(path: Path) -> str:
 
 def _npz_comment(path: Path) -> str:
     with zipfile.ZipFile(path) as archive:
-        if archive.getinfo(f"{KEY}.npy").file_size > 4 * MAX_METADATA:  # of four bytes a character
+        if archive.getinfo(f"{KEY}.npy").file_size > 4 * MAX_METADATA:  # four bytes per character
             raise ValueError("metadata without end")
     with np.load(path, allow_pickle=False) as arrays:
         return str(arrays[KEY])

@@ -71,7 +71,7 @@ def described(row: Row) -> dict[str, Any]:
 def _frames(out: Path, row: Row) -> list[str]:
     """The addresses of a clip's pictures, or of its file."""
     path = out / row.file
-    if row.status != DONE or path.suffix == ".npz":  # which no browser shows
+    if row.status != DONE or path.suffix == ".npz":  # no browser shows it
         return []
     if path.is_dir():
         return [quote(f"{row.file}/{frame.name}") for frame in sorted(path.glob("*.png"))]

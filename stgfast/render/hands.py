@@ -12,8 +12,8 @@ from stgfast.queue.batches import Batch, Task
 from stgfast.queue.placing import discard
 from stgfast.render.outcomes import Outcome, Progress, Written
 
-LIVES = 5  # a process that died so often in a row, while it loads or with no job settled in between, is given up
-LOADING = 2 * 3600.0  # seconds that loading a model may take, with downloading it
+LIVES = 5  # a process is given up after this many deaths in a row without a finished job
+LOADING = 2 * 3600.0  # seconds for loading a model, including its download
 
 
 def silent(hands: Sequence[Hand], asked: float) -> str:
@@ -50,7 +50,7 @@ class Hand:
     aside: Path | None = None
     settled: set[int] = dataclasses.field(default_factory=set)
     said: Progress | None = None
-    at: float = dataclasses.field(default_factory=time.monotonic)  # when that was said, or the batch was sent
+    at: float = dataclasses.field(default_factory=time.monotonic)  # when that was reported, or the batch was sent
 
     def left(self) -> tuple[Task, ...]:
         return tuple(task for task in self.batch.tasks if task.id not in self.settled)

@@ -11,7 +11,7 @@ from typing import Any
 
 from stgfast.errors import wrong
 
-PATIENCE = 60.0  # seconds for a command, or an answer
+PATIENCE = 60.0  # seconds for a command or a response
 
 
 @dataclass(frozen=True)

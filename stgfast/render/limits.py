@@ -11,10 +11,10 @@ from stgfast.queue.store import Store
 from stgfast.render.crew import Crew
 from stgfast.render.outcomes import Progress
 
-# A batch may take this many times what the slowest clip of its shape took, for each of its clips, and not less than
-# this; where none was rendered yet, so many seconds without a step, or another sign of it.
+# A batch may take this multiple of the slowest clip of its shape, for each of its clips, but at least this
+# many seconds. If no clip was rendered yet, this many seconds without a step or other progress.
 GENEROUS, LEAST, QUIET = 30.0, 600.0, 3600.0
-GRACE = 30.0  # seconds that a batch has to end itself, before its process is ended
+GRACE = 30.0  # seconds for a batch to end, before its process is killed
 MORE = "--timeout gives it another limit"
 
 
@@ -27,7 +27,7 @@ class Limits:
 
     def __init__(self, timeout: float | None, tell: Callable[..., None]):
         self.timeout, self.tell = timeout, tell
-        self.overdue: dict[int, float] = {}  # since when batches are to be put down, by their first job
+        self.overdue: dict[int, float] = {}  # since when batches are being aborted, by their first job
 
     def on(self, batch: Batch, store: Store) -> Batch:
         """The batch with its time limit."""

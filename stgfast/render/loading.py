@@ -26,7 +26,7 @@ from stgfast.render.texts import encoders_of
 
 LIBRARIES = ("diffusers", "transformers")
 BY_NAME = "a model that brings code of its own is used only where it is trusted by name"
-WHOLE, SAMPLES = 1 << 20, 64  # bytes of a file that are looked at, and in how many places of a larger one
+WHOLE, SAMPLES = 1 << 20, 64  # bytes of a file that are read, and the number of samples of a larger one
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OFFLOADS = TEXT, MODEL, GROUP = ("text", "model", "group")
 
@@ -90,7 +90,7 @@ class Loading:
             self._place(pipe, device)
         except (SettingsError, UnsupportedPipelineError):
             raise
-        except Exception as error:  # whatever it is that is wrong with a model's files, or not installed for it
+        except Exception as error:  # anything may be wrong with a model's files, or not installed
             if is_out_of_memory(error):
                 more = "offload text, model or group takes less"
                 raise DeviceError(f"{device} has less memory than the model takes: {more}") from error
@@ -103,7 +103,7 @@ class Loading:
         if not hasattr(pipe, INSTALLED) or self.compile or self.attention or self.ranks > 1:
             given, adapter = given_to(pipe), adapter_for(pipe, original_class(type(pipe)))
             if given is None and adapter.announced is None:
-                given = Guidance()  # every job says its own; the default's layers may be none of this model's
+                given = Guidance()  # each job has its own; the default's layers may not exist in this model
             accelerate(
                 pipe,
                 given,
@@ -139,7 +139,7 @@ class Loading:
         else:
             moved = copy.copy(pipe)
             vars(moved).update(dict.fromkeys(encoders_of(pipe) if self.offload == TEXT else ()))
-            moved.to(device)  # with all but these
+            moved.to(device)  # without these
 
     def _pretrained(self, name: str, device: torch.device, trusted: bool, exact: Sequence[str], revision: str) -> Any:
         from diffusers import DiffusionPipeline
@@ -218,7 +218,7 @@ def check_folder(folder: Path) -> None:
     index = read_json(folder / "model_index.json")
     if not isinstance(index.get("_class_name"), str) or not hasattr(diffusers, index["_class_name"]):
         raise wrong("class in model_index.json", index.get("_class_name"), f"a pipeline of diffusers; {BY_NAME}")
-    # Parts that one pipeline alone has are named by the folder of diffusers that it is in.
+    # Components of a single pipeline are named by its folder in diffusers.
     pipelines = {path.parent.name for path in (Path(diffusers.__file__).parent / "pipelines").glob("*/__init__.py")}
     for name, part in index.items():
         if isinstance(part, list) and part and part[0] not in (None, *LIBRARIES, *pipelines):

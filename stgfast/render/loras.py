@@ -18,7 +18,7 @@ class Loras:
 
     def __init__(self, pipe: Any):
         self.pipe = pipe
-        self.foreign = bool(getattr(pipe, "get_list_adapters", dict)())  # of whoever handed the pipeline over
+        self.foreign = bool(getattr(pipe, "get_list_adapters", dict)())  # LoRAs that the user loaded
         self.now: tuple[Lora, ...] = ()
 
     def use(self, wanted: tuple[Lora, ...]) -> None:

@@ -62,14 +62,15 @@ class Model:
     pipe: Any = None
     trusted: bool = False
     parameters: dict[str, inspect.Parameter] = field(default_factory=dict)
-    checked: set[str] = field(default_factory=set, compare=False)  # calls that nothing is wrong with
-    recipes: dict[str, Recipe] = field(default_factory=dict, compare=False)  # of jobs, found right for this model
-    given: Guidance | None = None  # what the pipeline that was handed over, or is built, is accelerated with
-    build: Callable[[], Any] | None = None  # of a model that comes by a name of its own
-    recipe: Recipe | None = None  # that the pipeline that was handed over has
-    revision: str = ""  # of its files: the hub's, or what tells them from others
+    checked: set[str] = field(default_factory=set, compare=False)  # calls that were found right
+    # Recipes of jobs that were checked for this model.
+    recipes: dict[str, Recipe] = field(default_factory=dict, compare=False)
+    given: Guidance | None = None  # the guidance of the pipeline object
+    build: Callable[[], Any] | None = None  # makes a named model
+    recipe: Recipe | None = None  # the recipe of the pipeline object
+    revision: str = ""  # of its files: that of the hub, or a fingerprint
     config: Mapping[str, Any] = field(default_factory=dict)  # of the pipeline
-    folder: Path | None = None  # of its files, where they are on this machine
+    folder: Path | None = None  # of its files, if they are on this machine
 
     def __post_init__(self) -> None:
         self.parameters.update(inspect.signature(self.kind.__call__).parameters)
@@ -116,7 +117,7 @@ class Model:
         if self.recipe is not None:
             raise SettingsError("recipe: got one, expected none: the pipeline has another")
         key = json.dumps(job.recipe)
-        if key not in self.recipes:  # which many jobs share
+        if key not in self.recipes:  # many jobs share it
             recipe = Recipe.from_dict(job.recipe)
             if self.skeleton is None:
                 recipe.check_pipeline(self.adapter.pipeline)
@@ -200,7 +201,7 @@ def described(model: Any, *, trust: str | None = None) -> Model:
         kind = type(model)
         _check_supported(kind.__name__)
         _check_graphs(model)
-        accelerate(copy.copy(model), given_to(model), recipe=recipe_of(model))  # what is wrong is said now
+        accelerate(copy.copy(model), given_to(model), recipe=recipe_of(model))  # errors are raised now
         name = getattr(model, "name_or_path", None) or kind.__name__
         facts = dict(model.config)
         return Model(str(name), kind, model, config=facts, given=given_to(model), recipe=recipe_of(model))
@@ -228,7 +229,8 @@ def described(model: Any, *, trust: str | None = None) -> Model:
     if not isinstance(declared, str):
         raise wrong("class in model_index.json", declared, f"a pipeline of diffusers; {BY_NAME}")
     _check_supported(declared)
-    revision = fingerprint(path) if path.is_dir() else index.parent.name  # the hub's cache has a folder for each
+    # The hub's cache has a folder for each revision.
+    revision = fingerprint(path) if path.is_dir() else index.parent.name
     kind, folder = getattr(diffusers, declared), path.resolve() if path.is_dir() else None
     return Model(name, kind, trusted=trust is not None, revision=revision, config=config, folder=folder)
 

@@ -17,7 +17,7 @@ class Written:
     task: Task
     path: Path
     seconds: dict[str, float]
-    remark: str = ""  # what is strange about it
+    remark: str = ""  # what looks strange
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Clock:
 
 
 Outcome = Written | Failed | Again | Stopped | Expired | Died
-Prompt = tuple[str, str | None]  # and the negative one
+Prompt = tuple[str, str | None]  # and its negative prompt
 
 
 def tasks_of(outcome: Outcome) -> tuple[Task, ...]:

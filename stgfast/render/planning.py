@@ -24,7 +24,7 @@ from stgfast.render.files import Form, metadata_of, read_frames
 from stgfast.render.loading import Loading, execution_of
 from stgfast.render.models import Model
 
-SHOWN = 1000  # bad lines that are kept for the report; all are told to the listener
+SHOWN = 1000  # bad lines in the report; the listener receives all
 
 
 class BadJobs(SettingsError):
@@ -155,8 +155,8 @@ class Planning:
     def take_in(self, store: Store) -> None:
         """Take jobs that were added since."""
         for name in store.models_added():
-            with contextlib.suppress(SettingsError):  # which is said of each of its jobs
-                self.parts.of(name)  # now, and not while the folder is locked: it may be on the hub
+            with contextlib.suppress(SettingsError):  # reported for each of its jobs
+                self.parts.of(name)  # now, not while the folder is locked: it may need the hub
 
         def staged(entry: str, number: int) -> Staged:
             line = checked(number, json.loads(entry), base=Path(), defaults=self.defaults)
@@ -177,7 +177,7 @@ class Planning:
             try:
                 frames = read_frames(store.out / row.file)
                 why = "" if len(frames) else "no frames"
-            except Exception as error:  # whatever a decoder of broken bytes may raise
+            except Exception as error:  # a decoder of broken bytes may raise anything
                 why = f"{type(error).__name__}: {error}"
             if why:
                 store.lose(row.file)
@@ -214,7 +214,7 @@ def identity_in(clip: Path) -> str | None:
         said = metadata_of(clip)
         made = {name: said[name] for name in ("dtype", "revision") if said.get(name)}
         return trusted(json.dumps(said["job"])).identity(said["model"], made)
-    except (SettingsError, KeyError, TypeError, AttributeError):  # whatever is in a file of this name
+    except (SettingsError, KeyError, TypeError, AttributeError):  # a file of this name may contain anything
         return None
 
 

@@ -39,7 +39,7 @@ class OwnProcess:
         self.stopping = self.aborting = self.told_to_stop = False
         self.found: deque[Outcome] = deque()
         self.hands: list[Hand] = []
-        self.asked = 0.0  # when it was asked how far it is, and has not answered
+        self.asked = 0.0  # when progress was requested, if there is no answer yet
         self.started = self.deaths = 0
         self.device_name = ""
         self._start()
@@ -51,7 +51,7 @@ class OwnProcess:
         self.ready, self.asked, self.since = False, 0.0, time.monotonic()
         self.connection, theirs = Pipe()
         with theirs:
-            # The lock that says that this run lives is the other process's too, as long as it may write.
+            # The child inherits the lock of this run, because it may write as long as it lives.
             handles = (theirs.fileno(), self.lock)
             command = [sys.executable, "-m", "stgfast.render.child", str(theirs.fileno())]
             path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
@@ -105,14 +105,14 @@ class OwnProcess:
         overdue = [hand for hand in self.hands if hand.batch == batch]
         self.hands = [hand for hand in self.hands if hand.batch != batch]
         self.found.extend(Expired(hand.left(), why) for hand in overdue)
-        self.found.extend(Stopped(hand.left()) for hand in self.hands)  # which wait again, and are not at fault
+        self.found.extend(Stopped(hand.left()) for hand in self.hands)  # they wait again, and are not at fault
         self.hands = []
         self.tell("replaced", pid=self.process.pid, why=why)
         self._kill()
         self._start()
 
     def stop(self) -> None:
-        self.stopping = True  # this may be within a signal: the process hears of it at the next look
+        self.stopping = True  # this may be in a signal handler: the child learns of it at the next check
 
     def abort(self) -> None:
         self.stopping = self.aborting = True
@@ -127,7 +127,7 @@ class OwnProcess:
     def _send_one(self, message: Any) -> None:
         try:
             self.connection.send(message)
-        except (BrokenPipeError, ConnectionResetError):  # which is found when it is next listened to
+        except (BrokenPipeError, ConnectionResetError):  # noticed at the next read
             return
 
     def _listen(self, seconds: float) -> None:
@@ -152,7 +152,7 @@ class OwnProcess:
 
     def _heard(self, outcome: Outcome) -> None:
         if isinstance(outcome, Stopped) and outcome.error is not None and not isinstance(outcome.error, OSError):
-            self._end(str(outcome.error))  # its device is past use for a process that began on it
+            self._end(str(outcome.error))  # the device is unusable for this process
             return
         outcome = brought(outcome, self.scratch)
         tasks = tasks_of(outcome)

@@ -22,9 +22,9 @@ from stgfast.render.outcomes import Again, Died, Expired, Failed, Outcome, Writt
 from stgfast.render.planning import Planning
 
 PAGE = 60.0  # seconds between new versions of the page about the folder
-POLL = 0.5  # seconds between looks at what other runners do
-LOOK = 1.0  # seconds between looks at what is asked of the folder, and at how far batches are
-ENDING = 5.0  # seconds that batches have to put themselves down when a run stops at once
+POLL = 0.5  # seconds between checks of other runners
+LOOK = 1.0  # seconds between checks of requests and progress
+ENDING = 5.0  # seconds for batches to abort when a run stops at once
 
 
 class Rendering:
@@ -52,16 +52,16 @@ class Rendering:
         self.tell = events.tell
         self.max_batch, self.ahead, self.footprint, self.stays = max_batch, ahead, footprint, stays
         self.where: dict[int, Event] = {}  # claimed jobs
-        self.fits: set[tuple[str, str]] = set()  # models and shapes that clips were rendered of
+        self.fits: set[tuple[str, str]] = set()  # models and shapes of rendered clips
         self.model = ""  # that is loaded
-        self.claimed = self.ending = False  # a batch for it; no other model is loaded
+        self.claimed = self.ending = False  # a batch was claimed; no further model is loaded
         self.rendered = self.interrupts = 0
-        self.signal = ""  # that came, and was not told of yet
+        self.signal = ""  # a signal that was not reported yet
         self.paused = False
         self.fault: BaseException | None = None
         self.paged = time.monotonic()
         self.looked = 0.0
-        self.since = 0.0  # when the last clip was done, or the first batch claimed
+        self.since = 0.0  # when the last clip was finished, or the first batch claimed
 
     def recover(self) -> None:
         recovered = self.store.recover()
@@ -121,7 +121,7 @@ class Rendering:
     def _goes_on(self, crew: Crew) -> bool:
         """Wait a moment for an outcome. Returns whether this crew has anything to do."""
         if crew.busy or (not crew.stopping and self.store.waiting(self.model)):
-            self._settle(crew.outcome(0.1), crew)  # in time for a look at whether the run is to stop
+            self._settle(crew.outcome(0.1), crew)  # short, so that requests to stop are noticed
             return True
         if crew.stopping or self.store.waiting():  # for another model
             return False
@@ -129,7 +129,7 @@ class Rendering:
             self._settle(crew.outcome(POLL), crew)
             self.recover()
             return True
-        self.planning.take_in(self.store)  # what was added since the last look
+        self.planning.take_in(self.store)  # jobs added since the last check
         return self.store.waiting() > 0
 
     def _hand_out(self, crew: Crew) -> None:
@@ -194,7 +194,7 @@ class Rendering:
         elif isinstance(outcome, Expired):
             if len(tasks) == 1:
                 self._failed(tasks[0], outcome.why, {}, **where)
-            else:  # it may be one of them
+            else:  # one of them may be the cause
                 self._again(Again(tasks, outcome.why, apart=True), where)
         elif isinstance(outcome, Died):
             failed = store.died(tasks, outcome.why, outcome.place)
@@ -267,10 +267,10 @@ class Rendering:
                 crew.abort()
 
         if threading.current_thread() is not threading.main_thread():
-            yield  # signals are the main thread's
+            yield  # only the main thread handles signals
             return
         numbers = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup sets it
             numbers.append(signal.SIGHUP)
         before = {number: signal.signal(number, handle) for number in numbers}
         try:

@@ -234,7 +234,7 @@ class Crews:
 
     def of(self, name: str, ray: str | None, actors: int | None) -> Crew:
         """The crew for a model, on a cluster or here."""
-        gc.collect()  # what there is of a model before this one
+        gc.collect()  # release the previous model
         model = self.parts.of(name).model
         setup = Setup(model, self.form, self.own_fps, self.loading)
         if ray is not None:

@@ -14,8 +14,8 @@ import uuid
 from typing import Any, TextIO
 
 VERSION = 1
-NARROW = 72  # columns, below which the bar has no room for a bar
-EVERY = 60.0  # seconds between lines about how far a run is, where there is no terminal for a bar
+NARROW = 72  # columns, below which there is no room for a bar
+EVERY = 60.0  # seconds between progress lines, without a terminal for a bar
 
 
 class Screen:
@@ -34,7 +34,7 @@ class Screen:
         if kind == "ended":
             self.report = {name: value for name, value in event.items() if name not in ("event", "code")}
         if self.as_json:
-            if kind != "ended":  # which is said last, with the exit code
+            if kind != "ended":  # it is shown last, with the exit code
                 self._json(event)
             return
         if kind in ("done", "failed", "cancelled"):
@@ -58,7 +58,7 @@ class Screen:
                 self._json({"event": "error", "error": text})
             else:
                 self._line(self.stderr, f"stgfast {self.command}: {text}")
-        except BrokenPipeError:  # there is nobody to tell
+        except BrokenPipeError:  # nobody reads it
             return
 
     def ended(self, code: int) -> None:
@@ -101,7 +101,7 @@ class Screen:
     def _line(self, stream: TextIO | None, text: str) -> None:
         if stream is None:
             return
-        # Prompts and names come from job files: nothing in them is a command to the terminal.
+        # Prompts and names come from job files: remove control characters, which a terminal might interpret.
         text = "".join(c if c.isprintable() else "\ufffd" for c in text)
         if self.bar is not None and not self.as_json:
             self.bar.clear()
@@ -109,7 +109,7 @@ class Screen:
             stream.write(text + "\n")
             stream.flush()
         except (OSError, ValueError) as error:
-            # Nobody reads it any more. What is written after this, or at the end of the process, goes nowhere.
+            # Nobody reads the output any more. Discard what is written from now on.
             try:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
             except (OSError, ValueError):

@@ -12,7 +12,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         if isinstance(seen, (MemoryError, torch.OutOfMemoryError)):
             return True
         said = str(seen) if isinstance(seen, RuntimeError) else ""
-        if "DefaultCPUAllocator: can't allocate memory" in said or "OutOfMemoryError: " in said:  # of another process
+        if "DefaultCPUAllocator: can't allocate memory" in said or "OutOfMemoryError: " in said:  # from another process
             return True
         seen = seen.__cause__ or seen.__context__
     return False

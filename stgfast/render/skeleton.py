@@ -32,7 +32,7 @@ def skeleton(kind: type[Any], index: Mapping[str, Any], denoisers: tuple[str, ..
         pipe = kind(**{name: None for name, one in parameters.items() if _needed(name, one)} | given)
     except SettingsError:
         raise
-    except Exception:  # a model whose class needs more than its configuration: its calls are checked when it is loaded
+    except Exception:  # the class needs more than its configuration: calls are checked after loading
         return None
     return pipe
 

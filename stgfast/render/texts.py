@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 MEMORY = 256 << 20  # bytes of encoded prompts that stay in memory; more go to disk
-DISK = 4 << 30  # bytes of them on disk; what is more is forgotten, and encoded again where it is needed again
-TEXTS = ("prompt", "negative_prompt")  # of which one by itself is the same as a list of it
+DISK = 4 << 30  # bytes of them on disk; the rest is dropped, and encoded again when needed
+TEXTS = ("prompt", "negative_prompt")  # a single one is the same as a list of one
 Encoded = tuple[Tensor | None, ...]
 
 
@@ -76,10 +76,10 @@ class Texts:
             given |= {name: [text] for name in TEXTS if isinstance(text := given.get(name), str)}
             try:
                 key = _key(given) if named else ""
-            except TypeError:  # whose equality is not to be told
+            except TypeError:  # their equality cannot be decided
                 key = ""
             if not key:
-                with self.lock, self._reader(pipe) as reader:  # not to be taken apart prompt by prompt
+                with self.lock, self._reader(pipe) as reader:  # it cannot be split by prompt
                     return original(reader, *args, **kwargs)
             if key not in mine:
                 with self.lock:
@@ -93,12 +93,12 @@ class Texts:
         key = _key(given)
         encoded = self._look_up(key)
         if encoded is None:
-            # What is read with an image is read for its own clip alone.
+            # A text that is encoded with an image belongs to one clip.
             others = [_with(given, *texts) for texts in self.ahead()] if self.parts and "image" not in given else []
             with self._reader(pipe) as reader:
                 encoded = type(pipe).encode_prompt(reader, **given)
                 if not _plain(encoded):
-                    return encoded  # of a form that is not known, and so not kept
+                    return encoded  # an unknown form, which is not stored
                 self._keep(key, encoded)
                 for other in others:
                     theirs = _key(other)
@@ -167,7 +167,7 @@ class Texts:
                 there = set(file.keys())
                 count = int(file.metadata()["parts"])
                 return tuple(file.get_tensor(str(n)) if str(n) in there else None for n in range(count))
-        except (OSError, SafetensorError):  # somebody cleared the folder
+        except (OSError, SafetensorError):  # the folder was cleared
             del self.spilled[key]
             return None
 
@@ -221,7 +221,7 @@ def _of_one(given: dict[str, Any], place: int, count: int) -> dict[str, Any]:
         name: value[place : place + 1] if isinstance(value, list) and len(value) == count else value
         for name, value in given.items()
     }
-    return one | ({"batch_size": 1} if "batch_size" in given else {})  # some are told how many there are
+    return one | ({"batch_size": 1} if "batch_size" in given else {})  # some take the number of prompts
 
 
 def _with(given: dict[str, Any], prompt: str, negative: str | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from stgfast.render.models import Model
 from stgfast.render.outcomes import Prompt
 from stgfast.render.worker import Worker
 
-LOOK = 0.02  # seconds between looks for the next batch
+LOOK = 0.02  # seconds between checks for the next batch
 
 
 def check(gpus_per_clip: int | None, ray: str | None, model: Model | None) -> int:
@@ -70,7 +70,7 @@ class Started:
 
         self.device, self.ranks = device, joined(device)
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-        # A new name where torchrun has started all of them again.
+        # Another name if torchrun has restarted all of them.
         self.store = PrefixStore(f"stgfast {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         self.said = 0
 
@@ -102,10 +102,10 @@ class Started:
             if what == "end":
                 return
             if what == "load":
-                worker = None  # nor its model
+                worker = None  # and its model
                 setup, scratch = more
                 own = dataclasses.replace(setup, loading=dataclasses.replace(setup.loading, device=self.device))
-                worker = own.worker(scratch / uuid4().hex, self)  # where it keeps prompts
+                worker = own.worker(scratch / uuid4().hex, self)  # for its encoded prompts
             elif worker is not None:
                 worker.follow(*more)
 

@@ -58,7 +58,7 @@ from stgfast.render.texts import NotStackable, Texts, encoders_of
 from stgfast.solvers import solver
 from stgfast.version import __version__
 
-ABANDONED = 3  # batches that cannot be put down, after which it is the device
+ABANDONED = 3  # abandoned batches, after which the device is at fault
 LESS = " (offload, vae_tiling or a smaller clip take less)"
 TEXT, DENOISER, DECODER, WRITER = STAGES = ("text", "denoise", "decode", "write")
 
@@ -106,11 +106,12 @@ class Worker:
         self.outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self.stages = {stage: threading.Lock() for stage in STAGES}
         self.others = others
-        self.overlap = not moves(pipe) and others is None  # where models do, a call is whole before the next begins
+        # If models are moved, each call ends before the next one begins.
+        self.overlap = not moves(pipe) and others is None
         encoders = encoders_of(pipe) if offload_text else {}
         vars(self.pipe).update(dict.fromkeys(encoders))
-        self.device = torch.device(self.pipe._execution_device)  # which text encoders need not be on
-        # Prompts that come later are encoded in one go where the text encoder leaves the device.
+        self.device = torch.device(self.pipe._execution_device)  # text encoders may be elsewhere
+        # If the text encoder leaves the device, later prompts are encoded together with current ones.
         self.ahead: Sequence[Prompt] = ()
         self.texts = Texts(scratch / "texts", self.device, parts=encoders, ahead=self._to_come)
         self.loras = Loras(pipe)
@@ -130,7 +131,7 @@ class Worker:
             "diffusers": diffusers.__version__,
         }
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)  # weights are there before other streams read them
+            torch.cuda.synchronize(self.device)  # weights are loaded before other streams read them
 
     @property
     def busy(self) -> bool:
@@ -158,7 +159,7 @@ class Worker:
 
     def free(self) -> Sequence[Worker]:
         batches = [run.batch for run in list(self.in_hand.values())]
-        return [self] if takes_more(batches, len(STAGES)) else []  # one in every stage
+        return [self] if takes_more(batches, len(STAGES)) else []  # one in each stage
 
     def outcome(self, seconds: float) -> Outcome | None:
         try:
@@ -230,7 +231,7 @@ class Worker:
             if run.batch == batch:
                 del self.in_hand[thread]
                 left, run.abandoned = run.left(), True
-                if TEXT in run.held:  # with a lock of its own
+                if TEXT in run.held:  # it has a lock of its own
                     self.texts = self.texts.anew()
                 run.leave()
                 self.abandoned += 1
@@ -275,13 +276,13 @@ class Worker:
         """Prompts that come later, including those of current batches: several may be handed out before the first
         encodes its prompts.
         """
-        ahead = self.ahead  # before the batches in hand: what leaves it is among them
+        ahead = self.ahead  # read before the current batches, because what leaves it is among them
         jobs = [task.job for run in list(self.in_hand.values()) for task in run.batch.tasks]
         return list(dict.fromkeys([*((job.prompt, job.negative_prompt) for job in jobs), *ahead]))
 
     def _run(self, run: BatchRun) -> None:
         for outcome in self._through(run):
-            if run.abandoned:  # what became of its jobs was said
+            if run.abandoned:  # its outcomes were reported already
                 return
             self.outcomes.put(outcome)
 
@@ -290,7 +291,7 @@ class Worker:
             yield from run.outcomes()
         except GeneratorExit:
             raise
-        except BaseException as error:  # which the run has to hear of, whatever it is
+        except BaseException as error:  # the run must learn about each error
             yield Expired(run.left(), run.expired) if run.expired else Stopped(run.left(), error)
         finally:
             run.leave()
@@ -306,10 +307,10 @@ class BatchRun:
         self.held: list[str] = []
         self.seconds: dict[str, float] = {}
         self.settled: set[int] = set()
-        self.errors: dict[int, BaseException] = {}  # of the decoder, by the clip's place in the batch
-        self.started = self.decoding = 0.0  # when the denoiser was entered, and the decoder
-        self.expired = ""  # why it is to be put down
-        self.abandoned = False  # it was not put down in time
+        self.errors: dict[int, BaseException] = {}  # errors of the decoder, by the clip's position in the batch
+        self.started = self.decoding = 0.0  # start times of denoiser and decoder
+        self.expired = ""  # why it is aborted
+        self.abandoned = False  # it could not be aborted in time
         self.clock = Clock()
         self.step = self.steps = 0
         self.pipe: Any = self._copy()
@@ -357,7 +358,7 @@ class BatchRun:
                     return
                 if len(tasks) > 1 or alone:
                     again = _said(error)
-            # Outside of the handler: what the error held is free now.
+            # Outside the handler, what the error held is free.
             free(self.worker.device)
             if again is not None:
                 if len(tasks) > 1:
@@ -377,7 +378,7 @@ class BatchRun:
         broken = self._broken()
         if broken is not None:
             return Stopped(tasks, broken)
-        if self.worker.others is not None and self.worker.aborting:  # the others go on to where this process stopped
+        if self.worker.others is not None and self.worker.aborting:  # the others continue to where this process stopped
             return Stopped(tasks)
         if len(tasks) > 1:
             return Again(tasks, _said(error), apart=True)
@@ -452,7 +453,7 @@ class BatchRun:
                 metadata = {**self.worker.metadata_for(task, form), "frames": len(frames)}
                 write(path, frames, form, metadata, sound)
                 share = {**self._share(), WRITER: round(time.monotonic() - started, 4)}
-            except OSError as fault:  # the disk's, and not the job's: the run cannot go on
+            except OSError as fault:  # an error of the disk, not of the job: the run cannot continue
                 yield Stopped(self.left(), fault)
                 return
             except Exception as fault:
@@ -474,7 +475,7 @@ class BatchRun:
         parts["scheduler"] = self._counting(copy.deepcopy(self.scheduler))
         pipe.set_progress_bar_config(disable=True)
         if isinstance(getattr(pipe, "vae", None), nn.Module):
-            parts["vae"] = copy.copy(pipe.vae)  # the same weights; what a decoder keeps between calls is its own
+            parts["vae"] = copy.copy(pipe.vae)  # the same weights, but the decoder's state between calls is its own
             vars(parts["vae"])["decode"] = self._decode_with(parts["vae"].decode)
         return pipe
 
@@ -490,7 +491,7 @@ class BatchRun:
             if self.worker.aborting or self.expired:
                 raise Stopping
             made = step(own, *args, **kwargs)
-            if own is scheduler:  # some pipelines make a copy of it, for sound
+            if own is scheduler:  # some pipelines copy it, for sound
                 self.step, self.steps = self.step + 1, len(scheduler.timesteps)
             self.clock.sign()
             return made
@@ -507,7 +508,7 @@ class BatchRun:
         parts = vars(self.pipe)
         parts["encode_prompt"] = self.worker.texts.encoding(self.pipe, len(self.batch))
         if not hasattr(self.pipe, "prepare_latents"):
-            return  # then prompts are encoded when the call comes to them
+            return  # prompts are then encoded within the call
 
         def reached(*_: Any, **__: Any) -> Any:
             raise _Reached
@@ -515,7 +516,7 @@ class BatchRun:
         parts["prepare_latents"] = reached
         try:
             self.pipe(**arguments_of(self.pipe, [task.job for task in self.batch.tasks]))
-        except _Reached:  # which is where it was to go
+        except _Reached:  # the expected end
             parts["scheduler"] = self._counting(copy.deepcopy(self.scheduler))
         finally:
             del parts["prepare_latents"]
@@ -540,7 +541,7 @@ class BatchRun:
 
     def _decoded(self, decode: Callable[..., Any], latents: Tensor, args: Any, kwargs: Any) -> Any:
         count = len(self.batch)
-        if latents.ndim != 5 or len(latents) != count:  # frames of all clips, some at a time
+        if latents.ndim != 5 or len(latents) != count:  # frames of all clips, in parts
             return self._decode_one(decode, latents, args, kwargs)
         outputs: dict[int, Any] = {}
         for place in range(count):
@@ -551,10 +552,10 @@ class BatchRun:
             except Exception as error:
                 if count == 1:
                     raise
-                self.errors[place] = error.with_traceback(None)  # whose frames hold tensors
+                self.errors[place] = error.with_traceback(None)  # its frames hold tensors
         if not outputs:
             raise self.errors[0]
-        stand_in = next(iter(outputs.values()))  # keeps the place of a clip that failed
+        stand_in = next(iter(outputs.values()))  # takes the position of a failed clip
         return _stacked([outputs.get(place, stand_in) for place in range(count)])
 
     def _decode_one(self, decode: Callable[..., Any], latents: Tensor, args: Any, kwargs: Any) -> Any:
@@ -563,7 +564,7 @@ class BatchRun:
         except Exception as error:
             if not is_out_of_memory(error) or DENOISER in self.held:
                 raise
-        self._enter(DENOISER)  # it may be that the next batch had the memory: decode while none denoises
+        self._enter(DENOISER)  # the next batch may have used the memory: decode while none denoises
         try:
             free(self.worker.device)
             return decode(latents, *args, **kwargs)
@@ -583,7 +584,7 @@ class BatchRun:
             raise Stopping
 
     def _leave(self, stage: str) -> None:
-        if stage in self.held:  # an abandoned batch has left all of them
+        if stage in self.held:  # an abandoned batch has left all stages
             self.held.remove(stage)
             self.worker.stages[stage].release()
 

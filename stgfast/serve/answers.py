@@ -54,7 +54,7 @@ def _shown(state: State, entry: Entry) -> dict[str, Any]:
     """The data of a job for the page: `pictures` if it is a folder of them, else one file at `address`."""
     row = entry.row
     address, pictures = "", 0
-    if row.status == DONE and not row.file.endswith(".npz"):  # which no browser shows
+    if row.status == DONE and not row.file.endswith(".npz"):  # no browser shows it
         address = f"/clips/{quote(row.file, safe='')}?v={entry.version:.3f}"
         pictures = len(frames_of(state.out / row.file))
     return {
@@ -70,7 +70,7 @@ def _shown(state: State, entry: Entry) -> dict[str, Any]:
     }
 
 
-# What is asked of a folder: names of jobs, or how many.
+# The changes of a folder: they return names of jobs, or a number.
 
 
 def add(desk: Desk, given: Given) -> Any:
@@ -91,7 +91,7 @@ def again(desk: Desk, given: Given) -> Any:
 def _fields(desk: Desk, given: object) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise wrong("job", shown(given), "an object with fields of a job")
-    check_fields(given, FIELDS - {"loras", "image_sha256"})  # files of this machine
+    check_fields(given, FIELDS - {"loras", "image_sha256"})  # these are files of this machine
     if isinstance(given.get("recipe"), str):
         raise wrong("recipe", shown(given["recipe"]), "what is in its file")
     if given.get("model") is not None and given["model"] not in desk.models():

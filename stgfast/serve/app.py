@@ -33,10 +33,10 @@ from stgfast.serve.files import TYPES, clip_of, keep_image
 from stgfast.serve.guard import Guard
 from stgfast.serve.metrics import TYPE, metrics
 
-MAX_BODY = 1 << 20  # bytes of a request, but for images
+MAX_BODY = 1 << 20  # bytes of a request without images
 PAGE = {"/": ("live.html", "text/html"), "/live.css": ("live.css", "text/css")}
 PAGE["/live.js"] = ("live.js", "text/javascript")
-KEPT = "private, max-age=3600"  # by the browser: a clip that is made anew has another address
+KEPT = "private, max-age=3600"  # for the browser: a clip that is made again has another address
 
 
 def application(out: Path, token: str = "") -> Guard:

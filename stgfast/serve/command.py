@@ -31,7 +31,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
     try:
         with Desk(arguments.out):
-            pass  # it is there, and not damaged
+            pass  # it exists and is not damaged
         token = token_for(arguments.host, asked=arguments.token)
         listening = listen(arguments.host, arguments.port)
     except SettingsError as error:
@@ -94,10 +94,10 @@ def _serve(out: Path, listening: socket.socket, token: str) -> int:
         ws="none",
         http="h11",
         loop="asyncio",
-        access_log=False,  # in which the token would be
+        access_log=False,  # it would contain the token
         log_level="warning",
         server_header=False,
-        timeout_graceful_shutdown=2,  # a video that is played would keep it
+        timeout_graceful_shutdown=2,  # a playing video would keep it open
     )
     try:
         uvicorn.Server(config).run(sockets=[listening])

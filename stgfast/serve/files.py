@@ -29,7 +29,7 @@ def clip_of(state: State, file: str, frame: int | None = None) -> Path | None:
     if frame is not None:
         frames = frames_of(path)
         path = frames[frame] if 0 <= frame < len(frames) else path
-    if path.is_symlink() or not path.is_file() or path.suffix.lower() not in TYPES:  # a link leads anywhere
+    if path.is_symlink() or not path.is_file() or path.suffix.lower() not in TYPES:  # a link may lead anywhere
         return None
     return path
 

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders, QueryParams
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# A page of another site may not hold this one in a frame, read anything of it, or have it run anything.
+# Pages of other sites must not frame this page, read from it, or run anything in it.
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; media-src 'self'; "
@@ -25,7 +25,7 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
-COOKIE = "stgfast-{port}"  # cookies are for all ports of a machine
+COOKIE = "stgfast-{port}"  # cookies apply to all ports of a host
 
 
 def is_loopback(host: str) -> bool:

@@ -37,9 +37,9 @@ from stgfast.tune.search import described as measured
 from stgfast.version import __version__
 
 STATE, RECIPE, PAGE, CLIPS = "tune.jsonl", "recipe.json", "index.html", "clips"
-# Steps of a converged clip, in parts of the usual ones: by a solver of higher order, or by the pipeline's own.
+# Steps of a converged clip over the usual ones: by a solver of higher order, or by the pipeline's own.
 MORE, MUCH_MORE = 3, 6
-SHOWN = 3  # prompts whose clips are on the page
+SHOWN = 3  # number of prompts on the page
 Event = dict[str, Any]
 
 
@@ -49,7 +49,7 @@ class Tuned:
 
     aim: Aim
     usual: Trial
-    trials: tuple[Trial, ...]  # the usual clip's among them
+    trials: tuple[Trial, ...]  # including the usual clip
     chosen: Trial | None
     out: Path
 
@@ -221,7 +221,7 @@ class Search:
         begun = time.monotonic()
         with torch.no_grad():
             made = self.pipe(**self._call(self.jobs[number], recipe)).to_tuple()
-        latents = [part.double().cpu().flatten() for part in made if isinstance(part, Tensor)]  # sound too
+        latents = [part.double().cpu().flatten() for part in made if isinstance(part, Tensor)]  # including sound
         if not isinstance(made[0], Tensor):
             raise SettingsError(
                 f"latents of {self.adapter.pipeline}: got {type(made[0]).__name__}, expected a tensor, which "
@@ -270,7 +270,7 @@ class Kept:
         whole = [json.dumps(about)]
         for line in lines[1:]:
             row = _read(line)
-            if row is not None:  # the last one may be cut off
+            if row is not None:  # the last line may be incomplete
                 self.rows[row["recipe"], row["clip"]] = row["distance"], row["seconds"]
                 whole.append(line)
         aside = self.file.with_suffix(".part")

@@ -13,9 +13,9 @@ from stgfast.spacing import EVERY, Spacing, eased, thinning
 
 SHARES = (1.0, 0.8, 0.65, 0.5, 0.4, 0.33, 0.25)  # of the usual steps
 FEWEST = 4  # steps
-FIRST = 4  # steps that compute before they thin out
-LOOKED_AT = 2  # clips of a recipe before it may be given up
-MUCH = 0.8  # as a part of another's distance: so much nearer is more than chance
+FIRST = 4  # steps that compute at the beginning
+LOOKED_AT = 2  # clips of a recipe before it may be dropped
+MUCH = 0.8  # a ratio of distances that is more than chance
 
 
 @dataclass
@@ -23,8 +23,8 @@ class Trial:
     """A recipe and its measurements."""
 
     recipe: Recipe
-    cost: float  # in parts of the usual clip's block-rows
-    distances: dict[int, float] = field(default_factory=dict)  # from the converged clip, by the number of the clip
+    cost: float  # as a fraction of the usual clip's block-rows
+    distances: dict[int, float] = field(default_factory=dict)  # from the converged clip, by clip number
     seconds: dict[int, float] = field(default_factory=dict)
 
     @property

@@ -21,6 +21,6 @@ ALLEGRO = Adapter(
         grid=Grid(patches),
     ),
     live=live_requested,
-    # About 70% of the way through its 32 blocks.
+    # About 70% of its 32 blocks.
     defaults=Guidance(Perturbation([22], scale=1.0)),
 )

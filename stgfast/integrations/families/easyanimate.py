@@ -52,7 +52,7 @@ EASYANIMATE = Adapter(
     live=live,
     schedule=schedule,
     own_solver="it looks at its scheduler's class",
-    # About 70% of the way through its 48 blocks.
+    # About 70% of its 48 blocks.
     defaults=Guidance(Perturbation([33], scale=1.0)),
 )
 

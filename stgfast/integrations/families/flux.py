@@ -52,6 +52,6 @@ FLUX = Adapter(
     cfg_on="true_cfg_scale above 1 and a negative_prompt, or both of its embeds",
     live=live_true_cfg_scale,
     schedule=schedule,
-    # A late block of its 57.
+    # A late one of its 57 blocks.
     defaults=Guidance(Perturbation([40], scale=1.0)),
 )

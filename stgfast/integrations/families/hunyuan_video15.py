@@ -36,7 +36,7 @@ FACTS = Adapter(
         grid=Grid(patches),
     ),
     schedule=even_sigmas,
-    # A late layer of its 54.
+    # A late one of its 54 layers.
     defaults=Guidance(Perturbation([37], scale=1.0)),
 )
 HUNYUAN_VIDEO_15 = guided_by(FACTS, "HunyuanVideo15Pipeline")

@@ -85,7 +85,7 @@ def passes(pipe: Any, call: CallArguments, guidance: Guidance, moment: Moment, d
     branches: dict[str, Perturbation | None] = {}
     later = bool(guidance.perturbations) and moment.step == 0
     if later and not pipe.do_spatio_temporal_guidance and not pipe.do_modality_isolation_guidance:
-        # What a later step needs, the pipeline splits off in its first, and there only for a weak branch.
+        # The pipeline splits off what later steps need in its first step, and only for a perturbed branch.
         pipe._stg_scale = 1.0
         branches[WEAK] = None
     elif pipe.do_spatio_temporal_guidance:
@@ -157,7 +157,7 @@ LTX2_IMAGE = dataclasses.replace(LTX2, pipeline="LTX2ImageToVideoPipeline")
 LTX2_CONDITION = dataclasses.replace(LTX2, pipeline="LTX2ConditionPipeline")
 # A reference video comes as further tokens, and a mask says which tokens attend to them.
 LTX2_IN_CONTEXT = dataclasses.replace(LTX2, pipeline="LTX2InContextPipeline")
-LTX2_HDR = dataclasses.replace(LTX2, pipeline="LTX2HDRPipeline")  # of video alone
+LTX2_HDR = dataclasses.replace(LTX2, pipeline="LTX2HDRPipeline")  # video only
 
 
 # Modular pipelines
@@ -215,7 +215,7 @@ def unfit_guiders(pipe: Any, guidance: Guidance, call: CallArguments) -> str | N
 @contextmanager
 def beginning(pipe: Any) -> Iterator[None]:
     for guider in guiders(pipe):
-        guider._num_inference_steps = None  # what a former call had is not this one's
+        guider._num_inference_steps = None  # drop the value of a former call
     yield
 
 

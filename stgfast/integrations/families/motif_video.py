@@ -28,9 +28,9 @@ FACTS = Adapter(
             }
         ),
         attention="attn",
-        full=True,  # the last of them are decoder blocks, which get what an earlier one gave
+        full=True,  # the last ones are decoder blocks, which use outputs of earlier ones
     ),
-    early=True,  # predictions are copied as they come
+    early=True,  # predictions are copied at once
     # 70% of its 60 blocks.
     defaults=Guidance(Perturbation([42], scale=1.0)),
 )

@@ -87,10 +87,10 @@ WAN_VACE = replace(
         lists=(),
         units=vace_units,
         rows=WAN.blocks.rows | {"control_hidden_states"},
-        full=True,  # a hint is added after some of the blocks
+        full=True,  # hints are added after some blocks
     ),
 )
-# Faces are put in after some of the blocks; a longer clip is made segment by segment.
+# Faces are added after some blocks. A longer clip is made in segments.
 WAN_ANIMATE = replace(
     WAN,
     pipeline="WanAnimatePipeline",
@@ -129,7 +129,7 @@ HELIOS = replace(
     ANY_FLOW,
     pipeline="HeliosPipeline",
     protocol="sequential",
-    # Tokens of earlier frames come before those of the chunk that is made.
+    # Tokens of earlier frames come before those of the current chunk.
     blocks=replace(WAN.blocks, rows=TEXT_ALONE | HELIOS_ROWS, grid=None),
     windowed=True,
 )
