@@ -28,23 +28,27 @@ class Command:
 
 
 COMMANDS = {
-    "demo": Command("render clips with CFG and with CFG + STG on the model in the package", "demo_command", "toy"),
-    "doctor": Command("what is installed, what of it runs here, and what is chosen", "doctor"),
+    "demo": Command(
+        "render clips of the model in the package by CFG, CFG + STG and a recipe, and compare them",
+        "demo_command",
+        "toy",
+    ),
+    "doctor": Command("show what is installed, what runs here, and which attention is chosen", "doctor"),
     "render": Command("render a file of jobs into a folder", "render.command", "render"),
     "sweep": Command("render one prompt at several layers and scales", "render.command", "render"),
-    "status": Command("what is rendered in a folder, what waits, and when it will be done", "queue.command"),
+    "status": Command("show what runs in a folder, what waits, and when it will be done", "queue.command"),
     "pack": Command("put a job file, its images and its LoRAs into one archive", "queue.command"),
-    "add": Command("add jobs to a folder, for the run that is on or the next one", "queue.command"),
-    "cancel": Command("cancel jobs of a folder that are not done", "queue.command"),
+    "add": Command("add jobs to a folder, for the current run or the next one", "queue.command"),
+    "cancel": Command("cancel unfinished jobs of a folder", "queue.command"),
     "pause": Command("pause a folder, or some of its jobs", "queue.command"),
-    "resume": Command("resume what is paused", "queue.command"),
-    "retry": Command("try failed or cancelled jobs of a folder again", "queue.command"),
-    "serve": Command("a page of a folder that lives: what runs, what waits, and buttons", "serve.command", "serve"),
-    "priority": Command("change which jobs of a folder come first", "queue.command"),
+    "resume": Command("resume a paused folder, or some of its jobs", "queue.command"),
+    "retry": Command("retry failed or cancelled jobs of a folder", "queue.command"),
+    "serve": Command("serve a live page of a folder: what runs, what waits, and buttons", "serve.command", "serve"),
+    "priority": Command("change the priority of jobs of a folder", "queue.command"),
     "evaluate": Command("measure the clips of a folder", "evaluate.command", "render"),
     "tune": Command("find the cheapest recipe for a model: solver, steps, reuse", "tune.command", "render"),
     "verify": Command("compare accelerated guidance with the plain method", "verify.command", "render"),
-    "bench": Command("what guidance costs, beside what would otherwise be run", "bench.command"),
+    "bench": Command("measure what guidance costs, compared with alternatives", "bench.command"),
 }
 
 

@@ -11,7 +11,7 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("stgfast-demo"), metavar="DIR", help="folder for the clips")
     parser.add_argument("--prompt", action="append", help="use this prompt; may be given several times")
     parser.add_argument("--prompts", type=int, default=16, metavar="N", help="draw N prompts at random (default: 16)")
-    parser.add_argument("--seed", type=int, default=0, help="of the prompts and of the noise")
+    parser.add_argument("--seed", type=int, default=0, help="seed of prompts and noise (default: 0)")
 
 
 def run_demo(arguments: argparse.Namespace) -> int:

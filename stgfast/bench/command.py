@@ -30,34 +30,36 @@ GROWN = "wan-1.3b"  # its pipeline takes clips of any length
 def add_bench(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--check", action="store_true", help="do all variants agree, and are times as predicted, within 5%%?"
+        "--check", action="store_true", help="check that variants agree and that times are as predicted within 5%%"
     )
-    what.add_argument("--growth", action="store_true", help="how the cost grows: with tokens, prompts, branches, layer")
-    what.add_argument("--overhead", action="store_true", help="what our own Python takes")
+    what.add_argument(
+        "--growth", action="store_true", help="measure how the cost grows with tokens, prompts, branches and layer"
+    )
+    what.add_argument("--overhead", action="store_true", help="measure the cost of our own Python code")
     what.add_argument(
         "--ranks",
         action="store_true",
         help="a step by how many processes its branches are divided over: torchrun --nproc-per-node N -m stgfast.cli "
         "bench --ranks",
     )
-    what.add_argument("--report", type=Path, metavar="DIR", help="make a page of the results in a folder")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page that --report makes")
+    what.add_argument("--report", type=Path, metavar="DIR", help="make a page from the results in this folder")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="file for the page of --report")
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="MODEL", help=", ".join(MODELS))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, metavar="VARIANT", help=", ".join(VARIANTS))
     parser.add_argument("--size", choices=SIZES, help=f"{SMALL}, or {TINY} with --check, where left out")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--backend", default="inductor", help="of torch.compile; with --check nothing is compiled")
+    parser.add_argument("--backend", default="inductor", help="mode of torch.compile; with --check nothing is compiled")
     parser.add_argument(
         "--reference",
         type=Path,
         metavar="DIR",
-        help="a checkout of the paper's repository: its own pipelines for Mochi and LTX-Video, whose code is run",
+        help="path to a checkout of the authors' code, which is run, for Mochi and LTX-Video",
     )
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="of a clip, 3 where left out; all but the first are timed")
-    length.add_argument("--whole", action="store_true", help="as many as the pipeline makes by itself")
-    parser.add_argument("--rounds", type=int, help="in which all variants take turns, 5 where left out")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="add the results to it, as lines of JSON")
+    length.add_argument("--steps", type=int, help="steps of a clip (default: 3); all but the first are timed")
+    length.add_argument("--whole", action="store_true", help="use the pipeline's own number of steps")
+    parser.add_argument("--rounds", type=int, help="rounds in which all variants take turns (default: 5)")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="append the results to this file, as lines of JSON")
 
 
 def run_bench(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, help="where stgfast render or stgfast sweep rendered into")
-    parser.add_argument("--columns", nargs="+", default=[], metavar="NAME", help="of the table; all where left out")
+    parser.add_argument("folder", type=Path, help="a folder that stgfast render or stgfast sweep made")
+    parser.add_argument("--columns", nargs="+", default=[], metavar="NAME", help="columns of the table (default: all)")
     add_outputs(parser)
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--page", type=Path, metavar="FILE", help="write a page with plots there, for a browser")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write everything there as JSON")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write a page with plots to this file")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write all numbers to this file, as JSON")
 
 
 def run_evaluate(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:

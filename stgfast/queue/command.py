@@ -24,12 +24,12 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_choice(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of a clip; * stands for any letters")
-    parser.add_argument("--words", default="", help="jobs whose prompt or name has these words")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="name of a clip; * stands for any letters")
+    parser.add_argument("--words", default="", help="select jobs whose prompt or name contains these words")
     parser.add_argument(
-        "--status", dest="statuses", action="append", default=[], choices=STATUSES, help="and this status"
+        "--status", dest="statuses", action="append", default=[], choices=STATUSES, help="select jobs with this status"
     )
-    parser.add_argument("--all", dest="every", action="store_true", help="all jobs")
+    parser.add_argument("--all", dest="every", action="store_true", help="select all jobs")
     _add_out(parser)
 
 
@@ -38,17 +38,17 @@ add_cancel = add_retry = _add_choice
 
 def add_add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("jobs", type=Path, help="a .jsonl, .csv, .yaml or .txt file, one job in each entry")
-    parser.add_argument("--priority", type=int, help="of all of them; 0 where neither this nor the job says one")
+    parser.add_argument("--priority", type=int, help="priority of these jobs (default: that of the job, or 0)")
     _add_out(parser)
 
 
 def add_pack(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("jobs", type=Path, help="a .jsonl, .csv, .yaml or .txt file, one job in each entry")
-    parser.add_argument("archive", type=Path, help="a .zip file, which stgfast render and stgfast add take")
+    parser.add_argument("archive", type=Path, help="a .zip file for stgfast render and stgfast add")
 
 
 def add_priority(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("priority", type=int, help="a higher one is rendered first; 0 is usual")
+    parser.add_argument("priority", type=int, help="jobs with a higher priority are rendered first (default: 0)")
     _add_choice(parser)
 
 
@@ -62,7 +62,7 @@ add_resume = add_pause
 
 def add_status(parser: argparse.ArgumentParser) -> None:
     _add_out(parser)
-    parser.add_argument("--json", action="store_true", help="as one object of JSON")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run_add(arguments: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ DONE, SOME, WRONG, DISK, DEVICE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 def add_render(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("jobs", nargs="?", type=Path, help="a .jsonl, .csv, .yaml or .txt file, one job in each entry")
-    parser.add_argument("--from", dest="source", type=Path, metavar="CLIP", help="repeat a clip that stgfast rendered")
+    parser.add_argument("--from", dest="source", type=Path, metavar="CLIP", help="render again the job of this clip")
     _add_common(parser, required=False)
 
 
@@ -31,14 +31,16 @@ def add_sweep(parser: argparse.ArgumentParser) -> None:
         "prompts",
         nargs="+",
         metavar="PROMPT",
-        help="what to render with CFG alone, and at every one of the layers and scales; or a .txt file of such prompts",
+        help="prompts to render with CFG alone and at each layer and scale, or a .txt file of them",
     )
-    parser.add_argument("--layers", nargs="+", required=True, metavar="N[,N]", help="to perturb one after another")
+    parser.add_argument(
+        "--layers", nargs="+", required=True, metavar="N[,N]", help="layers to perturb, one after another"
+    )
     parser.add_argument("--scales", nargs="+", required=True, type=float, metavar="W")
-    parser.add_argument("--kind", default="residual", help="residual, attention, ...")
+    parser.add_argument("--kind", default="residual", help="kind of perturbation: residual, attention, ...")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], metavar="SEED")
     parser.add_argument(
-        "--cfg", nargs="+", type=float, default=[], metavar="S", help="CFG scales; else the model's own"
+        "--cfg", nargs="+", type=float, default=[], metavar="S", help="CFG scales (default: the model's own)"
     )
     _add_common(parser)
 
@@ -55,73 +57,80 @@ def add_model(parser: argparse.ArgumentParser, *, required: bool = True) -> None
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="what every job has that does not say otherwise, such as steps=30",
+        help="default field of all jobs, such as steps=30",
     )
-    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--device", help="default: cuda if there is a GPU, else cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
     parser.add_argument(
         "--offload",
         choices=("text", "model", "group"),
-        help="what is on the device only while it computes, for memory: the text encoders, every model, every layer",
+        help="save memory: keep the text encoders, each model or each layer on the device only while it computes",
     )
-    parser.add_argument("--trust", metavar="NAME", help="the model's name again, for one that brings code of its own")
+    parser.add_argument("--trust", metavar="NAME", help="the model's name again, to allow code in its folder")
 
 
 def _add_common(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     add_model(parser, required=required)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder for clips and their state")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for clips and their state")
     parser.add_argument("--format", choices=("mp4", "gif", "png", "npz"), default="mp4")
-    parser.add_argument("--fps", type=float, help="frames in a second; the model's own where left out")
-    parser.add_argument("--crf", type=int, default=18, help="quality of MP4, from 0 (without loss) to 51")
-    parser.add_argument("--max-batch", type=int, default=8, help="clips that are rendered at once at most")
-    parser.add_argument("--skip-bad", action="store_true", help="go on without jobs that are wrong")
-    parser.add_argument("--retry-failed", action="store_true", help="try jobs again that failed in an earlier run")
+    parser.add_argument("--fps", type=float, help="frames per second (default: the model's own)")
+    parser.add_argument("--crf", type=int, default=18, help="quality of MP4, from 0 (lossless) to 51")
+    parser.add_argument("--max-batch", type=int, default=8, help="largest number of clips in one batch")
+    parser.add_argument("--skip-bad", action="store_true", help="skip invalid jobs")
+    parser.add_argument("--retry-failed", action="store_true", help="retry jobs that failed in an earlier run")
     parser.add_argument(
-        "--retries", type=int, default=2, metavar="N", help="of a job that a process died of; 2 where left out"
+        "--retries", type=int, default=2, metavar="N", help="how often to retry a job whose process died (default: 2)"
     )
     parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="for a clip; else many times what others of its shape took"
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="time limit for a clip (default: a multiple of what clips of its shape took)",
     )
-    parser.add_argument("--wait", action="store_true", help="stay when all is done, for jobs that stgfast add brings")
-    parser.add_argument("--verify", action="store_true", help="read clips that are done, and render broken ones again")
+    parser.add_argument(
+        "--wait", action="store_true", help="keep running when all jobs are done, for jobs of stgfast add"
+    )
+    parser.add_argument("--verify", action="store_true", help="decode finished clips, and render damaged ones again")
     parser.add_argument(
         "--same-process",
         action="store_true",
-        help="render in the command's own process, which nothing replaces where it hangs or dies",
+        help="render in this process, which is not replaced if it hangs or dies",
     )
     parser.add_argument(
-        "--plan", action="store_true", help="check and list the jobs, say how long they take, and render nothing"
+        "--plan", action="store_true", help="check and list the jobs, estimate their time, and render nothing"
+    )
+    parser.add_argument("--like", type=Path, metavar="DIR", help="with --plan: estimate by the clips of this folder")
+    parser.add_argument(
+        "--on-done", metavar="COMMAND", help="shell command to run if all jobs are done; it reads the report as JSON"
     )
     parser.add_argument(
-        "--like", type=Path, metavar="DIR", help="with --plan: go by the clips of another folder in place of --out"
+        "--on-fail", metavar="COMMAND", help="shell command to run at any other end; it reads the report as JSON"
     )
-    parser.add_argument("--on-done", metavar="COMMAND", help="run where all is done; it reads the report as JSON")
-    parser.add_argument("--on-fail", metavar="COMMAND", help="run at every other end; it reads the report as JSON")
-    parser.add_argument("--webhook", metavar="URL", help="to which the report is sent when the run is over")
+    parser.add_argument("--webhook", metavar="URL", help="URL that receives the report at the end")
     parser.add_argument(
-        "--vae-tiling", action="store_true", help="decode in tiles, for memory: not quite the same pixels"
+        "--vae-tiling", action="store_true", help="decode in tiles: less memory, slightly different pixels"
     )
     faster = parser.add_mutually_exclusive_group()
     faster.add_argument("--compile", action="store_true", help="compile the model's blocks")
-    faster.add_argument(
-        "--attention", choices=["auto"], help="auto: every layer attends by what is fastest for its shape"
-    )
+    faster.add_argument("--attention", choices=["auto"], help="auto: the fastest attention kernel for each shape")
     parser.add_argument(
-        "--recipe", type=Path, metavar="FILE", help="make clips by what stgfast tune found: an approximation"
+        "--recipe", type=Path, metavar="FILE", help="render with this recipe of stgfast tune: an approximation"
     )
     parser.add_argument(
         "--ray", metavar="ADDRESS", help="render on the GPUs of a Ray cluster: local (this machine), auto, or host:port"
     )
-    parser.add_argument("--actors", type=int, metavar="N", help="how many of its devices; all GPUs, or one CPU")
+    parser.add_argument(
+        "--actors", type=int, metavar="N", help="number of actors (default: one for each GPU, or one on a CPU)"
+    )
     parser.add_argument(
         "--gpus-per-clip",
         type=int,
         metavar="N",
-        help="divide every clip over so many GPUs, with --ray; or start this with torchrun --nproc-per-node N",
+        help="number of GPUs that share each clip, with --ray; or start with torchrun --nproc-per-node N",
     )
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--quiet", action="store_true", help="say only what went wrong")
-    output.add_argument("--json", action="store_true", help="say everything as lines of JSON")
+    output.add_argument("--quiet", action="store_true", help="print errors only")
+    output.add_argument("--json", action="store_true", help="print all events as lines of JSON")
 
 
 def run_render(arguments: argparse.Namespace) -> int:

@@ -18,8 +18,8 @@ INTERRUPTED = 130
 
 def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder of clips")
-    parser.add_argument("--host", default="127.0.0.1", help="an address of this machine; else it alone may ask")
-    parser.add_argument("--port", type=int, default=8765, help="8765 where left out; 0 for any that is free")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=int, default=8765, help="port (default: 8765; 0: any free port)")
     parser.add_argument(
         "--token", action="store_true", help=f"ask for one on this machine too; {VARIABLE} in the environment is it"
     )

@@ -298,9 +298,9 @@ def train(settings: Settings) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="checkpoints, and in the end the folder `pipeline`")
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoints and, at the end, `pipeline`")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--float32", dest="bfloat16", action="store_false", help="where bfloat16 is slow")
+    parser.add_argument("--float32", dest="bfloat16", action="store_false", help="use float32, if bfloat16 is slow")
     for name in ("seed", "vae_steps", "clips", "steps", "batch", "decoder_steps"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(Settings, name))
     settings = Settings(**vars(parser.parse_args(argv)))

@@ -18,17 +18,21 @@ FOUND, NONE, WRONG, INTERRUPTED = 0, 1, 2, 130
 
 def add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "prompts", nargs="*", metavar="PROMPT", help="like those that are to be rendered; or a .txt file of them"
+        "prompts", nargs="*", metavar="PROMPT", help="prompts like those to be rendered, or a .txt file of them"
     )
     add_model(parser)
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="the folder for the recipe and its page")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the recipe and its page")
     aim = parser.add_mutually_exclusive_group()
-    aim.add_argument("--distance", type=float, metavar="D", help="the cheapest within this distance of converged clips")
-    aim.add_argument("--cost", type=float, metavar="C", help="the nearest within this part of the usual block-rows")
-    parser.add_argument("--clips", type=int, default=8, help="by which a recipe is judged")
-    parser.add_argument("--minutes", type=float, help="after which no further clip is begun")
-    parser.add_argument("--seed", type=int, default=0, help="of the first noise")
-    parser.add_argument("--quiet", action="store_true", help="show no progress")
+    aim.add_argument(
+        "--distance", type=float, metavar="D", help="find the cheapest recipe within this distance of converged clips"
+    )
+    aim.add_argument(
+        "--cost", type=float, metavar="C", help="find the nearest recipe within this fraction of the usual block-rows"
+    )
+    parser.add_argument("--clips", type=int, default=8, help="number of clips by which a recipe is judged")
+    parser.add_argument("--minutes", type=float, help="start no further clip after this time")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first clip")
+    parser.add_argument("--quiet", action="store_true", help="hide the progress bar")
 
 
 def run_tune(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: TextIO | None = None) -> int:

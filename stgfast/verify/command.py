@@ -16,7 +16,7 @@ PROMPT = "a cat walks through tall grass"
 
 
 def add_verify(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="?", default=PROMPT, help="of the call that is compared")
+    parser.add_argument("prompt", nargs="?", default=PROMPT, help="prompt of the compared call")
     add_model(parser)
 
 
