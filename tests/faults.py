@@ -559,7 +559,7 @@ FAULTS = [
     ),
     Fault(
         "clips of a solver by another one",
-        "render/worker.py",
+        "render/batch_run.py",
         "if name := self.batch.tasks[0].job.solver:",
         'if name := "":',
         "tests/render/test_several_models.py -k recipe",

@@ -8,6 +8,7 @@
     rendering.py  handing out batches, and recording results
     limits.py     time limits of batches
     worker.py     batches in, written clips out
+    batch_run.py  one batch on its way through the stages of a worker
     outcomes.py   results of their jobs
     loras.py      LoRAs of jobs
     texts.py      encoded prompts, each once

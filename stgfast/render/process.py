@@ -20,11 +20,11 @@ from typing import Any
 from stgfast.errors import DeviceError
 from stgfast.queue.batches import Batch, takes_more
 from stgfast.queue.store import Store
+from stgfast.render.batch_run import STAGES
 from stgfast.render.child import Begin, Ready
 from stgfast.render.crew import Setup
 from stgfast.render.hands import LIVES, LOADING, Hand, brought, silent
 from stgfast.render.outcomes import Died, Expired, Outcome, Progress, Prompt, Stopped, tasks_of
-from stgfast.render.worker import STAGES
 
 
 class OwnProcess:

@@ -12,7 +12,7 @@ import pytest
 
 from stgfast.queue.desk import Choice, Desk
 from stgfast.queue.status import status_of
-from stgfast.render import rendering, worker
+from stgfast.render import batch_run, rendering
 from stgfast.render.run import render
 from tests.render import pipes
 
@@ -82,13 +82,13 @@ def test_a_folder_is_paused_and_resumed(tmp_path):
 
 def test_a_job_that_is_rendered_and_cancelled_leaves_nothing(tmp_path, monkeypatch):
     """The others of its batch are rendered, and it is thrown away when it is done."""
-    events, write = [], worker.write
+    events, write = [], batch_run.write
 
     def slow(*arguments):
         time.sleep(0.3)
         return write(*arguments)
 
-    monkeypatch.setattr(worker, "write", slow)
+    monkeypatch.setattr(batch_run, "write", slow)
 
     def listener(event):
         events.append(event)

@@ -4,7 +4,7 @@ import pytest
 
 from stgfast.queue.batches import Batch, Task
 from stgfast.queue.job import Job
-from stgfast.render import limits, worker
+from stgfast.render import batch_run, limits
 from stgfast.render.hands import Hand, silent
 from stgfast.render.limits import Limits
 from stgfast.render.outcomes import Clock, Progress
@@ -87,7 +87,7 @@ def test_what_a_process_has_not_said_since_is_added(clock):
     clock[0] += 5
     assert one.progress(alone=True).seconds == 5
     assert one.progress(alone=False).seconds == 0  # it may wait
-    one.hear([Progress(one.batch, worker.DENOISER, 3, 9, 7.0, 1.0)])
+    one.hear([Progress(one.batch, batch_run.DENOISER, 3, 9, 7.0, 1.0)])
     other.hear([Progress(other.batch, "", 0, 0, 0.5, 0.0)])
     clock[0] += 2
     assert (one.progress(alone=False).seconds, one.progress(alone=False).quiet) == (9.0, 3.0)

@@ -26,7 +26,7 @@ from stgfast.queue.batches import stack_of
 from stgfast.queue.job import Job
 from stgfast.queue.state import FOLDER, StoreError
 from stgfast.queue.store import Store
-from stgfast.render import files, run, worker
+from stgfast.render import batch_run, files, run, worker
 from stgfast.render.files import metadata_of, read_frames
 from stgfast.render.gallery import NAME
 from stgfast.render.loading import fingerprint
@@ -650,7 +650,7 @@ def test_a_device_past_use_ends_the_run(tmp_path, pipe, monkeypatch):
 
 
 def test_a_worker_that_breaks_ends_the_run(tmp_path, pipe, monkeypatch):
-    monkeypatch.setattr(worker, "_said", lambda error: 1 / 0)
+    monkeypatch.setattr(batch_run, "_said", lambda error: 1 / 0)
 
     def before(latents):
         raise ValueError
