@@ -15,7 +15,7 @@
     files.py      clips as files, with how they were made
     crew.py       what renders: a worker in this process,
     process.py    one in a child process (child.py), or
-    actors.py     actors on the devices of a Ray cluster
+    actors.py     actors on the devices of a Ray cluster (actor.py, cluster.py)
     run.py        a whole run
 
 Jobs and the state of a folder are in `stgfast.queue`. Names are imported on first use.

@@ -8,22 +8,18 @@ itself, so an actor that was taken for dead and keeps writing disturbs nobody.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import os
 import shutil
-import signal
-import socket
-import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError, wrong
+from stgfast.errors import DeviceError, SettingsError, wrong
 from stgfast.queue.batches import Batch, Task, takes_more
-from stgfast.ranks.wire import joined
+from stgfast.render.actor import Actor, Ready, Refused, bundle_of
+from stgfast.render.cluster import ADDRESSES, ANSWER, answers, connected, imported
 from stgfast.render.crew import Setup
 from stgfast.render.hands import LIVES, LOADING, Hand, brought, silent
 from stgfast.render.models import Model
@@ -31,11 +27,8 @@ from stgfast.render.outcomes import Died, Expired, Outcome, Progress, Prompt, St
 from stgfast.version import __version__
 
 IN_HAND = 3  # batches of an actor: one in the decoder, one in the denoiser, one next
-STORE = 100 << 20  # bytes of a local Ray's object store: only jobs and outcomes pass through it
-ANSWER = 5.0  # seconds to wait for a connection
 GONE = 30.0  # seconds without an answer after which the cluster is gone; after 60, Ray ends this process itself
 KEPT = "what is done is kept"
-ADDRESSES = '"local", "auto", or the host:port of a cluster'
 
 
 def check(model: Model | None, address: str | None, actors: int | None) -> None:
@@ -49,123 +42,7 @@ def check(model: Model | None, address: str | None, actors: int | None) -> None:
         raise wrong("ray", address, ADDRESSES)
     if model is not None and model.pipe is not None:
         raise wrong("model", type(model.pipe).__name__, "a folder or a name: another machine cannot be sent a pipeline")
-    _ray(address)
-
-
-@dataclasses.dataclass(frozen=True)
-class Ready:
-    """An actor that accepts batches."""
-
-    device_name: str
-    node: str
-    pid: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Refused:
-    """An actor that cannot start. `ours`: each other one would fail too, because the request is wrong."""
-
-    why: str
-    ours: bool
-
-
-class Actor:
-    """The part on a device of the cluster. It does not load in its constructor, because Ray would restart an actor
-    that dies there for ever.
-    """
-
-    def __init__(self, setup: Setup, folder: bool, scratch: Path, token: str, version: str):
-        self.setup, self.folder, self.scratch, self.token, self.version = setup, folder, scratch, token, version
-        self.lock = threading.Lock()
-        self.state: Ready | Refused | None = None
-
-    def hello(self) -> None:
-        """Return that its process runs."""
-
-    def load(self) -> Ready | Refused:
-        with self.lock:
-            self.state = self.state or self._load()
-            return self.state
-
-    def _load(self) -> Ready | Refused:
-        node, setup = socket.gethostname(), self.setup
-        try:
-            if self.version != __version__:
-                raise wrong(f"stgfast on {node}", __version__, f"the version of the run, {self.version}")
-            if not _sees(self.scratch / "token", self.token):
-                out = self.scratch.parent.parent
-                raise wrong(f"output folder {out}", f"another one on {node}", "the same on every node")
-            if self.folder and not Path(setup.model.name).is_dir():
-                raise wrong(f"model on {node}", setup.model.name, "a folder that every node sees")
-            own = self.scratch / uuid.uuid4().hex  # for its encoded prompts
-            self.worker = setup.worker(own) if setup.loading.ranks == 1 else Hired(setup, own).worker
-            return Ready(self.worker.device_name, node, os.getpid())
-        except (LoadError, DeviceError) as error:
-            return Refused(f"{node}: {error}", ours=False)
-        except (SettingsError, UnsupportedPipelineError) as error:
-            return Refused(str(error), ours=True)
-        except Exception as error:
-            return Refused(f"the model could not be loaded on {node}: {_said(error)}", ours=False)
-
-    def render(self, batch: Batch, ahead: Sequence[Prompt], aside: Path) -> Iterator[Outcome]:
-        for outcome in self.worker.render(batch, ahead, aside):
-            if isinstance(outcome, Stopped) and outcome.error is not None:
-                yield Stopped(outcome.tasks, _plain(outcome.error))
-            else:
-                yield outcome
-
-    def progress(self) -> list[Progress]:
-        return self.worker.progress()
-
-    def expire(self, batch: Batch, why: str) -> None:
-        self.worker.expire(batch, why)
-
-    def stop(self) -> None:
-        self.worker.stop()
-
-
-class Hired:
-    """The actors that make each clip together with this one, which started them. They end with it."""
-
-    def __init__(self, setup: Setup, scratch: Path):
-        import ray
-
-        place, size = ray.util.get_current_placement_group(), setup.loading.ranks
-        with socket.socket() as free:
-            free.bind(("", 0))
-            address = f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
-        self.followers = []
-        for rank in range(1, size):
-            bundle = place.bundle_specs[rank]
-            asks = {"num_cpus": bundle["CPU"], "num_gpus": bundle.get("GPU", 0)}
-            kind = ray.remote(Follower).options(**asks, scheduling_strategy=_at(place, rank))
-            self.followers.append(kind.remote(setup, address, rank))
-        for follower in self.followers:
-            follower.load.remote(scratch.parent / uuid.uuid4().hex)
-        self.ranks = joined(setup.loading.device, init_method=address, rank=0, world_size=size)
-        self.worker = setup.worker(scratch, self)
-
-    def begin(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
-        for follower in self.followers:
-            follower.follow.remote(batch, ahead)
-
-
-class Follower:
-    """An actor that makes clips together with the one that started it, and writes none."""
-
-    def __init__(self, setup: Setup, address: str, rank: int):
-        self.setup, self.address, self.rank = setup, address, rank
-
-    def load(self, scratch: Path) -> None:
-        loading = self.setup.loading
-        self.ranks = joined(loading.device, init_method=self.address, rank=self.rank, world_size=loading.ranks)
-        self.worker = self.setup.worker(scratch, self)
-
-    def follow(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
-        self.worker.follow(batch, ahead)
-
-    def begin(self, batch: Batch, ahead: Sequence[Prompt]) -> None:
-        """Start a batch; its own followers are nobody."""
+    imported(address)
 
 
 class RemoteActor:
@@ -218,7 +95,7 @@ class Actors:
         self.batches = 0
         self.members: list[RemoteActor] = []
         self.groups: list[Any] = []  # placement groups of actors that make a clip together
-        self.ray, self.own = _connected(address)
+        self.ray, self.own = connected(address)
         self.looked = self.answered = time.monotonic()
         try:
             self._hire(setup, count)
@@ -246,7 +123,7 @@ class Actors:
             if size > 1:
                 bundle = {"CPU": 1.0, "GPU": 1.0} if gpus else {"CPU": 1.0}
                 self.groups.append(self.ray.util.placement_group([bundle] * size, strategy="PACK"))
-                where = _at(self.groups[-1], 0)
+                where = bundle_of(self.groups[-1], 0)
             handle = kind.options(**options, scheduling_strategy=where).remote(*arguments)
             self.members.append(RemoteActor(number, handle, self._send))
         for actor in self.members:
@@ -452,7 +329,7 @@ class Actors:
         if now - self.looked < ANSWER or not self.members:
             return
         address = self.ray.get_runtime_context().gcs_address
-        if _answers(address):
+        if answers(address):
             self.answered = time.monotonic()
         elif now - self.answered > GONE:
             for actor in self.members:
@@ -462,113 +339,6 @@ class Actors:
             why = f"the Ray cluster at {address} does not answer any more; {KEPT}"
             self.found.append(Stopped((), DeviceError(why)))
         self.looked = time.monotonic()
-
-
-# The cluster
-
-
-def _ray(address: str) -> Any:
-    """Import Ray. It reads its settings at that time."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address == "local":
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # all parts listen on this machine only
-        os.environ.setdefault("RAY_worker_niceness", "0")  # an actor has the priority of this process
-    try:
-        import ray
-    except ImportError as error:
-        raise SettingsError(f'ray: got {error}, expected it installed: pip install "stgfast[ray]"') from None
-    return ray
-
-
-def _connected(address: str) -> tuple[Any, contextlib.ExitStack]:
-    """Connect to Ray, and return what ends with the run. A cluster that this process is already part of is used and
-    left as it is.
-    """
-    own = contextlib.ExitStack()
-    ray = _ray(address)
-    if ray.is_initialized():
-        return ray, own
-    if address not in ("local", "auto") and not _answers(address):
-        raise wrong("ray", address, f"a cluster that answers there; {ADDRESSES}")
-    settings: dict[str, Any] = {"log_to_driver": False, "logging_level": "critical"}
-    if address == "local":
-        settings |= {"include_dashboard": False, "object_store_memory": STORE}
-    try:
-        with own:
-            own.enter_context(_silence())
-            own.enter_context(_unmoved_signal())
-            own.callback(ray.shutdown)
-            ray.init(address=address, **settings)
-            return ray, own.pop_all()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise wrong("ray", address, f"{ADDRESSES} ({_said(error)})") from None
-
-
-@contextlib.contextmanager
-def _unmoved_signal() -> Iterator[None]:
-    """Keep our SIGTERM handler, which Ray would replace."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Silence Ray's message that a process died. It goes to standard output, whatever the log settings are."""
-    from ray._private import worker
-
-    before = getattr(worker, "_worker_logs_enabled", True)
-    worker._worker_logs_enabled = False
-    try:
-        yield
-    finally:
-        worker._worker_logs_enabled = before
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER).close()
-    except OSError:
-        return False
-    return True
-
-
-# Within an actor
-
-
-def _at(place: Any, bundle: int) -> Any:
-    """Where a placement group has this bundle."""
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
-    return PlacementGroupSchedulingStrategy(place, bundle, placement_group_capture_child_tasks=True)
-
-
-def _sees(path: Path, token: str) -> bool:
-    """Whether a file of the run exists; a network folder may be late."""
-    until = time.monotonic() + ANSWER
-    while True:
-        with contextlib.suppress(OSError):
-            if path.read_text() == token:
-                return True
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.2)
-
-
-def _plain(error: BaseException) -> BaseException:
-    """An error that can be sent anywhere, and keeps its kind."""
-    if isinstance(error, OSError):
-        return OSError(error.errno, f"{error.strerror or error} (on {socket.gethostname()})", error.filename)
-    return DeviceError(_said(error))
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
 
 def _reason(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from stgfast.render import actors
+from stgfast.render import cluster as connecting
 from tests.render import pipes
 
 
@@ -18,7 +18,7 @@ def cluster():
     """Its address. This process is part of it, so that runs find it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(actors, "STORE", 80 << 20)
-        ray, own = actors._connected("local")
+        patch.setattr(connecting, "STORE", 80 << 20)
+        ray, own = connecting.connected("local")
         with own:
             yield ray.get_runtime_context().gcs_address

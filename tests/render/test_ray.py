@@ -19,7 +19,7 @@ from stgfast.errors import DeviceError, SettingsError
 from stgfast.queue.state import FOLDER
 from stgfast.queue.store import Store
 from stgfast.render import actors, command, limits, models
-from stgfast.render.actors import Actor, Ready
+from stgfast.render.actor import Actor, Ready
 from stgfast.render.crew import Setup
 from stgfast.render.files import Form, read_frames
 from stgfast.render.gallery import NAME
