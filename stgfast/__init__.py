@@ -86,7 +86,7 @@ __all__ = [
 
 
 class _Package(ModuleType):
-    """`stgfast.explain` is the function, and not the module that it is in, whichever is imported first."""
+    """Make `stgfast.explain` the function and not the module of that name, whichever is imported first."""
 
     def __getattr__(self, name: str) -> Any:
         if name not in _MODULES:

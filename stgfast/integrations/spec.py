@@ -216,7 +216,7 @@ class Adapter:
         return proposal(pipe, *args, **call)
 
     def announces(self, pipe: Any) -> bool:
-        """Whether a pipeline instance asks for its weak branches itself."""
+        """Whether a pipeline instance asks for perturbed branches itself."""
         return self.announced is not None and self.announced.when(pipe)
 
     def calls(self, cfg: bool) -> tuple[tuple[str, ...], ...]:

@@ -130,17 +130,20 @@ def masked_attention(
     scale: float | None = None,
     impl: str | Attend = "auto",
 ) -> Tensor:
-    """Attention for a whole stack: row b is softmax attention, or a copy of V where `identity[b]`.
+    """Attention for a whole stack: row b is softmax attention, or a copy of V if `identity[b]`.
 
-    q, k, v   (rows, heads, tokens, size), in any memory order whose last stride is 1
-    kv_len    int32 on the device: how many keys each row of k and v has; the others are never read. As numbers of the
-              host, attention that takes no mask can be used too
-    bias      boolean (true: attend) or added to the scores; broadcastable over rows, heads and queries
-    source    the row of q, k, v, kv_len and bias that each output row reads: several may read one
-    tokens    the range of tokens that an identity row copies; it attends as usual elsewhere
-    impl      one of `NAMES`, of which a named one never falls back to another; or the attention to call on plain rows
+    `reference.masked_attention` specifies the result. Under autocast it has the dtypes of torch's attention.
 
-    What it computes is written in `reference.masked_attention`. Under autocast it has the types that torch's own has.
+    Args:
+        q, k, v: (rows, heads, tokens, size), in any memory order whose last stride is 1.
+        identity: the output rows that are a copy of V.
+        kv_len: int32 on the device: the number of keys of each row of k and v. Other keys are never read. Given as
+            numbers on the host, kernels without masks can be used too.
+        bias: boolean (true: attend), or added to the scores; broadcastable over rows, heads and queries.
+        source: the row of q, k, v, kv_len and bias that each output row reads. Several may read one.
+        tokens: the range of tokens that an identity row copies. Outside it, the row attends as usual.
+        impl: one of `NAMES`; a named one never falls back to another. Or a function that computes attention on plain
+            rows.
     """
     q, k, v = as_autocast(q, k, v)
     rows = list(range(q.shape[0])) if source is None else list(source)

@@ -11,7 +11,7 @@ import pytest
 from stgfast import Guidance, toy
 from stgfast.evaluate import study
 from stgfast.evaluate.study import STUDIES, Study, perturbed, run
-from stgfast.render import worker
+from stgfast.render import batch_run
 
 RECORDED = Path(__file__).parents[2] / "bench" / "results" / "toy.json"
 WEAK = perturbed("residual", 6, 0.5)
@@ -38,7 +38,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     def fails(*_):
         raise RuntimeError("no picture")
 
-    monkeypatch.setattr(worker, "write", fails)
+    monkeypatch.setattr(batch_run, "write", fails)
     more = dataclasses.replace(small, settings=[(2.0, perturbed("residual", 9, 0.5))])
     with pytest.raises(RuntimeError, match="got 0 clips, expected 4; start it again"):
         run(more, tmp_path / "other")

@@ -18,7 +18,7 @@ import torch
 from stgfast.errors import SettingsError
 from stgfast.queue.state import FOLDER
 from stgfast.queue.store import Store
-from stgfast.render import command, models, worker
+from stgfast.render import batch_run, command, models
 from stgfast.render.files import read_frames
 from stgfast.render.gallery import NAME
 from stgfast.render.screen import Screen
@@ -105,7 +105,7 @@ def test_failed_jobs(tmp_path, monkeypatch):
     def fails(*_):
         raise RuntimeError("no picture")
 
-    monkeypatch.setattr(worker, "write", fails)
+    monkeypatch.setattr(batch_run, "write", fails)
     code, _, err = call(prompts(tmp_path), "--out", tmp_path / "out", "--quiet", *SETS)
     assert code == 1
     assert err.count("RuntimeError: no picture") == 2

@@ -16,7 +16,7 @@ from stgfast.errors import SettingsError
 from stgfast.queue.job import Job
 from stgfast.queue.state import FOLDER
 from stgfast.queue.store import Store
-from stgfast.render import loading, texts, worker
+from stgfast.render import batch_run, loading, texts
 from stgfast.render.checks import check
 from stgfast.render.files import metadata_of, remark_on
 from stgfast.render.models import described
@@ -220,7 +220,7 @@ def test_strange_clips_are_flagged(tmp_path, pipe, monkeypatch):
     assert remark_on(frames // 64, 5) == "it is black"
     assert remark_on(np.full_like(frames, 99), 5) == "it is of one colour"
     assert remark_on(np.repeat(frames[:1], 5, axis=0), 5) == "it does not move: all frames are the same"
-    monkeypatch.setattr(worker, "pixels", lambda clip: frames // 64)
+    monkeypatch.setattr(batch_run, "pixels", lambda clip: frames // 64)
     events = []
     assert go(pipe, some(1), tmp_path, events).done == 1
     assert told(events, "strange") == [{"event": "strange", "file": "k0", "remark": "it is black"}]
