@@ -28,7 +28,6 @@ from stgfast.toy import videos
 EXACT, RECIPE = "CFG + STG", "recipe"
 STEPS = 48  # of a clip without a recipe
 CALL = {name: value for name, value in toy.CALL.items() if name != "num_inference_steps"}
-ONE_STEP = {"num_inference_steps": 1}
 BATCH = 4  # clips that one call makes
 LARGER = 4  # factor by which clips are enlarged; in the picture half of it
 SHOWN = 8  # frames of a clip in the picture
@@ -81,13 +80,11 @@ def run(out: Path, prompts: Sequence[str], seed: int = 0, *, steps: int = STEPS)
     out.mkdir(parents=True, exist_ok=True)
     pipes = pipelines()
     made = tuple(Side(name) for name in pipes)
-    # A recipe has its own number of steps.
-    calls = {name: CALL if name == RECIPE else {**CALL, "num_inference_steps": steps} for name in pipes}
     for name, pipe in pipes.items():
-        make(Side("warm-up"), pipe, prompts[:1], seed, {**calls[name], **({} if name == RECIPE else ONE_STEP)})
+        make(Side("warm-up"), pipe, prompts[:1], seed, call_of(name, 1))
     for first in range(0, len(prompts), BATCH):
         for side in made:
-            make(side, pipes[side.name], prompts[first : first + BATCH], seed + first, calls[side.name])
+            make(side, pipes[side.name], prompts[first : first + BATCH], seed + first, call_of(side.name, steps))
     judge = measure()
     for side in made:
         each = [judge.of(clip, prompt).values for clip, prompt in zip(side.clips, prompts, strict=True)]
@@ -97,12 +94,22 @@ def run(out: Path, prompts: Sequence[str], seed: int = 0, *, steps: int = STEPS)
         together = np.concatenate([_enlarged(side.clips[number], LARGER) for side in made], axis=2)
         words = re.sub(r"[^a-z0-9]+", "-", prompt.lower())[:42].strip("-")
         path = out / f"{number + 1}-{words}.mp4"
-        write(path, together, Form(fps=FPS), {"prompt": prompt, "seed": seed, "sides": [side.name for side in made]})
+        write(
+            path,
+            together,
+            Form(fps=FPS),
+            {"prompt": prompt, "seed": seed + number, "sides": [side.name for side in made]},
+        )
         files.append(path)
     picture = out / "demo.png"
     sheet(prompts, made).save(picture)
-    exact, recipe = (str(explain(pipes[name], **calls[name])) for name in (EXACT, RECIPE))
+    exact, recipe = (str(explain(pipes[name], **call_of(name, steps))) for name in (EXACT, RECIPE))
     return Demo(exact, recipe, made, (*files, picture))
+
+
+def call_of(name: str, steps: int) -> dict[str, Any]:
+    """The arguments of a call. A recipe has its own number of steps."""
+    return CALL if name == RECIPE else {**CALL, "num_inference_steps": steps}
 
 
 def make(side: Side, pipe: Any, prompts: Sequence[str], seed: int, call: Mapping[str, Any]) -> None:

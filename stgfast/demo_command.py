@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from stgfast.errors import wrong
+
 
 def add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("stgfast-demo"), metavar="DIR", help="folder for the clips")
@@ -17,7 +19,10 @@ def add_demo(parser: argparse.ArgumentParser) -> None:
 def run_demo(arguments: argparse.Namespace) -> int:
     from stgfast.demo import prompts_of, run
 
-    prompts = arguments.prompt or prompts_of(arguments.seed, max(arguments.prompts, 1))
+    if arguments.prompts < 1:
+        sys.stderr.write(f"stgfast demo: {wrong('prompts', arguments.prompts, 'a number, 1 or more')}\n")
+        return 2
+    prompts = arguments.prompt or prompts_of(arguments.seed, arguments.prompts)
     demo = run(arguments.out, prompts, arguments.seed)
     write = sys.stdout.write
     write("A small text-to-video model: 12 blocks, trained on drawn clips of shapes that move and turn.\n\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class SettingsError(ValueError):
     """A setting is wrong, or does not fit the model."""
@@ -26,3 +28,9 @@ class DeviceError(RuntimeError):
 def wrong(what: str, got: object, right: str) -> SettingsError:
     """Make the error for a wrong setting. All such messages have this form."""
     return SettingsError(f"{what}: got {got!r}, expected {right}")
+
+
+def check_names(what: str, names: object) -> None:
+    """Raise if a setting is not a tuple of names. A single string is a common mistake."""
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise wrong(what, names, "a tuple of names")

@@ -55,9 +55,9 @@ def check_solver(pipe: Any, name: str) -> None:
     if name not in SOLVERS:
         raise wrong("solver", name, f"one of {', '.join(SOLVERS)}")
     known = known_class(type(pipe))
-    own_solver = None if known is None else ADAPTERS[known.__name__].own_solver
-    if own_solver:
-        raise SettingsError(f"solver of {type(pipe).__name__}: got {name!r}, expected its own: {own_solver}")
+    reason = "" if known is None else ADAPTERS[known.__name__].own_solver
+    if reason:
+        raise SettingsError(f"solver of {type(pipe).__name__}: got {name!r}, expected its own: {reason}")
     own = vars(pipe).get(REPLACED, vars(pipe)["scheduler"])
     if type(own).__name__ != TAKES:
         raise SettingsError(f"scheduler of {type(pipe).__name__}: got {type(own).__name__}, expected {TAKES}")

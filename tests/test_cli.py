@@ -38,6 +38,12 @@ def test_demo(capsys, tmp_path, monkeypatch):
         assert picture.width > 1000
 
 
+def test_a_demo_of_no_prompts(capsys, tmp_path):
+    assert main(["demo", "--out", str(tmp_path / "clips"), "--prompts", "0"]) == 2
+    assert capsys.readouterr().err == "stgfast demo: prompts: got 0, expected a number, 1 or more\n"
+    assert not (tmp_path / "clips").exists()
+
+
 def test_prompts_of_the_demo_are_drawn_by_its_seed():
     assert demo.prompts_of(0, 4) == demo.prompts_of(0, 8)[:4]
     assert demo.prompts_of(0, 4) != demo.prompts_of(1, 4)

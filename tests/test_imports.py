@@ -65,7 +65,7 @@ MAY = {
     "tune": COMMON
     | {"explain", "extras", "install", "installed", "pages", "queue", "recipes", "render", "solvers", "toy", "version"},
     "demo": {"evaluate", "explain", "guidance", "install", "integrations", "recipes", "render", "spacing", "toy"},
-    "demo_command": {"demo", "toy"},
+    "demo_command": {"demo", "errors"},
     "bench": COMMON
     | {"batching", "explain", "explained", "install", "integrations", "kernels", "pages", "ranks", "version"},
     "cli": {"extras", "version"},  # commands are imported by name, when they are called

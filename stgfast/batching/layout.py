@@ -12,7 +12,7 @@ from stgfast.batching.arguments import Arguments, unwrapped
 from stgfast.batching.rows import take, take_packed
 from stgfast.batching.seam import compiled
 from stgfast.batching.values import identity_attention
-from stgfast.errors import wrong
+from stgfast.errors import check_names, wrong
 from stgfast.kinds import KINDS, Mark, kind_of
 from stgfast.perturbation import Perturbation
 
@@ -107,8 +107,7 @@ class Blocks:
 
     def __post_init__(self) -> None:
         for name in ("lists", "state", "attend_on"):
-            if isinstance(getattr(self, name), str) or not isinstance(getattr(self, name), Sequence):
-                raise wrong(f"{name} of a model's blocks", getattr(self, name), "a tuple of names")
+            check_names(f"{name} of a model's blocks", getattr(self, name))
         for name in ("rows", "packed"):
             if isinstance(getattr(self, name), str):
                 raise wrong(f"{name} of a model's blocks", getattr(self, name), "names, and not one")

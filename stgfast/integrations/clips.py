@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from stgfast.errors import wrong
+from stgfast.errors import check_names, wrong
 
 EACH, ONE = "each", "one"  # of Clips.images; `stgfast.queue.batches` reads the first
 
@@ -35,11 +35,6 @@ class Clips:
         if self.images not in ("", EACH, ONE):
             raise wrong("images of clips", self.images, f"{EACH!r}, {ONE!r} or ''")
         check_names("exact of clips", self.exact)
-
-
-def check_names(what: str, names: object) -> None:
-    if isinstance(names, str) or not isinstance(names, Sequence):
-        raise wrong(what, names, "a tuple of names")
 
 
 DEFAULT = Clips()

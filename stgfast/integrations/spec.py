@@ -13,11 +13,10 @@ from torch import nn
 from stgfast.batching.arguments import Arguments, unwrapped
 from stgfast.batching.layout import Blocks, Layout
 from stgfast.batching.seam import compiled_in_place
-from stgfast.errors import SettingsError, wrong
+from stgfast.errors import SettingsError, check_names, wrong
 from stgfast.formulas import COND, UNCOND
 from stgfast.guidance import Guidance, Scale
-from stgfast.integrations import clips
-from stgfast.integrations.clips import Clips, check_names
+from stgfast.integrations.clips import DEFAULT, Clips
 from stgfast.integrations.scales import live_scale, requested_scale, rescale_of_call
 from stgfast.integrations.steps import CallArguments, last_sigmas, schedule_of_call, steps_of_call, steps_of_pipe
 from stgfast.perturbation import Perturbation
@@ -167,7 +166,7 @@ class Adapter:
     blocks: Blocks
     defaults: Guidance
     source: str = "our choice"
-    clips: Clips = clips.DEFAULT
+    clips: Clips = DEFAULT
     announced: Announced | None = None
     order: tuple[str, ...] = (UNCOND, COND)
     float32: bool = False

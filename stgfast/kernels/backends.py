@@ -142,6 +142,7 @@ def masked_attention(
         bias: boolean (true: attend), or added to the scores; broadcastable over rows, heads and queries.
         source: the row of q, k, v, kv_len and bias that each output row reads. Several may read one.
         tokens: the range of tokens that an identity row copies. Outside it, the row attends as usual.
+        scale: the factor of scores. Default: 1 / sqrt(size).
         impl: one of `NAMES`; a named one never falls back to another. Or a function that computes attention on plain
             rows.
     """

@@ -34,13 +34,7 @@ from stgfast.render.batch_run import STAGES, TEXT, BatchRun, Overdue
 from stgfast.render.files import Form
 from stgfast.render.loading import moves
 from stgfast.render.loras import Loras
-from stgfast.render.outcomes import (
-    Expired,
-    Outcome,
-    Progress,
-    Prompt,
-    Stopped,
-)
+from stgfast.render.outcomes import Expired, Outcome, Progress, Prompt, Stopped
 from stgfast.render.texts import Texts, encoders_of
 from stgfast.version import __version__
 

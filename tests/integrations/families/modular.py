@@ -126,8 +126,7 @@ def latents(output):
     return output
 
 
-WAN = Facts(stacked=False, oblong={"width": 48}, lies=lying((3, 2, 3)))
-BOTH = replace(WAN, denoisers=("transformer", "transformer_2"))
+WAN, BOTH = wans.SEQUENTIAL, wans.BOTH
 # Frames are as wide as the image is.
 AS_THE_IMAGE = {"oblong": {}, "lies": None}
 LTX = Facts(stacked=False, oblong={"height": 64, "width": 96}, lies=lying((2, 2, 3)))
