@@ -108,8 +108,9 @@ NUMBERS = {  # of the judge: by what they are multiplied, and their digits
 
 
 def judged(found: Mapping[str, Any]) -> str:
-    """What a recipe's clips are less exact ones, by the judge."""
-    said = f"What {found['clips']} clips by a recipe are, less the same by {found['than']} steps with every branch:"
+    """The judged difference between the clips of a recipe and exact ones."""
+    clips, than = found["clips"], found["than"]
+    head = f"The difference of {clips} clips by a recipe from the same clips by {than} steps and all branches:"
     rows = []
     for recipe, numbers in found["found"].items():
         cells = [recipe]
@@ -117,7 +118,7 @@ def judged(found: Mapping[str, Any]) -> str:
             value, half = (times * numbers[name][part] for part in ("value", "half"))
             cells.append(f"{value:+.{digits}f} ± {half:.{digits}f}")
         rows.append(cells)
-    return f"{said}\n\n{readme.table(['by', *(name for name, _, _ in NUMBERS.values())], rows)}"
+    return f"{head}\n\n{readme.table(['by', *(name for name, _, _ in NUMBERS.values())], rows)}"
 
 
 def figures(row: Row) -> str:
