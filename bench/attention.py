@@ -1,8 +1,8 @@
-"""How fast is attention over a stack of rows, beside what is installed? On a GPU.
+"""The speed of attention over a stack of rows, compared with installed libraries. For a GPU.
 
-A stack of three rows, one of them the identity: the fused launches, and every split form, beside the fastest attention
-on all three rows, which is what guidance costs where masked rows are computed and thrown away. Also one identity row
-alone, as a fraction of the rate at which the device copies. Results agree with each other before anything is timed.
+A stack of three rows, one of them the identity: the fused launches and each split form, compared with the fastest
+attention on all three rows, which is the cost if masked rows are computed and discarded. Also one identity row
+alone, as a fraction of the copy rate of the device. Results are checked to agree before anything is timed.
 
     python bench/attention.py [--tokens 2048 8192 32768] [--hopper] [--save FILE]
 """

@@ -1,6 +1,7 @@
-"""What does the blur of queries cost, beside the attention that it precedes? Says whether fusing the two could pay.
+"""The cost of the blur of queries, compared with the attention after it: whether fusing the two would be worth it.
 
-Both in one process, in turns, on one row; the blur first agrees with its specification. `--device cuda` on a GPU.
+Both run in turns in one process, on one row. The blur is checked against its specification first. Use
+`--device cuda` on a GPU.
 
     python bench/blur.py [--device cuda] [--save FILE]
 """

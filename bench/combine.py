@@ -1,13 +1,13 @@
-"""What does the combination of the branches cost? Bytes everywhere, time on a GPU.
+"""The cost of combining the branches: bytes on every machine, time on a GPU.
 
-The floor is what the fused kernels ask of memory: every branch read once, or twice where a rescale or an orthogonal
-part needs statistics first, and the result written once. Beside it, what eager torch moves for the same formula: all
-that its operations read and write, views aside. *As written* is the formula as pipelines have it, in the dtype of the
-branches; *reference* is this library's own, in float32. Latents that fit into the L2 cache move fewer bytes than both
-sides are counted for.
+The floor is the memory traffic of the fused kernels: each branch is read once, or twice if a rescale or an orthogonal
+part needs statistics first, and the result is written once. It is compared with the traffic of eager torch for the same
+formula: all that its operations read and write, except views. *As written* is the formula of pipelines, in the dtype of
+the branches; *reference* is the one of this library, in float32. Latents that fit into the L2 cache move fewer bytes
+than counted on both sides.
 
     python bench/combine.py                         the table of bytes
-    python bench/combine.py --device cuda           and the time, of the fused kernels, eager and compiled torch
+    python bench/combine.py --device cuda           also the time of the fused kernels, eager and compiled torch
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Case:
         return ", ".join(part for part in parts if part)
 
     def floor(self, branch: int) -> int:
-        """Bytes for branches and a result of this many each; what needs statistics reads the branches twice."""
+        """Bytes for branches and a result of this size each; branches are read twice if statistics are needed."""
         first_pass = self.branches if self.rescale or self.orthogonal else 0
         return (first_pass + self.branches + 1) * branch
 
@@ -82,7 +82,7 @@ CASES = (Case(2), Case(3), Case(2, 0.7), Case(3, 0.7), Case(4, 0.7), Case(3, 0.0
 
 
 class Counting(TorchDispatchMode):
-    """Bytes read and written by every operation that runs within it, and how many there were."""
+    """Counts bytes read and written by each operation that runs within it, and the operations."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def branches(count: int, numel: int, device: str) -> list[Tensor]:
 
 
 def table(numel: int = 4096) -> list[dict[str, Any]]:
-    """Bytes as multiples of one branch's."""
+    """Bytes as multiples of one branch's bytes."""
     rows = []
     for case in CASES:
         given = branches(case.branches, numel, "cpu")
@@ -158,7 +158,7 @@ def microseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
 
 
 def disagreement(case: Case, given: list[Tensor]) -> float:
-    """Errors of the fused result over what they may be: twice torch's own in float32, and the rounding."""
+    """Errors of the fused result divided by the allowed error: twice torch's own in float32, and the rounding."""
     exact = case.reference([branch.double() for branch in given])
     error, own = ((call(given).double() - exact).abs().max() for call in (case.fused, case.reference))
     return float(error / (2 * (own + torch.finfo(DTYPE).eps * exact.abs().max())))

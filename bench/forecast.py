@@ -1,4 +1,4 @@
-"""Whether `stgfast render --plan` says how long jobs take: twenty clips of the model in the package, then more.
+"""Check the estimate of `stgfast render --plan`: render twenty clips of the model in the package, then more.
 
 python bench/forecast.py --clips 40
 """

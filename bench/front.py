@@ -1,11 +1,10 @@
-"""What is a clip's error, and what does it cost? Solvers, steps, `reuse` and caches of other libraries, on the model in
-the package.
+"""Error and cost of a clip by solver, steps, `reuse` and caches of other libraries, on the model in the package.
 
-Every way of making a clip is held against a converged run, of 128 UniPC steps with every branch computed: by that scale
-an approximation is worth what it saves only where fewer steps, or a better solver, are further off at the same cost.
-Prompts and noise took no part in choosing anything. Costs are block-rows, counted by the arithmetic that ran in the
-blocks, and processor time, as ways take turns: a round is as many clips as are made together, by every way. Both are
-parts of what 48 exact Euler steps take.
+Each way to make a clip is compared with a converged run of 128 UniPC steps with all branches. An approximation is worth
+its saving only if fewer steps, or a better solver, are further from the converged run at the same cost. Prompts and
+noise were not used to choose anything. Costs are block-rows, counted by the arithmetic that ran in the blocks, and
+processor time. The ways take turns: a round is one batch of clips by each way. Both costs are fractions of 48 exact
+Euler steps.
 
     pip install cache-dit==1.5.3
     python bench/front.py --save bench/results/front.jsonl
@@ -112,7 +111,7 @@ def latents(pipe: Any, way: Way, exact: Guidance, numbers: Sequence[int]) -> Ten
 
 
 class Front:
-    """Two pipelines with the same model: one that is accelerated, one whose passes are made one after another."""
+    """Two pipelines with the same model: an accelerated one, and one that makes its passes one after another."""
 
     def __init__(self, exact: Guidance):
         self.exact, self.plain = exact, toy.pipeline()
@@ -122,7 +121,7 @@ class Front:
         self.ratios: dict[tuple[str, int], list[float]] = {}
 
     def made(self, way: Way, numbers: Sequence[int]) -> tuple[Tensor, float, float]:
-        """The clips, and what they took: block-rows, and seconds of the processor."""
+        """The clips, and their cost: block-rows, and seconds of the processor."""
         with self._ready(way) as (pipe, models), peers.counted(models) as computed:
             begun = time.process_time()
             clips = latents(pipe, way, self.exact, numbers)
@@ -138,7 +137,7 @@ class Front:
             yield self.plain, list(models.values())
 
     def _ratios(self, way: Way) -> list[float]:
-        """What MagCache has to know of a model, from clips that are not measured."""
+        """The calibration that MagCache needs for a model, from clips that are not measured."""
         known = way.solver, way.steps
         if known not in self.ratios:
             with peers.pass_by_pass(self.plain, self.exact, peers.calibrated, way.steps) as models:
@@ -148,7 +147,7 @@ class Front:
 
 
 def distances(clips: Tensor, from_these: Tensor) -> Tensor:
-    """Of every clip by itself."""
+    """The distance of each clip."""
     return (clips - from_these).flatten(1).norm(dim=1) / from_these.flatten(1).norm(dim=1)
 
 

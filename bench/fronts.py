@@ -1,8 +1,8 @@
-"""Error against cost on the model in the package, as two READMEs and a plot have it: made of bench/results/front.jsonl.
+"""Error and cost on the model in the package: tables of two READMEs and a plot, made from bench/results/front.jsonl.
 
 python bench/fronts.py           the tables
-python bench/fronts.py --check   are they what the READMEs have, and is the plot?
-python bench/fronts.py --write   put them there
+python bench/fronts.py --check   do the READMEs and the plot have these values?
+python bench/fronts.py --write   write them there
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def rows_of(path: Path = RESULTS) -> list[Row]:
 
 
 def best_of(rows: Sequence[Row]) -> list[Row]:
-    """What no other way is both cheaper and closer than."""
+    """The ways for which no other way is both cheaper and closer."""
     found: list[Row] = []
     for row in rows:
         if not found or row["distance"] < found[-1]["distance"]:
@@ -59,14 +59,14 @@ def kind_of(row: Row) -> str:
 
 
 def brief(row: Row) -> str:
-    """Its name, with the number of the steps that are named."""
+    """The name of a way, with the number of named steps instead of the steps."""
     named = next((row.get(name) for name in ("reuse", "blocks") if isinstance(row.get(name), list)), [])
     steps = ", ".join(map(str, named))
     return row["way"].replace(f" but in steps {steps}", f", {len(named)} of them whole") if named else row["way"]
 
 
 def table(rows: Sequence[Row]) -> str:
-    """By cost, and with what no other way is both cheaper and closer than in bold."""
+    """By cost. Ways for which no other way is both cheaper and closer are bold."""
     best = {row["way"] for row in best_of(rows)}
     lines = ["| way | cost | seconds | distance | 95% |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
@@ -76,7 +76,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def short(rows: Sequence[Row]) -> str:
-    """The cheapest way of every kind that is as close as the usual one, or the closest there is."""
+    """The cheapest way of each kind that is as close as the usual one, or the closest there is."""
     (base,) = (row for row in rows if row["way"] == BASE)
     kinds: dict[str, list[Row]] = {}
     for row in rows:
@@ -126,7 +126,7 @@ def figures(row: Row) -> str:
 
 
 def plot(rows: Sequence[Row]) -> str:
-    """Distance up, on a logarithmic scale, by cost."""
+    """Distance on a logarithmic y axis, cost on the x axis."""
     shown = [row for row in rows if row["cost"] <= WIDEST]
     low, high = (edge(row["distance"] for row in shown) for edge in (min, max))
     bottom, top = math.log(low / 1.12), math.log(high * 1.12)
@@ -169,9 +169,9 @@ SAID = {
     "Euler": "Euler",
     "UniPC": "UniPC",
     "DPM++": "DPM-Solver++",
-    "reuse": "differences carried on",
+    "reuse": "differences extrapolated",
     "caches": "caches of other libraries",
-    "blocks": "blocks carried on",
+    "blocks": "blocks extrapolated",
 }
 
 

@@ -1,7 +1,7 @@
-"""Are clips that are made by a recipe worse than exact ones? By the judge of the model in the package.
+"""Whether clips made by a recipe are worse than exact ones, by the judge of the model in the package.
 
-Both make the same clips: the same prompts, which took no part in choosing, and the same noise. What is reported
-is the difference, clip by clip, with the interval in which it lies in 95 of 100 cases.
+Both have the same prompts, which were not used to choose anything, and the same noise. The result is the difference,
+clip by clip, with its 95% interval.
 
     python bench/judged.py --out DIR --save bench/results/judged.json
 """
@@ -45,7 +45,7 @@ class Side:
 
 
 def sides() -> tuple[Side, ...]:
-    """Exact Euler steps, and what the front says to be as near to the converged clip for the least work."""
+    """Exact Euler steps, and the recipes that the front found as near to the converged clip at the lowest cost."""
     pipe = toy.pipeline()
     model = model_of(pipe, ADAPTERS[type(pipe).__name__])
     steps = thinning(20, 4, 0.1)
@@ -56,7 +56,7 @@ def sides() -> tuple[Side, ...]:
 
 
 def made(side: Side, clips: int, out: Path, judged: Measure) -> Setting:
-    """The clips of one side, measured; those that are there already are not made again."""
+    """The clips of one side, measured. Existing clips are not made again."""
     size = {name: toy.CALL[name] for name in ("width", "height", "num_frames")}
     scale = {"guidance_scale": toy.CALL["guidance_scale"]}
     jobs = [

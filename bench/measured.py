@@ -1,8 +1,8 @@
-"""What was measured on a CPU, as the README beside this has it: made of the rows in bench/results/.
+"""The table of CPU measurements in bench/README.md, made from the rows in bench/results/.
 
 python bench/measured.py           the table
-python bench/measured.py --check   is it what that README has?
-python bench/measured.py --write   put it there
+python bench/measured.py --check   does the README have these values?
+python bench/measured.py --write   write it there
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How much memory does a guided step take at its peak, beyond the model itself, beside the stock pipeline's?
+"""The peak memory of a guided step, without the model itself, compared with the stock pipeline.
 
-Models as released, clips as released, on a device where tensors have shapes and no numbers: every allocation of the
-denoiser is counted, on any machine. Attention is taken to hold no scores, as fused kernels do.
+Models and clips have their released sizes, on the meta device: every allocation of the denoiser is counted, on any
+machine. Attention is assumed to keep no scores, like fused kernels.
 
     python bench/memory.py                     all models
     python bench/memory.py --models wan-14b
@@ -39,7 +39,7 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, *others: Any, **named:
 
 @contextlib.contextmanager
 def without_numbers(bench: Bench) -> Iterator[None]:
-    """The denoiser's calls are made where nothing has numbers; the pipeline and its scheduler stay on the host."""
+    """Run the denoiser's calls on the meta device; the pipeline and its scheduler stay on the host."""
     autocast = torch.autocast
 
     def into(module: Any, args: Any, kwargs: Any) -> Any:

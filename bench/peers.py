@@ -1,8 +1,8 @@
-"""Caches of other libraries, on the model in the package, with the same guidance evaluated pass after pass.
+"""Caches of other libraries, on the model in the package, with the same guidance in separate passes.
 
-As a user would otherwise have it: the conditional, the unconditional and the weak pass, one after another, each through
-a model of its own with a cache of its own. (One model for all three would be called by three passes in turn, of which
-caches that count calls tell two apart.) What a cache decides, it decides for a whole batch.
+The conditional, the unconditional and the perturbed pass run one after another, each with a model and a cache of its
+own. (One model would be called by three passes in turn, and caches that count calls can separate only two.) A cache
+decides for a whole batch.
 
 `pip install cache-dit==1.5.3`; the others come with diffusers.
 """
@@ -29,9 +29,8 @@ Put = Callable[[nn.Module, int], None]  # put a cache on a model that makes so m
 
 @contextmanager
 def pass_by_pass(pipe: Any, guidance: Guidance, put: Put, steps: int) -> Iterator[Mapping[str, nn.Module]]:
-    """Within the block, one call of this stock pipeline is guided by three passes a step, each with a cache of its own.
-
-    The models of the passes are what the block is given.
+    """Guide one call of this stock pipeline by three passes a step, each with a cache of its own, within the block.
+    Yields the models of the passes.
     """
     (part,) = guidance.perturbations
     models = {name: copy.deepcopy(pipe.transformer) for name in (COND, UNCOND, WEAK)}
@@ -81,16 +80,15 @@ def _halves(given: Mapping[str, Any], number: int, rows: int) -> dict[str, Any]:
 
 
 def _context(model: nn.Module, name: str, where: Mapping[str, Any]) -> AbstractContextManager[None]:
-    """Caches of diffusers keep their passes, and the run, apart by what they are told here."""
+    """Caches of diffusers separate passes and runs by this name."""
     told: AbstractContextManager[None] = model.cache_context(name, **where) if model.is_cache_enabled else nullcontext()
     return told
 
 
 @contextmanager
 def counted(models: Sequence[nn.Module]) -> Iterator[Callable[[], float]]:
-    """The block-rows that were computed within the block, by the arithmetic of the linear layers that ran.
-
-    Caches leave out blocks, or parts of them: a whole block of the model on one row is 1.
+    """Block-rows computed within the block, by the arithmetic of the linear layers that ran. Caches skip blocks or
+    parts of them; a whole block on one row is 1.
     """
     total = 0.0
 
@@ -108,8 +106,9 @@ def counted(models: Sequence[nn.Module]) -> Iterator[Callable[[], float]]:
 
 
 def _one(model: nn.Module) -> float:
-    """The arithmetic of one block on one row: every linear layer sees the video's tokens, or for keys and values the
-    text's."""
+    """The arithmetic of one block on one row: each linear layer processes the tokens of the video or, for keys and
+    values, those of the text.
+    """
     block = model.transformer_blocks[0]
     text = {block.attn2.to_k, block.attn2.to_v}
     layers = [part for part in block.modules() if isinstance(part, nn.Linear)]
@@ -127,7 +126,9 @@ def none(model: nn.Module, steps: int) -> None:
 
 
 def dbcache(model: nn.Module, steps: int, *, threshold: float, taylor: bool) -> None:
-    """cache-dit, with its advice: one block computed always, four steps to begin with, three left out in a row."""
+    """cache-dit with its recommended settings: one block always computed, four warm-up steps, at most three skipped in
+    a row.
+    """
     import cache_dit
 
     cache_dit.enable_cache(
@@ -152,7 +153,7 @@ def first_block(model: nn.Module, steps: int, *, threshold: float) -> None:
 
 
 def taylor_seer(model: nn.Module, steps: int, *, every: int, order: int) -> None:
-    """Attention and feed-forward of every block; those that are left out are forecast by a Taylor series."""
+    """Attention and feed-forward of each block; skipped ones are predicted by a Taylor series."""
     from diffusers import TaylorSeerCacheConfig
 
     layers = [r".*transformer_blocks\.\d+\.(attn1|attn2|ff)"]
@@ -170,7 +171,7 @@ def mag(model: nn.Module, steps: int, *, threshold: float, ratios: Mapping[int, 
 
 
 def calibrated(model: nn.Module, steps: int) -> None:
-    """MagCache as it measures what it has to know of a model; it never comes to a run's end, where it forgets."""
+    """MagCache while it measures its calibration; the run does not reach its end, where the calibration is cleared."""
     from diffusers import MagCacheConfig
 
     model.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=steps + 1))
@@ -193,8 +194,9 @@ def _latents_of(module: nn.Module, args: Any, named: Mapping[str, Any]) -> list[
 
 
 def forecast(model: nn.Module, steps: int, *, every: int, order: int) -> None:
-    """What caches do, by a schedule: in the steps between, what all blocks after the first add is taken from a
-    polynomial through what they added before."""
+    """Caching by a schedule: in skipped steps, the residual of all blocks after the first is extrapolated by a
+    polynomial.
+    """
     blocks = list(model.transformer_blocks)
     past: list[tuple[int, Tensor]] = []
     now: dict[str, Any] = {"step": 0}

@@ -1,8 +1,8 @@
-"""What every supported pipeline saves by sharing: blocks counted by the planner, for models as they were released.
+"""What each supported pipeline saves by sharing: block-rows counted by the planner, for models of released sizes.
 
     python bench/pipelines.py           the tables
-    python bench/pipelines.py --check   are they what the READMEs have?
-    python bench/pipelines.py --write   put them there
+    python bench/pipelines.py --check   do the READMEs have these values?
+    python bench/pipelines.py --write   write them there
 
 Models are built from their configuration on the meta device, where they have no weights.
 """
@@ -45,7 +45,7 @@ SOME_CFG = 4.0
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A released model, and the pipelines that take it."""
+    """A released model, and the pipelines that use it."""
 
     name: str
     denoiser: Callable[[], nn.Module]
@@ -74,7 +74,7 @@ def sdxl() -> nn.Module:
 
 
 def open_sora(*lists: str, sizes: Sequence[int], attention: Sequence[str]) -> nn.Module:
-    """As much of the model as a plan looks at."""
+    """The parts of the model that a plan needs."""
     model = nn.Module()
     for name, size in zip(lists, sizes, strict=True):
         blocks = [nn.ModuleDict({part: nn.Identity() for part in attention}) for _ in range(size)]
@@ -227,7 +227,7 @@ MODELS = [
 
 
 def plans_of(name: str, adapter: Adapter, denoiser: nn.Module) -> list[Plan]:
-    """What a guided step of this pipeline computes, call by call, with its default settings."""
+    """The plans of a guided step of this pipeline, call by call, with default settings."""
     layout = adapter.blocks.of(denoiser)
     if adapter.announced is not None and adapter.protocol == "announced":
         cls = getattr(diffusers, name)
@@ -244,7 +244,7 @@ def plans_of(name: str, adapter: Adapter, denoiser: nn.Module) -> list[Plan]:
 
 
 def guiders_of(name: str) -> dict[str, Any]:
-    """Those that a modular pipeline of LTX-2 has where it is given none."""
+    """The default guiders of a modular pipeline of LTX-2."""
     if not name.endswith("ModularPipeline"):
         return {}
     from diffusers.modular_pipelines.ltx2.denoise import LTX2LoopDenoiser
@@ -254,7 +254,7 @@ def guiders_of(name: str) -> dict[str, Any]:
 
 
 def arguments_of(name: str) -> dict[str, Any]:
-    """What a call of this pipeline has where it is given nothing."""
+    """The default arguments of a call of this pipeline."""
     parameters = inspect.signature(getattr(diffusers, name).__call__).parameters
     return {parameter.name: parameter.default for parameter in parameters.values()}
 
@@ -269,7 +269,9 @@ class Counted(NamedTuple):
 
 @functools.cache
 def counted(model: Model) -> tuple[Counted, Adapter, int]:
-    """The same for all its pipelines; what is known of the first, and how many layers there are."""
+    """Block-rows, which are the same for all pipelines of a model; the facts of the first pipeline, and the number of
+    layers.
+    """
     denoiser = model.build()
     adapters = {name: (ADAPTERS | OPEN_SORA)[name] for name in model.pipelines}
     counts = set()
@@ -307,7 +309,7 @@ def short(model: Model) -> list[str]:
 
 
 def takes_a_solver(name: str, adapter: Adapter) -> bool:
-    """Whether it is released with Euler steps of flow matching that another solver can make, or with UniPC."""
+    """Whether the model is released with Euler steps of flow matching, which a solver can replace, or with UniPC."""
     made = inspect.signature(getattr(diffusers, name, object)).parameters.get("scheduler")
     inverted = name == "MochiPipeline"
     return name in OWN_UNIPC or (

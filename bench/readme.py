@@ -1,4 +1,4 @@
-"""Tables of READMEs that are made: each stands between two marks, the first of which says what makes it."""
+"""Generated tables in READMEs: each is between two marks, the first of which names its script."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def main(script: str, about: str, made: Mapping[Path, str]) -> int:
-    """Prints tables, checks them or puts them in their files, as the arguments say."""
+    """Print, check or write tables, depending on the arguments."""
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--write", action="store_true")

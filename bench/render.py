@@ -1,12 +1,12 @@
-"""A night's work on one device: jobs rendered by `stgfast.render` against a plain loop of `pipe(prompt)` calls.
+"""Many jobs on one device: `stgfast.render` compared with a plain loop of `pipe(prompt)` calls.
 
     python bench/render.py --jobs 24
 
-Each line has one cause more than the line before, and first shows that its clips are those of the loop:
+Each line adds one cause to the line before. Its clips are checked against those of the loop first:
 
-    loop      one call after another, STG as the paper's code does it: every row through every block
+    loop      one call after another, STG as in the authors' code: each row through each block
     sharing   the same loop, accelerated
-    text      `render`, one clip at a time, one stage after another: every distinct prompt is read once
+    text      `render`, one clip at a time, one stage after another: each distinct prompt is encoded once
     overlap   decoding and writing while the next clip denoises
     batching  clips that fit together in one call
 
@@ -58,7 +58,7 @@ def jobs_of(count: int) -> list[dict[str, Any]]:
 
 
 def loop(pipe: Any, jobs: list[dict[str, Any]], out: Path) -> None:
-    """What a person writes."""
+    """The loop that a user would write."""
     for job in jobs:
         clip = pipe(
             job["prompt"],
@@ -74,7 +74,7 @@ def loop(pipe: Any, jobs: list[dict[str, Any]], out: Path) -> None:
 
 
 def as_the_paper(pipe: Any) -> Any:
-    """Guided with nothing shared: the weak branch is a pass through all blocks but one."""
+    """Guidance without sharing: the perturbed branch is a pass through all blocks but one."""
     forward, block = pipe.transformer.forward, pipe.transformer.transformer_blocks[LAYER]
 
     def skipping(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

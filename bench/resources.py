@@ -1,4 +1,4 @@
-"""What do the kernels ask of a chip? Compiled ahead of time, with no GPU, for the shapes of the supported models.
+"""What the kernels need from a chip: compiled ahead of time, without a GPU, for the shapes of the supported models.
 
 Registers and spills are what `ptxas` reports, shared memory is what the compiler asks for, matrix instructions are
 counted in the PTX.
@@ -62,7 +62,7 @@ HEADER = (
 def compiled(
     name: str, kernel: Any, arch: int, types: dict[str, str], constants: dict[str, Any], *, warps: int, stages: int
 ) -> Usage:
-    """A kernel's use of a chip. `types` has every run-time argument; pointers and strides are multiples of 16."""
+    """A kernel's use of a chip. `types` has each run-time argument; pointers and strides are multiples of 16."""
     names = kernel.arg_names
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if _aligned(n, types)}
@@ -84,7 +84,7 @@ def _aligned(name: str, types: dict[str, str]) -> bool:
 
 
 def assembled(ptx: str, arch: int) -> tuple[int, int]:
-    """Registers, and bytes spilled."""
+    """Registers, and spilled bytes."""
     new = arch >= 100 or tuple(map(int, re.search(r"\.version (\d+)\.(\d+)", ptx).groups())) > (8, 8)
     target = f"sm_{arch}" + ("a" if arch >= 90 else "")
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -118,7 +118,7 @@ def attention_usage(arch: int, size: int, dtype: str = "bf16", bias: int = 0, *,
 
 
 def hopper_usage(size: int, dtype: str = "bf16", *, kv_len: bool = True) -> Usage:
-    """With `kv_len` its last tile of keys is not whole either; without, every tile is."""
+    """With `kv_len` its last tile of keys is partial; without, all tiles are complete."""
     dim = attention.padded(size)
     cut = attention_hopper.config(dim)
     constants = {"D": size, "DIM": dim, "M": cut.m, "N": cut.n, "TAIL": kv_len, "HAS_KV_LEN": kv_len}
@@ -130,7 +130,7 @@ def hopper_usage(size: int, dtype: str = "bf16", *, kv_len: bool = True) -> Usag
 
 
 def hopper_usages(arch: int, sizes: Sequence[int], *, kv_len: bool = True) -> list[Usage]:
-    """Nothing on other chips, nor where this triton has no descriptors."""
+    """Nothing for other chips, or if this triton has no descriptors."""
     runs = arch == 90 and hasattr(tl, "make_tensor_descriptor")
     return [hopper_usage(size, kv_len=kv_len) for size in sizes if size <= attention_hopper.MAX_SIZE] if runs else []
 
@@ -138,7 +138,7 @@ def hopper_usages(arch: int, sizes: Sequence[int], *, kv_len: bool = True) -> li
 def combine_usage(
     arch: int, count: int, dtype: str = "bf16", *, rescale: bool = True, project: bool = False
 ) -> list[Usage]:
-    """Both launches, or the one that is enough."""
+    """Both launches, or the only one."""
     types = {f"x{i}_ptr": f"*{dtype}" for i in range(combination.MOST_BRANCHES)}
     types |= {f"w{i}": "fp32" for i in range(1, combination.MOST_BRANCHES)}
     types |= {f"a{i}": "fp32" for i in range(combination.MOST_BRANCHES)}
@@ -157,7 +157,7 @@ def combine_usage(
 
 
 def defaults(arch: int) -> list[Usage]:
-    """The kernels as the supported models launch them: plain, and with keys or scores masked."""
+    """The kernels as the supported models launch them: plain, and with masked keys or scores."""
     sizes = sorted(set(HEADS.values()))
     rows = [attention_usage(arch, size) for size in sizes]
     rows += [attention_usage(arch, size, bias=bias) for size in sizes for bias in (attention.MASK, attention.ADDED)]
@@ -168,7 +168,7 @@ def defaults(arch: int) -> list[Usage]:
 
 
 def others(arch: int) -> list[Usage]:
-    """Everything else that the kernels take."""
+    """All other options of the kernels."""
     sizes = (*sorted(set(HEADS.values())), 256)
     rows = [attention_usage(arch, size) for size in ODD_HEADS] + hopper_usages(arch, ODD_HEADS)
     rows += [attention_usage(arch, 256, bias=bias) for bias in (attention.MASK, attention.ADDED)]

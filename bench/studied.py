@@ -1,10 +1,11 @@
-"""What STG did to the model in the package, as two READMEs have it: made of bench/results/toy.json, which is made by
+"""The effect of STG on the model in the package: tables of two READMEs, made from bench/results/toy.json, which
+comes from
 
     python -m stgfast.evaluate.study reported --out DIR --save bench/results/toy.json
 
 python bench/studied.py           the tables
-python bench/studied.py --check   are they what the READMEs have?
-python bench/studied.py --write   put them there
+python bench/studied.py --check   do the READMEs have these values?
+python bench/studied.py --write   write them there
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def label(setting: Mapping[str, Any]) -> str:
 
 
 def cell(setting: Mapping[str, Any], name: str) -> str:
-    """With the sign of what differs from the same CFG alone, as far as can be told."""
+    """A number, with a sign if it differs from the same CFG alone outside of its interval."""
     _, times, digits = COLUMNS[name]
     found, than = setting["estimates"][name], setting["differences"].get(name)
     sign = Estimate(than["value"], than["half"]).sign if than and than["half"] is not None else ""

@@ -1,9 +1,9 @@
-"""One call for all rows of an attention, or rows that attend and the others' values apart: which is faster?
+"""The faster way to compute an attention: all rows in one call, or attending rows and values of the others separately.
 
-Three rows, of which one is the identity: as it forks from another one, whose queries, keys and values it shares, and
-with an input of its own, as at every later layer. Attentions of released models, random weights. Both in one process,
-in turns; they agree before anything is timed. On a CPU, `stgfast` goes the way that projects less, which this is the
-ground for; on a GPU it goes the first, unless this says otherwise there.
+Three rows, one of which is the identity: at its fork, where it shares queries, keys and values with another row, and
+with an input of its own, as at every later layer. Attentions of released models, random weights. Both run in turns in
+one process, and are checked to agree before anything is timed. Because of these results, `stgfast` uses the way with
+fewer projections on a CPU. On a GPU it uses the first way, unless results of a GPU say otherwise.
 
     python bench/ways.py [--device cuda] [--tokens 256 1024 2048] [--save FILE]
 """

@@ -45,11 +45,11 @@ def settle(guidance: Guidance, own_rescale: float | None, given: Mapping[str, An
     given = {name: setting for name, setting in given.items() if setting is not None}
     for one, other in (("stg_layers", "stg_applied_layers_idx"), ("stg_rescale", "do_rescaling")):
         if one in given and other in given:
-            raise wrong(f"{one} and {other}", (given[one], given[other]), "one of them: they say the same thing")
+            raise wrong(f"{one} and {other}", (given[one], given[other]), "only one of them: both set the same thing")
     if "stg" in given:
         guidance = given.pop("stg")
         if given:
-            raise wrong("settings beside stg", sorted(given), "none: stg says all of it")
+            raise wrong("settings beside stg", sorted(given), "none: stg holds all settings")
         if not isinstance(guidance, Guidance):
             raise wrong("stg", guidance, "a stgfast.Guidance")
     rescale = given.get("stg_rescale")
@@ -80,8 +80,8 @@ def check_call(pipeline: type[Any], adapter: Adapter) -> None:
     hidden = [name for name in inspect.signature(described.__call__).parameters if name not in own]
     if hidden:
         raise UnsupportedPipelineError(
-            f"arguments of {pipeline.__name__}.__call__: got {', '.join(own)}, expected those of "
-            f"{described.__name__}.__call__ by name, {', '.join(hidden)} too"
+            f"arguments of {pipeline.__name__}.__call__: got {', '.join(own)}, expected every "
+            f"argument of {described.__name__}.__call__ by name, including {', '.join(hidden)}"
         )
 
 
@@ -146,8 +146,8 @@ def check_forwards(fitted: Fitted) -> None:
             if home:
                 raise SettingsError(
                     f"forward of {type(module).__name__} in pipe.{name}: got one from {home}, expected its own; "
-                    f"caches and parallelism that replace it cannot be combined with guidance: switch it off, with "
-                    f"cache_dit.disable_cache(pipe) for one, or load the model anew"
+                    f"caches and parallelism that replace it cannot be combined with guidance: switch it off, "
+                    f"for example with cache_dit.disable_cache(pipe), or load the model again"
                 )
 
 
@@ -160,14 +160,14 @@ def check_tokens(fitted: Fitted, *, grid: bool) -> None:
             continue
         if layout.blocks.unspread:
             raise SettingsError(
-                f"{fitted.adapter.pipeline}: got pipe.{name} with its tokens spread over processes, which diffusers "
-                f"cannot do for this model: {layout.blocks.unspread}; divide its branches instead, with "
+                f"{fitted.adapter.pipeline}: got pipe.{name} with its tokens split over processes, which diffusers "
+                f"cannot do for this model: {layout.blocks.unspread}; split its branches instead, with "
                 f"accelerate(pipe, branches=group)"
             )
         if grid and len(layout.blocks.state) > 1:
             raise SettingsError(
-                f"blur of the queries: got pipe.{name} with its tokens spread over processes, those of text among "
-                f"them, expected all of them in one; use kind='attention' or 'residual'"
+                f"blur of the queries: got pipe.{name} with its tokens split over processes, including text "
+                f"tokens, expected all tokens in one process; use kind='attention' or 'residual'"
             )
 
 
@@ -188,8 +188,8 @@ def check_caches(fitted: Fitted) -> None:
             registry = f"diffusers.hooks.HookRegistry.check_if_exists_or_initialize(pipe.{name})"
             advice = f"for hook in {hooks}: {registry}.remove_hook(hook)"
         raise SettingsError(
-            f"pipe.{name} has a cache ({', '.join(hooks)}), which gives back what blocks gave for the rows of earlier "
-            f"steps, where guidance has other rows; switch it off: {advice}"
+            f"pipe.{name} has a cache ({', '.join(hooks)}), which returns block outputs of earlier steps; guided "
+            f"steps have other rows, so switch it off: {advice}"
         )
 
 

@@ -164,8 +164,8 @@ class DividedAnswer(AnsweringStep):
             held = reference()
             if held is None:
                 raise EngineError(
-                    "branches over processes: got a pipeline that makes something of a prediction before it asks for "
-                    "the next one, expected one that does so when it has them all; say early=True of its adapter"
+                    "branches over processes: got a pipeline that uses a prediction before it asks for the next one, "
+                    "expected one that uses predictions after it has all of them; set early=True in its adapter"
                 )
             held.copy_(tensor)
 

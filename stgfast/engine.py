@@ -107,8 +107,8 @@ class Run:
         if (done, self.turn) != (steps, 0) and not getattr(self.pipe, "interrupt", False):
             made = f"{self.steps_done} steps" + (f" and {self.turn} calls of another" if self.turn else "")
             raise EngineError(
-                f"guided steps: got {made}, expected {steps}; was pipe.{next(iter(self.layouts))} exchanged during the "
-                f"call, or is the adapter's protocol, {self.adapter.protocol!r}, or are its denoisers wrong?"
+                f"guided steps: got {made}, expected {steps}; was pipe.{next(iter(self.layouts))} replaced during the "
+                f"call, or are the adapter's protocol ({self.adapter.protocol!r}) or denoisers wrong?"
             )
 
     @contextmanager
@@ -126,7 +126,7 @@ class Run:
             self.part_began, self.part_ends = self.steps_done, self.steps_done + steps
         number = self.steps_done - self.part_began
         if number >= steps:
-            raise EngineError(f"denoising steps: got one more than the {steps} that the scheduler has")
+            raise EngineError(f"denoising steps: got one more than the {steps} steps of the scheduler")
         if not self.guidance.by_sigma:
             return Moment(number, steps)
         if self.sigmas is None or number == 0:
@@ -176,7 +176,9 @@ class Run:
         rows = arguments[self.adapter.sample].shape[0]
         prompts, left = divmod(rows, len(sources))
         if left:
-            raise EngineError(f"rows of the denoiser: got {rows}, expected as many for each of {', '.join(sources)}")
+            raise EngineError(
+                f"rows of the denoiser: got {rows}, expected the same number for each of {', '.join(sources)}"
+            )
         return int(prompts)
 
     def shared(self, name: str, calls: Sequence[Sequence[Branch]], prompts: int) -> Shared:

@@ -30,6 +30,11 @@ def wrong(what: str, got: object, right: str) -> SettingsError:
     return SettingsError(f"{what}: got {got!r}, expected {right}")
 
 
+def one_line(error: BaseException) -> str:
+    """The type and the message of an error, for a message of ours."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+
+
 def check_names(what: str, names: object) -> None:
     """Raise if a setting is not a tuple of names. A single string is a common mistake."""
     if isinstance(names, str) or not isinstance(names, Sequence):

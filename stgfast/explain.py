@@ -28,7 +28,7 @@ from stgfast.integrations.steps import CallArguments, scheduled, steps_back
 from stgfast.reuse import KeptDifferences
 from stgfast.schedules import Moment
 
-QUICK = "rows that attend by what is fastest for their shape, with numbers of keys in place of masks"
+QUICK = "attending rows with the fastest attention for their shape, with key counts instead of masks"
 
 
 def explain(pipe: Any, *, ranks: int | None = None, **arguments: Any) -> Explanation:
@@ -47,12 +47,12 @@ def explain(pipe: Any, *, ranks: int | None = None, **arguments: Any) -> Explana
         >>> explanation = stgfast.explain(stgfast.accelerate(pipe), num_inference_steps=30)
         >>> print(explanation)
         LTXPipeline: 6 blocks, stacked, CFG scale 3
-        perturbed0: cond with residual at layer 1, scale 1, held against cond
+        perturbed0: cond with residual at layer 1, scale 1, base cond
         steps 0 to 29 of 30: g = -2 uncond +4 cond -1 perturbed0
           blocks 0 to 1: 2 rows
           blocks 2 to 5: 3 rows
         block-rows per prompt: 480; 540 without sharing (11.1% saved); 360 without stgfast
-        memory, in rows per prompt: 2 in a block at once, 3 held between blocks; 2 in the pipeline's own calls
+        memory, in rows per prompt: 2 in a block at once, 3 kept between blocks; 2 in the pipeline's own calls
     """
     installed = installed_on(pipe)
     if ranks is None:

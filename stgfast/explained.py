@@ -134,12 +134,12 @@ class Explanation:
         )
         if self.ranks > 1:
             lines.append(
-                f"over {self.ranks} ranks: {self.longest} block-rows per prompt on the one that computes most; with as "
-                f"many prompts as ranks, or a multiple, {self.block_rows / self.ranks:g}"
+                f"over {self.ranks} ranks: {self.longest} block-rows per prompt on the busiest one; "
+                f"{self.block_rows / self.ranks:g} if the number of prompts is a multiple of the ranks"
             )
         lines += [f"attention of {_numbered('block', where)}: {way}" for way, where in self.attention.items()]
         lines.append(
-            f"memory, in rows per prompt: {self.rows_at_once} in a block at once, {self.rows_held} held between "
+            f"memory, in rows per prompt: {self.rows_at_once} in a block at once, {self.rows_held} kept between "
             f"blocks; {self.rows_of_pipeline} in the pipeline's own calls"
         )
         return "\n".join(lines)
@@ -156,17 +156,17 @@ class Explanation:
             computed, got = ", ".join(name for name in names if name in share), len(names) - len(share)
             lines.append(
                 f"rank {rank} computes {computed}: {'; '.join(_blocks(_rows(made)))}; {load} block-rows, "
-                f"and receives {got} prediction{'s' if got != 1 else ''}"
+                f"and receives {_counted(got, 'prediction')}"
             )
         idle = range(len(division.shares), self.ranks)
         if idle:
-            lines.append(f"{_numbered('rank', idle)}: nothing to gain, computes again what the others do")
+            lines.append(f"{_numbered('rank', idle)}: no gain, repeat the work of the others")
         return lines
 
     def _settings(self) -> list[str]:
         lines = [
             f"{name}: {part.of} with {_kind(part)} at {_plural('layer', part.layers)}, scale {in_words(part.scale)}, "
-            f"held against {part.base}"
+            f"base {part.base}"
             for name, part in zip(self.guidance.names, self.guidance.perturbations, strict=True)
         ]
         if self.guidance.rescale != 0.0:
@@ -174,7 +174,7 @@ class Explanation:
         if self.guidance.cfg is not None:
             lines.append(f"CFG scale in place of the pipeline's: {in_words(self.guidance.cfg)}")
         if self.guidance.formula is not None:
-            eta = f", of which {self.guidance.eta:g} is left" if self.guidance.eta else ""
+            eta = f", eta {self.guidance.eta:g}" if self.guidance.eta else ""
             lines.append(f"projection: {self.guidance.formula.words}{eta}")
         lines += [f"approximately, by a recipe: {self.recipe}"] if self.recipe is not None else []
         lines += _reused(self.guidance, {name for phase in self.phases for name in phase.branches})
@@ -199,16 +199,20 @@ def _reused(guidance: Guidance, branches: Collection[str]) -> list[str]:
     """What is reused across steps, and how much memory it takes, in words."""
     weak, values = len({*branches} - {COND, UNCOND}), (guidance.reuse_order or 0) + 1
     reused = {
-        "base - perturbed": (guidance.reuse, f"{weak * values} of every prompt's predictions" if weak else ""),
-        "cond - uncond": (guidance.reuse_cfg, f"{values} of every prompt's predictions"),
-        "what the blocks add": (guidance.reuse_blocks, f"{len(branches) * values} of every prompt's hidden states"),
+        "base - perturbed": (guidance.reuse, _counted(weak * values, "prediction") if weak else ""),
+        "cond - uncond": (guidance.reuse_cfg, _counted(values, "prediction")),
+        "block residuals": (guidance.reuse_blocks, _counted(len(branches) * values, "hidden state")),
     }
-    how = ("held", "carried on by a line", "carried on by a parabola")[guidance.reuse_order or 0]
+    how = ("repeated", "extrapolated linearly", "extrapolated quadratically")[guidance.reuse_order or 0]
     return [
-        f"approximately: {what} computed in {when(spacing)}, {how} in the others; kept for it: {kept}"
+        f"approximately: {what} computed in {when(spacing)}, {how} in the others; memory: {kept} per prompt"
         for what, (spacing, kept) in reused.items()
         if spacing != EVERY and kept
     ]
+
+
+def _counted(count: int, word: str) -> str:
+    return f"{count} {word}{'s' if count != 1 else ''}"
 
 
 def _blocks(rows: Sequence[int]) -> list[str]:
@@ -216,7 +220,7 @@ def _blocks(rows: Sequence[int]) -> list[str]:
     for count, same in itertools.groupby(rows):
         last = first + len(list(same)) - 1
         where = f"blocks {first} to {last}" if last > first else f"block {first}"
-        lines.append(f"{where}: {count} row{'s' if count != 1 else ''}")
+        lines.append(f"{where}: {_counted(count, 'row')}")
         first = last + 1
     return lines
 
@@ -230,8 +234,8 @@ def _kind(part: Perturbation) -> str:
 def _numbered(word: str, numbers: Sequence[int]) -> str:
     """Numbers in words, with runs of neighbors as ranges."""
     runs = ((run.start, run.stop - 1) for run in spans(numbers, 1))
-    said = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs)
-    return f"{word}{'s' if len(numbers) > 1 else ''} {said}"
+    ranges = ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs)
+    return f"{word}{'s' if len(numbers) > 1 else ''} {ranges}"
 
 
 def _plural(word: str, numbers: Sequence[int]) -> str:

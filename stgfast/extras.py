@@ -23,7 +23,7 @@ def require(extra: str) -> None:
     """Raise if a package of an extra is missing."""
     missing = [name for name in EXTRAS[extra] if not _there(name)]
     if missing:
-        raise MissingError(f"{', '.join(missing)}: not installed, expected what pip install 'stgfast[{extra}]' brings")
+        raise MissingError(f"{', '.join(missing)}: not installed; run pip install 'stgfast[{extra}]'")
 
 
 def _there(name: str) -> bool:

@@ -47,9 +47,9 @@ def sure(
     if installed.verified is not None and not installed.found and not guidance.inert:
         _verify(installed, fitted, guidance, call)
     notice = installed.adapter.notice(call)
-    if notice and notice not in installed.told:
+    if notice and notice not in installed.notices:
         log.warning("%s: %s", installed.original.__name__, notice)
-        installed.told.add(notice)
+        installed.notices.add(notice)
     return installed, fitted, guidance
 
 

@@ -116,7 +116,7 @@ class Guidance:
         set_frozen(self, "eta", finite("eta", self.eta))
         if self.eta and not (self.formula is not None and self.formula.shares):
             sharing = " or ".join(repr(name) for name, formula in known.items() if formula.shares)
-            raise wrong("eta", self.eta, f"0: it is that of project={sharing}")
+            raise wrong("eta", self.eta, f"0: only project={sharing} uses it")
 
     def weights(self, moment: Moment, cfg: Scale) -> dict[str, float]:
         """The weight of each branch at this moment. Weights add up to 1; branches with weight 0 are left out.

@@ -45,12 +45,14 @@ def guided(
         ...     latents = scheduler.sample(model, text_encoder, z, prompts, device, additional_args)
     """
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise wrong("steps", steps, "how many steps the sampler is going to make, 1 or more")
+        raise wrong("steps", steps, "the number of steps of the sampler, 1 or more")
     if guidance is not None and not isinstance(guidance, Guidance):
         raise wrong("guidance", guidance, "a stgfast.Guidance, or None for default settings")
     check_max_rows(max_rows)
     if unwrapped(model) is not model:
-        raise SettingsError("model: got one that is compiled as a whole, expected one with its blocks compiled, if any")
+        raise SettingsError(
+            "model: got one that is compiled as a whole, expected one that is not compiled, or only in blocks"
+        )
     sampler = SimpleNamespace(model=model, num_timesteps=steps)
     fitted = adapter_for_model(sampler).on(sampler)
     chosen = fitted.adapter.defaults if guidance is None else guidance
@@ -84,7 +86,7 @@ class Beside(Combining):
             if left or not all(torch.equal(samples[:prompts], part) for part in samples.split(prompts)):
                 raise EngineError(
                     f"rows of the model: got {len(samples)}, expected the same samples for {', '.join(expected)}; for "
-                    f"a sampler without CFG say guided(..., cfg=False)"
+                    f"a sampler without CFG use guided(..., cfg=False)"
                 )
 
         def repeated(name: str, value: Any) -> Any:

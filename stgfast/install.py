@@ -94,7 +94,11 @@ def accelerate(
     if attention not in (None, AUTO):
         raise wrong("attention", attention, f"{AUTO!r}, or None for the model's own")
     if attention is not None and compile is not False:
-        raise wrong("attention and compile", (attention, compile), "one of them: compiled blocks attend as they are")
+        raise wrong(
+            "attention and compile",
+            (attention, compile),
+            "only one of them: attention of compiled blocks cannot be replaced",
+        )
     compilation = None if compile is False else {} if compile is True else dict(compile)
     execution = Execution(max_rows, compilation, attention, None if branches is None else ranks_of(branches))
     installed = Installed(adapter, guidance, execution, taken(recipe), original, verified, unknown)
@@ -107,9 +111,7 @@ def accelerate(
         own_solver(pipe)
     if installed.recipe is not None:
         if adapter is None:
-            raise wrong(
-                "recipe", "one for a pipeline whose facts are not known", "an adapter, or a pipeline of the table"
-            )
+            raise wrong("recipe", "one for a pipeline that has no adapter", "an adapter, or a pipeline of the table")
         installed.recipe.applied(installed.guidance(pipe))  # raises if they do not fit
         installed.recipe.put_on(pipe, adapter)
     pipe.__dict__[INSTALLED] = installed

@@ -31,7 +31,7 @@ class Installed:
     # Verified facts, by kind of call; None if they need not be verified.
     verified: dict[Any, Adapter] | None = None
     found: bool = False  # its facts are found, not given
-    told: set[str] = dataclasses.field(default_factory=set)  # notices that were given
+    notices: set[str] = dataclasses.field(default_factory=set)  # notices that were given
 
     @property
     def adapter(self) -> Adapter:

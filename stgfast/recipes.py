@@ -106,7 +106,7 @@ class Recipe:
         own = {name: getattr(self, name) for name in (*REUSE, ORDER)}
         made = replace(guidance.exact, **own)
         if guidance.reuses and guidance != made:
-            raise SettingsError("reuse of a Guidance beside a recipe: got both, expected one of them")
+            raise SettingsError("reuse of a Guidance and a recipe: got both, expected one of them")
         return made
 
     def fill_in(self, bound: inspect.BoundArguments) -> None:
@@ -119,7 +119,7 @@ class Recipe:
         """Raise if a call asks for another number of steps."""
         asked = steps_of_call(call if STEPS in call else call["kwargs"])
         if asked != self.steps:
-            raise SettingsError(f"steps beside a recipe: got {asked}, expected the {self.steps} that it was found for")
+            raise SettingsError(f"steps with a recipe: got {asked}, expected the {self.steps} that it was found for")
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, without what is off."""
@@ -147,7 +147,7 @@ class Recipe:
         try:
             return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError) as error:
-            raise wrong("recipe", str(path), f"a file that stgfast tune wrote ({error})") from None
+            raise wrong("recipe", str(path), f"a file written by stgfast tune ({error})") from None
 
     def __str__(self) -> str:
         """The recipe in words."""

@@ -163,7 +163,7 @@ def restart(scheduler: Any, *, t_min: float, t_max: float, times: int = 1, gener
         raise wrong("solver_p of the scheduler to restart", type(scheduler.solver_p).__name__, "None")
     for name, t in (("t_min", t_min), ("t_max", t_max)):
         if isinstance(t, bool) or not isinstance(t, (int, float)) or not math.isfinite(t):
-            raise wrong(name, t, "a share of noise, from 0, clean, to 1, noise alone")
+            raise wrong(name, t, "a share of noise from 0 (clean) to 1 (only noise)")
     if not 0 <= t_min < t_max <= 1:
         raise wrong("t_min and t_max", (t_min, t_max), "shares of noise with 0 <= t_min < t_max <= 1")
     if isinstance(times, bool) or not isinstance(times, int) or times < 1:

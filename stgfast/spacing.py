@@ -29,7 +29,7 @@ def settled(given: Mapping[str, Any]) -> dict[str, Any]:
     made: dict[str, Any] = {name: checked(name, given[name]) for name in REUSE}
     reused, order = [name for name in REUSE if made[name] != EVERY], given[ORDER]
     if BLOCKS in reused and len(reused) > 1:
-        raise SettingsError(f"{BLOCKS} beside {' and '.join(reused[:-1])}: got both, expected one of them")
+        raise SettingsError(f"{BLOCKS} with {' and '.join(reused[:-1])}: got both, expected one of them")
     if order is None:
         return {**made, ORDER: (1 if BLOCKS in reused else 2) if reused else None}
     if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= 2:

@@ -1,14 +1,14 @@
-"""Which tests say again, of another family or size, what others say: `make test-all` runs these too, `make test` not.
+"""Tests that repeat, for another family or size, what other tests cover. They run in `make test-all` only.
 
-Of every test function here, those whose parameters match its pattern are in `make test`. Every deliberate fault of
-`tests/faults.py` is seen by what they keep.
+For each test function in this list, the tests whose parameters match its pattern stay in `make test`. These notice
+every deliberate fault of `tests/faults.py`.
 """
 
 import re
 
 import pytest
 
-# One for every way in which a pipeline calls, has its blocks, or gives its rows.
+# One for each protocol, structure of blocks, and kind of rows.
 FIRST = (
     "Allegro|CogVideoX|CogVideoX from an image|Cosmos|Cosmos 2 from an image|EasyAnimate|HunyuanVideo|HunyuanVideo15|"
     "HunyuanVideo from an image as tokens|Stable Diffusion 3|Flux|Stable Diffusion XL|Kandinsky 5|Latte|LTX|"
@@ -91,11 +91,11 @@ KEPT = {
 
 
 def mark(items: list[pytest.Item]) -> None:
-    """Mark those that say again what others do as `again`."""
+    """Mark the tests that repeat what others cover as `again`."""
     patterns = {re.compile(f"tests/{name}"): re.compile(kept) for name, kept in KEPT.items()}
     for item in items:
         name, _, parameters = item.nodeid.partition("[")
         kept = next((kept for test, kept in patterns.items() if test.fullmatch(name)), None)
-        # A test that goes to one worker with others has the name of their group behind.
+        # The id of a test with an xdist group ends with the group.
         if kept is not None and not kept.fullmatch(parameters.partition("]@")[0].removesuffix("]")):
             item.add_marker(pytest.mark.again)

@@ -1,4 +1,4 @@
-"""A browser that looks at a page, where there is one."""
+"""A browser for tests of pages, if one is installed."""
 
 import shutil
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ FLAGS = (
 
 @contextmanager
 def opened_browser(*flags):
-    """A browser of its own."""
+    """A new browser."""
     webdriver = pytest.importorskip("selenium.webdriver")
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
@@ -32,14 +32,14 @@ def opened_browser(*flags):
 
 @pytest.fixture(scope="session")
 def one_browser():
-    """For all tests, since it takes a second to start."""
+    """One browser for all tests, since a start takes a second."""
     with opened_browser() as made:
         yield made
 
 
 @pytest.fixture
 def browser(one_browser):
-    """With nothing of the test before: no page, no log, no size."""
+    """The browser without a page, a log or a size from an earlier test."""
     one_browser.set_window_size(1280, 900)
     one_browser.get("about:blank")
     one_browser.get_log("browser")

@@ -1,4 +1,4 @@
-"""What every test runs under."""
+"""Settings of every test."""
 
 import gc
 import importlib.util
@@ -30,7 +30,7 @@ settings.load_profile("stgfast")
 
 
 def switches():
-    """What is one for the whole process, and decides the bits of what comes out."""
+    """Global switches that change the bits of results."""
     names = ("flash", "mem_efficient", "cudnn", "math")
     torchs = [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in names]
     attention = sys.modules.get("diffusers.models.attention_dispatch")
@@ -48,22 +48,23 @@ def _seeded_and_left_as_it_was():
 
 @pytest.fixture(autouse=True)
 def _attending(request, monkeypatch):
-    """Attention is that of a CPU, but for the tests of kernels, and those marked `interpreted`."""
+    """Use the attention of a CPU, except in tests of kernels and in tests marked `interpreted`."""
     if "kernels" not in request.path.parts and request.node.get_closest_marker("interpreted") is None:
         monkeypatch.delenv(INTERPRET, raising=False)
 
 
 @pytest.fixture
 def float64(request):
-    """The test computes in float64, where exactness is shown; one marked `float32` does not: torch.compile, for
-    one, does not trace what keeps a model in float64."""
+    """Compute in float64, where exactness is shown. Tests marked `float32` do not: for example, torch.compile cannot
+    trace the functions that keep a model in float64.
+    """
     with nullcontext() if request.node.get_closest_marker("float32") else precision.computing_in(torch.float64):
         yield
 
 
 @pytest.fixture(autouse=True)
 def _compared(request):
-    """What a test compares, with its budget, is passed on with its report."""
+    """Attach the test's comparisons and their budgets to its report."""
     precision.compared.clear()
     yield
     request.node.user_properties.append(("compared", list(precision.compared)))
@@ -71,12 +72,12 @@ def _compared(request):
 
 def pytest_collection_modifyitems(items):
     again.mark(items)
-    # One worker has all of these, and the others should not wait for it in the end.
+    # One worker runs all of these, so they start first.
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 def pytest_collection_finish():
-    """What is imported stays: it is not looked through for garbage again and again."""
+    """Exclude imported modules from garbage collection."""
     gc.collect()
     gc.freeze()
 
@@ -90,7 +91,7 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     shares = [
         (far / budget, far, budget, report.nodeid)
-        for report in terminalreporter.getreports("")  # those of teardowns know what a test compared
+        for report in terminalreporter.getreports("")  # the report of the teardown has the comparisons of the test
         for name, made in report.user_properties
         if name == "compared" and report.when == "teardown"
         for far, budget in made

@@ -1,10 +1,10 @@
-"""Do the tests notice? Faults are put into a copy of the package, one at a time, and the tests for each are run.
+"""Insert deliberate faults into a copy of the package, one at a time, and run the tests that should fail.
 
-    python -m tests.faults              all of them, two at a time: a quarter of an hour
-    python -m tests.faults rows lock    those with one of these words
+    python -m tests.faults              all faults, two at a time: a quarter of an hour
+    python -m tests.faults rows lock    faults with one of these words
 
-A fault is a text that stands once in a file, what is put in its place, and where it should be seen. The exit code is
-the number of faults that nothing saw.
+A fault is a text that occurs once in a file, its replacement, and the tests that should fail. The exit code is the
+number of faults that no test noticed.
 """
 
 from __future__ import annotations
@@ -307,7 +307,7 @@ FAULTS = [
         "piece",
         "tests/batching",
     ),
-    # Standing in
+    # Replacements
     Fault(
         "stand-ins that stay",
         "batching/seam.py",
@@ -721,7 +721,7 @@ FAULTS = [
         "x = (run.ratio * x.to(noise.dtype) + noise)",
         "tests/test_restart.py -k marginal",
     ),
-    # A night's work
+    # Rendering
     Fault(
         "a job that two runners have",
         "queue/store.py",
@@ -1030,7 +1030,7 @@ FAULTS = [
         'f"SELECT MAX(wall), AVG(bytes) {done} AND key = ?"',
         "tests/queue/test_forecast.py",
     ),
-    # What is found and verified
+    # Finding and verifying facts
     Fault(
         "a verdict that is always right",
         "proof/verdict.py",
@@ -1098,7 +1098,7 @@ FAULTS = [
 
 
 def seen(fault: Fault) -> tuple[bool, str]:
-    """Whether a test fails with the fault in place, and what the tests said."""
+    """Whether a test fails with this fault, and the output of the tests."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in ("stgfast", "tests", "bench", "README.md", "pyproject.toml"):

@@ -1,6 +1,5 @@
-"""The launches of the attention kernel, counted.
-
-Its tiles are larger meanwhile: Triton's interpreter takes as long for a small one.
+"""Counts launches of the attention kernel. Its tiles are larger meanwhile, because Triton's interpreter takes as long
+for a small one.
 """
 
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from stgfast.kernels import attention
 
 @contextmanager
 def launched() -> Iterator[list[tuple[int, int]]]:
-    """Of every launch, how many rows come out of it, and how many of these are the identity."""
+    """For each launch, the number of its output rows, and how many of them are the identity."""
     launches: list[tuple[int, int]] = []
     kernel = attention.attention_kernel
 

@@ -11,7 +11,7 @@ import diffusers
 import torch
 from safetensors.numpy import load_file
 
-diffusers.utils.logging.set_verbosity_error()  # it warns of every cast of a random model
+diffusers.utils.logging.set_verbosity_error()  # it warns about every cast of a random model
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("mochi", "ltx", "cogvideox", "hunyuan", "wan")
@@ -38,7 +38,7 @@ def weights(family: str) -> dict[str, torch.Tensor]:
 
 
 def transformer(family: str, seed: int | None = None, **changes: Any) -> torch.nn.Module:
-    """The golden model of a family, or with a seed or other settings a random one."""
+    """The golden model of a family, or a random one with a seed or other settings."""
     cls = getattr(diffusers, index()["models"][family]["transformer"])
     torch.manual_seed(seed or 0)
     model = cls(**{**config(family), **changes})
@@ -50,7 +50,9 @@ def transformer(family: str, seed: int | None = None, **changes: Any) -> torch.n
 
 
 def spread(model: torch.nn.Module, gain: float = 1.5) -> None:
-    """Initial weights hardly let rows differ; these do. A smaller gain is for models that let roundings grow."""
+    """Replace weights, because rows hardly differ with initial ones. A smaller gain is for models that amplify
+    roundings.
+    """
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "norm" not in name:
             torch.nn.init.normal_(parameter, std=gain / parameter[0].numel() ** 0.5)
@@ -61,7 +63,7 @@ def spread(model: torch.nn.Module, gain: float = 1.5) -> None:
 def pipeline(
     family: str, model: torch.nn.Module | None = None, dtype: torch.dtype = torch.float32, scheduler: Any = None
 ) -> Any:
-    """A pipeline without text encoders: prompts come as embeddings."""
+    """A pipeline without text encoders: prompts are embeddings."""
     built = index()["models"][family]
     model = transformer(family) if model is None else model
     torch.manual_seed(0)
@@ -77,7 +79,7 @@ def pipeline(
 
 
 def prompt(family: str, prompts: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Random embeddings for `prompts` prompts; the first ones are the same whatever their number."""
+    """Random embeddings for `prompts` prompts; the first ones are the same for any number of prompts."""
     settings = config(family)
     width = settings.get("text_embed_dim") or settings.get("caption_channels") or settings.get("text_dim")
     masked = {"mochi": torch.bool, "ltx": torch.int64, "hunyuan": torch.int64}
@@ -99,7 +101,7 @@ def prompt(family: str, prompts: int = 1, seed: int = 0, dtype: torch.dtype = to
 
 
 def sizes(family: str, **changes: Any) -> dict[str, Any]:
-    """The arguments of a small call, latents out."""
+    """The arguments of a small call, with latents as output."""
     return {**index()["models"][family]["call"], **changes}
 
 

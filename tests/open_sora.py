@@ -1,8 +1,8 @@
-"""Small models with the structure of Open-Sora 1.2 and 2.0, as far as guidance can see it, and their samplers' loops.
+"""Small models with the structure of Open-Sora 1.2 and 2.0, as far as guidance depends on it, and their samplers.
 
-What is like the real ones: the names and order of blocks and arguments, text packed without padding along one
-dimension in 1.2, arguments that the model repeats for the rows of CFG, a forward set on the instance in 2.0, and in
-which order and with which scales the samplers stack and combine rows.
+Like the real ones are: the names and the order of blocks and arguments; text packed without padding along one dimension
+in 1.2; arguments that the model repeats for the rows of CFG; a forward set on the instance in 2.0; the order and the
+scales with which the samplers stack and combine rows.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Attention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Every sample attends to its own tokens of text, of which all lie one after another."""
+    """Each sample attends to its own text tokens, which lie one sample after another."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -72,7 +72,7 @@ class STDiT3Block(nn.Module):
 
     def forward(self, x, y, t, mask=None, x_mask=None, t0=None, T=None, S=None):
         now = (self.scale_shift_table + t.unflatten(1, (6, -1))).unsqueeze(2).unbind(1)
-        if x_mask is not None:  # frames that are given are as at time 0
+        if x_mask is not None:  # given frames have time 0
             frames = x_mask.repeat_interleave(S, dim=1)[..., None]
             given = (self.scale_shift_table + t0.unflatten(1, (6, -1))).unsqueeze(2).unbind(1)
             now = [torch.where(frames, one, other) for one, other in zip(now, given, strict=True)]
@@ -95,7 +95,7 @@ class STDiT3(nn.Module):
         self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.spatial_blocks = nn.ModuleList(STDiT3Block(width, heads, False) for _ in range(depth))
         self.temporal_blocks = nn.ModuleList(STDiT3Block(width, heads, True) for _ in range(depth))
-        self.final_layer = nn.Linear(width, 8)  # a learned sigma beside the prediction
+        self.final_layer = nn.Linear(width, 8)  # the output also has a learned sigma
         self.final_table = nn.Parameter(torch.randn(2, width))
 
     def forward(self, x, timestep, y, mask=None, x_mask=None, fps=None, height=None, width=None, **kwargs):
@@ -124,7 +124,7 @@ class STDiT3(nn.Module):
 
 
 def rflow(model, z, text, steps, scale, mask=None):
-    """The loop of 1.2: `[cond | uncond]`; frames that are given join it at the time that their mask says."""
+    """The loop of 1.2: `[cond | uncond]`; given frames join at the time in their mask."""
     arguments = {name: value for name, value in text.items() if name != "y_null"}
     arguments["y"] = torch.cat([text["y"], text["y_null"]])
     times = [torch.full((len(z),), (1 - step / steps) * 1000) for step in range(steps)]
@@ -225,7 +225,7 @@ def oscillating(scale, step):
 
 
 def image_to_video(model, noise, given, text, steps, scale, image_scale):
-    """The loop of 2.0: `[cond | uncond | uncond without image]`; scales swing, and the image's grows over tokens."""
+    """The loop of 2.0: `[cond | uncond | uncond without image]`; scales alternate; the image's grows over tokens."""
     img, times = torch.cat([noise] * 3), torch.linspace(1, 0, steps + 1).tolist()
     cond = torch.cat([given, given, torch.zeros_like(given)])
     for step, (now, after) in enumerate(itertools.pairwise(times)):
@@ -243,6 +243,6 @@ def built(cls, **settings):
     torch.manual_seed(3)
     model = cls(**settings)
     models.spread(model)
-    for parameter in model.parameters():  # gates and CFG make much of rounding
+    for parameter in model.parameters():  # gates and CFG amplify rounding
         parameter.data *= 0.5 if parameter.ndim > 1 else 1.0
     return model.eval()

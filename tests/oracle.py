@@ -1,8 +1,8 @@
-"""The plain method: every branch on its own, through every block, combined as the formula is written.
+"""The plain method: each branch alone, through all blocks, combined by the formula.
 
-Branches and formula are those of `stgfast/proof/plain.py`, which shares nothing with the engine, and facts are those
-written here, apart from the adapters. This drives a stock pipeline through all its steps: what the pipeline calls its
-denoiser with is recorded, and what it hands its scheduler is replaced by guidance computed from the recorded calls.
+Branches and formula come from `stgfast/proof/plain.py`, which shares no code with the engine. Facts are written here,
+independently of the adapters. A stock pipeline runs all its steps: the calls of its denoiser are recorded, and the
+predictions that it passes to its scheduler are replaced by guidance computed from the recorded calls.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STACKS = ("transformer_blocks", "single_transformer_blocks", "blocks")
 
 @dataclass
 class Weak:
-    """One perturbed branch, with a number for every step."""
+    """One perturbed branch, with a number for each step."""
 
     layers: Sequence[int]
     kind: str
@@ -40,9 +40,8 @@ class Weak:
 
 @dataclass
 class Plainly:
-    """Guidance for the plain method. `cfg` is None without CFG; a function is asked with pipeline and denoiser.
-
-    `formula(cond, uncond, weak predictions, step)` may take the place of the one that is written here.
+    """Guidance for the plain method. `cfg` is None without CFG; a function is called with pipeline and denoiser.
+    `formula(cond, uncond, perturbed predictions, step)` replaces the formula of this file.
     """
 
     weak: Sequence[Weak]
@@ -57,13 +56,13 @@ def blocks_of(model: Any) -> list[torch.nn.Module]:
 
 
 def parts_of(model: Any) -> list[Part]:
-    """Of a model that is a list of blocks, or several."""
+    """The parts of a model that has one list of blocks, or several."""
     blocks = enumerate(blocks_of(model))
     return [Part(block, i, {"": block.attn1 if hasattr(block, "attn1") else block.attn}) for i, block in blocks]
 
 
 def lying(grid: tuple[int, int, int], after: int = 0) -> Callable[[int], tuple[int, tuple[int, int, int]]]:
-    """However many tokens there are: so many others, then those of a video."""
+    """For any number of tokens: `others` first, then those of a video."""
     return lambda tokens: (after, grid)
 
 
@@ -77,18 +76,19 @@ def first_two(given: list[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the plain method has to know of a pipeline.
+    """Facts about a pipeline that the plain method needs.
 
-    stacked    the denoiser is called on `[uncond | cond]` at once; else on cond, then on uncond
-    parts      what a model runs, in order
-    unchanged  what a block returns that does nothing, of its positional arguments and those called `passed`
-    half       only half of a prediction's channels is noise
-    sent       what the pipeline hands its scheduler for a prediction
-    oblong     further arguments of a call whose frames are no squares, where there can be one
-    lies       in that call, by how many tokens queries are made of: which of them is the video's first, and its
-               (frames, height, width)
-    query      the part of a self-attention that makes the queries
-    repeated   arguments of the denoiser with several rows for every sample
+    Attributes:
+        stacked: the denoiser is called once on `[uncond | cond]`; otherwise on cond, then on uncond.
+        parts: the parts that a model runs, in order.
+        unchanged: the return value of a skipped block, from its positional arguments and those named `passed`.
+        half: only half of a prediction's channels is noise.
+        sent: what the pipeline passes to its scheduler for a prediction.
+        oblong: further arguments of a call with frames that are not square, if possible.
+        lies: for that call, by the number of tokens of the queries: the position of the video's first token, and its
+            (frames, height, width).
+        query: the part of a self-attention that makes the queries.
+        repeated: arguments of the denoiser with several rows for each sample.
     """
 
     stacked: bool
@@ -107,7 +107,7 @@ class Facts:
 def weakened(
     facts: Facts, model: Any, layers: Sequence[int], kind: str, axis: str = "", sigma: float | None = None
 ) -> AbstractContextManager[None]:
-    """The model with some layers perturbed, for all rows."""
+    """Perturb some layers of the model for all rows, within the block."""
 
     def unchanged(part: Part, arguments: Arguments) -> Any:
         named = [arguments.kwargs[name] for name in facts.passed if name in arguments.kwargs]
@@ -118,7 +118,7 @@ def weakened(
 
 
 def _kept(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A pipeline may change a dictionary for its next call."""
+    """A copy, because a pipeline may change a dictionary for its next call."""
     return {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
 
 
@@ -128,7 +128,7 @@ def _noise(facts: Facts, prediction: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNamespace]:
-    """Within the block, calls of this stock pipeline are guided the plain way."""
+    """Guide the calls of this stock pipeline by the plain method, within the block."""
     scheduler = pipe.scheduler
     step = scheduler.step
     noise = functools.partial(_noise, facts)
@@ -174,14 +174,14 @@ def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNa
             uncond = None if plainly.cfg is None else predict("uncond")
             weak = [noise(predict(weak.of, weak)) for weak in plainly.weak]
             result = plainly.formula(noise(cond), None if uncond is None else noise(uncond), weak, state.step)
-            return torch.cat([result, cond[:, result.shape[1] :]], dim=1)  # whatever is no noise is cond's
+            return torch.cat([result, cond[:, result.shape[1] :]], dim=1)  # channels that are not noise are cond's
         scale = plainly.cfg(pipe, calls[0][0]) if callable(plainly.cfg) else plainly.cfg
         weighed = [(weak, weak.scales[state.step]) for weak in plainly.weak if weak.scales[state.step]]
         weak = [(number, weak.base, predict(weak.of, weak)) for weak, number in weighed]
         uncond = None if plainly.cfg is None else predict("uncond")
         return plain.guided(cond, uncond, scale, weak, plainly.rescale[state.step], half=facts.half)
 
-    @functools.wraps(step)  # pipelines look at its signature
+    @functools.wraps(step)  # pipelines inspect its signature
     def guided_step(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if plainly.acts[state.step]:
             given, output = output, facts.sent(pipe, guided()).to(output.dtype)

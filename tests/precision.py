@@ -1,14 +1,14 @@
-"""In which numbers the tests compute, and how close two ways to compute the same have to be.
+"""The dtypes in which tests compute, and the tolerances of comparisons.
 
-Exactness is shown in float64, where the order in which a processor adds cannot blur it: two right results differ by
-some 1e-15, and by no more than 1e-12 after the longest run here, while a wrong index or a wrong weight moves a result
+Exactness is shown in float64, where the order of additions on a processor does not matter: two correct results differ
+by about 1e-15, and by at most 1e-12 after the longest run here, while a wrong index or a wrong weight changes a result
 by more than 1e-3. `EXACT` lies between.
 
-In float32 and bfloat16 two right results differ by roundings, so both are held against the same run in float64: the
-error of the engine may be `FACTOR` times that of the plain method in the same numbers. Both errors are of the same
-size, but each is a matter of chance: over all families, three instruction sets, and one and two threads, their ratio
-was at most 2.3 (with floor), and `FACTOR` is more than twice that. The floor, one rounding of the result, is for runs
-in which the plain method happens to be right to the last bit.
+In float32 and bfloat16 two correct results differ by roundings, so both are compared with the same run in float64: the
+error of the engine may be `FACTOR` times that of the plain method in the same dtype. Both errors have the same size,
+but each is random: over all families, three instruction sets, and one and two threads, their ratio was at most 2.3
+(with the floor), and `FACTOR` is more than twice that. The floor, one rounding of the result, is for runs in which the
+plain method happens to be exact to the last bit.
 
 Every comparison is recorded; `pytest --tightest` prints those that come closest to their budget.
 """
@@ -26,8 +26,8 @@ from torch import Tensor
 
 EXACT = 1e-10
 FACTOR = 6.0
-# Where float64 is not to be had (threads of their own, other processes, encoders): float32 through a few steps, off by
-# at most 4e-6 wherever it was tried, while a wrong row or a wrong seed moves a result by 1e-2 and more.
+# Where float64 is not possible (other threads, other processes, encoders): float32 through a few steps, with errors of
+# at most 4e-6 on all machines tried, while a wrong row or a wrong seed changes a result by 1e-2 and more.
 NEAR = 1e-4
 
 compared: list[tuple[float, float]] = []  # (error, budget) of the test that runs
@@ -37,7 +37,7 @@ F32, F64 = torch.float32, torch.float64
 INIT = [(torch.nn.init, name) for name, each in vars(torch.nn.init).items() if name.endswith("_") and callable(each)]
 DRAWN = [(torch, "randn"), (torch, "rand")]
 DRAWN_INTO = [(torch.Tensor, "normal_"), (torch.Tensor, "uniform_"), *INIT]
-# Whatever may ask for float32. What is not here shows itself: nothing in float32 is exact.
+# Functions that may request float32. A missing one is noticed, because a result in float32 is not exact.
 TYPED = [
     *((torch.Tensor, name) for name in ("to", "type", "softmax", "sum", "mean", "cumsum", "new_tensor", "new_zeros")),
     *((torch, name) for name in ("arange", "linspace", "logspace", "zeros", "ones", "full", "empty", "eye", "tensor")),
@@ -48,7 +48,7 @@ TYPED = [
 
 
 def _typed(function: Any) -> Any:
-    """In float64 where float32 is asked for."""
+    """Use float64 where float32 is requested."""
 
     @functools.wraps(function)
     def wide(*args: Any, **kwargs: Any) -> Any:
@@ -64,7 +64,7 @@ def _typed(function: Any) -> Any:
 
 
 def _drawn(function: Any, wide: bool) -> Any:
-    """Random numbers that are the same for every type."""
+    """Random numbers that are the same for every dtype."""
 
     @functools.wraps(function)
     def drawn(*args: Any, **kwargs: Any) -> Any:
@@ -96,7 +96,7 @@ _to, _empty_like = torch.Tensor.to, torch.empty_like
 
 
 def _replacements() -> dict[bool, list[tuple[Any, str, Any]]]:
-    """What stands in for functions of torch, in float64 (True) and in other numbers."""
+    """Replacements for functions of torch, in float64 (True) and in other dtypes."""
     into = [(*at, _drawn_into(getattr(*at))) for at in DRAWN_INTO]
     found = {wide: [*into, *((*at, _drawn(getattr(*at), wide)) for at in DRAWN)] for wide in (False, True)}
     found[True] += [(*at, _typed(getattr(*at))) for at in TYPED if hasattr(*at)]
@@ -111,9 +111,8 @@ with torch.device("cpu"):  # torch remembers its own functions at the first use 
 
 @contextmanager
 def computing_in(dtype: torch.dtype) -> Iterator[None]:
-    """Within the block, models and pipelines that are in these numbers stay in them; in float64, all through.
-
-    Functions of torch are replaced one by one: a mode that is asked about all of them takes a quarter of a test's time.
+    """Keep models and pipelines in these dtypes within the block; in float64, all their computation. Functions of torch
+    are replaced one by one: a mode that intercepts all of them takes a quarter of a test's time.
     """
     wide = dtype is F64
     with ExitStack() as stack:
@@ -126,12 +125,12 @@ def computing_in(dtype: torch.dtype) -> Iterator[None]:
 
 
 def distance(made: Tensor, expected: Tensor) -> float:
-    """The distance of two results, in parts of the second."""
+    """The distance of two results, as a fraction of the second."""
     return float((made.double() - expected.double()).norm() / expected.double().norm())
 
 
 def same(made: Any, expected: Any, budget: float = EXACT) -> None:
-    """Both are results in float64 of two ways to compute the same, or several such results."""
+    """Compare two ways to compute the same in float64, or several such pairs."""
     if isinstance(made, Tensor):
         assert made.shape == expected.shape
         assert made.dtype == expected.dtype == torch.float64, "exactness is shown in float64"
@@ -142,13 +141,13 @@ def same(made: Any, expected: Any, budget: float = EXACT) -> None:
 
 
 def no_worse(made: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """Both results of the same numbers, the engine's and the plain method's, against the one in float64."""
+    """Compare two results of the same dtype, the engine's and the plain method's, with one in float64."""
     assert made.dtype == plain.dtype != torch.float64
     within(distance(made, exact), FACTOR * (distance(plain, exact) + torch.finfo(made.dtype).eps))
 
 
 def near(made: Tensor, expected: Tensor) -> None:
-    """Both are results in float32 of two ways to compute the same."""
+    """Compare two ways to compute the same in float32."""
     within(distance(made, expected), NEAR)
 
 

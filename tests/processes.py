@@ -1,6 +1,5 @@
-"""Several processes of one torch.distributed group that run the same function of the tests.
-
-They are forks of one process that has imported everything, which takes seconds, and has done nothing.
+"""Several processes of one torch.distributed group that run the same function of the tests. They are forks of one
+process that has imported everything, which takes seconds, and has run nothing.
 """
 
 import multiprocessing
@@ -18,8 +17,9 @@ FORKS.set_forkserver_preload(["tests.ranks.jobs", "stgfast.bench.ranks"])
 
 
 def started(size, function, *arguments, folder, all_end=False):
-    """The running processes; each saves what the function gives it, and what is printed. Where all of them come to
-    their end, they end together: the first one has the store, which others may still ask."""
+    """Start processes; each saves what the function returns and prints. If all of them finish, they exit together: the
+    first one has the store, which the others may still need.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -33,7 +33,7 @@ def started(size, function, *arguments, folder, all_end=False):
 
 
 def results(size, function, *arguments, limit=300.0):
-    """What a function of a module gives in each of so many processes; none may fail."""
+    """What a function of a module returns in each of these processes; none may fail."""
     with tempfile.TemporaryDirectory() as folder:
         running = started(size, function, *arguments, folder=folder, all_end=True)
         codes = ended(running, limit)
@@ -42,7 +42,7 @@ def results(size, function, *arguments, limit=300.0):
 
 
 def ended(running, limit):
-    """The exit codes of processes that end, or are killed."""
+    """The exit codes of processes that end or are killed."""
     until = time.monotonic() + limit
     for process in running:
         process.join(max(until - time.monotonic(), 0.1))

@@ -1,4 +1,4 @@
-"""The scripts in bench/ count right, and print no number when their sides disagree. No time is asserted here."""
+"""The scripts in bench/ count correctly, and print no number if their variants disagree. No time is asserted here."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ def test_the_front_counts_what_is_computed(monkeypatch):
     assert half["block-rows"] == 4 * blocks + 2 * blocks + 2 * weak
     assert half["cost"] == pytest.approx(half["block-rows"] / base["block-rows"], rel=1e-3)
     assert 0 < base["distance"] != half["distance"] > 0
-    # Nothing is shared there; and what comes out is the same.
+    # Nothing is shared there; the result is the same.
     assert plain["block-rows"] == 4 * (3 * blocks - 1)
     assert plain["distance"] == pytest.approx(base["distance"], rel=0.01)
 
@@ -56,13 +56,13 @@ def test_caches_of_diffusers_leave_out_what_they_are_counted_by(monkeypatch, pee
     clip, rows, _ = made.made(front.Way("Euler", 8, peer=peer), range(1))
     again, _, _ = made.made(front.Way("Euler", 8, peer=peer), range(1))
     assert 0.2 * exact < rows < 0.9 * exact
-    assert clip.equal(again)  # nothing is left of a cache in the next call
+    assert clip.equal(again)  # the next call has no cached values
 
 
 def test_forecasts_leave_out_all_blocks_but_the_first():
     made = front.Front(front.EARLY)
     _, rows, _ = made.made(front.Way("Euler", 8, peer="block forecasts, every 2, order 1"), range(1))
-    # Steps 0, 1, 2, 4, 6 and the last one are whole.
+    # Steps 0, 1, 2, 4, 6 and the last one compute all blocks.
     assert rows == pytest.approx(6 * 35 + 2 * 3)
 
 

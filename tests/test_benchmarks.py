@@ -1,4 +1,6 @@
-"""What kernels take on a CPU, by `pytest -o addopts= tests/test_benchmarks.py --benchmark-only`. A wrong one fails."""
+"""The time of kernels on a CPU, with `pytest -o addopts= tests/test_benchmarks.py --benchmark-only`. Wrong results
+fail.
+"""
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ def test_combine(benchmark, shape, settings):
 @pytest.mark.parametrize("impl", ["reference", "sdpa", "math"])
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_masked_attention(benchmark, tokens, impl):
-    """A stack of three rows, of which one is the identity."""
+    """A stack of three rows, one of which is the identity."""
     q, k, v = torch.randn(3, 3, 4, tokens, 64)
     stack = [False, False, True]
     right = masked_attention(q.double(), k.double(), v.double(), stack, impl="reference").double()

@@ -1,4 +1,4 @@
-"""What a call may ask for, and one clear sentence for what it may not, before anything runs."""
+"""Arguments of a call, and one clear sentence for wrong ones, before anything runs."""
 
 import math
 import re
@@ -36,7 +36,7 @@ def guided(family="mochi", guidance=GUIDANCE, **options):
         ({"stg_scale": [0, 1, 2, 0]}, Guidance(Perturbation([2], scale=[0, 1, 2, 0]))),
         ({"stg": Guidance(Perturbation([5]))}, Guidance(Perturbation([5]))),
         ({"stg_scale": 0, "stg_rescale": 0.4}, Guidance(rescale=0.4)),
-        # The names of the paper's code.
+        # The argument names of the authors' code.
         ({"stg_applied_layers_idx": [3], "stg_scale": 1.5}, Guidance(Perturbation([3], scale=1.5))),
         ({"do_rescaling": True}, Guidance(Perturbation([2]), rescale=0.7)),
         ({"stg_scale": 0.0, "do_rescaling": True}, Guidance(rescale=0.7)),
@@ -55,7 +55,7 @@ def test_do_rescaling_false_switches_rescaling_off():
 
 
 def test_the_papers_arguments_give_the_papers_result_for_wan():
-    """With the default guidance alone: its code perturbs the unconditional branch and extrapolates from CFG."""
+    """With the default guidance only: the authors' code perturbs the unconditional branch and extrapolates from CFG."""
     pipe = stgfast.accelerate(models.pipeline("wan"))
     explicit = guided("wan", Guidance(Perturbation([2], scale=1.0, of="uncond", base="guided")))
     assert torch.equal(clip(pipe, "wan", stg_applied_layers_idx=[2], stg_scale=1.0), clip(explicit, "wan"))
@@ -101,7 +101,7 @@ def test_a_callback_may_change_the_cfg_scale():
 
 
 def test_dynamic_cfg_of_cogvideox():
-    """`use_dynamic_cfg` changes the scale after the denoiser was called; the clip is what those scales give."""
+    """`use_dynamic_cfg` changes the scale after the call of the denoiser; the clip follows those scales."""
     from stgfast.integrations import ADAPTERS
 
     pipe, scales = guided("cogvideox"), []
@@ -125,7 +125,7 @@ def test_dynamic_cfg_of_cogvideox():
 
 @pytest.mark.parametrize("family", ["mochi", "wan"])
 def test_a_denoiser_output_that_is_no_tuple(family):
-    """Pipelines ask for tuples; a denoiser may be wrapped by one that does not."""
+    """Pipelines request tuples; a denoiser may be wrapped by one that does not return them."""
     expected = clip(guided(family), family)
     pipe = guided(family)
 
@@ -164,7 +164,7 @@ ACCELERATE = {
     ),
     "what an adapter takes": (
         lambda: stgfast.accelerate(Unknown()),
-        "or its facts in accelerate(pipe, adapter=stgfast.Adapter(...)): pipeline, protocol, blocks, defaults at least",
+        "in accelerate(pipe, adapter=stgfast.Adapter(...)) with at least pipeline, protocol, blocks, defaults",
     ),
     "an adapter of another": (
         lambda: stgfast.accelerate(models.pipeline("mochi"), adapter=ADAPTERS["WanPipeline"]),
@@ -219,8 +219,11 @@ CALLS = {
         {"stg_scale": lambda p: math.inf if p > 0.7 else 1.0},
         "scale of perturbed0 at progress 0.75: got inf",
     ),
-    "two names for layers": ({"stg_layers": [1], "stg_applied_layers_idx": [2]}, "expected one of them: they say"),
-    "two names for rescale": ({"stg_rescale": 0.7, "do_rescaling": True}, "expected one of them: they say the same"),
+    "two names for layers": ({"stg_layers": [1], "stg_applied_layers_idx": [2]}, "expected only one of them: both set"),
+    "two names for rescale": (
+        {"stg_rescale": 0.7, "do_rescaling": True},
+        "expected only one of them: both set the same",
+    ),
     "guidance and settings": (
         {"stg": GUIDANCE, "stg_scale": 1},
         "settings beside stg: got ['stg_scale'], expected none",

@@ -1,4 +1,4 @@
-"""The command line: what a person sees."""
+"""The command line as people see it."""
 
 import importlib.metadata
 import re

@@ -1,6 +1,5 @@
-"""Guidance beside what else changes a pipeline: LoRA, compilation, caches, offloading, callbacks.
-
-The judge is the plain method, on a pipeline to which the same was done.
+"""Guidance together with other changes of a pipeline: LoRA, compilation, caches, offloading, callbacks. It is compared
+with the plain method on a pipeline with the same changes.
 """
 
 import threading
@@ -30,12 +29,12 @@ def families(*names):
 
 
 def on(family, pipe):
-    """The same calls of a pipeline that there is already."""
+    """The same calls of an existing pipeline."""
     return replace(family, build=lambda other=False: pipe, shared=False)
 
 
 def calling(family, steps=3, **more):
-    """Calls of so many steps, with further arguments."""
+    """Calls with this number of steps and further arguments."""
 
     def arguments(prompts, cfg=True):
         return {**family.arguments(prompts, cfg=cfg), "num_inference_steps": steps, **more}
@@ -72,7 +71,9 @@ LORA = {
 
 @families("Wan", "Mochi", "LTX")
 def test_whatever_is_done_with_a_lora(family, tmp_path):
-    """All of it on one pipeline that is accelerated all along, and step by step on one that is not until it is used."""
+    """All of it on one pipeline that stays accelerated, and step by step on one that is accelerated just before its
+    use.
+    """
     saved_lora(family, tmp_path)
     pipe, late, plain = stgfast.accelerate(family.build(), GUIDANCE), family.build(), family.build()
     bare = on(family, plain).plain(GUIDANCE)
@@ -89,7 +90,7 @@ def test_whatever_is_done_with_a_lora(family, tmp_path):
     assert differs == {done: done not in without for done in LORA}
 
 
-# What else owns calls
+# Other libraries that wrap calls
 
 
 def group_offload(pipe, kind):
@@ -152,7 +153,7 @@ def test_moved_to_another_type_before_or_after():
 
 
 def counting():
-    """A backend, the graphs that it was given, and how often they ran."""
+    """A backend of torch.compile, the graphs that it received, and how often they ran."""
     graphs, runs = [], []
 
     def backend(graph, inputs):
@@ -170,10 +171,9 @@ def counting():
 @pytest.mark.float32
 @pytest.mark.parametrize(("name", "prompts"), [("LTX", 2), ("Wan", 1), ("Wan", 2)])
 def test_blocks_compiled_by_diffusers_are_compiled_once_more(name, prompts):
-    """Twice in all: for the rows of the first block that ran, and for any number of rows when there first was another.
-
-    To have the first of them for any number of rows (`mark_dynamic`) would save one of two, and cost the static shapes
-    of all blocks before the fork: it is left to the user, who may say `dynamic=True`.
+    """Twice in all: for the rows of the first block that ran, and then for any number of rows. Compiling the first for
+    any number of rows (`mark_dynamic`) would save one of two, and cost the static shapes of all blocks before the fork:
+    it is left to the user, who may set `dynamic=True`.
     """
     torch.compiler.reset()
     family = FAMILIES[name]
@@ -187,7 +187,7 @@ def test_blocks_compiled_by_diffusers_are_compiled_once_more(name, prompts):
     assert len(graphs) == 2
     family.check(made, guidance, prompts)
     for settings in (
-        {},  # a second call is compiled no more than a second step
+        {},  # a second call compiles nothing, like a second step
         {"stg_scale": 2.0},
         {"stg_scale": [1.0, 0.0]},
         {"stg_scale": [0.0, 3.0], "stg_rescale": 0.7},
@@ -206,7 +206,7 @@ def test_blocks_compiled_by_diffusers_are_compiled_once_more(name, prompts):
 @pytest.mark.float32
 @families("Wan")
 def test_a_user_may_choose_dynamic_shapes_or_static_ones(family):
-    for dynamic, most in ((True, 1), (False, 2)):  # for any number of rows; for each, of which there are two
+    for dynamic, most in ((True, 1), (False, 2)):  # one for any number of rows, or one for each of the two
         torch.compiler.reset()
         backend, graphs, _ = counting()
         pipe = family.build()
@@ -220,7 +220,7 @@ def test_a_user_may_choose_dynamic_shapes_or_static_ones(family):
 @pytest.mark.again
 @pytest.mark.float32
 def test_two_kinds_of_blocks_are_compiled_once_more_each():
-    """HunyuanVideo's own five graphs are those of its blocks and of what refines its text; ours are not more."""
+    """The five graphs of HunyuanVideo are those of its blocks and of its text refiner; guidance does not add more."""
     torch.compiler.reset()
     family = FAMILIES["HunyuanVideo"]
     backend, graphs, _ = counting()
@@ -252,7 +252,7 @@ def test_compiled_blocks_stay_compiled(whole):
     for _ in range(2):
         runs.clear()
         family.run(pipe)
-        # Every block in both calls of both steps; block 2 too, which the perturbed rows alone pass through.
+        # Every block in both calls of both steps; also block 2, which only the perturbed rows skip.
         assert len(runs) == 2 * (4 + 4)
         assert len(graphs) == 2
 
@@ -260,7 +260,7 @@ def test_compiled_blocks_stay_compiled(whole):
 @pytest.mark.float32
 @families("LTX", "Wan", "Stable Video Diffusion")
 def test_accelerate_compiles(family):
-    """The blocks, for a guided call alone: two compilations, or so many for each width of a UNet, and none later."""
+    """The blocks, for guided calls only: two compilations, or two for each width of a UNet, and none later."""
     torch.compiler.reset()
     backend, graphs, runs = counting()
     guidance = Guidance(Perturbation([2]))
@@ -280,7 +280,7 @@ def test_accelerate_compiles(family):
 @pytest.mark.float32
 @pytest.mark.parametrize("owner", ["accelerate", "compiled blocks", "compiled whole", "nobody"])
 def test_cuda_graphs_are_told_of_every_call_of_the_denoiser(owner, monkeypatch):
-    """What one block made is still there for the next, if what a block launches was recorded."""
+    """The output of one block still exists for the next, even if its launches were recorded."""
     torch.compiler.reset()
     family, told = FAMILIES["LTX"], []
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: told.append(True))
@@ -340,7 +340,7 @@ CACHES = {
         current_timestep_callback=time_of(pipe),
     ),
 }
-NO_EFFECT = ("apply_text_kv_cache",)  # it knows the blocks of one image model alone
+NO_EFFECT = ("apply_text_kv_cache",)  # it knows the blocks of one image model only
 NO_CACHES = (
     "apply_group_offloading",
     "apply_layerwise_casting",
@@ -373,12 +373,12 @@ def test_a_cache_is_refused_before_anything_runs(cache, by):
     hook = pipe.transformer.register_forward_pre_hook(lambda module, args: ran.append(module))
     with pytest.raises(SettingsError, match=r"pipe\.transformer has a cache \(\w+") as refused:
         family.run(pipe)
-    # Rows in parts are calls too that a cache takes for steps.
+    # A cache also takes calls with a part of the rows for steps.
     with pytest.raises(SettingsError, match="has a cache"):
         family.run(stgfast.accelerate(pipe, GUIDANCE, max_rows=1), stg_scale=0)
     assert not ran
     hook.remove()
-    _, advice = str(refused.value).split("; switch it off: ")
+    _, advice = str(refused.value).split(", so switch it off: ")
     assert ("disable_cache()" in advice) is (by == "enable_cache")
     exec(advice, {"pipe": pipe, "diffusers": diffusers})
     expected = stgfast.accelerate(family.build(), GUIDANCE)
@@ -431,7 +431,9 @@ def test_a_callback_that_changes_tensors(protocol, changed):
 
 
 def test_a_callback_that_changes_latents_where_the_pipeline_asks_for_weak_branches():
-    """LTX-2 makes what its blocks attend to before the first step: embeddings changed later change nothing there."""
+    """LTX-2 encodes what its blocks attend to before the first step, so later changes of embeddings have no effect
+    there.
+    """
     given = {"num_inference_steps": 3, **scaled({"latents": 1.25})}
     expected = ltx2.call(ltx2.build(), **given)
     pipe = stgfast.accelerate(ltx2.build())
@@ -446,7 +448,7 @@ def stopping(pipe, step, time, tensors):
 
 
 def stop_from_a_thread(pipe, at):
-    """Another thread stops the run while the denoiser is called for the `at`-th time. Gives what takes it away."""
+    """Another thread stops the run during call number `at` of the denoiser. Returns a function that removes it."""
     calls = []
 
     def stop():
@@ -465,11 +467,11 @@ def stop_from_a_thread(pipe, at):
 @pytest.mark.parametrize("by", ["callback", "thread"])
 @pytest.mark.parametrize("protocol", CALLBACKS)
 def test_a_run_that_is_interrupted(protocol, by):
-    """It ends as the plain one does, and the next one knows nothing of it."""
+    """It ends like the plain one, and leaves nothing for the next run."""
     family, cfg = FAMILIES[CALLBACKS[protocol][0]], protocol != "embedded"
     whole = calling(family, steps=4)
     part = calling(family, steps=4, callback_on_step_end=stopping) if by == "callback" else whole
-    # In the second step: of two calls, at the first.
+    # In the second step; if it has two calls, at the first.
     at = 3 if protocol == "sequential" else 2
     plain, pipe = family.build(), stgfast.accelerate(family.build(), GUIDANCE)
     removes = [stop_from_a_thread(each, at) for each in (plain, pipe) if by == "thread"]
@@ -487,7 +489,7 @@ def test_a_run_that_is_interrupted(protocol, by):
 
 @pytest.mark.parametrize("at", [None, 6, 8], ids=lambda at: "callback" if at is None else f"call {at}")
 def test_a_run_that_is_interrupted_where_the_pipeline_asks_for_weak_branches(at):
-    """At any of the calls of a step: those after it are answered, as long as the step lasts."""
+    """At any call of a step: the later calls of that step are answered."""
     given = {"num_inference_steps": 4} | ({"callback_on_step_end": stopping} if at is None else {})
     stock, pipe = ltx2.build(), stgfast.accelerate(ltx2.build())
     whole = ltx2.call(pipe, num_inference_steps=4)
@@ -504,7 +506,7 @@ def test_a_run_that_is_interrupted_where_the_pipeline_asks_for_weak_branches(at)
 
 
 def test_a_callback_of_diffusers_that_switches_cfg_off():
-    """From there on the unconditional branch is neither computed nor missed."""
+    """From then on the unconditional branch is neither computed nor needed."""
     family = FAMILIES["Stable Diffusion XL"]
     cutoff = diffusers.callbacks.SDXLCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
     guidance = Guidance(Perturbation([3], kind="attention"), rescale=0.5)

@@ -1,4 +1,4 @@
-"""The public names are documented in the form that users of torch and diffusers know, and every example runs."""
+"""Public names are documented in the form that users of torch and diffusers know, and every example runs."""
 
 import dataclasses
 import doctest
@@ -22,7 +22,7 @@ ERRORS = [name for name in PUBLIC if name.endswith("Error")]
 
 @pytest.fixture
 def pipe(monkeypatch):
-    """A small pipeline that users call with a prompt alone: what they leave out is small as well."""
+    """A small pipeline that is called with a prompt alone; its default sizes are small too."""
     whole = WHOLES["LTXPipeline"]
     small = {**whole.size, "num_frames": whole.num_frames, "num_inference_steps": 2, **whole.pipeline}
     call = inspect.unwrap(diffusers.LTXPipeline.__call__)

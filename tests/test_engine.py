@@ -1,4 +1,4 @@
-"""The engine against the plain method: the same clip, and no block-row more than there are histories."""
+"""The engine against the plain method: the same clip, and one block-row for each history."""
 
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Case:
 
     @property
     def moments(self):
-        """Steps that the scheduler makes."""
+        """The steps of the scheduler."""
         return 2 * self.steps - 1 if "Heun" in self.scheduler else self.steps
 
     @property
@@ -60,7 +60,7 @@ class Case:
     def pipe(self):
         scheduler = getattr(diffusers, self.scheduler)() if self.scheduler else None
         pipe = models.pipeline(self.family, models.transformer(self.family, seed=7 + self.seed), self.dtype, scheduler)
-        if self.videos > 1:  # pipelines repeat what they encode, and not what they are given
+        if self.videos > 1:  # pipelines repeat encoded prompts, but not given embeddings
             encode = pipe.encode_prompt
             pipe.encode_prompt = lambda **kwargs: [
                 tensor if tensor is None else tensor.repeat_interleave(self.videos, dim=0)
@@ -129,7 +129,7 @@ def cases(draw):
 
 @contextmanager
 def counted_attention(pipe, family):
-    """The rows whose self-attention is computed, block by block: seen at torch's attention itself."""
+    """The rows whose self-attention is computed, block by block, observed at torch's attention."""
     blocks = blocks_of(pipe.transformer)
     rows, now, within = [0] * len(blocks), [], []
     attend = torch.nn.functional.scaled_dot_product_attention
@@ -138,7 +138,7 @@ def counted_attention(pipe, family):
         within[-1:] = [True] * len(within[-1:])
         within.append(False)
         out = attend(query, key, value, *args, **kwargs)
-        # Not attention to the text, nor a call of the model's that is answered by another one, of fewer rows.
+        # Not attention to the text, and not a call of the model that is replaced by one with fewer rows.
         if not within.pop() and now and query.shape[-2] == key.shape[-2]:
             rows[now[-1]] += query.shape[0]
         return out
@@ -154,7 +154,7 @@ def counted_attention(pipe, family):
 
 
 def histories(case, layer, step):
-    """The different computations that block `layer` has to do in a step, for one prompt, from the settings alone."""
+    """The different computations of block `layer` in a step, for one prompt, from the settings alone."""
     plainly = case.plainly()
     marks = {(source,): {} for source in (["cond"] if case.cfg is None else ["cond", "uncond"])}
     if plainly.acts[step]:
@@ -170,7 +170,7 @@ def histories(case, layer, step):
 
 
 def identities(case, layer, step):
-    """How many of them have the identity in place of self-attention."""
+    """The number of them that have the identity instead of self-attention."""
     return sum(marks[layer] == "attention" for _, marks in histories(case, layer, step))
 
 
@@ -233,14 +233,14 @@ def test_a_prompt_does_not_know_its_neighbours(family):
     ],
 )
 def test_other_schedulers(family, scheduler):
-    """Heun's calls the denoiser twice for most steps; CogVideoX's DPM draws noise."""
+    """Heun's calls the denoiser twice in most steps; the DPM of CogVideoX draws noise."""
     case = Case(family, Guidance(Perturbation([2], scale=1.5), rescale=0.3), steps=4, scheduler=scheduler)
     same(run_fast(case), run_plain(case))
 
 
 @pytest.mark.parametrize("max_rows", [None, 2])
 def test_attention_of_all_rows_at_once(monkeypatch, max_rows):
-    """Mochi's attention is replaced on a GPU alone; here it is on a CPU too."""
+    """Mochi's attention is replaced on a GPU only; here it is replaced on a CPU too."""
     adapter = with_blocks(ADAPTERS["MochiPipeline"], attend_on=("cpu", "cuda"))
     monkeypatch.setitem(ADAPTERS, "MochiPipeline", adapter)
     guidance = Guidance([Perturbation([1, 3], kind="attention"), Perturbation([2])], rescale=0.5)

@@ -1,4 +1,4 @@
-"""What `explain` says is what a call then does."""
+"""`explain` describes what a call then does."""
 
 import dataclasses
 
@@ -43,8 +43,8 @@ def test_the_text_of_a_blur():
     guidance = Guidance([Perturbation([1], kind="blur", sigma=1.5), Perturbation([2, 3], kind="blur")])
     lines = str(stgfast.explain(stgfast.accelerate(models.pipeline("mochi"), guidance), **models.sizes("mochi")))
     assert lines.splitlines()[1:3] == [
-        "perturbed0: cond with blur of sigma 1.5 at layer 1, scale 1, held against cond",
-        "perturbed1: cond with blur of infinite sigma at layers 2, 3, scale 1, held against cond",
+        "perturbed0: cond with blur of sigma 1.5 at layer 1, scale 1, base cond",
+        "perturbed1: cond with blur of infinite sigma at layers 2, 3, scale 1, base cond",
     ]
 
 
@@ -53,14 +53,14 @@ def test_the_text():
     pipe = stgfast.accelerate(models.pipeline("mochi"), guidance, max_rows=2)
     assert str(stgfast.explain(pipe, **models.sizes("mochi"))) == (
         "MochiPipeline: 6 blocks, stacked, CFG scale 4.5\n"
-        "perturbed0: cond with residual at layer 3, scale 2, held against cond\n"
+        "perturbed0: cond with residual at layer 3, scale 2, base cond\n"
         "rescale: 0.7\n"
         "steps 0 to 1 of 4: the pipeline's own\n"
         "steps 2 to 3 of 4: g = -3.5 uncond +6.5 cond -2 perturbed0, rescaled by 0.7\n"
         "  blocks 0 to 3: 2 rows\n"
         "  blocks 4 to 5: 3 rows\n"
         "block-rows per prompt: 52; 60 without sharing (13.3% saved); 48 without stgfast\n"
-        "memory, in rows per prompt: 2 in a block at once, 3 held between blocks; 2 in the pipeline's own calls"
+        "memory, in rows per prompt: 2 in a block at once, 3 kept between blocks; 2 in the pipeline's own calls"
     )
 
 
@@ -80,21 +80,19 @@ def test_the_text_of_projection_and_reuse():
     guidance = Guidance(Perturbation([3]), project="along-cond", eta=0.5, reuse=3, reuse_cfg=2, reuse_order=0)
     pipe = stgfast.accelerate(models.pipeline("mochi"), guidance)
     text = str(stgfast.explain(pipe, **models.sizes("mochi")))  # of four steps
-    assert (
-        "projection: of cond - uncond, the part along cond is left out (APG's projection), of which 0.5 is left" in text
-    )
-    kept = "held in the others; kept for it: 1 of every prompt's predictions\n"
+    assert "projection: the part of cond - uncond along cond is removed (APG's projection), eta 0.5" in text
+    kept = "repeated in the others; memory: 1 prediction per prompt\n"
     assert f"approximately: base - perturbed computed in every 3rd step, {kept}" in text
     assert f"approximately: cond - uncond computed in every 2nd step, {kept}" in text
     by_line = str(stgfast.explain(pipe, **models.sizes("mochi"), stg=dataclasses.replace(guidance, reuse_order=1)))
-    assert "in every 3rd step, carried on by a line in the others; kept for it: 2 of every prompt's pred" in by_line
+    assert "in every 3rd step, extrapolated linearly in the others; memory: 2 predictions per prompt" in by_line
     assert text.endswith(
         "  in 1 of them:\n  blocks 0 to 3: 2 rows\n  blocks 4 to 5: 3 rows\n"
         "  in 1 of them:\n  blocks 0 to 5: 1 row\n"
         "  in 1 of them:\n  blocks 0 to 5: 2 rows\n"
         "  in 1 of them:\n  blocks 0 to 3: 1 row\n  blocks 4 to 5: 2 rows\n"
         "block-rows per prompt: 40; 72 without sharing (44.4% saved); 48 without stgfast\n"
-        "memory, in rows per prompt: 2 in a block at once, 3 held between blocks; 2 in the pipeline's own calls"
+        "memory, in rows per prompt: 2 in a block at once, 3 kept between blocks; 2 in the pipeline's own calls"
     )
 
 

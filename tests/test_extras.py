@@ -1,4 +1,4 @@
-"""What is not installed: guidance works without, and whatever needs it says how to get it."""
+"""Packages that are not installed: guidance works without them, and what needs them names their extra."""
 
 import importlib.util
 import subprocess
@@ -64,13 +64,13 @@ def no_av(monkeypatch):
 @pytest.mark.parametrize(("arguments", "extra"), COMMANDS.values(), ids=COMMANDS)
 def test_every_command_says_what_it_needs(arguments, extra, no_av, capsys):
     assert cli.main(arguments) == 2
-    said = f"stgfast {arguments[0]}: av: not installed, expected what pip install 'stgfast[{extra}]' brings\n"
+    said = f"stgfast {arguments[0]}: av: not installed; run pip install 'stgfast[{extra}]'\n"
     assert capsys.readouterr() == ("", said)
 
 
 def test_a_call_says_what_it_needs(no_av, tmp_path):
     for call in (lambda: stgfast.render("toy", [], tmp_path), lambda: stgfast.evaluate(tmp_path)):
-        with pytest.raises(extras.MissingError, match=r"av: not installed, expected what pip install 'stgfast\[render"):
+        with pytest.raises(extras.MissingError, match=r"av: not installed; run pip install 'stgfast\[render"):
             call()
     assert not list(tmp_path.iterdir())
 
@@ -81,7 +81,7 @@ def test_doctor_and_bench_need_the_core_alone(no_av, capsys):
 
 
 def test_extras_are_those_of_the_package():
-    """What is looked for is what the project's file lists, by the names under which it is imported."""
+    """The checked packages are those in the project's file, by the names of their modules."""
     import tomllib
 
     from tests.test_readme import ROOT

@@ -1,4 +1,4 @@
-"""Deliberate faults are text of the package as it is now: one that moved away would be put in nowhere."""
+"""Deliberate faults match the text of the package, so that each can be inserted."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""Against what the paper's own pipelines gave for 13 settings on tiny random models."""
+"""Against the results of the authors' pipelines for 13 settings on tiny random models."""
 
 import pytest
 import torch
@@ -22,5 +22,5 @@ def test_matches_the_papers_pipelines(case):
     pipe = stgfast.accelerate(models.pipeline(family), stgfast.Guidance(weak, rescale=case["rescale"]))
     generator = torch.Generator().manual_seed(models.index()["models"][family]["generator_seed"])
     latents = pipe(**prompts, **models.sizes(family), generator=generator).frames
-    # Theirs were made in float32, once, so the distance is what rounding did to them: 8e-6 at most.
+    # Their results are in float32, so the distance is their rounding error: 8e-6 at most.
     within(distance(latents, stored[case["output"]]), 2e-5)

@@ -1,4 +1,4 @@
-"""What only a GPU can show, or a CPU only half: no step waits for the device, and no step compiles anew."""
+"""What can be shown on a GPU only, or partly on a CPU: no step waits for the device, and no step compiles again."""
 
 import contextlib
 import dataclasses
@@ -28,7 +28,9 @@ STEPS = 4
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("name", ["mochi", "wan-14b", "hunyuan-video"])
 def test_no_host_sync_in_a_step(name, device, monkeypatch):
-    """From the second step on, denoiser and combination ask the device for nothing. On a CPU: that it is looked at."""
+    """From the second step on, denoiser and combination do not read from the device. On a CPU, only the check itself is
+    tested.
+    """
     modes = []
     set_mode = torch.cuda.set_sync_debug_mode if device == "cuda" else modes.append
     denoise = Run._denoise
@@ -51,7 +53,7 @@ def test_no_host_sync_in_a_step(name, device, monkeypatch):
 
 
 class OneDevice(TorchDispatchMode):
-    """Within it no operation has anything to do with the host: its tensors are all on a device without numbers."""
+    """Within it no operation involves the host: its tensors are all on the meta device."""
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         output = operation(*args, **(kwargs or {}))
@@ -61,7 +63,7 @@ class OneDevice(TorchDispatchMode):
 
 
 def few_blocks(model):
-    """As wide as released, and of a few blocks, which are all alike."""
+    """Blocks of the released width, few and identical."""
     takes = inspect.signature(getattr(diffusers, model.denoiser)).parameters
     few = {name: count for name, count in (("num_layers", 4), ("num_single_layers", 2)) if name in takes}
     if not few:
@@ -71,7 +73,7 @@ def few_blocks(model):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_steps_of_the_released_sizes_stay_on_the_device(name, monkeypatch):
-    """The pipeline and its scheduler compute on the host, the denoiser where a look at a number is an error."""
+    """The pipeline and its scheduler compute on the host, the denoiser where reading a number is an error."""
 
     def moved(device, values):
         return pytree.tree_map(lambda value: value.to(device) if isinstance(value, torch.Tensor) else value, values)
@@ -107,7 +109,7 @@ def test_steps_of_the_released_sizes_stay_on_the_device(name, monkeypatch):
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("name", ["mochi", "wan-14b", "hunyuan-video"])
 def test_neither_steps_nor_schedules_compile_anew(name, device):
-    """Once all blocks have run with the rows of a weak branch, and without."""
+    """After all blocks have run with the rows of a perturbed branch, and without."""
     torch.compiler.reset()
     bench = Bench(shallow(name), "tiny", device, 2, backend=BACKEND[device])
     layers = [bench.model.layer("tiny")]

@@ -1,4 +1,4 @@
-"""Settings: what they mean, that they are checked when they are made, and that they survive JSON."""
+"""Settings: their meaning, their checks when they are made, and their conversion to JSON and back."""
 
 import dataclasses
 import json
@@ -56,7 +56,7 @@ def test_schedules():
     assert scales(2) == [2.0] * 4
     assert scales([0, 1, 2, 3]) == [0.0, 1.0, 2.0, 3.0]
     assert scales(lambda progress: 4 * progress) == [0.0, 1.0, 2.0, 3.0]
-    # A scheduler may make more calls than the steps asked for: a list is stretched over them.
+    # A scheduler may make more calls than the requested steps: a list is stretched over them.
     assert scales([0, 1, 2], steps=6) == [0.0, 0.0, 1.0, 1.0, 2.0, 2.0]
 
 
@@ -219,13 +219,13 @@ WRONG = {
     ),
     "one perturbation orthogonal": (
         lambda: Guidance(Perturbation([1]), project="orthogonal"),
-        "perturbations, one orthogonal to the other: got ['cond against cond'], expected two of cond against cond",
+        "perturbations with project='orthogonal': got ['cond against cond'], expected two of cond against cond",
     ),
     "orthogonal to another base": (
         lambda: Guidance([Perturbation([1]), Perturbation([2], base="guided")], project="orthogonal"),
         "got ['cond against cond', 'cond against guided'], expected two of cond against cond",
     ),
-    "eta without APG": (lambda: Guidance(eta=0.5), "eta: got 0.5, expected 0: it is that of project='along-cond'"),
+    "eta without APG": (lambda: Guidance(eta=0.5), "eta: got 0.5, expected 0: only project='along-cond' uses it"),
     "reuse below 1": (lambda: Guidance(reuse=0), "reuse: got 0, expected a number of steps, 1 (off) or more"),
     "steps that do not rise": (lambda: Guidance(reuse=[0, 3, 3]), "reuse: got [0, 3, 3], expected a number of steps"),
     "no steps": (lambda: Guidance(reuse_cfg=[]), "reuse_cfg: got [], expected a number of steps"),

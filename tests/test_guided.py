@@ -1,4 +1,4 @@
-"""Guidance within a sampler that is no pipeline: what is refused, and what is held to."""
+"""Guidance within a sampler that is not a pipeline: what is refused, and what is required."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ GUIDANCE = Guidance(Perturbation([1]))
 
 
 def call(model, rows=2, alike=True):
-    """One call of Open-Sora 2.0's model."""
+    """One call of the model of Open-Sora 2.0."""
     generator = torch.Generator().manual_seed(0)
     img = torch.randn(1 if alike else rows, 5, 8, generator=generator).expand(rows, -1, -1)
     ids = torch.zeros(rows, 9, 3)
@@ -46,7 +46,7 @@ def test_the_block_is_all_that_is_guided(model):
 
 
 def test_a_model_without_cfg(model):
-    """One row for every prompt; then a rescale needs to know of no scale."""
+    """One row for each prompt; a rescale then needs no scale."""
     guidance = Guidance(Perturbation([1], scale=2.0), rescale=1.0)
     before = call(model, 2, alike=False)
     with stgfast.guided(model, guidance, steps=1, cfg=False):
@@ -97,7 +97,7 @@ def test_models_that_are_not_known():
     for model, message in (
         (torch.nn.Linear(1, 1), "got Linear, expected one of MMDiTModel, STDiT3"),
         (STDiT3(), "another version than 1.2, with y_null"),
-        (spread, "spread over processes"),
+        (spread, "split over processes"),
     ):
         with pytest.raises(UnsupportedPipelineError, match=message), stgfast.guided(model, GUIDANCE, steps=3):
             pass

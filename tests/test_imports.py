@@ -1,4 +1,4 @@
-"""The house: which part may import which, and what `import stgfast` may load."""
+"""The structure: which part may import which, and what `import stgfast` may load."""
 
 import ast
 import subprocess
@@ -9,7 +9,7 @@ import stgfast
 from stgfast.queue.store import Store
 
 ROOT = Path(stgfast.__file__).parent
-# What every part may import of the package, beside itself. Settings and errors are everybody's.
+# What each part may import from the package, besides itself. All parts may import settings and errors.
 COMMON = {"errors", "formulas", "guidance", "kinds", "perturbation", "schedules", "spacing"}
 MAY = {
     "errors": set(),
@@ -20,12 +20,12 @@ MAY = {
     "wording": {"formulas", "guidance", "perturbation", "schedules", "spacing"},
     "presets": set(),
     "pages": set(),
-    # What a file of these two is about it has in hand; of kernels, a kind may call one.
+    # Files of these two import the part that they extend; a kind may call a kernel.
     "kinds": {"errors", "kernels"},
     "formulas": {"errors"},
     "kernels": set(),
     "batching": COMMON | {"kernels"},
-    # `Adapter.of` asks for facts where it is called.
+    # `Adapter.of` imports the search for facts when it is called.
     "integrations": COMMON | {"batching", "facts", "kernels", "presets"},
     "memory": COMMON,
     "reuse": COMMON,
@@ -55,7 +55,7 @@ MAY = {
     "extras": {"errors"},
     "doctor": {"kernels", "version"},
     "restart": {"errors"},
-    # Which is read by commands that load no torch.
+    # Commands that load no torch import it.
     "queue": COMMON,
     "render": COMMON
     | {"batching", "extras", "install", "installed", "integrations", "pages", "queue", "ranks", "recipes", "solvers"}
@@ -121,7 +121,7 @@ FOREIGN = {  # third-party packages, and the only parts that may import them
 
 
 def run(tree):
-    """All that a module's code has, but for what type checkers alone read."""
+    """The imports of a module, without those for type checkers only."""
     for node in ast.iter_child_nodes(tree):
         if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
             yield node
@@ -158,7 +158,7 @@ def test_imports_point_one_way():
 
 
 def test_every_room_is_a_package():
-    """Else it is there in a checkout, and is not installed."""
+    """Otherwise it exists in a checkout, and is not installed."""
     rooms = {path.parent for path in ROOT.rglob("*.py")}
     assert len(rooms) > 15
     assert [room for room in rooms if not (room / "__init__.py").is_file()] == []
@@ -205,12 +205,12 @@ def files(*parts):
 
 
 def test_kinds_and_formulas_are_known_by_what_they_say_of_themselves():
-    """The core imports none of them by name, so that another file is all that another one takes."""
+    """The core imports none of them by name, so a new one needs only its own file."""
     may = {
         "stgfast.kinds": {"KINDS", "AXES", "Kind", "Mark", "kind_of"},
         "stgfast.formulas": {"FORMULAS", "COND", "UNCOND", "GUIDED", "Formula"},
     }
-    # Adapters say what their own model can do, and the plain method has its own way for a kind.
+    # Adapters list the kinds of their model, and the plain method implements each kind itself.
     apart = files("kinds", "formulas", "integrations", "proof")
     for path in set(files(*CORE)) - set(apart):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -225,7 +225,7 @@ def test_no_file_of_the_core_is_long():
 
 
 def test_import_is_cold(tmp_path):
-    """Settings are read without torch, and the command line without the libraries that take seconds."""
+    """Settings are read without torch, and the command line without libraries that take seconds to load."""
     code = """
 import sys, stgfast
 assert stgfast.Guidance(stgfast.Perturbation([2])).to_json() and set(stgfast.__all__) <= set(dir(stgfast))

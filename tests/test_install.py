@@ -1,4 +1,4 @@
-"""Install and undo: nothing is left behind, and nothing else is touched."""
+"""Install and restore: nothing remains, and nothing else is changed."""
 
 import filecmp
 import inspect
@@ -29,7 +29,7 @@ def clip(pipe, family="mochi", **changes):
 
 
 def traces(pipe):
-    """Everything about a pipeline and its parts that installing could change."""
+    """Everything about a pipeline and its components that installing could change."""
     modules = [(name, module) for name, module in pipe.transformer.named_modules()]
     return {
         "class": type(pipe),

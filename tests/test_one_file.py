@@ -1,4 +1,4 @@
-"""A kind of perturbation, a formula and a pipeline take one file each, and no change elsewhere."""
+"""A new kind of perturbation, formula or pipeline needs one file, and no change elsewhere."""
 
 import dataclasses
 import importlib.util
@@ -92,7 +92,7 @@ def dot(one, other):
 
 
 def written_out(prompt, weakened, combined, strength=3.0, rounds=4):
-    """A clip by `combined(none, text, weak)`, where `weakened(block, x, prompt, time)` is what block 2 does."""
+    """A clip by `combined(none, text, weak)`, where `weakened(block, x, prompt, time)` is the perturbed block 2."""
     pipe, x = HomemadePipeline(), torch.randn(len(prompt), 5, WIDTH, generator=torch.Generator().manual_seed(1))
     for i in range(rounds):
         time = torch.full((len(x),), 1 - i / rounds)
@@ -149,7 +149,7 @@ def test_a_formula(tmp_path):
         same(made(guidance, prompt), expected)
         assert distance(expected, made(Guidance(guidance.perturbations), prompt)) > 1e-4
         pipe = stgfast.accelerate(HomemadePipeline(), guidance, adapter=ADAPTER)
-        assert "along cond - uncond is left out, of which 0.25 is left" in str(stgfast.explain(pipe))
+        assert "along cond - uncond is left out, eta 0.25" in str(stgfast.explain(pipe))
         without = dataclasses.replace(ADAPTER, requested=lambda call: None)
         with pytest.raises(stgfast.SettingsError, match="project='beside-cfg': got a call without CFG"):
             stgfast.accelerate(HomemadePipeline(), guidance, adapter=without)(prompt)

@@ -1,4 +1,4 @@
-"""The READMEs are true: tables are made of what is planned or was measured, settings exist, examples run."""
+"""The READMEs are true: tables match plans and measurements, settings exist, examples run."""
 
 import json
 import re
@@ -50,7 +50,7 @@ MADE = {
 }
 
 
-# The tests of one script share what it has imported.
+# The tests of one script share its imports.
 FILES = [
     pytest.param(script, file, marks=pytest.mark.xdist_group(script))
     for script, (_, files) in MADE.items()

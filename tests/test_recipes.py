@@ -1,4 +1,4 @@
-"""Recipes: taken as a whole, by the model that they were found for alone, and named wherever clips are."""
+"""Recipes: used as a whole, only for the model that they were found for, and named in clips."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ SETTINGS = {"steps": 6, "solver": "unipc", "reuse": 2, "reuse_cfg": (0, 1, 2, 4)
 
 
 def solver_of(pipe):
-    """Nothing where a pipeline has its own."""
+    """None for a pipeline with a solver of its own."""
     if REPLACED not in vars(pipe):
         return ""
     given = pipe.scheduler
@@ -58,7 +58,7 @@ def test_steps_are_the_recipes_where_a_call_does_not_say():
         pipe(**given)
     assert len(pipe.scheduler.timesteps) == 6
     for other in ({"num_inference_steps": 8}, {"timesteps": [900, 500, 100]}):
-        with pytest.raises(SettingsError, match=r"steps beside a recipe: got \d, expected the 6 that it was found for"):
+        with pytest.raises(SettingsError, match=r"steps with a recipe: got \d, expected the 6 that it was found for"):
             pipe(**given, **other)
 
 
@@ -84,12 +84,12 @@ def test_explain_names_it():
     text = str(stgfast.explain(pipe, **LTX.arguments(1) | SIX))
     said = "unipc, 6 steps, reuse 2, reuse_cfg but in steps 0, 1, 2, 4, order 1"
     assert f"approximately, by a recipe: {said}\n" in text
-    assert "cond - uncond computed in steps 0, 1, 2, 4, carried on by a line in the others" in text
+    assert "cond - uncond computed in steps 0, 1, 2, 4, extrapolated linearly in the others" in text
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_pipeline_takes_one(name):
-    """One without a solver, and with what reuse there is."""
+    """One without a solver, and with the reuse that the pipeline supports."""
     family = FAMILIES[name]
     pipe, cfg = family.pipe(), family.cfg is not None
     given = family.arguments(1) if cfg else {**family.arguments(1, cfg=False)}
@@ -155,14 +155,14 @@ def test_wrong_ones_say_so(name, tmp_path):
 
 def test_what_does_not_go_with_one_is_said(tmp_path):
     recipe = recipe_for(LTX.pipe())
-    with pytest.raises(SettingsError, match="reuse of a Guidance beside a recipe: got both, expected one of them"):
+    with pytest.raises(SettingsError, match="reuse of a Guidance and a recipe: got both, expected one of them"):
         stgfast.accelerate(LTX.pipe(), Guidance(Perturbation([2]), reuse=3), recipe=recipe)
     pipe = stgfast.accelerate(LTX.pipe(), GUIDANCE, recipe=recipe)
-    with pytest.raises(SettingsError, match="beside a recipe: got both"):
+    with pytest.raises(SettingsError, match="and a recipe: got both"):
         LTX.run(pipe, stg=Guidance(Perturbation([2]), reuse=3), **SIX)
     with pytest.raises(SettingsError, match="reuse_cfg: got a call without CFG"):
         LTX.run(pipe, cfg=False, **SIX)
-    with pytest.raises(SettingsError, match=r"recipe: got .*no.json.*, expected a file that stgfast tune wrote"):
+    with pytest.raises(SettingsError, match=r"recipe: got .*no.json.*, expected a file written by stgfast tune"):
         stgfast.accelerate(LTX.pipe(), recipe=tmp_path / "no.json")
     with pytest.raises(SettingsError, match=r"recipe: got 3, expected a stgfast.Recipe, or the path of its file"):
         stgfast.accelerate(LTX.pipe(), recipe=3)
@@ -182,15 +182,15 @@ def test_a_folder_of_clips_by_a_recipe(tmp_path):
     clip = next((tmp_path / "out").glob("*.npz"))
     said = metadata_of(clip)
     assert (said["job"]["solver"], said["job"]["steps"], said["job"]["guidance"]["reuse"]) == ("unipc", 6, 2)
-    assert "recipe" not in said["job"]  # whose words these are
+    assert "recipe" not in said["job"]  # where these words come from
     page = (tmp_path / "out" / "index.html").read_text()
-    assert "Made by a recipe, approximately: unipc, 6 steps, reuse 2" in page
+    assert "Approximate, by a recipe: unipc, 6 steps, reuse 2" in page
     assert '"approximate": "reuse 2; reuse_cfg but in steps 0, 1, 2, 4; order 1"' in page
     other = dataclasses.replace(recipe, solver="dpm++")
     assert (
         stgfast.render("toy", jobs[:1], tmp_path / "out", format="npz", same_process=True, recipe=other).rendered == 1
     )
-    # A pipeline that was accelerated with one makes the same clips, and by another solver others.
+    # A pipeline that was accelerated with a recipe makes the same clips, and other clips with another solver.
     pipe = stgfast.accelerate(toy.pipeline(), toy.GUIDANCE, recipe=recipe)
     assert (
         stgfast.render(
@@ -200,7 +200,7 @@ def test_a_folder_of_clips_by_a_recipe(tmp_path):
     )
     mine = metadata_of(next((tmp_path / "mine").glob("*.npz")))["job"]
     assert {**mine, "prompt": "", "name": ""} == {**said["job"], "prompt": "", "name": ""}
-    # The same jobs without it are other clips.
+    # Without it, the same jobs give other clips.
     assert stgfast.render("toy", jobs, tmp_path / "out", format="npz", same_process=True).rendered == 2
 
 
@@ -209,7 +209,7 @@ def test_jobs_that_do_not_go_with_a_recipe_stop_before_the_first(tmp_path):
     told = []
     with pytest.raises(SettingsError, match="1 bad line"):
         stgfast.render("toy", [{"prompt": "a", "steps": 9}], tmp_path, recipe=recipe, listener=told.append)
-    assert "steps beside a recipe: got 9, expected the 6" in told[0]["error"]
+    assert "steps with a recipe: got 9, expected the 6" in told[0]["error"]
     with pytest.raises(SettingsError, match="1 bad line"):
         stgfast.render(
             "toy", [{"prompt": "a"}], tmp_path, recipe=recipe_for(LTX.pipe(), model={"pipeline": "WanPipeline"})

@@ -1,4 +1,4 @@
-"""Restart sampling: the way back in closed form, solvers that forget, and whole runs against the loop written out."""
+"""Restart sampling: the way back in closed form, solvers without memory of it, and runs against a written loop."""
 
 import copy
 import dataclasses
@@ -59,13 +59,13 @@ def schedule(name, n=10):
 
 
 def back_and_forth(order):
-    """k and m, and how often, of the steps that were made."""
+    """k and m, and the number of repeats, of the steps that were made."""
     jumps = [i for i in range(1, len(order)) if order[i] != order[i - 1] + 1]
     return order[jumps[0]], order[jumps[0] - 1] + 1, len(jumps)
 
 
 def restarted(name, times=1, n=10, **settings):
-    """The scheduler with its schedule set, the stock one likewise, and k and m as its timesteps show them."""
+    """The scheduler with its schedule set, the stock one too, and k and m from their timesteps."""
     stock = copy.deepcopy(SCHEDULERS[name])
     scheduler = stgfast.restart(stock, t_min=0.4, t_max=0.75, times=times, **settings)
     for one in (stock, scheduler):
@@ -79,7 +79,7 @@ def restarted(name, times=1, n=10, **settings):
 
 
 def marginal(name, stock, step):
-    """alpha and sigma at a step, as diffusers itself makes a sample noisy."""
+    """alpha and sigma at a step, from the function of diffusers that adds noise."""
     if name == "flow, EDM":
         return 1.0, float(stock.sigmas[step])
     one, none, t = torch.ones(1, 1).double(), torch.zeros(1, 1).double(), stock.timesteps[step : step + 1]
@@ -91,7 +91,7 @@ def marginal(name, stock, step):
 
 
 def go_back(scheduler, stock, m, sample, **step):
-    """The step before the way back, the stock part of it answering with `sample`."""
+    """The step before the way back, where the stock part returns `sample`."""
     scheduler._step_index = m - 1
     names = inspect.signature(scheduler.step).parameters
     given = {name: None for name in ("old_pred_original_sample", "timestep_back") if name in names}
@@ -134,7 +134,7 @@ def test_flow_matching_and_edm_are_the_formulas_of_the_papers():
 
 
 def test_mochi_counts_the_other_way_round():
-    """diffusers cannot make a sample noisy for this scheduler: its sigmas are shares of data."""
+    """diffusers cannot add noise for this scheduler: its sigmas are fractions of data."""
     stock = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     scheduler = stgfast.restart(stock, t_min=0.25, t_max=0.75, generator=torch.Generator().manual_seed(1))
     for one in (stock, scheduler):
@@ -171,7 +171,7 @@ def test_heun_goes_back_between_its_steps_of_two_evaluations():
 
 
 def make_steps(scheduler, x, first, last, model=torch.sin):
-    """Steps `first` to `last` of a run, as CogVideoX's pipeline makes them where the scheduler is its own."""
+    """Steps `first` to `last` of a run, made as in the pipeline of CogVideoX if the scheduler is its own."""
     old = None
     for i in range(first, last):
         t = scheduler.timesteps[i]
@@ -188,7 +188,7 @@ def make_steps(scheduler, x, first, last, model=torch.sin):
 
 @every
 def test_solvers_forget_on_the_way_back(name):
-    """After the way back they make the steps that a fresh scheduler makes from there."""
+    """After the way back they make the same steps as a fresh scheduler."""
     scheduler, stock, k, m = restarted(name)
     x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)) * float(getattr(scheduler, "init_noise_sigma", 1))
     if name == "flow, EDM":
@@ -198,7 +198,7 @@ def test_solvers_forget_on_the_way_back(name):
     fresh._step_index = k
     expected = make_steps(fresh, x, k, len(fresh.timesteps))
     assert torch.equal(make_steps(scheduler, x, m, len(scheduler.timesteps)), expected)
-    if hasattr(stock, "model_outputs"):  # and what would not be forgotten can be seen
+    if hasattr(stock, "model_outputs"):  # so that a remaining memory is visible
         fresh = copy.deepcopy(stock)
         make_steps(fresh, x, 0, k)
         assert distance(make_steps(fresh, x, k, len(fresh.timesteps)), expected) > 1e-4
@@ -250,7 +250,7 @@ def test_noise_from_generators():
         flow_run(x, generator=given(3))
 
 
-# What pipelines look at
+# Attributes that pipelines read
 
 
 def test_it_is_the_stock_class_to_all_who_ask(tmp_path):
@@ -338,11 +338,11 @@ def back_by_edm(x, eps, scheduler, k, m):
 
 
 class FirstStep(Exception):
-    """A run stopped where its scheduler would make a step."""
+    """Raised where the scheduler of a run would make a step."""
 
 
 def first_step(pipe, arguments):
-    """What a pipeline gives the first step of its scheduler."""
+    """The arguments of the first step of a pipeline's scheduler."""
     step, seen = pipe.scheduler.step, {}
 
     @functools.wraps(step)
@@ -356,7 +356,7 @@ def first_step(pipe, arguments):
 
 
 def predict(pipe, arguments, x, i):
-    """What a stock pipeline gives its scheduler at step i, where its latents are x: a run that begins there."""
+    """The arguments of a stock pipeline's scheduler at step i with latents x: a run that starts there."""
     scheduler, set_timesteps = pipe.scheduler, pipe.scheduler.set_timesteps
 
     @functools.wraps(set_timesteps)
@@ -378,7 +378,7 @@ def written_out(build, arguments, back, k, m, times, generators=None):
     pipe, given = build(), arguments()
     seen = first_step(pipe, given)
     fresh, x = copy.deepcopy(pipe.scheduler), seen["sample"]
-    generators = generators or given["generator"]  # which have made the latents by now
+    generators = generators or given["generator"]  # which were used for the latents already
     extra = {"generator": seen["generator"]} if "generator" in seen else {}
 
     def denoised(x, first, last):
@@ -411,7 +411,7 @@ def built(family, other=False, scheduler=None):
 
 
 def calm_svd():
-    """With weights that let roundings grow less, over as many steps."""
+    """With weights that amplify roundings less, over the same number of steps."""
     pipe = svd.build()
     torch.manual_seed(1)
     models.spread(pipe.unet, gain=1.0)
@@ -478,7 +478,7 @@ def four_steps(family, prompts=2):
 
 
 def longer(family, build, shares, steps):
-    """The same family, its calls of four steps made longer by restarts."""
+    """The same family, with calls of four steps made longer by restarts."""
     return dataclasses.replace(
         family,
         build=lambda other=False: restarting(build, shares),
@@ -529,15 +529,17 @@ def test_guided_and_explained_over_the_longer_run(run):
 RESTARTED = {
     name: family
     for name, family in FAMILIES.items()
-    # Those refuse, this needs conditions of another strength, and has tests of its own; the last one does not say
-    # itself how many steps it makes.
+    # Some refuse, one needs conditions of another strength and has tests of its own, and the last one does not set
+    # its number of steps itself.
     if not name.startswith("modular") and name not in ("LTX from conditions", "LTX, long")
 }
 
 
 @pytest.mark.parametrize("family", RESTARTED.values(), ids=RESTARTED)
 def test_steps_are_known_beforehand(family):
-    """What every pipeline gives its scheduler, mu and sigmas, is known to its adapter: more of it, more restarts."""
+    """The adapter knows mu and sigmas that the pipeline passes to its scheduler; with more of them, there are more
+    restarts.
+    """
     pipe = family.build()
     kind = type(pipe.scheduler).__name__
     if kind in ("EDMEulerScheduler", "FlowMapEulerDiscreteScheduler", "HeliosScheduler"):
@@ -554,7 +556,7 @@ def test_steps_are_known_beforehand(family):
 
 
 def test_a_scale_that_changes_with_the_steps_of_the_call():
-    """CogVideoX's dynamic CFG counts the steps that were asked for."""
+    """The dynamic CFG of CogVideoX depends on the requested number of steps."""
     family = next(family for family in cogvideox.FAMILIES if family.name == "CogVideoX from an image")
     family = longer(family, family.build, (0.1, 0.7), 8)
     guidance = Guidance(Perturbation([1]))
@@ -572,7 +574,7 @@ def test_a_modular_pipeline_says_that_its_guider_does_not_count(family):
 
 
 def test_a_call_repeats_whatever_the_batch():
-    """Nothing but the generators of the call: the samples themselves seed the noise."""
+    """It depends only on the generators of the call: the samples themselves seed the noise."""
     family, build, _, shares, _, _ = RUNS["Wan, UniPC"]
     pipe = restarting(build, shares)
     both = family.result(pipe(**four_steps(family)))
@@ -584,7 +586,7 @@ def test_a_call_repeats_whatever_the_batch():
 
 @pytest.mark.parametrize("other", [False, True], ids=["CogVideoX DDIM", "CogVideoX DPM"])
 def test_a_run_over_a_part_of_the_schedule(other):
-    """From a video, 7 steps of 10: they begin before t_max, or the call says that they do not."""
+    """From a video, 7 steps of 10: they start before t_max, or the call is refused."""
     family = next(family for family in cogvideox.FAMILIES if "video" in family.name)
     arguments = {**family.arguments(1), "num_inference_steps": 10, "strength": 0.7}
     pipe = family.build(other=other)
@@ -602,7 +604,7 @@ def test_a_run_over_a_part_of_the_schedule(other):
     jump = next(i for i in range(1, len(seen)) if seen[i] > seen[i - 1])
     m = times.index(seen[jump - 1]) + 1
     assert seen == times[3:m] + times[times.index(seen[jump]) :]
-    # A run that begins after the first way back, at the timestep of t_max too, is found out where it would go back.
+    # A run that starts after t_max, or at its timestep, is noticed at the step that would go back.
     arguments["strength"] = (10 - m + 0.5) / 10
     with pytest.raises(SettingsError, match=r"timestep after a restart: got .*begin at or before t_max"):
         pipe(**arguments)
@@ -652,7 +654,7 @@ def test_ltx2_restarts_video_and_audio():
 
 
 def test_every_frame_restarts_by_itself():
-    """SkyReels has a scheduler for every frame; frame after frame, each goes back at its own step."""
+    """SkyReels has a scheduler for each frame; each goes back at its own step."""
     family = next(family for family in skyreels_v2.FAMILIES if "frame after frame" in family.name)
     pipe = family.build()
     pipe.scheduler = stgfast.restart(pipe.scheduler, t_min=0.5, t_max=0.9)

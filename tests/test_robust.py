@@ -1,4 +1,4 @@
-"""What users and other libraries do to a pipeline: guided all the same, or refused in a sentence, and never neither."""
+"""Changes to a pipeline by users and other libraries: guidance still acts, or the call is refused in one sentence."""
 
 import copy
 import functools
@@ -69,7 +69,7 @@ def test_blocks_compiled_in_other_ways(family, how, guidance):
 @pytest.mark.float32
 @pytest.mark.parametrize("kind", ["attention", "blur"])
 def test_blocks_compiled_inside_of_a_layer(kind):
-    """A layer of SDXL is a transformer; what diffusers compiles is every block in it."""
+    """A layer of SDXL is a transformer; diffusers compiles each block in it."""
     torch.compiler.reset()
     pipe = SDXL.build()
     pipe.unet.compile_repeated_blocks(backend="eager")
@@ -98,7 +98,7 @@ def test_regions_compiled_by_accelerate_stay_compiled():
 @pytest.mark.again
 @pytest.mark.float32
 def test_a_unet_of_several_widths_compiled_whole():
-    """Its blocks are compiled one by one: more kinds of them than torch.compile allows for one function."""
+    """Its blocks are compiled one by one: there are more kinds of them than torch.compile allows for one function."""
     torch.compiler.reset()
     widths = {"block_out_channels": (32, 64, 96), "attention_head_dim": (2, 4, 6)}
     unet = diffusers.UNet2DConditionModel(
@@ -147,7 +147,7 @@ def test_a_model_that_is_exchanged_during_a_call_raises():
         pipe.transformer = other
         return {}
 
-    with pytest.raises(EngineError, match=r"guided steps: got 1 steps, expected 4; was pipe\.transformer exchanged"):
+    with pytest.raises(EngineError, match=r"guided steps: got 1 steps, expected 4; was pipe\.transformer replaced"):
         WAN.run(pipe, num_inference_steps=4, callback_on_step_end=exchange)
 
 
@@ -181,7 +181,7 @@ def test_wrong_facts_of_an_adapter():
 @pytest.mark.float32
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_pipeline_that_copies_what_it_was_handed(dtype):
-    """Before its second call, so that nothing which is filled in later is in use."""
+    """Before its second call, so a tensor that is filled in later is not used."""
     pipe = WAN.build()
     pipe.transformer.to(dtype)
     embeds = {name: value.to(dtype) for name, value in WAN.arguments(1).items() if name.endswith("prompt_embeds")}
@@ -266,11 +266,11 @@ def test_wrapped_models_are_refused():
         stgfast.accelerate(pipe, RESIDUAL)
 
 
-# Others in place of a model's forward
+# Replacements of a model's forward
 
 
 def replaced(module, home, **state):
-    """A forward as another library puts it there."""
+    """A forward as another library replaces it."""
     code = compile("def forward(*args, **kwargs): return original(*args, **kwargs)", home, "exec")
     space = {"__name__": home, "original": module.forward, **state}
     exec(code, space)
@@ -395,7 +395,7 @@ def test_schedules_are_any_numbers_in_a_row():
 
 
 def test_sigmas_of_mochi_are_shares_of_noise():
-    """Its released scheduler counts shares of data."""
+    """Its released scheduler has fractions of data."""
     pipe = MOCHI.build()
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     schedule = BySigma([(0.9, 3.0), (0.5, 2.0), (0.0, 1.0)])
@@ -428,7 +428,7 @@ def test_denoising_ends_early():
 
 
 def test_sigmas_of_a_part_of_a_run():
-    """`strength` leaves out the first steps, and their sigmas."""
+    """`strength` skips the first steps and their sigmas."""
     family = next(family for family in wan.FAMILIES if family.name == "Wan from a video")
     listed = Guidance(Perturbation([2], scale=[1.0, 2.0]))
     pipe = stgfast.accelerate(family.build(), listed)

@@ -1,4 +1,4 @@
-"""Another solver over a pipeline's own sigmas."""
+"""Another solver on a pipeline's own sigmas."""
 
 import copy
 import dataclasses
@@ -29,7 +29,9 @@ def pipe_with(**settings):
 
 
 def off(scheduler, steps=None, spread=0.5, **given):
-    """How far a run ends from where it has to: data are numbers of this deviation, so velocities are known exactly."""
+    """The distance of a run's end from the exact one: data are numbers with this deviation, so velocities are known
+    exactly.
+    """
     scheduler.set_timesteps(steps, **given)
     sigmas = scheduler.sigmas.double()
     x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
@@ -58,7 +60,7 @@ def test_is_closer_than_euler_at_the_same_steps(settings, name):
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_is_the_solver_of_diffusers(name):
-    """Over the same sigmas; but times that the model is given are not cut to whole numbers, as there."""
+    """On the same sigmas; but timesteps of the model are not rounded to whole numbers, as there."""
     cls, order = SOLVERS[name]
     theirs = getattr(diffusers, cls)(prediction_type="flow_prediction", use_flow_sigmas=True, solver_order=order)
     mine = solved(diffusers.FlowMatchEulerDiscreteScheduler(), name).scheduler

@@ -40,7 +40,7 @@ def over_all(context: Any, tokens: int, change: Callable[[Tensor], Tensor]) -> C
     def changed(shard: Tensor) -> Tensor:
         if shard.shape[1] != counts[rank]:
             raise EngineError(
-                f"tokens of a frame, spread over {size} processes: got {shard.shape[1]} on rank {rank}, expected "
+                f"tokens of a frame, split over {size} processes: got {shard.shape[1]} on rank {rank}, expected "
                 f"{counts[rank]} of the video's {tokens}, and no others"
             )
         padded = shard.new_zeros(shard.shape[0], max(counts), shard.shape[2])

@@ -115,8 +115,8 @@ def _keys(mask: Tensor, rows: int) -> Keys | None:
     if queries and mask.shape[2] != mask.shape[3]:
         return None
     whole = first[:, None, None] & first[:, None, :, None] if queries else first[:, None, None]
-    said = torch.cat([count, (mask == whole).all().to(count.dtype)[None]]).tolist()  # one read from the device
-    *lengths, right = said
+    read = torch.cat([count, (mask == whole).all().to(count.dtype)[None]]).tolist()  # one read from the device
+    *lengths, right = read
     if not right or not all(lengths):
         return None
     if all(length == keys.shape[1] for length in lengths):

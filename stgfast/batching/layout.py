@@ -110,9 +110,9 @@ class Blocks:
             check_names(f"{name} of a model's blocks", getattr(self, name))
         for name in ("rows", "packed"):
             if isinstance(getattr(self, name), str):
-                raise wrong(f"{name} of a model's blocks", getattr(self, name), "names, and not one")
+                raise wrong(f"{name} of a model's blocks", getattr(self, name), "a list of names, not a single name")
         if not self.lists and self.units is None:
-            raise wrong("lists of a model's blocks", self.lists, "the name of at least one, or units")
+            raise wrong("lists of a model's blocks", self.lists, "at least one name, or a function `units`")
 
     def of(self, denoiser: nn.Module) -> Layout:
         """The blocks of one model; AttributeError if it does not have them."""

@@ -30,7 +30,7 @@ def take(value: Any, where: Sequence[slice], rows: int, name: str) -> Any:
         return value
     each, left = divmod(value.shape[0], rows)
     if left:
-        raise EngineError(f"argument {name!r}: got {value.shape[0]} rows, expected {rows}, or as many for each")
+        raise EngineError(f"argument {name!r}: got {value.shape[0]} rows, expected {rows} or a multiple of it")
     if list(where) == [slice(0, rows)]:
         return value
     return join([value[part.start * each : part.stop * each] for part in where])

@@ -57,7 +57,7 @@ def handling_also(handlers: Mapping[nn.Module, Handler]) -> Iterator[None]:
 def held(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Install wrappers on these modules within the block."""
     if not hasattr(nn.Module, ATTRIBUTE):
-        raise EngineError(f"this torch has no nn.Module.{ATTRIBUTE}, through which blocks are reached")
+        raise EngineError(f"this version of torch has no nn.Module.{ATTRIBUTE}, which guidance needs")
     modules = list(modules)
     with _lock:
         for module in modules:

@@ -50,8 +50,8 @@ def identity_of_scores(attn: Any, *args: Any, **named: Any) -> Any:
         output = as_written(attn)(*args, **named)
     if not seen:
         raise UnseenError(
-            f"output = V of {type(attn).__name__}: got a processor, {type(getattr(attn, 'processor', None)).__name__}, "
-            f"that does not call torch's attention, nor one of diffusers' backends; set one that does"
+            f"attention processor of {type(attn).__name__}: got {type(getattr(attn, 'processor', None)).__name__}, "
+            f"expected one that calls torch's scaled_dot_product_attention or an attention backend of diffusers"
         )
     return output
 

@@ -28,7 +28,7 @@ class Way(Enum):
 
     ONE = "all rows in one call of the module"
     OWN = "all rows in one call, in place of the module's own"
-    APART = "rows that attend in a call of the module, the others as values alone"
+    APART = "attending rows in one call of the module, only values for the others"
 
 
 class Rows(NamedTuple):

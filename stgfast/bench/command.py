@@ -71,9 +71,9 @@ def run_bench(arguments: argparse.Namespace, stdout: TextIO | None = None, stder
     from stgfast.bench.ranks import begin
     from stgfast.errors import SettingsError
 
-    out, said = stdout or sys.stdout, stderr or sys.stderr
+    out, log = stdout or sys.stdout, stderr or sys.stderr
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        said.write("stgfast bench: --device: got cuda, expected a GPU that torch can use, or cpu\n")
+        log.write("stgfast bench: --device: got cuda, expected a GPU that torch can use, or cpu\n")
         return WRONG
     if arguments.device == "cpu":
         torch.set_num_threads(1)
@@ -88,25 +88,25 @@ def run_bench(arguments: argparse.Namespace, stdout: TextIO | None = None, stder
                 continue
             out.write(saved(row, arguments.save) + "\n")
             out.flush()
-            said.write(SUMMARIES[row["bench"]](row) + ("" if right else ", not within 5%") + "\n")
+            log.write(SUMMARIES[row["bench"]](row) + ("" if right else ", not within 5%") + "\n")
             code = code if right else WRONG_RESULT
     except (Disagreement, SettingsError) as error:
-        said.write(f"stgfast bench: {error}\n")
+        log.write(f"stgfast bench: {error}\n")
         return WRONG_RESULT if isinstance(error, Disagreement) else WRONG
     return code
 
 
-def _report(folder: Path, page: Path, said: TextIO) -> int:
+def _report(folder: Path, page: Path, log: TextIO) -> int:
     from stgfast.bench import report
     from stgfast.errors import SettingsError
 
     try:
         rows = report.rows_in(folder)
     except SettingsError as error:
-        said.write(f"stgfast bench: {error}\n")
+        log.write(f"stgfast bench: {error}\n")
         return WRONG
     page.write_text(report.page(rows), encoding="utf-8")
-    said.write(f"{page}: {len(rows)} results\n")
+    log.write(f"{page}: {len(rows)} results\n")
     return DONE
 
 
@@ -166,13 +166,13 @@ def _of_check(row: dict[str, Any]) -> str:
 
 
 def _of_ranks(row: dict[str, Any]) -> str:
-    told = [
+    counts = [
         f"{count} ranks {over:.3f} of that, predicted {row['predicted'][count]:.3f}, receiving "
         f"{max(row['received'][count]):,} bytes a step at most"
         for count, over in row["over_one"].items()
         if count > 1
     ]
-    return f"{row['model']:14} {row['seconds'][1]:.4g} s on one rank; {'; '.join(told)}"
+    return f"{row['model']:14} {row['seconds'][1]:.4g} s on one rank; {'; '.join(counts)}"
 
 
 SUMMARIES = {

@@ -79,10 +79,10 @@ def _row(
 
 
 def _timed(benches: Mapping[int, Bench], axis: str, size: str, rounds: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    far = {}
+    distances = {}
     for value, bench in benches.items():
         both = {"stgfast": bench.stgfast(), "passes": bench.passes()}  # also the warm-up
-        far[value] = agreeing(f"{axis} {value}", both, "passes", ALLOWED[DTYPES[size]])["stgfast"]
+        distances[value] = agreeing(f"{axis} {value}", both, "passes", ALLOWED[DTYPES[size]])["stgfast"]
     taken = rounds_of({value: partial(bench.timed, "stgfast") for value, bench in benches.items()}, rounds)
     for value, bench in benches.items():
         times = [each.step for each in taken[value]]
@@ -94,6 +94,6 @@ def _timed(benches: Mapping[int, Bench], axis: str, size: str, rounds: int) -> I
                 "block_rows": sum(bench.block_rows("stgfast")) * bench.prompts,
                 "arithmetic": bench.arithmetic("stgfast").total,
                 "clip": bench.frames,
-                "distance": far[value],
+                "distance": distances[value],
             },
         )

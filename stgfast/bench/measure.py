@@ -39,13 +39,13 @@ class Disagreement(RuntimeError):
 def agreeing(
     what: str, results: Mapping[str, Tensor], exact: str, allowed: float, unlike: Sequence[str] = ()
 ) -> dict[str, float]:
-    """The relative distance of results from the exact one. Raises if one that is not in `unlike` is too far."""
+    """The relative distance of results from the exact one. Raises if one that is not in `unlike` is too distances."""
     right = results[exact].double()
-    far = {name: float((result.double() - right).norm() / right.norm()) for name, result in results.items()}
-    wrong = {name: distance for name, distance in far.items() if name not in unlike and not distance <= allowed}
+    distances = {name: float((result.double() - right).norm() / right.norm()) for name, result in results.items()}
+    wrong = {name: distance for name, distance in distances.items() if name not in unlike and not distance <= allowed}
     if wrong:
         raise Disagreement(f"{what}: relative distances {wrong}, allowed {allowed:g}; nothing was timed")
-    return far
+    return distances
 
 
 def in_turns(calls: Mapping[str, Callable[[], Any]], rounds: int, device: str) -> dict[str, list[float]]:
@@ -228,10 +228,10 @@ def commit() -> str | None:
         return None
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return None
-    return said.stdout.strip()
+    return done.stdout.strip()
 
 
 def saved(row: Mapping[str, Any], file: Path | None) -> str:

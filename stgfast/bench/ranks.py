@@ -47,7 +47,9 @@ def over_ranks(name: str, *, size: str, device: str, steps: int | None, rounds: 
             before = ranks.received
             clips[count] = benches[count].stgfast()  # also the warm-up
             received[count] = (ranks.received - before) // makes
-    far = agreeing(name, {str(count): clip for count, clip in clips.items()}, str(min(clips)), ALLOWED[DTYPES[size]])
+    distances = agreeing(
+        name, {str(count): clip for count, clip in clips.items()}, str(min(clips)), ALLOWED[DTYPES[size]]
+    )
 
     def longest(count: int) -> float:
         dist.barrier()
@@ -70,7 +72,7 @@ def over_ranks(name: str, *, size: str, device: str, steps: int | None, rounds: 
         predicted={count: significant(max(loads) / max(planned[1])) for count, loads in planned.items()},
         block_rows=planned,
         received={count: [one for one in _of_all(received.get(count)) if one is not None] for count in groups},
-        distance=far,
+        distance=distances,
     )
 
 

@@ -52,13 +52,13 @@ def table(rows: Iterable[Mapping[str, Any]], size: str, names: Mapping[str, str]
     of = {row["model"]: row for row in rows if row["bench"] == "steps" and row["size"] == size and not row["whole"]}
     there = [model for model in names if model in of]
     lines = [["", *(names[model] for model in there)], ["---"] * (len(there) + 1)]
-    told = {
+    shown = {
         "the paper's scheme": ("over", "paper"),
         "the paper's own code": ("over", "reference"),
         "as the blocks predict": ("predicted", "paper"),
         "CFG alone": ("over", "stock"),
     }
-    for line, (figure, variant) in told.items():
+    for line, (figure, variant) in shown.items():
         values = [of[model][figure].get(variant) for model in there]
         if any(values):
             lines.append([line, *("" if value is None else f"{value:.2f}" for value in values)])

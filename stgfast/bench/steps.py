@@ -50,15 +50,15 @@ def measured(
     pipeline's default number.
     """
     bench = Bench(MODELS[name], size, device, steps, backend=backend, reference=reference)
-    far, memory = agreed(bench, name, variants)
+    distances, memory = agreed(bench, name, variants)
     whole, count = steps is None, bench.arguments()["num_inference_steps"]
     part, of = ("clip", count) if whole else ("step", 1)  # what the figures describe, and its steps
-    rows = {each: bench.block_rows(each) for each in far}
+    rows = {each: bench.block_rows(each) for each in distances}
     costs, tokens = bench.costs()
-    turns = rounds_of({each: partial(bench.timed, each) for each in far}, rounds)
-    taken = {each: [getattr(seconds, part) for seconds in turns[each]] for each in far}
+    turns = rounds_of({each: partial(bench.timed, each) for each in distances}, rounds)
+    taken = {each: [getattr(seconds, part) for seconds in turns[each]] for each in distances}
     seconds = medians(taken)
-    counts = {each: bench.arithmetic(each) for each in far if each in COUNTED}
+    counts = {each: bench.arithmetic(each) for each in distances if each in COUNTED}
     can, unique = rates(device, DTYPES[size]), counts["stgfast"].total * of
     total = sum(rows["stgfast"])
     return result(
@@ -69,7 +69,7 @@ def measured(
         steps=count,
         whole=whole,
         rounds=rounds,
-        distance=far,
+        distance=distances,
         seconds={each: significant(value) for each, value in seconds.items()},
         spread={each: [significant(min(values)), significant(max(values))] for each, values in taken.items()},
         over={each: _ratio(values, taken["stgfast"]) for each, values in taken.items()},
@@ -80,10 +80,10 @@ def measured(
         attention=significant(counts["stgfast"].attention / counts["stgfast"].total),
         matrix_rate=significant(can.matrix),
         copy_rate=significant(can.copy),
-        matrix_share={each: significant(unique / seconds[each] / can.matrix) for each in far if each in UNIQUE},
+        matrix_share={each: significant(unique / seconds[each] / can.matrix) for each in distances if each in UNIQUE},
         limit=limits(bench, unique, of, can),
         **({"peak_memory": memory} if memory else {}),
-        **({"attention_backend": bench.attention} if "fastest" in far else {}),
+        **({"attention_backend": bench.attention} if "fastest" in distances else {}),
     )
 
 
@@ -95,7 +95,7 @@ def checked(
     """
     # Uncompiled code has the same result, and needs no time for compiling.
     bench = Bench(MODELS[name], size, device, steps, backend="eager")
-    far, _ = agreed(bench.at(steps=FEWEST), name, variants)
+    distances, _ = agreed(bench.at(steps=FEWEST), name, variants)
     rows, (costs, tokens) = {each: bench.block_rows(each) for each in COMPARED}, bench.costs()
     predicted = predictions(rows, costs)
     taken: dict[str, list[list[float]]] = {each: [] for each in COMPARED}
@@ -115,7 +115,7 @@ def checked(
         tokens=tokens,
         steps=steps,
         rounds=turns,
-        distance=far,
+        distance=distances,
         seconds=seconds,
         over=over,
         predicted=predicted,
@@ -129,8 +129,8 @@ def agreed(bench: Bench, name: str, variants: Sequence[str]) -> tuple[dict[str, 
     there = [each for each in bench.variants() if each in {*variants, "stgfast"}]
     made = {each: peak_memory(partial(bench.make, each), bench.device) for each in there}
     clips = {each: clip for each, (clip, _) in made.items()}
-    far = agreeing(name, clips, "stgfast", ALLOWED[DTYPES[bench.size]], OTHER_RESULT)
-    return far, {each: most for each, (_, most) in made.items() if most}
+    distances = agreeing(name, clips, "stgfast", ALLOWED[DTYPES[bench.size]], OTHER_RESULT)
+    return distances, {each: most for each, (_, most) in made.items() if most}
 
 
 def about(bench: Bench, name: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import math
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,14 +104,19 @@ def _cell(summary: Summary, name: str) -> str:
 
 
 def evaluate(
-    out: str | Path, *, measure: Measure | None = None, told: Callable[[int], None] | None = None
+    out: str | Path,
+    *,
+    measure: Measure | None = None,
+    progress: Callable[[int], None] | None = None,
+    told: Callable[[int], None] | None = None,
 ) -> Evaluation:
     """Measure the clips of a folder that `stgfast render` or `stgfast sweep` made.
 
     Args:
         out: the folder.
         measure: what is measured of a clip. Default: the measure of the model, or measures that suit any clip.
-        told: called with the number of clips measured so far.
+        progress: called with the number of clips measured so far.
+        told: deprecated name of `progress`.
 
     Returns:
         The evaluation: measures by setting, and the number of jobs that have no clip.
@@ -119,15 +125,18 @@ def evaluate(
         >>> evaluation = stgfast.evaluate("clips")  # doctest: +SKIP
     """
     require("render")
+    if told is not None:
+        warnings.warn("told: use progress", DeprecationWarning, stacklevel=2)
+        progress = told
     done, left_out = clips_of(Path(out))
     measure = measure or measure_for({row.model for row in done})
-    return Evaluation(summed_up(measured(Path(out), done, measure, told), measure.real), left_out)
+    return Evaluation(summed_up(measured(Path(out), done, measure, progress), measure.real), left_out)
 
 
 def clips_of(out: Path) -> tuple[list[Row], int]:
     """The jobs whose clips exist, and the number of others."""
     if not (out / FOLDER / "jobs.db").is_file():
-        raise wrong("folder", str(out), "one that stgfast render or stgfast sweep rendered into")
+        raise wrong("folder", str(out), "an output folder of stgfast render or stgfast sweep")
     with Store(out) as store:
         rows = list(store.rows(every=True))
     done = [row for row in rows if row.status == DONE]
@@ -137,7 +146,7 @@ def clips_of(out: Path) -> tuple[list[Row], int]:
 
 
 def measured(
-    out: Path, done: Iterable[Row], measure: Measure, told: Callable[[int], None] | None = None
+    out: Path, done: Iterable[Row], measure: Measure, progress: Callable[[int], None] | None = None
 ) -> dict[str, Setting]:
     """The measured clips by setting."""
     settings: dict[str, Setting] = {}
@@ -146,8 +155,8 @@ def measured(
         setting = settings.setdefault(_key(data), Setting(data))
         setting.clips[_clip(row.job)] = measure.of(_frames(out / row.file), row.job.prompt)
         setting.seconds.append(sum(row.seconds.values()))
-        if told is not None:
-            told(count)
+        if progress is not None:
+            progress(count)
     return settings
 
 

@@ -1,7 +1,9 @@
 """Study whether STG does what its paper says: CFG at several scales with and without STG, judged on the toy model.
 
-    python -m stgfast.evaluate.study tuning --out DIR      many settings, few clips: to choose settings
-    python -m stgfast.evaluate.study reported --out DIR    the chosen ones, 1,024 clips each, on other prompts and seeds
+    python -m stgfast.evaluate.study tuning --out DIR      many layers and kinds, few clips: to choose layers
+    python -m stgfast.evaluate.study scales --out DIR      CFG scales with and without STG, few clips: to choose scales
+    python -m stgfast.evaluate.study reported --out DIR    the chosen layers, 1,024 clips each, on other prompts
+    python -m stgfast.evaluate.study best --out DIR        CFG with and without STG, on other prompts again
 
 Clips are rendered like any folder of jobs, so a study continues where it was stopped. At the end it prints a table and
 writes all numbers. The table also has drawn clips for the same prompts, directly and through the model's VAE: the best
@@ -37,6 +39,7 @@ from stgfast.toy import videos
 log = logging.getLogger(__name__)
 
 CFG = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+BEST = (2.0, 4.0, 6.0)  # CFG scales of the study `best`
 COLUMNS = ("Fréchet", "right", "shape", "motion", "diversity", "speed", "jerk", "flicker")
 SEEDS = 4  # for each prompt
 
@@ -112,13 +115,24 @@ def reported() -> Study:
     )
 
 
-STUDIES = {"tuning": tuning, "reported": reported}
+def scales() -> Study:
+    """CFG scales with and without STG, on the prompts of the tuning study."""
+    parts = [Guidance(), *(perturbed(RESIDUAL, layer, scale) for layer in (4, 10) for scale in (0.5, 1.0))]
+    return Study(seed=101, prompts=32, settings=[(cfg, part) for cfg in (2.0, 3.0, 4.0, 6.0) for part in parts])
+
+
+def best() -> Study:
+    """CFG alone beside CFG with STG, on prompts and seeds that no setting was chosen on."""
+    return Study(seed=303, prompts=256, settings=[(cfg, part) for cfg in BEST for part in (Guidance(), toy.GUIDANCE)])
+
+
+STUDIES = {"tuning": tuning, "scales": scales, "reported": reported, "best": best}
 
 
 def run(study: Study, out: Path) -> Evaluation:
     jobs = list(study.jobs())
     pipe = accelerate(toy.pipeline(), toy.GUIDANCE)
-    report = render(pipe, jobs, out, format="npz", max_batch=16, listener=_told)
+    report = render(pipe, jobs, out, format="npz", max_batch=16, listener=_log)
     if report.done < len(jobs):
         raise RuntimeError(f"the study in {out}: got {report.done} clips, expected {len(jobs)}; start it again")
     judged = measure()
@@ -143,7 +157,7 @@ def as_drawn(study: Study, clips: Sequence[Clip], judged: Measure, vae: Any) -> 
     return drawn, through
 
 
-def _told(event: dict[str, Any]) -> None:
+def _log(event: dict[str, Any]) -> None:
     if event["event"] in ("done", "failed") and event["finished"] % 100 == 0:
         log.info("%d of %d clips", event["finished"], event["total"])
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 class AlongCond(Formula):
     name = "along-cond"
-    words = "of cond - uncond, the part along cond is left out (APG's projection)"
+    words = "the part of cond - uncond along cond is removed (APG's projection)"
     of_cfg = True
     shares = True
 

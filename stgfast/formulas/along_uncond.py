@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 class AlongUncond(Formula):
     name = "along-uncond"
-    words = "of cond - uncond, the part along uncond is left out (CFG-Zero*'s scale)"
+    words = "the part of cond - uncond along uncond is removed (CFG-Zero*'s scale)"
     of_cfg = True
 
     def lost(self, guidance: Guidance, branches: Collection[str]) -> Lost | None:

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 class Orthogonal(Formula):
     name = "orthogonal"
-    words = "of the second perturbation, what the first one says already is left out"
+    words = "the part of the second perturbation along the first one is removed"
 
     def check(self, guidance: Guidance) -> None:
         held = [f"{part.of} against {part.base}" for part in guidance.perturbations]
         if held != [f"{COND} against {COND}"] * 2:
-            raise wrong("perturbations, one orthogonal to the other", held, "two of cond against cond")
+            raise wrong("perturbations with project='orthogonal'", held, f"two of {COND} against {COND}")
 
     def lost(self, guidance: Guidance, branches: Collection[str]) -> Lost | None:
         first, second = guidance.names

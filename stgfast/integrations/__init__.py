@@ -51,14 +51,14 @@ def adapter_for(pipe: Any, cls: type[Any]) -> Adapter:
         needed = [field.name for field in dataclasses.fields(Adapter) if field.default is dataclasses.MISSING]
         raise UnsupportedPipelineError(
             f"pipeline: got {cls.__name__}, expected one of the {len(ADAPTERS)} that are supported (the closest are "
-            f"{', '.join(near)}), or its facts in accelerate(pipe, adapter=stgfast.Adapter(...)): "
-            f"{', '.join(needed)} at least"
+            f"{', '.join(near)}), or an adapter in accelerate(pipe, adapter=stgfast.Adapter(...)) "
+            f"with at least {', '.join(needed)}"
         )
     own = next(parent for parent in cls.__mro__ if "__call__" in vars(parent))
     if own is not known and issubclass(own, known):
         raise UnsupportedPipelineError(
-            f"pipeline: got {cls.__name__}, a {known.__name__} with a __call__ of its own; where it calls its model as "
-            f"{known.__name__} does, say so: from stgfast.integrations import ADAPTERS, "
+            f"pipeline: got {cls.__name__}, a {known.__name__} with a __call__ of its own; if it calls its model as "
+            f"{known.__name__} does, use that adapter: from stgfast.integrations import ADAPTERS, "
             f"accelerate(pipe, adapter=ADAPTERS[{known.__name__!r}])"
         )
     adapter = ADAPTERS[known.__name__]

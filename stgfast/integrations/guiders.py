@@ -144,8 +144,8 @@ def perturbation_of(guider: Any, denoiser: nn.Module, lists: Sequence[str]) -> P
     layers = _layers_of(guider, guider.skip_layer_config, denoiser, lists)
     if len(kinds) > 1 or "" in kinds:
         raise SettingsError(
-            f"configuration of {name_of(guider)}: expected that all its layers skip the whole block, or all of them "
-            f"the attention scores alone"
+            f"configuration of {name_of(guider)}: expected all its layers to skip the whole block, or all of them "
+            f"to skip only the attention scores"
         )
     return Perturbation(layers, kind=kinds.pop())
 

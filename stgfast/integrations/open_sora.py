@@ -41,11 +41,9 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments, *, settable: bool)
         return "cfg=False leaves out the rows of CFG, which this guidance needs" if needs else None
     if settable and guidance.cfg is not None:
         return None
-    combined = "a rescale, a projection, or a perturbation held against the CFG result,"
+    combined = "a rescale, a projection, or a perturbation whose base is the CFG result,"
     if guidance.rescale != 0.0 or guidance.project or any(part.base == GUIDED for part in guidance.perturbations):
-        advice = (
-            "; say it as Guidance(..., cfg=7.0)" if settable else ", and it has two, which change from step to step"
-        )
+        advice = "; set Guidance(..., cfg=7.0)" if settable else ", and it has two, which change from step to step"
         return f"{combined} needs the CFG scale, which only the sampler knows{advice}"
     if guidance.cfg is not None:
         return "a CFG scale in place of the sampler's: it has two, which change from step to step"
@@ -73,7 +71,7 @@ def stdit3_identity(attn: Any, x: Tensor) -> Tensor:
 
 def stdit3_unsupported(pipe: Any) -> str | None:
     if getattr(pipe.model, "enable_sequence_parallelism", False):
-        return "a model whose tokens are spread over processes"
+        return "a model whose tokens are split over processes"
     known = {"self", "x", "timestep", "y", "mask", "x_mask", "fps", "height", "width", "kwargs"}
     unknown = set(inspect.signature(type(pipe.model).forward).parameters) - known
     if unknown:

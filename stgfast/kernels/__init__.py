@@ -38,7 +38,7 @@ def combine(
     else:
         reason = unavailable(impl, device, biased=False)
         if reason:
-            raise expected("impl", repr(impl), f"another: it {reason}")
+            raise expected("impl", repr(impl), f"another implementation, since it {reason}")
         from stgfast.kernels import combination  # imports triton
 
         made = combination.combine

@@ -183,7 +183,7 @@ class Call:
     def by(self, name: str) -> Tensor:
         reason = self.refused_by(name)
         if reason:
-            raise expected("impl", repr(name), f"another: it {reason}")
+            raise expected("impl", repr(name), f"another implementation, since it {reason}")
         if name == "reference":
             return reference.masked_attention(
                 self.q,

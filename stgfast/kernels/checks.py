@@ -111,7 +111,7 @@ def check_combine(
         raise expected("dtype", dtype, "a floating point type")
     if project is not None:
         if not 1 <= project.of < len(branches):
-            raise expected("of of a projection", project.of, f"a branch from 1 to {len(branches) - 1}")
+            raise expected("`of` of a projection", project.of, f"a branch from 1 to {len(branches) - 1}")
         numbers = [*project.along, project.left]
         if len(project.along) != len(branches) or not all(map(math.isfinite, numbers)):
             raise expected("projection", tuple(project), "a finite number for every branch, and a finite share")

@@ -59,7 +59,7 @@ class Kind:
     def sigma(self, given: float | None) -> float | None:
         """The sigma of a perturbation of this kind; most kinds have none."""
         if given is not None:
-            raise wrong(f"sigma of a perturbation of kind {self.name!r}", given, "none: it is that of 'blur'")
+            raise wrong(f"sigma of a perturbation of kind {self.name!r}", given, "none: only kind 'blur' has a sigma")
         return None
 
     def check(self, part: Perturbation) -> None:

@@ -26,7 +26,7 @@ class IdentityAttention(Kind):
             raise wrong(
                 f"kind of perturbation at layer {unit.layer}, whose attention has an IP-Adapter",
                 part.kind,
-                f"{RESIDUAL!r}, or a layer without",
+                f"{RESIDUAL!r}, or a layer without an IP-Adapter",
             )
         return Mark(self.name, axis="" if unit.axes == {part.axis} else part.axis)
 

@@ -19,7 +19,9 @@ class Residual(Kind):
 
     def mark(self, part: Perturbation, unit: Unit, layout: Layout) -> Mark:
         if part.axis and unit.axes != {part.axis}:
-            raise wrong("residual perturbation along an axis", part.axis, "none: this model's blocks have all axes")
+            raise wrong(
+                "residual perturbation along an axis", part.axis, "none: the blocks of this model are not split by axis"
+            )
         return Mark(self.name)
 
 

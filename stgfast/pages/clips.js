@@ -37,7 +37,7 @@ function card(clip, ...buttons) {
   const article = make("article"), about = make("div", undefined, "about");
   article.dataset.name = clip.name;
   about.append(make("p", clip.prompt || "(no prompt)", "prompt"));
-  if (clip.negative) about.append(make("p", `not: ${clip.negative}`, "small"));
+  if (clip.negative) about.append(make("p", `negative prompt: ${clip.negative}`, "small"));
   const list = make("ul", undefined, "chips");
   const chips = [`seed ${clip.seed}`, ...clip.guidance.map(described), ...Object.entries(clip.settings).map(([name, value]) => `${name} ${value}`)];
   for (const text of chips) list.append(make("li", text));

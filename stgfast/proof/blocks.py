@@ -79,8 +79,8 @@ def _state(chain: Sequence[Block]) -> tuple[str, ...]:
         return passed
     if len(chain) == 1:
         return ("hidden_states",)
-    said = " or ".join(map(str, states)) or "nothing that the next one takes"
-    raise UnseenBlocksError(f"its blocks pass on {said}")
+    given = " or ".join(map(str, states)) or "nothing that the next one takes"
+    raise UnseenBlocksError(f"its blocks pass on {given}")
 
 
 def _rows(seen: Look, chain: Sequence[Block], rows: int) -> Iterator[str]:

@@ -105,16 +105,16 @@ class Checking:
             self.combined = measured(self.watch, self.stand)
             self.claimed = claims_of(self.watch, self.stub(), self.adapter)
         self.steps, made = self.claimed[0].steps, len(self.claimed)
-        said = end_of_parts([claimed.steps for claimed in self.claimed]) if self.adapter.windowed else self.steps
-        if made != said:
+        expected = end_of_parts([claimed.steps for claimed in self.claimed]) if self.adapter.windowed else self.steps
+        if made != expected:
             self.wrong.append(f"steps: the adapter says {self.steps}, the pipeline makes {made}")
         for step, (combined, claimed) in enumerate(zip(self.combined, self.claimed, strict=False)):
             mistaken = "" if self.wrong else claimed.mistaken(step, combined, self.adapter)
             if mistaken:
                 self.wrong.append(mistaken)
-        # What is said and agrees is more exact than what was measured beside a rescale.
+        # Weights that the adapter claims, and that agree, are more exact than those measured under a rescale.
         pairs = zip(self.combined, self.claimed, strict=False)
-        self.combined = [one._replace(weights=said.weights) if one.off > LINEAR else one for one, said in pairs]
+        self.combined = [one._replace(weights=claimed.weights) if one.off > LINEAR else one for one, claimed in pairs]
         for name in () if self.wrong else self.given.fitted.layouts:
             self._step(name)
 
@@ -142,7 +142,7 @@ class Checking:
         if isinstance(own, EngineStep):
             exact = self.given.execution == AS_IT_IS
             error, budget = apart(own.seen.combined, plain.own), 0.0 if exact else plain.budget * plain.grown
-            made.append(Line(f"{where}: the same at scale 0", error, budget))
+            made.append(Line(f"{where}: equal at scale 0", error, budget))
         self.lines += made
         if not self.wrong and not all(line.ok for line in made):
             self._suspect(plain, where)
@@ -160,12 +160,12 @@ class Checking:
         }
         made = []
         for branch, error in errors.items():
-            words, budget = self._in_words(branch, plain.guidance), plain.told(branch, errors[COND])
+            words, budget = self._in_words(branch, plain.guidance), plain.distinguishable(branch, errors[COND])
             if budget is None and adapter is self.adapter:
-                self.notes.append(f"{where}: roundings hide whether {words} is weak at all.")
+                self.notes.append(f"{where}: rounding hides whether {words} changes anything.")
             made.append(Line(f"{where}: {words}", error, plain.budget if budget is None else budget))
         error = apart(engine.seen.combined, plain.sent)
-        return [*made, Line(f"{where}: what the scheduler is sent", error, plain.budget * plain.grown)]
+        return [*made, Line(f"{where}: the prediction passed to the scheduler", error, plain.budget * plain.grown)]
 
     def _count(self, plain: PlainStep, where: str) -> None:
         """Compare the rows that blocks ran on with the plan."""
@@ -192,7 +192,7 @@ class Checking:
             guidance = Guidance(one)
             alone = PlainStep(self.watch, self.stub(), plain.layout, guidance, plain.combined, plain.moment)
             if not all(line.ok for line in self._against(alone, self.adapter, where)):
-                self.wrong.append(f"{where}: {one.kind} at layer {one.layers[0]} is not what it should be")
+                self.wrong.append(f"{where}: {one.kind} at layer {one.layers[0]} is wrong")
 
     def _step_of(self, name: str) -> int | None:
         """The step of a denoiser with the most branches."""
@@ -219,7 +219,7 @@ class Checking:
     def announced(self) -> None:
         """Check a pipeline that asks for its branches: each must be the model's own output."""
         if not self.guidance.inert:
-            self.notes.append("Checked with the weak passes of the pipeline, and not with those of the guidance.")
+            self.notes.append("Checked with the weak passes of the pipeline, not with those of the guidance.")
 
         def own(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
             return arguments.given_to(plain)
@@ -232,7 +232,9 @@ class Checking:
         else:
             depth = max(layout.depth for layout in self.given.fitted.layouts.values())
             budget = allowed(depth * epsilon(dtype := stock.sent[0].dtype), dtype)
-            self.lines.append(Line("step 1: what the scheduler is sent", apart(engine.seen.sent, stock.sent), budget))
+            self.lines.append(
+                Line("step 1: the prediction passed to the scheduler", apart(engine.seen.sent, stock.sent), budget)
+            )
 
     # Both
 

@@ -28,18 +28,19 @@ class Claimed(NamedTuple):
         """The fact that differs from the measurement, and how; "" if none does."""
         groups = tuple(map(len, self.calls))
         if combined.groups != groups:
-            said, seen = _calls(groups), _calls(combined.groups)
-            return (
-                f"protocol: the adapter says {adapter.protocol!r}, {said} in step {step + 1}; the pipeline makes {seen}"
-            )
+            claimed, seen = _calls(groups), _calls(combined.groups)
+            where = f"in step {step + 1}"
+            return f"protocol: the adapter says {adapter.protocol!r}, {claimed} {where}; the pipeline makes {seen}"
         branches, weights = self.branches, self.weights
         if _alike(weights, combined):
             return ""
         if _alike(weights[::-1], combined):
             return f"order: the adapter says {', '.join(branches)}; the pipeline takes them the other way around"
         cond = branches.index(COND)
-        said, seen = _numbers(weights[cond]), _numbers(combined.weights[cond])
-        return f"live: the adapter says that step {step + 1} combines with a scale of {said}; the pipeline with {seen}"
+        claimed, seen = _numbers(weights[cond]), _numbers(combined.weights[cond])
+        return (
+            f"live: the adapter says that step {step + 1} combines with a scale of {claimed}; the pipeline with {seen}"
+        )
 
     @property
     def branches(self) -> list[str]:
@@ -74,8 +75,8 @@ def end_of_parts(steps: Sequence[int]) -> int:
     return end
 
 
-def _alike(said: Sequence[Tensor], combined: Combined) -> bool:
-    pairs = zip(said, combined.weights, strict=True)
+def _alike(claimed: Sequence[Tensor], combined: Combined) -> bool:
+    pairs = zip(claimed, combined.weights, strict=True)
     return all(bool(((a - b).abs() <= combined.exactness * (1 + b.abs())).all()) for a, b in pairs)
 
 

@@ -49,20 +49,20 @@ class Links:
         """The output of a block that does nothing."""
         unit = next(unit for unit in self.layout.units if unit.module is part.module)
         seen = self.passed.get(unit.module, ())
-        names = seen if seen and None not in seen else self._said(unit)
+        names = seen if seen and None not in seen else self._claimed(unit)
         return as_given([arguments[str(name)] for name in names], wrapped=unit.wrapped)
 
     @property
     def mistaken(self) -> str:
         """Where the adapter differs, in words."""
         for unit in self.layout.units:
-            seen, said = self.passed.get(unit.module, ()), self._said(unit)
-            if unit.layer is not None and seen and None not in seen and seen != said:
+            seen, claimed = self.passed.get(unit.module, ()), self._claimed(unit)
+            if unit.layer is not None and seen and None not in seen and seen != claimed:
                 names = ", ".join(map(str, seen))
-                return f"state: the adapter says {', '.join(said)}, {type(unit.module).__name__} returns {names}"
+                return f"state: the adapter says {', '.join(claimed)}, {type(unit.module).__name__} returns {names}"
         return ""
 
-    def _said(self, unit: Unit) -> tuple[str, ...]:
+    def _claimed(self, unit: Unit) -> tuple[str, ...]:
         return tuple(unit.state or self.layout.blocks.state)
 
     def _seen(self, plain: Call, arguments: Arguments) -> Any:

@@ -119,7 +119,7 @@ def _measured(watch: Watch, stand: Stand, draw: Callable[[torch.Size, int], Tens
     made = _kept(draw)
     first = watch.run(stand.answer(lambda shape, group: made(shape, 0), 0), thin=True)
     if not first or not first[0].sent:
-        raise EngineError("the call makes no step that a scheduler is sent, or that another one follows")
+        raise EngineError("the call makes no step that sends a prediction to a scheduler, or that another step follows")
     rows = _rows_of(first[0], watch.sample)
     most = max(sum(_groups(step, rows)) for step in first)
     zero = watch.run(stand.answer(lambda shape, group: made(shape, 0), rows), thin=True)

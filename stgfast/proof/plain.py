@@ -158,7 +158,7 @@ def _passed(unchanged: Callable[[Part, Arguments], Any], part: Part, plain: Call
 def _blurred(lies: Lies | None, sigma: float, plain: Call, arguments: Arguments) -> Any:
     """Queries with each frame blurred."""
     if lies is None:
-        raise EngineError("a blur of queries: where tokens lie is not known")
+        raise EngineError("blur of queries: the positions of the tokens are not known")
     made = arguments.given_to(plain).clone()
     start, (frames, height, width) = lies(made.shape[1])
     for number in range(frames):

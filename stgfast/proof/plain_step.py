@@ -88,15 +88,15 @@ class PlainStep:
         """The rows that blocks ran on, in units of those for one branch of one step."""
         return sum(rows[module] / alone for module, alone in self.alone.items())
 
-    def told(self, branch: str, far: float) -> float | None:
+    def distinguishable(self, branch: str, error: float) -> float | None:
         """How far a perturbed branch may be off and still be distinguished from its base; None if rounding, which
-        moves a right one by `far`, hides the difference.
+        moves a right one by `error`, hides the difference.
         """
         of = dict(zip(self.guidance.names, (part.of for part in self.guidance.perturbations), strict=True)).get(branch)
         if of is None:
             return self.budget
         effect = apart([self.predictions[of]], [self.predictions[branch]])
-        return min(self.budget, effect / 2) if effect > 8 * far else None
+        return min(self.budget, effect / 2) if effect > 8 * error else None
 
     @property
     def grown(self) -> float:
@@ -201,8 +201,10 @@ class PlainStep:
 
 def apart(made: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """The distance of results, as a fraction of the expected ones."""
-    far = sum(float((one.double() - other.double()).square().sum()) for one, other in zip(made, expected, strict=True))
-    return math.sqrt(far / sum(float(other.double().square().sum()) for other in expected))
+    squares = sum(
+        float((one.double() - other.double()).square().sum()) for one, other in zip(made, expected, strict=True)
+    )
+    return math.sqrt(squares / sum(float(other.double().square().sum()) for other in expected))
 
 
 def allowed(moved: float, dtype: torch.dtype) -> float:

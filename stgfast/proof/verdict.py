@@ -44,7 +44,7 @@ class Verdict:
     @property
     def reason(self) -> str:
         """What is wrong, in one line; "" if nothing is."""
-        apart = [f"{line.what}: {line.error:.2g} apart, roundings explain {line.budget:.2g}" for line in self.failed]
+        apart = [f"{line.what}: {line.error:.2g}, rounding explains {line.budget:.2g}" for line in self.failed]
         return "; ".join([*self.wrong, *apart]) or ("" if self.ok else "no step of this call is guided")
 
     @property
@@ -56,6 +56,6 @@ class Verdict:
         table = [f"{'comparison':{width}}      error  explained"]
         for line in self.lines:
             table.append(f"{line.what:{width}}  {line.error:9.2g}  {line.budget:9.2g}{'' if line.ok else '  WRONG'}")
-        said = "equal to the plain method" if self.ok else "NOT equal to the plain method"
-        words = [f"{self.pipeline}: accelerated guidance is {said}.", "", *(table if self.lines else [])]
+        verdict = "equal to the plain method" if self.ok else "NOT equal to the plain method"
+        words = [f"{self.pipeline}: accelerated guidance is {verdict}.", "", *(table if self.lines else [])]
         return "\n".join([*words, *(f"Wrong: {each}" for each in self.wrong), *self.notes])

@@ -78,7 +78,7 @@ def run_add(arguments: argparse.Namespace) -> int:
         sys.stdout.write(f"{count} job{'s' * (count != 1)} added\n")
         return DONE
 
-    return _told("add", add)
+    return _reported("add", add)
 
 
 def run_pack(arguments: argparse.Namespace) -> int:
@@ -89,7 +89,7 @@ def run_pack(arguments: argparse.Namespace) -> int:
         sys.stdout.write(f"{jobs} job{'s' * (jobs != 1)} and {files} file{'s' * (files != 1)} in {arguments.archive}\n")
         return DONE
 
-    return _told("pack", make)
+    return _reported("pack", make)
 
 
 def run_cancel(arguments: argparse.Namespace) -> int:
@@ -97,12 +97,14 @@ def run_cancel(arguments: argparse.Namespace) -> int:
 
 
 def run_retry(arguments: argparse.Namespace) -> int:
-    return _changed(arguments, "to be tried again", lambda desk, choice: desk.retry(choice))
+    return _changed(arguments, "to be retried", lambda desk, choice: desk.retry(choice))
 
 
 def run_priority(arguments: argparse.Namespace) -> int:
     return _changed(
-        arguments, f"of priority {arguments.priority}", lambda desk, choice: desk.prioritise(choice, arguments.priority)
+        arguments,
+        f"with priority {arguments.priority}",
+        lambda desk, choice: desk.prioritise(choice, arguments.priority),
     )
 
 
@@ -114,7 +116,7 @@ def run_resume(arguments: argparse.Namespace) -> int:
     return _changed(arguments, "resumed", lambda desk, choice: desk.resume(choice), whole=True)
 
 
-def _changed(arguments: argparse.Namespace, told: str, change: Callable, *, whole: bool = False) -> int:  # type: ignore[type-arg]
+def _changed(arguments: argparse.Namespace, done: str, change: Callable, *, whole: bool = False) -> int:  # type: ignore[type-arg]
     def do() -> int:
         from stgfast.queue.desk import Choice, Desk
 
@@ -125,12 +127,12 @@ def _changed(arguments: argparse.Namespace, told: str, change: Callable, *, whol
         with Desk(arguments.out) as desk:
             names = change(desk, choice)
         if choice is None:
-            sys.stdout.write(f"{arguments.out} {told}\n")
+            sys.stdout.write(f"{arguments.out} {done}\n")
             return DONE
-        sys.stdout.write(f"{len(names)} job{'s' * (len(names) != 1)} {told}{_listed(names)}\n")
+        sys.stdout.write(f"{len(names)} job{'s' * (len(names) != 1)} {done}{_listed(names)}\n")
         return DONE if names else NONE
 
-    return _told(arguments.command, do)
+    return _reported(arguments.command, do)
 
 
 def run_status(arguments: argparse.Namespace) -> int:
@@ -143,7 +145,7 @@ def run_status(arguments: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(status.to_dict()) + "\n" if arguments.json else table(status))
         return DONE
 
-    return _told("status", show)
+    return _reported("status", show)
 
 
 def table(status) -> str:  # type: ignore[no-untyped-def]
@@ -151,11 +153,11 @@ def table(status) -> str:  # type: ignore[no-untyped-def]
     counts = ", ".join(f"{count} {name}" for name, count in status.counts.items() if count) or "no jobs"
     lines = [counts]
     if status.inbox:
-        lines.append(f"{status.inbox} added, which no run has looked at yet")
+        lines.append(f"{status.inbox} added, not yet read by a run")
     if status.paused or status.held:
         lines.append("paused" if status.paused else f"{status.held} of the pending are paused")
     if not status.runs:
-        lines.append("no run is on")
+        lines.append("no active run")
     for run in status.runs:
         lines.append(f"process {run['pid']} on {run['host']} renders {run['model']}, for {clock(run['seconds'])}")
     if status.rate is not None:
@@ -167,7 +169,7 @@ def table(status) -> str:  # type: ignore[no-untyped-def]
     for file, error in status.failures[:SHOWN]:
         lines.append(f"  failed: {file}: {error}")
     for file, remark in status.strange[:SHOWN]:
-        lines.append(f"  done, but strange: {file}: {remark}")
+        lines.append(f"  done, with a warning: {file}: {remark}")
     for name, error in status.refused[:SHOWN]:
         lines.append(f"  refused: {name}: {error}")
     return "".join(f"{_plain(line)}\n" for line in lines)
@@ -191,7 +193,7 @@ def _plain(text: str) -> str:
     return "".join(c if c.isprintable() else "�" for c in text)
 
 
-def _told(command: str, do: Callable[[], int]) -> int:
+def _reported(command: str, do: Callable[[], int]) -> int:
     try:
         return do()
     except (SettingsError, StoreError) as error:

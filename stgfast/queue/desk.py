@@ -44,10 +44,10 @@ class Choice:
 
     def means(self, file: str, prompt: str, status: str) -> bool:
         stem = file.rsplit(".", 1)[0]
-        told = f"{prompt} {file}".casefold()
+        text = f"{prompt} {file}".casefold()
         return (
             (not self.names or any(fnmatchcase(file, name) or fnmatchcase(stem, name) for name in self.names))
-            and all(word in told for word in self.words.casefold().split())
+            and all(word in text for word in self.words.casefold().split())
             and (not self.statuses or status in self.statuses)
         )
 

@@ -82,7 +82,9 @@ class Lora:
         object.__setattr__(self, "weight", float(self.weight))
         there = _check_lora(self.path)
         if self.sha256 not in ("", there):
-            raise wrong("loras", f"{self.path} with digest {there[:12]}...", f"the file of then, {self.sha256[:12]}...")
+            raise wrong(
+                "loras", f"{self.path} with digest {there[:12]}...", f"{self.sha256[:12]}..., as when the job was made"
+            )
         object.__setattr__(self, "sha256", there)
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,7 +148,7 @@ class Job:
         if self.image is not None:
             object.__setattr__(self, "image_sha256", _check_image(self.image, self.image_sha256))
         elif self.image_sha256 is not None:
-            raise wrong("image_sha256", self.image_sha256, "an image beside it")
+            raise wrong("image_sha256", self.image_sha256, "an image with it")
         if self.name != "":
             object.__setattr__(self, "name", safe_name(self.name))
         object.__setattr__(self, "loras", _loras(self.loras))
@@ -216,7 +218,7 @@ def parse_json(text: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=once, parse_constant=no_number)
     except RecursionError:
-        raise ValueError("too many brackets in one another") from None
+        raise ValueError("too many nested brackets") from None
 
 
 # Checks of one field each.
@@ -305,9 +307,9 @@ def _recipe(given: object, solver: str) -> Mapping[str, Any] | None:
     if given is None:
         return None
     if solver:
-        raise SettingsError("solver beside a recipe: got both, expected one of them")
+        raise SettingsError("solver and recipe: got both, expected one of them")
     if not isinstance(given, Mapping):
-        raise wrong("recipe", shown(given), "what is in a file that stgfast tune wrote")
+        raise wrong("recipe", shown(given), "the content of a file written by stgfast tune")
     _check_plain("recipe", given)
     return {name: value for name, value in given.items() if name != "found"}
 
@@ -365,7 +367,7 @@ def _check_image(path: object, digest: str | None) -> str:
         raise wrong("image", f"{path} of {found.st_size} bytes", f"{MAX_IMAGE} bytes at most")
     there = _digest_of_image(path, found.st_size, found.st_mtime_ns)
     if digest not in (None, there):
-        raise wrong("image", f"{path} with digest {there[:12]}...", f"the image of then, {str(digest)[:12]}...")
+        raise wrong("image", f"{path} with digest {there[:12]}...", f"{str(digest)[:12]}..., as when the job was made")
     return there
 
 

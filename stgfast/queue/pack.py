@@ -115,7 +115,7 @@ def _entry(given: zipfile.ZipFile, raw: bytes, folder: Path) -> dict[str, Any] |
     except ValueError:
         entry = None
     if not isinstance(entry, dict):
-        return "a line: got what is no job of an archive"
+        return "a line: got something that is not a job of an archive"
     try:
         if "image" in entry:
             entry["image"] = _taken(given, entry["image"], folder, MAX_IMAGE)

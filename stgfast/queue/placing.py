@@ -11,7 +11,7 @@ from pathlib import Path
 def publish(aside: Path, final: Path) -> None:
     """Move a written clip to its place, where nothing may be."""
     if os.path.lexists(final):
-        raise FileExistsError(errno.EEXIST, "a file that is not of this run is there", str(final))
+        raise FileExistsError(errno.EEXIST, "a file that this run did not write is there", str(final))
     os.rename(aside, final)
     sync(final.parent)
 

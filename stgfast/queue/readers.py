@@ -128,9 +128,9 @@ def jobs_of(given: dict[str, Any], base: Path, words: Words | None = None) -> It
             changes = {"seed": seed, "name": f"{first.name}-{index:0{width}}" if first.name else ""}
         if words is not None:
             changes |= {
-                name: told
+                name: chosen
                 for name in ("prompt", "negative_prompt")
-                if (text := getattr(first, name)) and (told := words.chosen(text, f"{seed} {name}")) != text
+                if (text := getattr(first, name)) and (chosen := words.chosen(text, f"{seed} {name}")) != text
             }
         yield dataclasses.replace(first, **changes) if changes else first
 
@@ -152,7 +152,7 @@ def _recipe(path: Path) -> Any:
     except (OSError, ValueError) as error:
         if isinstance(error, SettingsError):
             raise
-        raise wrong("recipe", str(path), f"a file that stgfast tune wrote ({error})") from None
+        raise wrong("recipe", str(path), f"a file written by stgfast tune ({error})") from None
 
 
 def _local(path: str, what: str = "image") -> str:
@@ -200,7 +200,7 @@ def _read_jsonl(file: BinaryIO) -> Iterator[Entry]:
             try:
                 entry = parse_json(text)
             except ValueError as error:
-                yield number, f"a line: got what is not JSON ({error}), expected an object such as {EXAMPLE}"
+                yield number, f"a line: got invalid JSON ({error}), expected an object such as {EXAMPLE}"
                 continue
             yield number, entry if isinstance(entry, dict) else _no_object(entry)
 
@@ -224,8 +224,8 @@ def _read_csv(file: BinaryIO) -> Iterator[Entry]:
         except StopIteration:
             return
         except csv.Error as error:
-            said = f"{error}, begun in line {begun}" if reader.line_num > begun else str(error)
-            yield reader.line_num, f"a line: got what is not CSV ({said}), expected cells parted by commas"
+            why = f"{error}, begun in line {begun}" if reader.line_num > begun else str(error)
+            yield reader.line_num, f"a line: got invalid CSV ({why}), expected cells parted by commas"
             continue
         if faults:
             yield from faults
@@ -257,7 +257,7 @@ def _cell(name: str, cell: str) -> Any:
         try:
             return parse_json(cell)
         except ValueError as error:
-            raise SettingsError(f"{name}: got what is not JSON ({error}), expected an object") from None
+            raise SettingsError(f"{name}: got invalid JSON ({error}), expected an object") from None
     return cell
 
 
@@ -301,7 +301,7 @@ def _read_yaml(file: BinaryIO) -> Iterator[Entry]:
                     try:
                         entry = loader.construct_document(node)
                     except (yaml.YAMLError, ValueError, RecursionError) as error:
-                        why = f"an entry: got what YAML cannot make sense of ({_flat(error)}), expected plain values"
+                        why = f"an entry: got invalid YAML ({_flat(error)}), expected plain values"
                         yield line, why
                         continue
                     if isinstance(entry, str):
@@ -313,7 +313,7 @@ def _read_yaml(file: BinaryIO) -> Iterator[Entry]:
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         at = mark.line + 1 if mark else line
-        yield at, f"an entry: got what is not YAML ({_flat(error)}), expected a list of jobs; the rest was not read"
+        yield at, f"an entry: got invalid YAML ({_flat(error)}), expected a list of jobs; the rest was not read"
 
 
 class _Bounded(io.RawIOBase):

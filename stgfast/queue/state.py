@@ -127,7 +127,7 @@ class State:
     def _check(self) -> None:
         damage = self.connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if damage != "ok":
-            raise StoreError(f"state in {self.home} is damaged ({damage}): move jobs.db away to begin anew")
+            raise StoreError(f"state in {self.home} is damaged ({damage}): move jobs.db away to start again")
 
     def _make(self, version: int) -> None:
         """Make the tables, new or from an older version."""

@@ -288,7 +288,7 @@ class Store(Taking):
             change = "UPDATE jobs SET status = 'pending', runner = NULL, deaths = ?, place = ?, error = ? WHERE id = ?"
             self.connection.execute(change, (deaths, place, why, row["id"]))
             return ""
-        error = f"the process that rendered it died {deaths} times, the last time with nothing else claimed: {why}"
+        error = f"the process that rendered it died {deaths} times, the last time while no other job was claimed: {why}"
         change = "UPDATE jobs SET status = 'failed', runner = NULL, deaths = ?, error = ?, finished = ? WHERE id = ?"
         self.connection.execute(change, (deaths, error, time.time(), row["id"]))
         return error

@@ -46,7 +46,7 @@ class Words:
             return text
         made = _Choosing(self.variables, key).text(text)
         if not made.strip():
-            raise wrong("prompt", text, "one that leaves some words, whatever is chosen")
+            raise wrong("prompt", text, "one that is never empty, whatever is chosen")
         return made
 
 
@@ -107,7 +107,7 @@ class _Choosing:
             known = ", ".join(f"${each}" for each in self.variables)
             raise wrong("prompt", written, rf"a variable of the file: {known}; \$ is the character itself")
         if name in self.within:
-            raise wrong("vars", f"${name}", "variables that are not made of themselves")
+            raise wrong("vars", f"${name}", "variables that do not refer to themselves")
         values = self.variables[name]
         seed = self.key.split(" ")[0]
         value = values[_number(f"{seed} ${name}", len(values))]

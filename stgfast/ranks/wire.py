@@ -56,7 +56,8 @@ class Ranks:
 
     def __reduce__(self) -> Any:
         raise SettingsError(
-            "branches: got a pipeline to be pickled, expected it restored first: a group is of a process"
+            "pickle: got a pipeline with branches=group, expected stgfast.restore(pipe) first: "
+            "a process group does not pickle"
         )
 
     @contextmanager
@@ -107,15 +108,15 @@ class Ranks:
                 # On a GPU the host need not wait; with a limit it would.
                 work.wait(*(() if tensor.is_cuda else (timedelta(seconds=LIMIT),)))
         except RuntimeError as error:
-            said = " ".join(str(error).split())[:300]
-            raise UnsentError(f"{self.clip}: predictions were not sent: {said}") from error
+            why = " ".join(str(error).split())[:300]
+            raise UnsentError(f"{self.clip}: predictions were not sent: {why}") from error
 
     def _tell(self, error: BaseException) -> BaseException | None:
         """Report a failure to the others, as long as they can be reached, and return what all of them report."""
-        said = " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())
-        told = self._post(lambda: self._hear("-" + said))
+        why = " ".join(f"{type(error).__name__}: {error}".removesuffix(": ").split())
+        answer = self._post(lambda: self._hear("-" + why))
         try:
-            return told.exception(timeout=TOLD)
+            return answer.exception(timeout=TOLD)
         except TimeoutError:
             return None  # they learn it when they come, or that this process has ended
 
@@ -126,7 +127,7 @@ class Ranks:
             if verdict:
                 raise RankError(f"{self.clip}: {verdict}")
             return
-        raise RankError(f"{self.lost}; start the processes anew")
+        raise RankError(f"{self.lost}; start the processes again")
 
     def _ask(self, message: str) -> str:
         """Ask the first rank for the verdict."""
@@ -143,21 +144,21 @@ class Ranks:
     def _judge(self, own: str) -> str:
         """The verdict on the reports of all ranks, which is sent to each rank."""
         began, heard = time.monotonic(), {rank: _blank() for rank in range(1, self.size)}
-        said, gone, works = {0: own}, dict[int, str](), dict[int, Any]()
+        reports, gone, works = {0: own}, dict[int, str](), dict[int, Any]()
         for rank, message in heard.items():
             with self._unless_gone(rank, gone, began):
                 works[rank] = self._coming(message, rank)
         for rank, work in works.items():
             with self._unless_gone(rank, gone, began):
                 work.wait(timedelta(seconds=max(LIMIT - (time.monotonic() - began), 1.0)))
-                said[rank] = _unpacked(heard[rank])
-        verdict = _verdict(said, gone)
-        for rank in said.keys() - {0}:
+                reports[rank] = _unpacked(heard[rank])
+        verdict = _verdict(reports, gone)
+        for rank in reports.keys() - {0}:
             with self._unless_gone(rank, gone, began):
                 self._send(verdict, rank)
         if not gone:
             return verdict
-        all_gone = _verdict(said, gone)
+        all_gone = _verdict(reports, gone)
         self.lost = f"{self.clip}: {all_gone}"
         return verdict or all_gone
 
@@ -240,13 +241,13 @@ def joined(device: str | None, **how: Any) -> Ranks:
     return ranks_of(dist.group.WORLD)
 
 
-def _verdict(said: dict[int, str], gone: dict[int, str]) -> str:
+def _verdict(reports: dict[int, str], gone: dict[int, str]) -> str:
     # Reports of other ranks about a dead rank are consequences of its death.
-    failed = gone or {rank: f"failed: {words[1:]}" for rank, words in said.items() if words.startswith("-")}
+    failed = gone or {rank: f"failed: {words[1:]}" for rank, words in reports.items() if words.startswith("-")}
     if failed:
         return "; ".join(f"rank {rank} {how}" for rank, how in sorted(failed.items()))
     places: dict[str, list[int]] = {}
-    for rank, words in said.items():
+    for rank, words in reports.items():
         places.setdefault(words[1:], []).append(rank)
     if len(places) == 1:
         return ""
@@ -259,7 +260,7 @@ def _verdict(said: dict[int, str], gone: dict[int, str]) -> str:
 
 def _gone(began: float, limit: float) -> str:
     late = time.monotonic() - began >= limit - 1.0
-    return f"did not come within {limit:g} s" if late else "has gone: its process ended"
+    return f"did not answer within {limit:g} s" if late else "is gone: its process ended"
 
 
 def _blank() -> Tensor:

@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError, wrong
+from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError, one_line, wrong
 from stgfast.queue.batches import Batch
 from stgfast.ranks.wire import joined
-from stgfast.render.cluster import ANSWER, said
+from stgfast.render.cluster import ANSWER
 from stgfast.render.crew import Setup
 from stgfast.render.outcomes import Outcome, Progress, Prompt, Stopped
 from stgfast.version import __version__
@@ -68,14 +68,14 @@ class Actor:
             if self.folder and not Path(setup.model.name).is_dir():
                 raise wrong(f"model on {node}", setup.model.name, "a folder that every node sees")
             own = self.scratch / uuid.uuid4().hex  # for its encoded prompts
-            self.worker = setup.worker(own) if setup.loading.ranks == 1 else Hired(setup, own).worker
+            self.worker = setup.worker(own) if setup.loading.ranks == 1 else Hosted(setup, own).worker
             return Ready(self.worker.device_name, node, os.getpid())
         except (LoadError, DeviceError) as error:
             return Refused(f"{node}: {error}", ours=False)
         except (SettingsError, UnsupportedPipelineError) as error:
             return Refused(str(error), ours=True)
         except Exception as error:
-            return Refused(f"the model could not be loaded on {node}: {said(error)}", ours=False)
+            return Refused(f"the model could not be loaded on {node}: {one_line(error)}", ours=False)
 
     def render(self, batch: Batch, ahead: Sequence[Prompt], aside: Path) -> Iterator[Outcome]:
         for outcome in self.worker.render(batch, ahead, aside):
@@ -94,7 +94,7 @@ class Actor:
         self.worker.stop()
 
 
-class Hired:
+class Hosted:
     """The actors that make each clip together with this one, which started them. They end with it."""
 
     def __init__(self, setup: Setup, scratch: Path):
@@ -161,4 +161,4 @@ def _plain(error: BaseException) -> BaseException:
     """An error that can be sent anywhere, and keeps its kind."""
     if isinstance(error, OSError):
         return OSError(error.errno, f"{error.strerror or error} (on {socket.gethostname()})", error.filename)
-    return DeviceError(said(error))
+    return DeviceError(one_line(error))

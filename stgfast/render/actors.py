@@ -28,7 +28,7 @@ from stgfast.version import __version__
 
 IN_HAND = 3  # batches of an actor: one in the decoder, one in the denoiser, one next
 GONE = 30.0  # seconds without an answer after which the cluster is gone; after 60, Ray ends this process itself
-KEPT = "what is done is kept"
+KEPT = "finished clips are kept"
 
 
 def check(model: Model | None, address: str | None, actors: int | None) -> None:
@@ -41,7 +41,9 @@ def check(model: Model | None, address: str | None, actors: int | None) -> None:
     if address not in ("local", "auto") and not (host and port.isdigit() and "/" not in host):
         raise wrong("ray", address, ADDRESSES)
     if model is not None and model.pipe is not None:
-        raise wrong("model", type(model.pipe).__name__, "a folder or a name: another machine cannot be sent a pipeline")
+        raise wrong(
+            "model", type(model.pipe).__name__, "a folder or a name: a pipeline cannot be sent to another machine"
+        )
     imported(address)
 
 
@@ -54,7 +56,7 @@ class RemoteActor:
         self.loading = False
         self.ready: Ready | None = None
         self.in_hand: dict[Any, Hand] = {}
-        self.said: Any = None  # pending: the progress of its batches
+        self.pending: Any = None  # the answer with the progress of its batches
         self.asked = 0.0  # when
         self.greeted = time.monotonic()  # when it was told to load
         self.deaths = 0  # in a row
@@ -173,15 +175,15 @@ class Actors:
     def progress(self) -> list[Progress]:
         """The last progress of actors, and the time since then: one that hangs reports none."""
         for actor in self.members:
-            if actor.said is not None and self.ray.wait([actor.said], timeout=0)[0]:
-                said, actor.said = actor.said, None
+            if actor.pending is not None and self.ray.wait([actor.pending], timeout=0)[0]:
+                asked, actor.pending = actor.pending, None
                 with contextlib.suppress(self.ray.exceptions.RayError):  # its batches report its death
-                    progress = self.ray.get(said)
+                    progress = self.ray.get(asked)
                     for hand in actor.in_hand.values():
                         hand.hear(progress)
-            if actor.said is None and actor.ready and actor.in_hand:
-                actor.said, actor.asked = actor.handle.progress.remote(), time.monotonic()
-            elif actor.said is not None and (why := silent(list(actor.in_hand.values()), actor.asked)):
+            if actor.pending is None and actor.ready and actor.in_hand:
+                actor.pending, actor.asked = actor.handle.progress.remote(), time.monotonic()
+            elif actor.pending is not None and (why := silent(list(actor.in_hand.values()), actor.asked)):
                 self._kill(actor, again=True)
                 for stream in list(actor.in_hand):
                     self._died(actor, stream, why)
@@ -201,7 +203,7 @@ class Actors:
                 for stream, hand in list(actor.in_hand.items()):
                     left = self._put_down(actor, stream)
                     self.found.append(Expired(left, why) if hand.batch == batch else Stopped(left))
-                actor.ready = actor.said = None
+                actor.ready = actor.pending = None
                 self._greet(actor)
 
     def close(self, seconds: float) -> None:
@@ -289,25 +291,25 @@ class Actors:
     def _greeted(self, actor: RemoteActor) -> None:
         hello, actor.hello = actor.hello, None
         try:
-            said: Ready | Refused | None = self.ray.get(hello)
+            answer: Ready | Refused | None = self.ray.get(hello)
         except self.ray.exceptions.RayError as error:
             (self._again if actor.loading else self._lost)(actor, _reason(error))
             return
-        if said is None:
+        if answer is None:
             actor.hello, actor.loading, actor.greeted = actor.handle.load.remote(), True, time.monotonic()
-        elif isinstance(said, Ready):
-            actor.ready = said
+        elif isinstance(answer, Ready):
+            actor.ready = answer
             self.tell("joined", **actor.where)
-        elif said.ours:
-            self.found.append(Stopped((), SettingsError(said.why)))
+        elif answer.ours:
+            self.found.append(Stopped((), SettingsError(answer.why)))
         else:
-            self._lost(actor, said.why)
+            self._lost(actor, answer.why)
 
     def _lost(self, actor: RemoteActor, why: str) -> None:
         """Handle an actor that does not come back."""
         self._kill(actor)
         self.tell("lost", actor=actor.number, why=why)
-        actor.hello = actor.ready = actor.said = None
+        actor.hello = actor.ready = actor.pending = None
         if all(other.hello is None and other.ready is None for other in self.members):
             self.found.append(Stopped((), DeviceError(f"no actor is left, the last one because: {why}; {KEPT}")))
 

@@ -112,15 +112,15 @@ class BatchRun:
                     yield self._after(error)
                     return
                 if len(tasks) > 1 or alone:
-                    again = _said(error)
+                    again = _why(error)
             # Outside the handler, what the error held is free.
             free(self.worker.device)
             if again is not None:
                 if len(tasks) > 1:
                     yield Again(tasks, again, self.batch.shape, rows=len(tasks) // 2)
                 else:
-                    said = f"out of memory, with nothing else running{LESS}: {again}"
-                    yield Failed(tasks[0], said, self._share(), memory=True)
+                    why = f"out of memory, with nothing else running{LESS}: {again}"
+                    yield Failed(tasks[0], why, self._share(), memory=True)
                 return
             self.pipe = self._copy()
         yield from self._written(clips)
@@ -136,8 +136,8 @@ class BatchRun:
         if self.worker.others is not None and self.worker.aborting:  # the others continue to where this process stopped
             return Stopped(tasks)
         if len(tasks) > 1:
-            return Again(tasks, _said(error), apart=True)
-        return Failed(tasks[0], _said(error), self._share(), "".join(traceback.format_exception(error)))
+            return Again(tasks, _why(error), apart=True)
+        return Failed(tasks[0], _why(error), self._share(), "".join(traceback.format_exception(error)))
 
     def clips(self, alone: bool) -> list[Clip]:
         """The clips, by the pipeline's own call.
@@ -187,9 +187,9 @@ class BatchRun:
             if place in self.errors:
                 error = self.errors[place]
                 if is_out_of_memory(error):
-                    yield Again((task,), _said(error), apart=True)
+                    yield Again((task,), _why(error), apart=True)
                 else:
-                    yield Failed(task, _said(error), self._share(), "".join(traceback.format_exception(error)))
+                    yield Failed(task, _why(error), self._share(), "".join(traceback.format_exception(error)))
                 continue
             path = self.aside / task.file
             self._enter(WRITER)
@@ -213,7 +213,7 @@ class BatchRun:
                 return
             except Exception as fault:
                 discard(path)
-                yield Failed(task, _said(fault), self._share(), "".join(traceback.format_exception(fault)))
+                yield Failed(task, _why(fault), self._share(), "".join(traceback.format_exception(fault)))
                 continue
             finally:
                 self.leave()
@@ -390,5 +390,5 @@ def _stacked(outputs: list[Any]) -> Any:
     return type(first)(sample=torch.cat([output.sample for output in outputs]))
 
 
-def _said(error: BaseException) -> str:
+def _why(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"[:2000]

@@ -92,15 +92,15 @@ def _plain_within(outcome: Any) -> Any:
 
 def plain(error: BaseException) -> BaseException:
     """An error that can be sent to another process and keeps its kind there."""
-    from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError
+    from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError, one_line
 
     if isinstance(error, OSError):
         return OSError(error.errno, error.strerror or str(error), error.filename)
     if type(error) in (DeviceError, LoadError, SettingsError, UnsupportedPipelineError):
         return error
-    said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+    why = one_line(error)
     kinds = (LoadError, SettingsError, UnsupportedPipelineError, DeviceError)
-    return next((kind(said) for kind in kinds if isinstance(error, kind)), DeviceError(said))
+    return next((kind(why) for kind in kinds if isinstance(error, kind)), DeviceError(why))
 
 
 def _end_with_parent() -> None:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from stgfast.errors import SettingsError, wrong
+from stgfast.errors import SettingsError, one_line, wrong
 
 ADDRESSES = '"local", "auto", or the host:port of a cluster'
 STORE = 100 << 20  # bytes of a local Ray's object store: only jobs and outcomes pass through it
@@ -51,7 +51,7 @@ def connected(address: str) -> tuple[Any, contextlib.ExitStack]:
             ray.init(address=address, **settings)
             return ray, own.pop_all()
     except (RuntimeError, ValueError, OSError) as error:
-        raise wrong("ray", address, f"{ADDRESSES} ({said(error)})") from None
+        raise wrong("ray", address, f"{ADDRESSES} ({one_line(error)})") from None
 
 
 @contextlib.contextmanager
@@ -86,8 +86,3 @@ def answers(address: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def said(error: BaseException) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]

@@ -178,8 +178,8 @@ def run(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr: Tex
     if os.environ.get("RANK", "0") == "0":  # only the first of torchrun's processes reports
         screen.ended(code)
         if not arguments.plan:
-            told = {"out": str(arguments.out), "model": arguments.model, **screen.report}
-            hooks.run(code, told, screen.complain)
+            event = {"out": str(arguments.out), "model": arguments.model, **screen.report}
+            hooks.run(code, event, screen.complain)
     return code
 
 

@@ -16,14 +16,14 @@ class Events:
 
     def __init__(self, listener: Listener | None, recipe: Recipe | None = None):
         self.listener = listener or _nobody
-        self.note = "" if recipe is None else f"Made by a recipe, approximately: {recipe}."
+        self.note = "" if recipe is None else f"Approximate, by a recipe: {recipe}."
 
     def tell(self, event: str, **more: Any) -> None:
         try:
             self.listener({"event": event, **more})
         except BrokenPipeError:  # the reader of the output went away, as `| head` does: the run continues
             self.listener = _nobody
-            self.note = f"{self.note} Nobody reads the output of the run any more; it went on.".strip()
+            self.note = f"{self.note} The output of the run has no reader any more; the run continued.".strip()
 
 
 def _nobody(event: Event) -> None:

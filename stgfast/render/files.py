@@ -51,7 +51,7 @@ class Form:
         if isinstance(self.crf, bool) or not isinstance(self.crf, int) or not 0 <= self.crf <= 51:
             raise wrong("crf", self.crf, "a whole number from 0 to 51")
 
-    def told(self, *, with_fps: bool) -> str:
+    def in_words(self, *, with_fps: bool) -> str:
         """The format in words; without frames per second if each clip has the model's own."""
         crf = f", crf {self.crf}" if self.kind == "mp4" else ""
         return f"{self.kind}{crf}" + (f", {self.fps:g} fps" if with_fps else "")
@@ -82,7 +82,7 @@ def remark_on(frames: Frames, asked: int | None) -> str:
     if frames.max() < BLACK:
         return "it is black"
     if int(frames.max()) - int(frames.min()) <= 1:
-        return "it is of one colour"
+        return "it has only one colour"
     if len(frames) > 1 and (frames == frames[:1]).all():
         return "it does not move: all frames are the same"
     if asked is not None and len(frames) != asked:

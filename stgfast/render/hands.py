@@ -25,7 +25,7 @@ def silent(hands: Sequence[Hand], asked: float) -> str:
     limits = [hand.batch.limit or hand.batch.quiet for hand in hands]
     if len(hands) < 2 or any(limit is None or since <= limit for limit in limits):
         return ""
-    return f"the process that renders did not answer for {max(limit or 0.0 for limit in limits):g} s"
+    return f"the worker process did not answer for {max(limit or 0.0 for limit in limits):g} s"
 
 
 def brought(outcome: Outcome, scratch: Path) -> Outcome:
@@ -49,24 +49,24 @@ class Hand:
     batch: Batch
     aside: Path | None = None
     settled: set[int] = dataclasses.field(default_factory=set)
-    said: Progress | None = None
+    last: Progress | None = None
     at: float = dataclasses.field(default_factory=time.monotonic)  # when that was reported, or the batch was sent
 
     def left(self) -> tuple[Task, ...]:
         return tuple(task for task in self.batch.tasks if task.id not in self.settled)
 
-    def hear(self, said: Iterable[Progress]) -> None:
+    def hear(self, reports: Iterable[Progress]) -> None:
         """Store the progress that the process reports."""
-        for progress in said:
+        for progress in reports:
             if progress.batch == self.batch:
-                self.said, self.at = progress, time.monotonic()
+                self.last, self.at = progress, time.monotonic()
 
     def progress(self, *, alone: bool) -> Progress:
         """The reported progress, and the time since then. A batch that waits for others is not timed. `alone`: there
         are none.
         """
         since = time.monotonic() - self.at
-        if self.said is None:
+        if self.last is None:
             return Progress(self.batch, "", 0, 0, *((since, since) if alone else (0.0, 0.0)))
-        since = since if self.said.stage else 0.0
-        return dataclasses.replace(self.said, seconds=self.said.seconds + since, quiet=self.said.quiet + since)
+        since = since if self.last.stage else 0.0
+        return dataclasses.replace(self.last, seconds=self.last.seconds + since, quiet=self.last.quiet + since)

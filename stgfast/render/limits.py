@@ -62,9 +62,9 @@ def _too_long(progress: Progress) -> str:
     """Why a batch is aborted, if it is."""
     batch = progress.batch
     step = f", step {progress.step} of {progress.steps}" if progress.steps else ""
-    at = f"in {progress.stage or 'its beginning'}{step}"
+    at = f"in {progress.stage or 'its first stage'}{step}"
     if batch.limit is not None and progress.seconds > batch.limit:
         return f"it took longer than {batch.limit:g} s ({at}); {MORE}"
     if batch.quiet is not None and progress.quiet > batch.quiet:
-        return f"it did nothing for {batch.quiet:g} s ({at}); {MORE}"
+        return f"it made no progress for {batch.quiet:g} s ({at}); {MORE}"
     return ""

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from stgfast.batching.execution import AS_IT_IS, Execution
-from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError, wrong
+from stgfast.errors import DeviceError, LoadError, SettingsError, UnsupportedPipelineError, one_line, wrong
 from stgfast.guidance import Guidance
 from stgfast.install import accelerate
 from stgfast.installed import INSTALLED, installed_on, original_class
@@ -25,7 +25,7 @@ from stgfast.render.shortage import is_out_of_memory
 from stgfast.render.texts import encoders_of
 
 LIBRARIES = ("diffusers", "transformers")
-BY_NAME = "a model that brings code of its own is used only where it is trusted by name"
+BY_NAME = "a model with code of its own is loaded only if it is trusted by name"
 WHOLE, SAMPLES = 1 << 20, 64  # bytes of a file that are read, and the number of samples of a larger one
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 OFFLOADS = TEXT, MODEL, GROUP = ("text", "model", "group")
@@ -63,8 +63,8 @@ class Loading:
     @property
     def footprint(self) -> str:
         """A key for how many clips fit into memory."""
-        said = {"dtype": self.dtype, "offload": self.offload, "tiles": self.vae_tiling}
-        return "".join(f", {name} {value}" for name, value in said.items() if value)
+        named = {"dtype": self.dtype, "offload": self.offload, "tiles": self.vae_tiling}
+        return "".join(f", {name} {value}" for name, value in named.items() if value)
 
     def number_type(self, name: str | None) -> str:
         """The dtype of the denoiser; `name` is that of a model with a dtype of its own."""
@@ -94,8 +94,7 @@ class Loading:
             if is_out_of_memory(error):
                 more = "offload text, model or group takes less"
                 raise DeviceError(f"{device} has less memory than the model takes: {more}") from error
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-            raise LoadError(f"model: got one that cannot be loaded: {said}") from error
+            raise LoadError(f"model: got one that cannot be loaded: {one_line(error)}") from error
         return self.prepared(pipe)
 
     def prepared(self, pipe: Any) -> Any:

@@ -44,7 +44,7 @@ class Loras:
         second = {"load_into_transformer_2": True} if lora.second else {}
         self.pipe.load_lora_weights(lora.path, adapter_name=name, **second)
         if not any(name in names for names in self.pipe.get_list_adapters().values()):
-            raise SettingsError(f"loras: got {Path(lora.path).name!r}, none of whose weights is for this model")
+            raise SettingsError(f"loras: got {Path(lora.path).name!r}, a file without weights for this model")
 
 
 def lacking(kind: type[Any], loras: tuple[Lora, ...]) -> str:

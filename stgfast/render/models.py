@@ -253,8 +253,8 @@ def _index_of(name: str) -> Path:
     try:
         return Path(hf_hub_download(name, "model_index.json"))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise wrong("model", name, f"a folder, or the name of a model on the hub ({said})") from None
+        why = " ".join(str(error).split())[:200]
+        raise wrong("model", name, f"a folder, or the name of a model on the hub ({why})") from None
 
 
 def _check_supported(name: str) -> None:

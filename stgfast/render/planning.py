@@ -211,9 +211,9 @@ def lines_of(jobs: Jobs, defaults: Mapping[str, Any], packed: Path) -> Iterator[
 def identity_in(clip: Path) -> str | None:
     """The `Job.identity` from which a clip says it was made; None if it does not say."""
     try:
-        said = metadata_of(clip)
-        made = {name: said[name] for name in ("dtype", "revision") if said.get(name)}
-        return trusted(json.dumps(said["job"])).identity(said["model"], made)
+        metadata = metadata_of(clip)
+        made = {name: metadata[name] for name in ("dtype", "revision") if metadata.get(name)}
+        return trusted(json.dumps(metadata["job"])).identity(metadata["model"], made)
     except (SettingsError, KeyError, TypeError, AttributeError):  # a file of this name may contain anything
         return None
 

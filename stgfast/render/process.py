@@ -134,21 +134,21 @@ class OwnProcess:
         try:
             if not self.connection.poll(seconds):
                 return
-            said = self.connection.recv()
+            message = self.connection.recv()
         except (EOFError, ConnectionResetError):
             self._end(_ending(self.process))
             return
-        if isinstance(said, Ready):
-            self.ready, self.device_name = True, said.device_name
+        if isinstance(message, Ready):
+            self.ready, self.device_name = True, message.device_name
             self.tell("ready", **self.where)
-        elif isinstance(said, BaseException):
-            self.found.append(Stopped((), said))
-        elif isinstance(said, list):
+        elif isinstance(message, BaseException):
+            self.found.append(Stopped((), message))
+        elif isinstance(message, list):
             self.asked = 0.0
             for hand in self.hands:
-                hand.hear(said)
+                hand.hear(message)
         else:
-            self._heard(said)
+            self._heard(message)
 
     def _heard(self, outcome: Outcome) -> None:
         if isinstance(outcome, Stopped) and outcome.error is not None and not isinstance(outcome.error, OSError):
@@ -172,7 +172,7 @@ class OwnProcess:
             self.found.append(Died(left, why))
         self.deaths += 1
         if self.deaths >= LIVES:
-            error = DeviceError(f"the process that renders died {LIVES} times in a row, the last time because: {why}")
+            error = DeviceError(f"the worker process died {LIVES} times in a row, the last time because: {why}")
             self.found.append(Stopped((), error))
         elif not self.stopping:
             self.tell("replaced", pid=self.process.pid, why=why)
@@ -188,7 +188,7 @@ class OwnProcess:
 def _ending(process: subprocess.Popen[bytes]) -> str:
     code = process.wait()
     if code >= 0:
-        return f"the process that renders ended with exit code {code}"
+        return f"the worker process ended with exit code {code}"
     name = signal.Signals(-code).name
-    more = ", as the system ends one where memory is short" if name == "SIGKILL" else ""
-    return f"the process that renders was ended by {name}{more}"
+    more = ", as the system does when memory is short" if name == "SIGKILL" else ""
+    return f"the worker process was ended by {name}{more}"

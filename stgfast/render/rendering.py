@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from stgfast.errors import DeviceError, SettingsError, UnsupportedPipelineError
+from stgfast.errors import DeviceError, SettingsError, UnsupportedPipelineError, one_line
 from stgfast.queue.batches import Task, shape_of
 from stgfast.queue.state import CANCELLED, DONE, FAILED, PAUSED
 from stgfast.queue.store import Store
@@ -113,10 +113,8 @@ class Rendering:
         if isinstance(self.fault, (OSError, SettingsError, UnsupportedPipelineError, DeviceError)):
             raise self.fault
         if self.fault is not None:
-            said = f"{type(self.fault).__name__}: {self.fault}"
-            raise DeviceError(
-                f"the device, or the worker on it, gave out ({said}); what is done is kept"
-            ) from self.fault
+            why = one_line(self.fault)
+            raise DeviceError(f"the device or its worker failed ({why}); finished clips are kept") from self.fault
 
     def _goes_on(self, crew: Crew) -> bool:
         """Wait a moment for an outcome. Returns whether this crew has anything to do."""
@@ -243,7 +241,7 @@ class Rendering:
         model, shape = failed.task.model, shape_of(failed.task.job)
         if not failed.memory or not crew.alike or (model, shape) in self.fits:
             return
-        error = f"not tried: as large as {failed.task.file}, which there is no memory for"
+        error = f"not tried: as large as {failed.task.file}, which did not fit into memory"
         files = self.store.fail_waiting(model, error, shape)
         progress = self._progress()
         for file in files:

@@ -173,16 +173,16 @@ def render(
         return Report(done=0, failed=0, waiting=0, bad=0, rendered=0, seconds=0.0)
     by = taken(recipe)
     events = Events(listener, by if by is not None or known is None else known.recipe)
-    formed = form.told(with_fps=fps is not None)
+    formed = form.in_words(with_fps=fps is not None)
     parts = Parts(None if known is None else Part(known, loading, form), _maker(known, loading, form, trust))
     usual = over({} if by is None else {"recipe": by.to_dict()}, defaults or {})
     planning = Planning(parts, usual, formed, events.tell)
     began = time.monotonic()
 
     def report(counts: Mapping[str, int], rendered: int = 0, *, interrupted: bool = False) -> Report:
-        told = Report.of(counts, planning.bad, rendered, time.monotonic() - began, interrupted=interrupted)
-        events.tell("ended", **dataclasses.asdict(told), code=told.code)
-        return told
+        outcome = Report.of(counts, planning.bad, rendered, time.monotonic() - began, interrupted=interrupted)
+        events.tell("ended", **dataclasses.asdict(outcome), code=outcome.code)
+        return outcome
 
     try:
         with Store(Path(out), retries=retries, adopt=identity_in) as store:
@@ -212,7 +212,7 @@ def render(
             rendering.page()
             return report(store.counts(), rendering.rendered, interrupted=rendering.interrupts > 0)
     except (sqlite3.Error, OSError) as error:
-        raise StoreError(f"output folder {out}: {type(error).__name__}: {error}; what is done is kept") from error
+        raise StoreError(f"output folder {out}: {type(error).__name__}: {error}; finished clips are kept") from error
     finally:
         if others is not None:
             others.end()

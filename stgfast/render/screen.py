@@ -25,7 +25,7 @@ class Screen:
         self.command, self.stdout, self.stderr, self.quiet, self.as_json = command, stdout, stderr, quiet, as_json
         self.run = uuid.uuid4().hex[:12]
         self.bar: Any = None
-        self.said = 0.0
+        self.bar_shown = 0.0
         self.report: dict[str, Any] = {}
 
     def show(self, event: dict[str, Any]) -> None:
@@ -41,7 +41,7 @@ class Screen:
             self._progress(event)
         if kind == "listed":
             self._line(self.stdout, f"{event['status']:10} {event['file']}")
-        told = TOLD.get(kind)
+        told = TEXTS.get(kind)
         if kind == "forecast":
             event = {"told": _forecast(event)}
         if told is not None and (not self.quiet or kind in ("bad", "failed", "refused", "strange")):
@@ -82,9 +82,9 @@ class Screen:
         if self.quiet:
             return
         if not (self.stderr is not None and self.stderr.isatty()):
-            if time.monotonic() - self.said > EVERY:  # a bar would fill a log
-                self.said = time.monotonic()
-                self._line(self.stderr, f"{event['finished']} of {event['total']} jobs settled")
+            if time.monotonic() - self.bar_shown > EVERY:  # a bar would fill a log
+                self.bar_shown = time.monotonic()
+                self._line(self.stderr, f"{event['finished']} of {event['total']} jobs finished")
             return
         if self.bar is None:
             from tqdm import tqdm
@@ -122,37 +122,37 @@ def _forecast(event: dict[str, Any]) -> str:
     """The estimate of time and bytes, as far as it is known."""
     known = event["jobs"] - event["unknown"]
     if not known:
-        return "how long it takes is not known: no clip of these shapes is in this folder (--like names another)"
+        return "time unknown: this folder has no clip of these shapes (--like names another folder)"
     hours, minutes = divmod(round(event["seconds"] / 60), 60)
     long = f"{hours} h {minutes} min" if hours or minutes else f"{event['seconds']:.0f} s"
     size, free = (f"{event[name] / 1e9:.2f} GB" for name in ("bytes", "free"))
-    rest = f"; of {event['unknown']} others it is not known" if event["unknown"] else ""
-    small = ", which is too little" if event["bytes"] > event["free"] else ""
+    rest = f"; unknown for {event['unknown']} more" if event["unknown"] else ""
+    small = ", which is not enough" if event["bytes"] > event["free"] else ""
     return f"{known} clips will take about {long} and {size}; the disk has {free}{small}{rest}"
 
 
-TOLD = {
+TEXTS = {
     "bad": "line {line}: {error}",
     "refused": "added, line {line}: {error}",
     "added": "{jobs} jobs were added",
     "recovered": "{jobs} clips were claimed when an earlier run died; they are rendered again",
     "planned": "{pending} clips to render, {done} done, {failed} failed earlier",
-    "kept": "{clips} clips are done in another form than {form}; they stay as they are",
+    "kept": "{clips} finished clips have another format than {form}; they are kept",
     "broken": "{file}: cannot be read, and is rendered again: {why}",
     "forecast": "{told}",
     "loading": "loading {model}",
     "asking": "loading {model} on {actors} {each} of Ray",
     "ready": "ready on {device}",
     "joined": "actor {actor}: ready on {node}, {device}",
-    "died": "{files}: again, as the process that rendered them died: {why}",
-    "replaced": "another process renders from here: {why}",
-    "lost": "actor {actor} does not come back: {why}",
-    "overdue": "{files}: ended: {why}",
+    "died": "{files}: retried, because the process died: {why}",
+    "replaced": "a new worker process continues: {why}",
+    "lost": "actor {actor} is lost: {why}",
+    "overdue": "{files}: stopped: {why}",
     "failed": "{file}: {error}",
     "strange": "{file}: done, but {remark}",
     "cancelled": "{file}: cancelled",
-    "again": "{files}: again, smaller or apart: {why}",
-    "paused": "paused: nothing is begun until stgfast resume",
+    "again": "{files}: retried in smaller batches: {why}",
+    "paused": "paused: no job starts until stgfast resume",
     "resumed": "resumed",
     "page": "the page about the folder could not be written: {error}",
     "stopping": "{why}: finishing what is in flight",

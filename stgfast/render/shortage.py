@@ -11,8 +11,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     while seen is not None:
         if isinstance(seen, (MemoryError, torch.OutOfMemoryError)):
             return True
-        said = str(seen) if isinstance(seen, RuntimeError) else ""
-        if "DefaultCPUAllocator: can't allocate memory" in said or "OutOfMemoryError: " in said:  # from another process
+        text = str(seen) if isinstance(seen, RuntimeError) else ""
+        if "DefaultCPUAllocator: can't allocate memory" in text or "OutOfMemoryError: " in text:  # from another process
             return True
         seen = seen.__cause__ or seen.__context__
     return False

@@ -233,17 +233,17 @@ def _with(given: dict[str, Any], prompt: str, negative: str | None) -> dict[str,
 
 def _key(given: dict[str, Any]) -> str:
     """A key that is equal only for equal arguments; raises TypeError if their equality cannot be decided."""
-    return hashlib.sha256(repr({name: _told(given[name]) for name in sorted(given)}).encode()).hexdigest()
+    return hashlib.sha256(repr({name: _described(given[name]) for name in sorted(given)}).encode()).hexdigest()
 
 
-def _told(value: Any) -> Any:
+def _described(value: Any) -> Any:
     """A value as text that is equal for equal values."""
     if value is None or isinstance(value, (str, int, float, torch.device, torch.dtype)):
         return value
     if isinstance(value, (list, tuple)):
-        return [_told(part) for part in value]
+        return [_described(part) for part in value]
     if isinstance(value, Mapping):
-        return {name: _told(part) for name, part in value.items()}
+        return {name: _described(part) for name, part in value.items()}
     if isinstance(value, Image.Image):
         return value.mode, value.size, hashlib.sha256(value.tobytes()).hexdigest()
     raise TypeError(type(value).__name__)

@@ -35,9 +35,7 @@ def check(gpus_per_clip: int | None, ray: str | None, model: Model | None) -> in
     """Check the number of processes over which each clip is divided."""
     if model is not None and model.pipe is not None:
         if gpus_per_clip is not None or execution_of(model.pipe).ranks is not None:
-            right = (
-                "a folder or a name, for clips that several processes make together: each loads a pipeline of its own"
-            )
+            right = "a folder or a name: each of the processes of a clip loads a pipeline of its own"
             raise wrong("model", type(model.pipe).__name__, right)
         return 1
     if gpus_per_clip is not None and (
@@ -72,7 +70,7 @@ class Started:
         store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
         # Another name if torchrun has restarted all of them.
         self.store = PrefixStore(f"stgfast {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        self.said = 0
+        self.sent = 0
 
     @property
     def first(self) -> bool:
@@ -110,12 +108,12 @@ class Started:
                 worker.follow(*more)
 
     def _say(self, *message: Any) -> None:
-        self.store.set(str(self.said), b64encode(pickle.dumps(message)).decode())
-        self.said += 1
+        self.store.set(str(self.sent), b64encode(pickle.dumps(message)).decode())
+        self.sent += 1
 
     def _heard(self) -> Any:
-        key = str(self.said)
+        key = str(self.sent)
         while not self.store.check([key]):
             time.sleep(LOOK)
-        self.said += 1
+        self.sent += 1
         return pickle.loads(b64decode(self.store.get(key)))

@@ -119,7 +119,7 @@ def _object(request: Request, body: bytes) -> dict[str, Any]:
     try:
         given = parse_json(body.decode())
     except ValueError as error:
-        raise SettingsError(f"request: got what is not JSON ({error}), expected an object") from None
+        raise SettingsError(f"request: got invalid JSON ({error}), expected an object") from None
     if not isinstance(given, dict):
         raise SettingsError("request: expected an object")
     return given

@@ -72,12 +72,12 @@ class Guard:
             return 403, "this server answers to localhost alone"
         site = headers.get("sec-fetch-site", "none")
         if site not in ("none", "same-origin") and not _follows_link(scope, headers):
-            return 403, "a page of another site may not ask this server"
+            return 403, "a page of another site may not use this server"
         origin = headers.get("origin")
         if origin is not None and not _same(origin, host):
-            return 403, "a page of another site may not ask this server"
+            return 403, "a page of another site may not use this server"
         if self.token and not self._has_token(scope, headers):
-            return 401, "open the link that stgfast serve has printed"
+            return 401, "open the link that stgfast serve printed"
         return 200, ""
 
     def _has_token(self, scope: Scope, headers: Headers) -> bool:

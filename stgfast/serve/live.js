@@ -118,7 +118,7 @@ function show(stands) {
   const all = Object.values(counts).reduce((one, other) => one + other, 0);
   const parts = [`${finished} of ${all}`];
   if (stands.paused) parts.push("paused");
-  parts.push(runs.length ? [...new Set(runs.map(run => run.model))].join(", ") : "no run is on");
+  parts.push(runs.length ? [...new Set(runs.map(run => run.model))].join(", ") : "no active run");
   if (stands.rate !== null) parts.push(`${stands.rate.toFixed(1)} clips an hour`);
   if (stands.seconds !== null) parts.push(`done in ${clock(stands.seconds)}`);
   document.title = `${finished}/${all} ${stands.folder}`;
@@ -149,14 +149,14 @@ function running(job, old) {
     stop.addEventListener("click", () => act("cancel", {names: [job.file]}));
     line.append(make("span", job.file), bar, make("span", "", "small"), stop);
   }
-  const [, bar, told] = line.children;
+  const [, bar, state] = line.children;
   if (job.steps) { bar.max = job.steps; bar.value = job.step; } else bar.removeAttribute("value");
-  told.textContent = `${job.stage} ${job.steps ? `${job.step}/${job.steps}` : ""} ${clock(job.seconds)}`;
+  state.textContent = `${job.stage} ${job.steps ? `${job.step}/${job.steps}` : ""} ${clock(job.seconds)}`;
   return line;
 }
 function added(stands) {
   const lines = [];
-  if (stands.inbox) lines.push(make("p", `${stands.inbox} added, which no run has looked at yet`, "small"));
+  if (stands.inbox) lines.push(make("p", `${stands.inbox} added, not yet read by a run`, "small"));
   for (const [name, why] of stands.refused) lines.push(make("p", `refused: ${name}: ${why}`, "small bad"));
   if (stands.refused.length) {
     const button = make("button", "Dismiss"), row = make("div", undefined, "row");
@@ -166,7 +166,7 @@ function added(stands) {
   return lines;
 }
 
-// The form: a new job, or one once more with something changed.
+// The form: a new job, or an existing one with changes.
 
 const form = document.querySelector("#form form"), NUMBERS = ["seed", "repeat", "steps", "num_frames", "width", "height", "priority"];
 const shownOf = {};  // what the form began with
@@ -181,13 +181,13 @@ function fill(job) {
   };
   for (const name of ["steps", "num_frames", "width", "height"]) values[name] = settings[name] ?? "";
   const models = status ? status.models : [], options = job ? models : ["", ...models];
-  form.elements.model.replaceChildren(...options.map(name => Object.assign(make("option", name || "the run's own"), {value: name})));
+  form.elements.model.replaceChildren(...options.map(name => Object.assign(make("option", name || "the model of the run"), {value: name})));
   form.elements.model.closest("label").hidden = options.length < 2;
   values.model = job ? job.model : "";
   for (const [name, value] of Object.entries(values)) { form.elements[name].value = value; shownOf[name] = form.elements[name].value; }
   form.elements.image.value = "";
   at("form-title").textContent = job ? `Again: ${job.name}` : "Add a job";
-  at("form-hint").textContent = job ? "What stays as it is, is as in that job." : "What is left out is the run's own. {red|blue} is a choice, by the seed.";
+  at("form-hint").textContent = job ? "Unchanged fields keep the values of that job." : "Empty fields use the settings of the run. {red|blue} is one of both, chosen by the seed.";
   at("form-error").textContent = "";
   at("form").showModal();
 }

@@ -22,25 +22,25 @@ def metrics(state: State) -> str:
     left = [] if status.seconds is None else [_plain(status.seconds)]
     rate = [] if status.rate is None else [_plain(status.rate)]
     parts = [
-        _told("stgfast_jobs", "Jobs of the folder.", [({"status": name}, n) for name, n in status.counts.items()]),
-        _told("stgfast_jobs_paused", "Pending jobs that are paused.", [_plain(status.held)]),
-        _told("stgfast_jobs_added", "Added jobs that no run has looked at.", [_plain(status.inbox)]),
-        _told("stgfast_jobs_refused", "Added jobs that are wrong for the model.", [_plain(len(status.refused))]),
-        _told("stgfast_paused", "1 where nothing of the folder is begun.", [_plain(status.paused)]),
-        _told(
+        _metric("stgfast_jobs", "Jobs of the folder.", [({"status": name}, n) for name, n in status.counts.items()]),
+        _metric("stgfast_jobs_paused", "Pending jobs that are paused.", [_plain(status.held)]),
+        _metric("stgfast_jobs_added", "Added jobs that no run has read yet.", [_plain(status.inbox)]),
+        _metric("stgfast_jobs_refused", "Added jobs that were refused.", [_plain(len(status.refused))]),
+        _metric("stgfast_paused", "1 if the folder is paused.", [_plain(status.paused)]),
+        _metric(
             "stgfast_run_seconds",
-            "Since a run that is on began.",
+            "Seconds since an active run started.",
             [
                 ({"pid": str(run["pid"]), "host": run["host"], "model": run["model"]}, run["seconds"])
                 for run in status.runs
             ],
         ),
-        _told("stgfast_clips_per_hour", "By the clips of the last hour.", rate),
-        _told("stgfast_left_seconds", "Until all is done, at that rate.", left),
-        _told("stgfast_clip_seconds", "Seconds that the clips that are done took, all stages.", [_plain(took)]),
-        _told("stgfast_clip_bytes", "Bytes of the clips that are done.", [_plain(size)]),
-        _told("stgfast_attempts", "How often jobs were begun.", [_plain(attempts)]),
-        _told("stgfast_deaths", "How often a process died that rendered a job.", [_plain(deaths)]),
+        _metric("stgfast_clips_per_hour", "Clips per hour, from the last hour.", rate),
+        _metric("stgfast_left_seconds", "Seconds until all jobs are done, at the current rate.", left),
+        _metric("stgfast_clip_seconds", "Seconds spent on finished clips, all stages.", [_plain(took)]),
+        _metric("stgfast_clip_bytes", "Bytes of finished clips.", [_plain(size)]),
+        _metric("stgfast_attempts", "Attempts at jobs.", [_plain(attempts)]),
+        _metric("stgfast_deaths", "Deaths of processes while they rendered a job.", [_plain(deaths)]),
     ]
     return "".join(parts)
 
@@ -49,7 +49,7 @@ def _plain(value: float) -> Sample:
     return {}, value
 
 
-def _told(name: str, about: str, samples: Iterable[Sample]) -> str:
+def _metric(name: str, about: str, samples: Iterable[Sample]) -> str:
     lines = [f"# HELP {name} {about}", f"# TYPE {name} gauge"]
     for labels, value in samples:
         inner = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels.items())

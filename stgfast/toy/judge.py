@@ -25,7 +25,7 @@ COLOURS, GROUNDS = list(videos.COLOURS), list(videos.GROUNDS)
 FEATURES = 128
 ATTRIBUTES = ("colour", "shape", "motion", "ground", "pattern")
 SHIPPED = Path(__file__).with_name("judge.safetensors")
-REAL = 4096  # drawn clips whose features are what those of rendered ones are held against
+REAL = 4096  # drawn clips; features of rendered clips are compared with theirs
 
 
 @dataclass(frozen=True)

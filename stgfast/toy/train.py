@@ -271,16 +271,16 @@ def train_denoiser(settings: Settings, latents: Tensor, ids: Tensor) -> Denoiser
 
     def loss(generator: torch.Generator, step: int) -> dict[str, Tensor]:
         chosen = torch.randint(len(latents), (settings.batch,), generator=generator)
-        clean, said = latents[chosen].float(), ids[chosen]
+        clean, tokens = latents[chosen].float(), ids[chosen]
         dropped = torch.rand(settings.batch, generator=generator) < DROPPED
-        said = torch.where(dropped[:, None], empty, said)
+        tokens = torch.where(dropped[:, None], empty, tokens)
         # Most steps lie where motion is decided, a little above the middle.
         sigma = torch.sigmoid(torch.randn(settings.batch, generator=generator) + 0.3)
         noise = torch.randn(clean.shape, generator=generator)
         padded = model.PADDED if torch.rand((), generator=generator) < 0.5 else LONGEST
         noisy = clean.lerp(noise, sigma[:, None, None])
         on = settings.device
-        predicted = denoiser(noisy.to(on), sigma.to(on), said.to(on), padded)
+        predicted = denoiser(noisy.to(on), sigma.to(on), tokens.to(on), padded)
         return {"loss": (predicted - (noise - clean).to(on)).square().mean()}
 
     stage.run(loss)

@@ -67,8 +67,8 @@ class Scene:
     def parse(cls, prompt: str) -> Scene:
         """The scene of a prompt; a sentence of another form is a `ValueError`."""
         try:
-            said, _, back = prompt.removesuffix(" background").partition(" over a ")
-            parts = (part.split() for part in said.split(" and "))
+            front, _, back = prompt.removesuffix(" background").partition(" over a ")
+            parts = (part.split() for part in front.split(" and "))
             shapes = tuple(Shape(colour, kind, motion) for _, colour, kind, _, motion in parts)
             first, _, rest = back.partition(" ")
             scene = cls(shapes, rest, first) if first in PATTERNS else cls(shapes, back)

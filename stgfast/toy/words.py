@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 
 class Tokenizer(PreTrainedTokenizerFast):
-    """All words that the model never saw are one token."""
+    """All words that the model was not trained on are one token."""
 
     def __call__(self, text: str | Sequence[str], *args: Any, **kwargs: Any) -> Any:
         prompts = [text] if isinstance(text, str) else text
@@ -20,7 +20,7 @@ class Tokenizer(PreTrainedTokenizerFast):
         unknown = [word for word in words if word not in known]
         if unknown:
             warnings.warn(
-                f"prompt: got {', '.join(map(repr, unknown[:5]))}, which the toy model never saw; "
+                f"prompt: got {', '.join(map(repr, unknown[:5]))}, which the toy model was not trained on; "
                 f"it knows {', '.join(sorted(word for word in known if word.isalpha()))}",
                 stacklevel=2,
             )

@@ -65,16 +65,20 @@ def run_tune(arguments: argparse.Namespace, stdout: TextIO | None = None, stderr
         return WRONG
     except KeyboardInterrupt:
         progress.close()
-        stderr.write("interrupted; the same command goes on from here\n")
+        stderr.write("interrupted; the same command continues from here\n")
         return INTERRUPTED
     progress.close()
     stdout.write(tuned.table())
-    stdout.write(f"\nasked for: {tuned.aim}\n")
+    stdout.write(f"\ntarget: {tuned.aim}\n")
     if tuned.chosen is None:
         nearest = min(tuned.trials, key=lambda trial: trial.distance)
-        stdout.write(f"none is; the nearest is {nearest.recipe}, at {nearest.distance:.4f}. {arguments.out / PAGE}\n")
+        stdout.write(
+            f"no recipe meets it; the nearest is {nearest.recipe}, at {nearest.distance:.4f}. {arguments.out / PAGE}\n"
+        )
         return NONE
-    stdout.write(f"found, an approximation: {tuned.chosen.recipe}\n{arguments.out / RECIPE}, {arguments.out / PAGE}\n")
+    stdout.write(
+        f"found, as an approximation: {tuned.chosen.recipe}\n{arguments.out / RECIPE}, {arguments.out / PAGE}\n"
+    )
     return FOUND
 
 

@@ -172,8 +172,14 @@ class Search:
                 if until is not None and time.monotonic() > until and self.usual.distances:
                     break
                 self._make(trial, number)
-                told = {"event": "made", "clip": number, "of": len(self.jobs), "recipes": len(alive), "made": place + 1}
-                self.listener(told)
+                event = {
+                    "event": "made",
+                    "clip": number,
+                    "of": len(self.jobs),
+                    "recipes": len(alive),
+                    "made": place + 1,
+                }
+                self.listener(event)
         known = tuple(trial for trial in trials if trial.distances)
         chosen = aim.choose(known, self.usual)
         tuned = Tuned(aim, self.usual, known, chosen, self.out)

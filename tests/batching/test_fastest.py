@@ -1,4 +1,4 @@
-"""`attention="auto"`: layers that nothing is done to attend by what is fastest, and give the same."""
+"""`attention="auto"`: unperturbed layers use the fastest attention for their shape, and give the same result."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from tests.precision import distance, same
 
 pytestmark = pytest.mark.usefixtures("float64")
 ROWS, TOKENS = 2, 5
-# How masks come: of keys, of keys for every query, added, with a bias that is none of keys, and none at all.
+# Forms of masks: of keys, of keys for each query, additive, with a bias that is no mask of keys, and none.
 SOME = {
     name: FAMILIES[name]
     for name in ("HunyuanVideo", "HunyuanVideo15", "Allegro", "LTX", "Mochi", "Wan", "Latte", "Stable Diffusion XL")
@@ -51,7 +51,7 @@ MASKS = {
 
 
 def scores(mask):
-    """A call with four heads, or as many as the mask has."""
+    """A call with four heads, or with the heads of the mask."""
     heads = 4 if mask is None or mask.ndim < 4 or mask.shape[1] == 1 else mask.shape[1]
     q, k, v = (torch.randn(ROWS, heads, TOKENS, 8) for _ in range(3))
     mask = mask.to(q.dtype) if mask is not None and mask.is_floating_point() else mask
@@ -77,7 +77,7 @@ def test_a_mask_is_looked_at_once(monkeypatch):
 
 @pytest.mark.parametrize("family", SOME.values(), ids=SOME)
 def test_gives_the_same(family, monkeypatch):
-    """Masks that numbers of keys stand for are no longer given to anyone."""
+    """Masks that were replaced by key counts are not passed on."""
     seen, attend = [], fastest.masked_attention
 
     def watched(*given, kv_len=None, bias=None, **others):
@@ -108,5 +108,5 @@ def test_what_it_cannot_be():
     pipe = FAMILIES["Wan"].pipe()
     with pytest.raises(SettingsError, match="attention: got 'flash', expected 'auto', or None for the model's own"):
         stgfast.accelerate(pipe, attention="flash")
-    with pytest.raises(SettingsError, match=r"attention and compile: got .* expected one of them"):
+    with pytest.raises(SettingsError, match=r"attention and compile: got .* expected only one of them"):
         stgfast.accelerate(pipe, attention="auto", compile=True)

@@ -1,4 +1,4 @@
-"""One call of an attention module for all rows: with whatever processor it has, the plain result or a refusal."""
+"""One call of an attention module for all rows: with any processor, it gives the plain result or is refused."""
 
 import dataclasses
 
@@ -17,7 +17,7 @@ from tests.precision import distance, same
 pytestmark = pytest.mark.usefixtures("float64")
 LTX, SDXL, KANDINSKY = FAMILIES["LTX"], FAMILIES["Stable Diffusion XL"], FAMILIES["Kandinsky 5"]
 ONE = "all rows in one call of the module"
-APART = "rows that attend in a call of the module, the others as values alone"
+APART = "attending rows in one call of the module, only values for the others"
 
 
 def guidance(family):
@@ -26,7 +26,7 @@ def guidance(family):
 
 
 class Own:
-    """An attention as LTX has it, by other code; `attend` is what makes it another."""
+    """The attention of LTX in other code; `attend` is the function to vary."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
         from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
@@ -47,7 +47,7 @@ class RowByRow(Own):
 
 
 class ByItself(Own):
-    """Calls nothing of torch's."""
+    """An attention that does not call torch's."""
 
     def attend(self, q, k, v, mask):
         scores = q @ k.mT * q.shape[-1] ** -0.5
@@ -55,7 +55,7 @@ class ByItself(Own):
 
 
 class KeepsRows(Own):
-    """Knows its rows in its own way, so that there may be no more of them afterwards."""
+    """An attention that remembers its rows, so that it cannot return more of them."""
 
     def __call__(self, attn, hidden_states, *args, **kwargs):
         rows = len(hidden_states)
@@ -73,7 +73,7 @@ class Causal(RowByRow):
 
 
 class AddsInPlace(KeepsRows):
-    """Adds what it was given to what it makes, in place, and divides it by what it knew before."""
+    """An attention that adds its input to its output in place, and divides it by earlier values."""
 
     def __call__(self, attn, hidden_states, *args, **kwargs):
         out = Own.__call__(self, attn, hidden_states, *args, **kwargs)
@@ -130,7 +130,7 @@ def test_a_causal_attention_goes_apart():
 
 @pytest.mark.parametrize("of_library", [True, False])
 def test_what_a_processor_does_afterwards_it_does_to_identity_rows_too(monkeypatch, of_library):
-    """To rows that it kept from before, if it is one of the library's, and where there is one row alone as well."""
+    """Also with rows that a processor of the library kept, and with a single row."""
     if of_library:
         monkeypatch.setattr(AddsInPlace, "__module__", "diffusers.models.another")
     family, weak = with_processor(AddsInPlace), Guidance(Perturbation([1], kind="attention"))
@@ -161,7 +161,7 @@ def test_an_older_processor():
 
 @pytest.mark.interpreted
 def test_a_function_in_place_of_torchs(monkeypatch):
-    """As users of SageAttention have it."""
+    """A replaced function, as users of SageAttention have it."""
     expected = LTX.plain(guidance(LTX))
 
     def attend(query, key, value, attn_mask=None, scale=None, **others):
@@ -175,7 +175,7 @@ def test_a_function_in_place_of_torchs(monkeypatch):
 
 
 def test_values_that_nobody_asks_for_are_not_made_up():
-    """Where output = V is what torch's attention returns, and it is not called."""
+    """If the identity returns torch's values, torch's attention is not called."""
 
     class Silent(type(KANDINSKY.build().transformer.visual_transformer_blocks[0].self_attention.processor)):
         def __call__(self, attn, hidden_states, *args, **kwargs):
@@ -185,7 +185,7 @@ def test_values_that_nobody_asks_for_are_not_made_up():
     for block in pipe.transformer.visual_transformer_blocks:
         block.self_attention.set_processor(Silent())
     stgfast.accelerate(pipe, guidance(KANDINSKY))
-    with pytest.raises(EngineError, match="output = V of Kandinsky5Attention: got a processor, Silent, that does not"):
+    with pytest.raises(EngineError, match="attention processor of Kandinsky5Attention: got Silent"):
         KANDINSKY.run(pipe)
 
 
@@ -210,7 +210,7 @@ def test_a_backend_that_was_chosen_computes_rows_that_attend(backend, monkeypatc
     made = LTX.run(stgfast.accelerate(pipe, guidance(LTX), max_rows="all"), prompts=2)
     same(made, expected)
     assert distance(made, stock) > 1e-3
-    # Two prompts, uncond and cond of each; two branches that are weak from layer 1 and 3 on.
+    # Two prompts, uncond and cond of each; two branches perturbed from layers 1 and 3 on.
     assert rows == 2 * [4, 4, 6, 4, 8, 8]
     assert ways(pipe, LTX) == {ONE: [1, 3]}
 
@@ -230,7 +230,7 @@ def test_under_autocast(attention):
 
 @pytest.mark.interpreted
 def test_the_module_runs_once_for_rows_of_one_input():
-    """At the first marked layer two rows are one until they attend: they are projected once."""
+    """At the first marked layer two rows have the same input, and are projected once."""
     pipe, rows = LTX.build(), []
     for block in pipe.transformer.transformer_blocks:
         block.attn1.to_k.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))

@@ -1,4 +1,4 @@
-"""The planner: pure, and checked against histories written out in full."""
+"""The planner, without models, checked against complete histories."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +22,7 @@ branches = st.lists(
 
 
 def run(plan):
-    """Run a plan on histories in place of tensors: every block writes down what it did."""
+    """Run a plan on histories instead of tensors. Each block records what it did."""
     stack = [(branch.source,) for branch in plan.branches]
     computed = []
     for number, step in enumerate(plan.steps):
@@ -49,8 +49,8 @@ def test_every_branch_ends_with_its_own_history(made):
 def test_no_block_computes_the_same_history_twice(made):
     plan = make_plan(made, DEPTH)
     _, computed = run(plan)
-    # A skipped block leaves no mark in `history`, so branches that skip different blocks may meet again there; the
-    # plan goes by what was done at every block, skips included.
+    # A skipped block adds nothing to `history`, so branches that skip different blocks may be equal again there. The
+    # plan compares what was done at every block, including skips.
     different = {
         (branch.source, *(branch.marks.get(j) for j in range(k + 1)))
         for branch in made
@@ -68,7 +68,7 @@ def test_mochi():
 
 
 def test_what_runs_is_a_leading_slice():
-    """No copy before the fork, at it, and at a later skip of the same branch."""
+    """No copy before the fork, at the fork, or at a later skip of the same branch."""
     made = [
         Branch("uncond", "uncond"),
         Branch("cond", "cond"),

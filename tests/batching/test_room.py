@@ -1,4 +1,4 @@
-"""What fits without guidance fits with it: rows at once, bytes at the peak, what a GPU is found to have room for."""
+"""What fits into memory without guidance fits with it: rows at once, peak bytes, and the room on a GPU."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_no_more_rows_at_once_than_the_pipeline_has(family, prompts):
 
 
 def test_bytes_at_the_peak():
-    """Counted, and so the same everywhere. A row of hidden states more than the pipeline has is what sharing holds."""
+    """Bytes are counted, so they are the same on every machine. Sharing keeps one more row of hidden states."""
 
     def build():
         return models.pipeline("wan", wan.transformer(1, num_attention_heads=4, attention_head_dim=64, ffn_dim=1024))
@@ -75,7 +75,7 @@ def test_a_bound_that_is_asked_for_is_kept():
 
 @pytest.mark.parametrize(("free", "limit"), [(499, 2), (500, None)])
 def test_a_gpu_with_room_takes_all_rows(monkeypatch, free, limit):
-    """Two rows took 200 bytes in the first call, so four more need 400, and a quarter to spare."""
+    """Two rows took 200 bytes in the first call, so four more need 400, and a quarter as a reserve."""
     allocated = 1000
     figures = {
         "memory_allocated": allocated,

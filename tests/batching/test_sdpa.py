@@ -1,4 +1,4 @@
-"""Standing in for scaled dot product attention: whoever calls it, in one thread, and in no other."""
+"""Replacing scaled dot product attention: for every caller in one thread, and in no other thread."""
 
 import threading
 
@@ -20,7 +20,7 @@ class Processor:
 
 
 class Attending(torch.nn.Module):
-    """An attention that calls torch, or diffusers."""
+    """An attention that calls torch or diffusers."""
 
     def __init__(self, through, backend=None):
         super().__init__()
@@ -71,7 +71,7 @@ def test_what_was_chosen_can_be_called(attention, monkeypatch):
 
     monkeypatch.setitem(BACKENDS, name, counted)
     mask = torch.tensor([[True] * 4 + [False], [True] * 5])
-    if attention is not WAYS["diffusers"]:  # which alone takes a mask of keys in this form
+    if attention is not WAYS["diffusers"]:  # the only one that takes a mask of keys in this form
         mask = mask[:, None, None]
     expected = stock(query=Q, key=K, value=V, attn_mask=mask) if name is not AttentionBackendName.FLEX else V + 1
     with answering(attention, first_row):
@@ -84,7 +84,7 @@ def test_what_was_chosen_can_be_called(attention, monkeypatch):
 
 @every
 def test_another_thread_attends_as_ever(attention):
-    """A clip is decoded while the next one is denoised."""
+    """One clip is decoded while the next one is denoised."""
     expected = {name: each() for name, each in WAYS.items() if "another" not in name}
     meanwhile = {}
 
@@ -104,7 +104,7 @@ def test_another_thread_attends_as_ever(attention):
 
 
 def test_two_threads_that_stand_in_for_one_backend():
-    """Who goes first leaves it in place for the other."""
+    """The first thread to leave keeps the replacement for the other."""
     attention, backend = WAYS["a backend of torch's"], AttentionBackendName._NATIVE_MATH
     before, inside, leave = BACKENDS[backend], threading.Event(), threading.Event()
     made = []

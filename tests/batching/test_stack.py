@@ -39,7 +39,7 @@ def test_rows_that_are_kept_and_rows_that_are_not():
 
 
 def test_a_model_that_is_spread_over_devices():
-    """A block's output is where the block is, kept rows too; there is but one device here that has numbers."""
+    """The output of a block is on the block's device, kept rows too. Only one device here has values."""
     assert run([Block(), Block("meta"), Block("meta")], range(3), {1: Mark("residual")}).device.type == "meta"
 
 

@@ -1,4 +1,4 @@
-"""How the cost grows: what is computed follows the plan; no time is asserted."""
+"""How the cost grows: the arithmetic follows the plan. No time is asserted."""
 
 import pytest
 import torch

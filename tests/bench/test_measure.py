@@ -1,4 +1,4 @@
-"""Agreement, arithmetic, fits and rows."""
+"""Agreement of variants, arithmetic, fits and result rows."""
 
 import json
 import subprocess
@@ -60,7 +60,7 @@ def test_rows_say_what_was_measured_and_where(tmp_path):
 def test_the_commit(monkeypatch, tmp_path):
     package = tmp_path / "stgfast" / "bench" / "measure.py"
     monkeypatch.setattr(measure, "__file__", str(package))
-    assert measure.commit() is None  # installed, and in no checkout
+    assert measure.commit() is None  # installed without a checkout
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
     package.parent.mkdir(parents=True)
@@ -75,7 +75,7 @@ def test_the_commit(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["mochi", "hunyuan-video"])
 def test_overhead(name, monkeypatch):
-    """What is measured has no arithmetic of blocks, and these are as they were afterwards."""
+    """The measured code has no arithmetic of blocks, and the blocks are unchanged afterwards."""
     monkeypatch.setitem(MODELS, name, shallow(name))
     row = overhead(name, size="tiny", rounds=1)
     assert row["microseconds"].keys() == {"of a block's call", "of a step", "of a call of the pipeline"}

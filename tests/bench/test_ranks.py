@@ -1,4 +1,4 @@
-"""A step over several processes, measured."""
+"""Measuring a step over several processes."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from stgfast.bench import command
 from stgfast.bench.ranks import over_ranks
 from tests.processes import results
 
-pytestmark = pytest.mark.xdist_group("processes")  # which are forks of one
+pytestmark = pytest.mark.xdist_group("processes")  # they are forks of one process
 
 
 def measured():

@@ -1,4 +1,4 @@
-"""The page of results: it shows the numbers of the rows, and nothing goes wrong in a browser."""
+"""The page of results shows the numbers of the rows, without an error in the browser."""
 
 import json
 

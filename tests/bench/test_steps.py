@@ -1,4 +1,4 @@
-"""The benchmark of steps: all ways of making a clip agree, or none is timed. No time is asserted."""
+"""The benchmark of steps: variants agree, or none is timed. No time is asserted."""
 
 import dataclasses
 import io
@@ -46,7 +46,7 @@ def model(request, monkeypatch):
 
 
 def run(*arguments):
-    """Exit code, rows, and what is said to a person."""
+    """The exit code, the rows, and the text for the user."""
     arguments = (*arguments, "--backend", "eager")
     parser = command.argparse.ArgumentParser()
     command.add_bench(parser)
@@ -103,7 +103,7 @@ class MochiSTGPipeline(MochiPipeline):
 
 @pytest.mark.parametrize("model", ["mochi"], indirect=True)
 def test_the_code_of_a_checkout(model, tmp_path):
-    """It agrees, or nothing is timed; what it leaves in the model's blocks is gone afterwards."""
+    """It agrees, or nothing is timed; its changes to the model's blocks are undone afterwards."""
     file = tmp_path / MODELS[model].reference[0]
     arguments = ("--models", model, "--size", "tiny", "--rounds", "1", "--reference", str(tmp_path))
     code, rows, said = run(*arguments, "--variants", "reference")
@@ -172,7 +172,7 @@ def test_a_step_is_the_fastest_of_every_part_of_it():
 
 
 def test_parts_of_a_step(model, monkeypatch):
-    """By a clock that goes on in modules without parts of their own alone."""
+    """With a clock that advances only in modules without children."""
     bench, calls = Bench(MODELS[model], "tiny", steps=3), []
     leaves = [module for module in bench.denoiser.modules() if not list(module.children())]
     monkeypatch.setattr(measure.time, "process_time", lambda: float(len(calls)))
@@ -190,7 +190,7 @@ def test_parts_of_a_step(model, monkeypatch):
 
 @pytest.mark.parametrize("name", ["mochi", "ltx-2"])
 def test_a_step_is_the_mean_of_all_but_the_first(name, monkeypatch):
-    """By a clock that goes on by one in the first call of a denoiser, and by ten in all others."""
+    """With a clock that advances by one in the first call of a denoiser, and by ten in the others."""
     calls, clip = [], FEW[name.split("-")[0]]
     bench = Bench(MODELS[name], "tiny", steps=4, clip=clip)
     bench.denoiser.register_forward_pre_hook(lambda *_: calls.append(1 if len(calls) < of_a_step else 10))
@@ -216,7 +216,7 @@ def test_wrong_arguments(capsys):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_blocks_predict_the_arithmetic(name):
-    """Of every family: what is computed is what the plan says, and all ways agree on the result."""
+    """For every family, the arithmetic follows the plan, and all variants agree on the result."""
     bench = Bench(MODELS[name], "tiny", steps=2, clip=FEW[name.split("-")[0]])
     variants = ("stock", "paper", "stgfast")
     made = {}
@@ -241,7 +241,7 @@ def test_prompts_and_branches_agree_too():
 
 
 def test_full_sizes_are_those_of_the_released_models():
-    """Counted on a device where weights take no memory."""
+    """Counted on the meta device, where weights take no memory."""
     billions = {
         **{"mochi": 10.0, "ltx-2b": 1.9, "ltx-13b": 13.0, "ltx-2": 18.9, "cogvideox-2b": 1.7, "cogvideox-5b": 5.6},
         **{"hunyuan-video": 12.8, "wan-1.3b": 1.4, "wan-14b": 14.3, "svd": 1.5},

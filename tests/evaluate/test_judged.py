@@ -1,4 +1,4 @@
-"""The judge of the toy model's clips: right on clips that are drawn, and on what is wrong with others."""
+"""The judge of the toy model's clips: it is right on drawn clips, and on what is wrong in others."""
 
 import math
 
@@ -24,7 +24,7 @@ def test_it_reads_what_is_drawn():
     assert np.mean([each.values["right"] for each in found]) >= 0.97
     strange = [measure().of(frames[::-1].transpose(0, 2, 1, 3)[..., ::-1].copy(), "") for frames in clips]
     near, far = (measure().real.distance(np.stack([each.features for each in some])) for some in (found, strange))
-    assert far > 1.25 * near  # other colours, another way up; 48 clips are at some distance by their number alone
+    assert far > 1.25 * near  # other colours, upside down; 48 clips have some distance because they are few
 
 
 def test_motion_from_the_tracked_shape():

@@ -1,4 +1,4 @@
-"""What is measured of one clip, on clips where the answer is known."""
+"""Measures of one clip, on clips with a known answer."""
 
 import math
 
@@ -13,7 +13,7 @@ def clip(*frames, size=16):
 
 
 def bar(frames=9, size=32):
-    """White on black, four pixels wide, moving four pixels a frame."""
+    """A white bar on black, four pixels wide, moving four pixels a frame."""
     made = np.zeros((frames, size, size, 3), np.uint8)
     for number in range(frames):
         made[number, :, 4 * (number % 8) : 4 * (number % 8) + 4] = 255

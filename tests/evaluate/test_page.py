@@ -1,4 +1,4 @@
-"""The page of plots, in a real browser: it draws what was measured, and says nothing else."""
+"""The page of plots, in a real browser: it shows what was measured, and nothing else."""
 
 import pytest
 
@@ -33,15 +33,15 @@ def test_it_draws_what_was_measured(browser, page, size):
     found = browser.execute_script("return [...document.querySelectorAll('[data-curve] h3')].map(x => x.textContent)")
     assert found == ["CFG alone", *["residual 1; CFG 2"] * 2, *["attention 3; CFG 2"] * 2]
     dots = browser.execute_script("return [...document.querySelectorAll('[data-curve] title')].map(x => x.textContent)")
-    assert len(dots) == 2 + 2 * 3 + 2 * 2  # a curve begins at CFG alone, where somebody rendered that
+    assert len(dots) == 2 + 2 * 3 + 2 * 2  # a curve starts at CFG alone, if it was rendered
     assert dots[0].startswith("CFG alone; guidance_scale 1.0: 0 ± 0")
-    # What the clips are made of shows: with guidance they are brighter by 2 of 255.
+    # The clips are made so that guidance makes them brighter by 2 of 255.
     browser.execute_script(
         "const box = document.getElementById('of'); box.value = 'diversity'; box.dispatchEvent(new Event('change'))"
     )
     assert browser.execute_script("return document.querySelectorAll('[data-curve]').length") == 5
     assert browser.execute_script("return document.querySelectorAll('.plane circle').length") >= 10
-    assert browser.execute_script("return document.querySelector('b') === null")  # data is never markup
+    assert browser.execute_script("return document.querySelector('b') === null")  # data is not interpreted as markup
     wide = browser.execute_script("return [document.documentElement.scrollWidth, innerWidth]")
     assert wide[0] <= wide[1]
     assert not [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]

@@ -1,4 +1,4 @@
-"""Folders of clips, measured: settings found among jobs, held against CFG alone over the same prompts and seeds."""
+"""Measure folders of clips: settings are found in jobs, and compared with CFG alone on equal prompts and seeds."""
 
 import json
 import math
@@ -20,13 +20,13 @@ WEAK = Guidance(Perturbation([1], scale=0.5))
 
 
 def level(job):
-    """A grey that says how the clip was made: brighter by prompt and seed, and by 2 for guidance."""
+    """A grey level that depends on the job: brighter by prompt and seed, and by 2 with guidance."""
     guided = job.guidance is not None and bool(job.guidance.perturbations)
     return 20 * int(job.prompt) + 3 * job.seed + 2 * guided + 10 * int(job.pipeline.get("guidance_scale", 0))
 
 
 def folder(out, jobs, failed=()):
-    """As a run leaves it, without a model."""
+    """An output folder as a run leaves it, made without a model."""
     with Store(out) as store:
         for number, job in enumerate(jobs):
             store.stage(job.named("m"), Form(kind="npz").file(f"{number:03}"), number, "", "m")
@@ -59,7 +59,10 @@ def brightness(frames, prompt):
 
 def test_settings_beside_cfg_alone(tmp_path):
     settings = [(Guidance(), {}), (WEAK, {}), (WEAK, {"guidance_scale": 3.0})]
-    found = evaluate(folder(tmp_path / "out", jobs(settings)), measure=Measure(brightness))
+    seen: list[int] = []
+    with pytest.warns(DeprecationWarning, match="told: use progress"):
+        found = evaluate(folder(tmp_path / "out", jobs(settings)), measure=Measure(brightness), told=seen.append)
+    assert seen == list(range(1, len(seen) + 1)) != []
     alone, weak, other = found.summaries
     assert [each.name for each in found.summaries] == [
         "CFG alone",
@@ -76,7 +79,7 @@ def test_settings_beside_cfg_alone(tmp_path):
     assert weak.differences["brightness"].half == pytest.approx(0, abs=1e-9)
     assert weak.differences["brightness"].apart
     assert not alone.differences
-    assert not other.differences  # nobody rendered CFG alone at that scale
+    assert not other.differences  # CFG alone was not rendered at that scale
     assert alone.estimates["diversity"].value == pytest.approx(3)
     table = found.table(["brightness"])
     assert "| residual, layer 1, scale 0.5 | 12 | 53.5 ± " in table
@@ -111,7 +114,7 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_wrong_folders(tmp_path, capsys):
-    with pytest.raises(SettingsError, match="expected one that stgfast render"):
+    with pytest.raises(SettingsError, match="expected an output folder of stgfast render"):
         evaluate(tmp_path / "none")
     assert not (tmp_path / "none").exists()
     assert main(["evaluate", str(tmp_path)]) == 2

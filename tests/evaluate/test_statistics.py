@@ -1,4 +1,4 @@
-"""Numbers about many clips, against closed forms and against counting by hand."""
+"""Statistics of many clips, against closed forms and against counting by hand."""
 
 import itertools
 import math
@@ -20,7 +20,7 @@ def test_intervals_hold_as_often_as_they_say():
     random = np.random.default_rng(1)
     hits = 0
     for _ in range(600):
-        # Clips of a prompt are alike: taken for so many independent ones, the interval would be too short.
+        # Clips of a prompt are similar. If they counted as independent, the interval would be too short.
         values = np.repeat(random.normal(size=40), 4) + 0.3 * random.normal(size=160)
         found = estimated(lambda chosen, values=values: mean(values[chosen]), np.repeat(np.arange(40), 4))
         hits += abs(found.value) <= found.half
@@ -61,7 +61,7 @@ def test_frechet_distance_of_normal_distributions():
     random = np.random.default_rng(3)
     turn = np.linalg.qr(random.normal(size=(4, 4)))[0]
     one, other = np.diag([1.0, 4.0, 0.25, 2.0]), np.diag([4.0, 1.0, 0.25, 0.5])
-    # Both have the same axes, so that the distance is the one of their deviations along each.
+    # Both have the same axes, so the distance is that of their deviations along each axis.
     right = 4 + np.square(np.sqrt(np.diag(one)) - np.sqrt(np.diag(other))).sum()
     cloud = Cloud.given(np.zeros(4), turn @ one @ turn.T)
     samples = random.normal(size=(20000, 4)) @ np.sqrt(other) @ turn.T

@@ -1,4 +1,4 @@
-"""What STG does to the toy model: the study runs, goes on where it stopped, and its recorded results come out again."""
+"""The study of STG on the toy model: it runs, continues after a stop, and its recorded results are repeated."""
 
 import dataclasses
 import json
@@ -29,12 +29,12 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     assert found.summaries[0].estimates["right"].value == 1
     assert set(found.summaries[3].differences) >= {"Fréchet", "right", "diversity", "jerk", "flicker"}
     told = []
-    monkeypatch.setattr(study, "_told", lambda event: told.append(event["event"]))
+    monkeypatch.setattr(study, "_log", lambda event: told.append(event["event"]))
     again = run(small, tmp_path / "clips")
     assert "done" not in told
     assert again.to_dict() == found.to_dict()
 
-    # A job that has no clip leaves a study unfinished, and not smaller.
+    # If a job has no clip, the study is unfinished; it does not get smaller.
     def fails(*_):
         raise RuntimeError("no picture")
 
@@ -59,7 +59,7 @@ def recorded():
 
 
 def test_the_model_shows_what_prompts_say(recorded):
-    """Floors below what 1,024 clips showed; every number of the README comes from the same file."""
+    """Lower limits below the results of 1,024 clips. The numbers of the README come from the same file."""
     alone = recorded["CFG alone; guidance_scale 2.0"]
     assert alone["clips"] == 1024
     for attribute, floor in FLOORS.items():
@@ -71,7 +71,7 @@ FLOORS = {"colour": 0.95, "ground": 0.97, "pattern": 0.98, "motion": 0.8, "shape
 
 @pytest.mark.again
 def test_a_slice_is_as_recorded(tmp_path, recorded):
-    """Clips of the reported study rendered anew: the shares that are right lie where 1,024 clips say."""
+    """Clips of the reported study are rendered again: the correct shares agree with those of 1,024 clips."""
     whole = STUDIES["reported"]()
     settings = [(2.0, Guidance()), (2.0, toy.GUIDANCE)]
     assert all(setting in whole.settings for setting in settings)
@@ -81,6 +81,6 @@ def test_a_slice_is_as_recorded(tmp_path, recorded):
         long = recorded[f"{name}; guidance_scale 2.0"]["estimates"]
         for attribute in ("colour", "shape", "motion", "right"):
             share, clips = long[attribute]["value"], summary.clips
-            # Few clips may be right without exception, which says nothing of how sure that is.
+            # A few clips may all be right, which does not show a small error.
             error = 1.96 * math.hypot((share * (1 - share) / clips) ** 0.5, long[attribute]["half"] / 1.96) + 0.05
             assert abs(summary.estimates[attribute].value - share) <= 1.5 * error, attribute

@@ -1,4 +1,4 @@
-"""The plain method for pipelines that make something of a prediction before their scheduler sees it."""
+"""The plain method for pipelines that use a prediction before their scheduler receives it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from tests.oracle import weakened
 
 @dataclass(frozen=True)
 class ByCalls(Family):
-    """A family whose denoiser, called for cond and then for uncond, gives the guided prediction both times.
+    """A family whose denoiser is called for cond, then for uncond, and returns the guided prediction both times.
 
-    The arguments for uncond are known when cond is asked for: they are the same but for the text, which is in the
-    pipeline's arguments. With `known=False` they are not, and what was given for cond is filled in afterwards.
+    The arguments for uncond are known at the call for cond: they differ only in the text, which is among the
+    pipeline's arguments. With `known=False` they are not known, and the tensor returned for cond is filled in later.
     """
 
     known: bool = True

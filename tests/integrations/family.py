@@ -1,4 +1,4 @@
-"""What a test has to know of a pipeline family, and the runs that every family goes through.
+"""Facts about a pipeline family that tests need, and the runs of every family.
 
 The files in `families/` have one or more `Family` each; `test_families.py` collects them.
 """
@@ -18,7 +18,7 @@ from stgfast import Adapter, Guidance, Perturbation
 from tests.oracle import Facts, Part, Plainly, Weak, plain_method
 from tests.precision import computing_in, no_worse, same
 
-# The pipelines that `Family.pipe` copies, by what builds them, and by scheduler and number type.
+# The pipelines that `Family.pipe` copies, by their builder, scheduler and dtype.
 _built: weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -26,14 +26,16 @@ _built: weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, Any]] = weakref.
 class Family:
     """A tiny random pipeline.
 
-    build      a fresh pipeline with stock or other scheduler: `build(other=False)`; the same weights every time
-    arguments  a call for a number of prompts, with generators, latents out: `arguments(prompts, cfg=True)`
-    cfg        the CFG scale of such a call, or a function of pipeline and denoiser; None where it has no CFG at all
-    cfg_asked  whether it is the call that asks for CFG
-    result     the tensor in what the pipeline returns
-    layers     an early layer and a late one
-    steps      steps that the scheduler makes, with the stock one and with the other
-    shared     whether tests may share its models
+    Attributes:
+        build: builds a pipeline with the stock scheduler or another: `build(other=False)`; the weights are always the
+            same.
+        arguments: a call for a number of prompts, with generators, latents as output: `arguments(prompts, cfg=True)`.
+        cfg: the CFG scale of such a call, or a function of pipeline and denoiser; None if it has no CFG.
+        cfg_asked: whether the call decides about CFG.
+        result: the tensor in the output of the pipeline.
+        layers: an early layer and a late one.
+        steps: the numbers of steps with the stock scheduler and with the other one.
+        shared: whether tests may share its models.
     """
 
     name: str
@@ -49,9 +51,8 @@ class Family:
     shared: bool = True
 
     def pipe(self, other: bool = False) -> Any:
-        """A pipeline of its own around models that other tests use too, so that nothing may be done to these.
-
-        Built anew, models take as long as the run of a test.
+        """A pipeline of its own. Its models are shared with other tests, so they must not be changed: building them
+        takes as long as running the test.
         """
         if not self.shared:
             return self.build(other=other)
@@ -79,7 +80,7 @@ class Family:
         formula: Callable[..., torch.Tensor] | None = None,
         **settings: Any,
     ) -> torch.Tensor:
-        """A clip by the plain method, by another formula than the usual one where that is given."""
+        """A clip by the plain method, with another formula than the usual one if given."""
         pipe = self.pipe(other=other)
         steps = settings.get("num_inference_steps", self.steps[other])
 
@@ -94,7 +95,7 @@ class Family:
     def check(
         self, made: torch.Tensor, guidance: Guidance, prompts: int = 1, cfg: bool = True, **settings: Any
     ) -> None:
-        """A clip against the plain method's: the same in float64, and in other numbers no worse."""
+        """Compare a clip with the plain method's: equal in float64, and not worse in other dtypes."""
         plain = self.plain(guidance, prompts, cfg, **settings)
         if made.dtype is torch.float64:
             same(made, plain)
@@ -107,7 +108,7 @@ class Family:
 
     @contextmanager
     def counted(self, pipe: Any) -> Iterator[list[int]]:
-        """How many rows every part runs on, counted by hooks on the real modules."""
+        """The number of rows that each part runs on, counted by hooks on the real modules."""
         counts: list[list[int]] = []
         handles = []
         for model in self.denoisers(pipe):
@@ -126,7 +127,7 @@ class Family:
             handle.remove()
 
     def histories(self, pipe: Any, guidance: Guidance, cfg: bool) -> list[int]:
-        """How many rows for one prompt every part has to run on in one step: one for every different history."""
+        """The number of rows for one prompt that each part must run on in one step: one for each different history."""
         counts = []
         for model in self.denoisers(pipe):
             before: dict[tuple[str, Any], tuple[Any, ...]] = {}
@@ -149,12 +150,12 @@ class Family:
 
 
 def with_blocks(adapter: Adapter, **changes: Any) -> Adapter:
-    """The same adapter with other facts of its blocks."""
+    """The same adapter with other facts about its blocks."""
     return replace(adapter, blocks=replace(adapter.blocks, **changes))
 
 
 def _done(weak: Perturbation, part: Part) -> str:
-    """What is done to a part at a layer of a perturbation."""
+    """What a perturbation does to a part at a layer."""
     if weak.kind == "blur":
         return "" if set(part.attentions) == {"temporal"} else f"blur {weak.sigma}"
     if weak.axis not in ("", *part.attentions):

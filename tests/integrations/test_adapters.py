@@ -1,4 +1,4 @@
-"""Adapters against diffusers itself: what they say of models, blocks and attention is so."""
+"""Adapters against diffusers: the facts about models, blocks and attention are correct."""
 
 import collections
 import inspect
@@ -34,13 +34,13 @@ def names(function):
 
 
 def test_every_pipeline_has_a_family():
-    """LTX-2 has tests of its own, as it makes its passes itself."""
+    """LTX-2 has tests of its own, because it makes its passes itself."""
     tested = {type(family.build()).__name__ for family in FAMILIES.values()}
     assert {name for name in ADAPTERS if not name.startswith("LTX2")} == tested
 
 
 def test_other_blocks_inherit_no_facts():
-    """A modular pipeline calls its model as its blocks do, a subclass with the same blocks as its parent does."""
+    """The blocks of a modular pipeline call its model, so a subclass needs the same blocks as its parent."""
     parent = diffusers.Wan22ModularPipeline
     assert known_class(type("Mine", (parent,), {})) is parent
     assert known_class(type("Mine", (parent,), {"default_blocks_name": "MyBlocks"})) is None

@@ -1,4 +1,4 @@
-"""Models with attention along two axes: perturbed along one, the other or both."""
+"""Models with attention along two axes, perturbed along one, the other or both."""
 
 import inspect
 
@@ -66,7 +66,7 @@ def test_max_rows_along_axes(family):
 
 @every
 def test_every_argument_with_rows_for_every_sample_is_known(family):
-    """Seen from inside of the modules: with 5 samples and no CFG, what has rows in fives is per row."""
+    """Observed inside the modules: with 5 samples and no CFG, arguments with a multiple of 5 rows are per row."""
     pipe = family.build()
     adapter = ADAPTERS[type(pipe).__name__]
     (layout,) = adapter.layouts(pipe).values()

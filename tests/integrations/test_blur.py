@@ -1,4 +1,4 @@
-"""Blurred queries: where rows of one input come apart, and what cannot be blurred."""
+"""Blurred queries: where rows of one input diverge, and what cannot be blurred."""
 
 import diffusers
 import pytest
@@ -20,7 +20,7 @@ from tests.precision import distance, same
 pytestmark = pytest.mark.usefixtures("float64")
 
 MOCHI = FAMILIES["Mochi"]
-# Plain, blurred, differently blurred, masked and passed by, all at one layer.
+# Plain, two blurs, identity and residual, all at one layer.
 MIXED = Guidance(
     [
         Perturbation([1, 3], kind="blur", sigma=0.6),
@@ -45,7 +45,7 @@ def test_all_kinds_at_one_layer(name):
 
 
 def test_one_call_for_all_rows_is_left_where_some_are_blurred():
-    """It has one projection for all rows of an input."""
+    """That call has one projection for all rows of an input."""
     adapter = with_blocks(ADAPTERS["MochiPipeline"], attend_on=("cpu", "cuda"))
     expected = MOCHI.plain(MIXED, 2, **MOCHI.facts.oblong)
     same(made(MOCHI, MIXED, 2, adapter=adapter), expected)
@@ -71,14 +71,14 @@ def test_compiled_blocks():
 
 @pytest.mark.parametrize("sigma", [0.8, float("inf")])
 def test_kandinsky_5_seen_from_inside(sigma):
-    """Queries are rounded to bfloat16 afterwards, and too small there for predictions to tell."""
+    """Queries are rounded to bfloat16 afterwards, and are too small there to affect predictions."""
     family = kandinsky5.FAMILIES[0]
     pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1], kind="blur", sigma=sigma)), max_rows="all")
     seen = []
     norm = pipe.transformer.visual_transformer_blocks[1].self_attention.query_norm
     norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(2)))
     family.run(pipe, cfg=False, width=48)
-    assert len(seen) == 2 * family.steps[0]  # rows that are blurred make a call of their own
+    assert len(seen) == 2 * family.steps[0]  # blurred rows need a call of their own
     for (plain,), (weak,) in zip(seen[::2], seen[1::2], strict=True):
         frames = blurred(plain.unflatten(0, (3, 2, 3)), sigma).flatten(0, 2)
         torch.testing.assert_close(weak, frames, rtol=0, atol=1e-5)
@@ -104,7 +104,7 @@ def test_fused_projections():
 
 
 def test_queries_that_another_part_makes():
-    """An attention that makes its queries otherwise than its adapter says must not pass for a blurred one."""
+    """An attention whose queries do not come from the part in its adapter must not count as blurred."""
     grid = ADAPTERS["MochiPipeline"].blocks.grid
     adapter = with_blocks(ADAPTERS["MochiPipeline"], grid=Grid(grid.size, query="unused"))
     pipe = MOCHI.build()

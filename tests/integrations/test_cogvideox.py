@@ -1,4 +1,4 @@
-"""CogVideoX from a video: its schedules are for the steps that `strength` leaves, and so is its changing scale."""
+"""CogVideoX from a video: schedules cover the steps that `strength` leaves, and so does its dynamic scale."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What is special to Cosmos: its own way to write CFG, x0 made between the calls, one mask for all samples."""
+"""Special to Cosmos: its formula of CFG, x0 computed between the calls, one mask for all samples."""
 
 import dataclasses
 

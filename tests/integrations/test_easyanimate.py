@@ -1,4 +1,6 @@
-"""EasyAnimate from parts of a video: a start in the middle, the scale of a call, and attention without text's own."""
+"""EasyAnimate from parts of a video: a start in the middle, the scale of a call, and attention without text
+projections.
+"""
 
 import dataclasses
 
@@ -23,7 +25,7 @@ def test_schedules_are_for_the_steps_that_strength_leaves():
     guidance = Guidance(Perturbation([4], scale=[2.0, 1.0]))
     expected = family.plain(guidance)
     pipe = stgfast.accelerate(family.build(), guidance)
-    # The pipeline draws what it starts from without a generator: from the state that building it left.
+    # The pipeline draws its start without a generator, so it depends on the global state after building.
     same(family.run(pipe), expected)
     assert sum(phase.steps for phase in stgfast.explain(pipe, **arguments(1)).phases) == 2
     with pytest.raises(stgfast.SettingsError, match="got 3 numbers, expected 2"):
@@ -31,7 +33,7 @@ def test_schedules_are_for_the_steps_that_strength_leaves():
 
 
 def test_a_callback_that_changes_the_scale_changes_nothing():
-    """As in the pipeline itself, which combines with the argument that it was called with."""
+    """As in the pipeline itself, which combines with the argument of the call."""
 
     def change(pipe, step, t, kwargs):
         pipe._guidance_scale = 9.0

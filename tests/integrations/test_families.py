@@ -40,7 +40,7 @@ def test_equals_the_plain_method(family, case):
     kinds = family.kinds if kind == "both" else (kind,)
     if not set(kinds) <= set(family.kinds):
         pytest.skip(f"{family.name} has no {kind} perturbation")
-    # Where it is not the call that asks for CFG, it has what it has.
+    # If the call does not decide about CFG, the family's setting stays.
     cfg = (cfg or not family.cfg_asked) and family.cfg is not None
     parts = [Perturbation([late, early][n:], kind=one, scale=1.5 - n) for n, one in enumerate(kinds)]
     guidance = Guidance(parts, rescale=rescale)
@@ -56,11 +56,11 @@ def test_equals_the_plain_method(family, case):
 NEEDS_A_GPU = ("Kandinsky 5", "Cosmos from an image", "modular HunyuanVideo15")
 
 
-WIDE_VAE = ("Lucy Edit",)  # the pipeline gives it float32, whatever it is in
+WIDE_VAE = ("Lucy Edit",)  # the pipeline passes float32 for any dtype of the VAE
 
 
 def lowered(family, dtype):
-    """A family whose models, and the embeddings that they are given, are in numbers of this type."""
+    """A family whose models and embeddings have this dtype."""
 
     def build(other=False):
         pipe = family.build(other=other)
@@ -80,8 +80,9 @@ def lowered(family, dtype):
 @pytest.mark.float32
 @every
 def test_no_worse_than_the_plain_method(family):
-    """In bfloat16, every kind at once: the error against float64, beside that of the plain method. `test_one_call` has
-    float32 and float16."""
+    """In bfloat16, with all kinds at once: the error against float64, compared with the plain method's. `test_one_call`
+    has float32 and float16.
+    """
     if family.name.startswith(NEEDS_A_GPU):
         pytest.skip(f"needs a GPU: a layer of {family.name} has no bfloat16 on a CPU")
     early, late = family.layers
@@ -98,7 +99,7 @@ def test_no_worse_than_the_plain_method(family):
 
 @blurred
 def test_blur_equals_the_plain_method(family):
-    """A finite one and an infinite one, in frames that are no squares where there can be such."""
+    """With a finite and an infinite sigma, in frames that are not square if possible."""
     early, late = family.layers
     guidance = Guidance(
         [Perturbation([early, late], kind="blur", sigma=0.8), Perturbation([early], kind="blur", scale=2.0)]
@@ -174,10 +175,10 @@ def test_explain_counts_what_runs_where_branches_are_carried_on(family):
         family.run(pipe, cfg=cfg)
     explained = stgfast.explain(pipe, **family.arguments(1, cfg=cfg))
     exact = stgfast.explain(pipe, **family.arguments(1, cfg=cfg), stg=guidance.exact)
-    # In parts of what the layer computes without guidance, which is known in block-rows.
+    # As a fraction of the layer's work without guidance, which is known in block-rows.
     parts = [made / per for made, per in zip(rows, plain, strict=True)]
     assert explained.block_rows == pytest.approx(explained.cfg_alone * sum(parts) / len(parts))
-    assert explained.block_rows < exact.block_rows or len(family.denoisers(pipe)) > 1  # each begins anew
+    assert explained.block_rows < exact.block_rows or len(family.denoisers(pipe)) > 1  # each starts again
 
 
 @every

@@ -1,4 +1,4 @@
-"""What all blocks add, carried on to steps in which none of them runs: against the same, written apart."""
+"""Block residuals extrapolated to steps in which no block runs, against a separate implementation."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from tests.oracle import Facts
 from tests.precision import distance, same
 
 pytestmark = pytest.mark.usefixtures("float64")
-WEAK = Perturbation([2], scale=1.5)  # not the last block: a block that is passed by runs no hooks
+WEAK = Perturbation([2], scale=1.5)  # not the last block: a skipped block runs no hooks
 
 
 def as_list(state):
@@ -23,9 +23,8 @@ def as_list(state):
 
 
 def forecast(blocks, facts, guidance, runs):
-    """Of a stock model that is run so many times in every step, the last of them for a branch each.
-
-    Every block computes; in steps that are carried on what it gives is not used.
+    """A stock model that runs several times in each step, the last runs for one branch each. Every block computes; its
+    results are not used in extrapolated steps.
     """
     spacing, order = guidance.reuse_blocks, guidance.reuse_order
     done, past, now = 0, {}, {}
@@ -90,7 +89,7 @@ def test_equals_what_is_written_apart(name, guidance):
     "guidance", [Guidance(reuse_blocks=2, reuse_order=0), Guidance(reuse_blocks=3)], ids=["held", "line"]
 )
 def test_ltx2_too(guidance):
-    """Video and audio, in all of its passes."""
+    """Video and audio, in all passes."""
     steps = {"num_inference_steps": 7}
     stock = ltx2.build()
     facts = Facts(
@@ -136,7 +135,7 @@ OFF = {
 
 @pytest.mark.parametrize(("settings", "whole"), OFF.values(), ids=OFF)
 def test_a_branch_that_is_off_for_a_while_begins_anew(settings, whole):
-    """And with it all branches of a step: one decision holds for all."""
+    """And all branches of a step with it: one decision holds for all of them."""
     family, steps = FAMILIES["LTX"], {"num_inference_steps": 8}
     more = {key: value for key, value in settings.items() if key != "scale"}
     guidance = Guidance(Perturbation([3], scale=settings.get("scale", 1.0)), reuse_blocks=3, **more)
@@ -154,13 +153,13 @@ def test_the_text():
     family = FAMILIES["LTX"]
     pipe = stgfast.accelerate(family.pipe(), Guidance(WEAK, reuse_blocks=2))
     text = str(stgfast.explain(pipe, **family.arguments(1) | {"num_inference_steps": 5}))
-    kept = "kept for it: 6 of every prompt's hidden states"
-    assert f"what the blocks add computed in every 2nd step, carried on by a line in the others; {kept}" in text
+    kept = "memory: 6 hidden states per prompt"
+    assert f"block residuals computed in every 2nd step, extrapolated linearly in the others; {kept}" in text
     assert "  blocks 0 to 5: 0 rows\n" in text
 
 
 def test_what_does_not_go_with_it_is_said():
-    with pytest.raises(SettingsError, match="reuse_blocks beside reuse and reuse_cfg: got both, expected one of them"):
+    with pytest.raises(SettingsError, match="reuse_blocks with reuse and reuse_cfg: got both, expected one of them"):
         Guidance(WEAK, reuse=2, reuse_cfg=2, reuse_blocks=2)
     with pytest.raises(SettingsError, match="reuse_blocks: got 0, expected a number of steps, 1"):
         Guidance(WEAK, reuse_blocks=0)

@@ -1,4 +1,4 @@
-"""Guiders with weak passes: their own passes, shared, and right where diffusers' are not."""
+"""Guiders with weak passes: their own passes are shared, and correct where those of diffusers are not."""
 
 import inspect
 import math
@@ -52,7 +52,7 @@ def clip(guider, accelerate=False, steps=4, **settings):
 
 
 def passes_written_out(guider, kind, sigma=None, steps=4):
-    """The guider's formula, on passes made one by one: the weak one is the conditional one, made weak."""
+    """The formula of the guider, on separate passes: the weak one is the perturbed conditional pass."""
     pipe = build(guider=guider)
     forward, called = pipe.transformer.forward, []
 
@@ -123,7 +123,7 @@ def test_smoothed_passes_are_blurred_in_frames(case):
 
 
 def test_smoothing_of_diffusers():
-    """Its guider never gets to blur a pass, and what it would have done has mean and Gaussian exchanged."""
+    """The guider of diffusers never blurs a pass, and its blur has mean and Gaussian exchanged."""
     assert torch.equal(clip(smoothing()), clip(ClassifierFreeGuidance(guidance_scale=4.0)))
     queries = torch.randn(1, 9, 4)
     mean, gauss = (blurred(queries.unflatten(1, (3, 3)), sigma).flatten(1, 2) for sigma in (math.inf, 1e7))
@@ -133,7 +133,7 @@ def test_smoothing_of_diffusers():
 
 
 def test_where_diffusers_fails():
-    """Its skip passes are not known to this model, and layer numbers given as a list are not taken."""
+    """The skipped passes of diffusers do not support this model, and layers given as a list are refused."""
     with pytest.raises(ValueError, match="HunyuanVideo15TransformerBlock"):
         clip(skipping())
     given = {"guidance_scale": 4.0, "skip_layer_guidance_layers": [3], **RANGE}
@@ -165,7 +165,7 @@ def test_the_guider_is_left_as_it_was():
 
 
 def test_a_guidance_beside_a_guider_of_cfg():
-    """Whatever the guider does beside CFG is asked of the engine: its own rescale, or the original formulation."""
+    """What the guider does besides CFG, the engine does: rescale, or the original formulation."""
     guidance = Guidance(Perturbation([3]))
     plain = stgfast.accelerate(build(guider=ClassifierFreeGuidance(guidance_scale=4.0)), guidance)
     expected = HUNYUAN.run(plain, stg_rescale=0.6)
@@ -175,7 +175,7 @@ def test_a_guidance_beside_a_guider_of_cfg():
 
 
 def test_reuse_beside_a_guider_of_weak_passes():
-    """Its passes are carried on too, in whichever call of the denoiser they would have been computed."""
+    """Its passes are extrapolated too, in the call of the denoiser that would compute them."""
     guidance, steps = Guidance(reuse=2, reuse_cfg=2), {"num_inference_steps": 9}
     pipe = stgfast.accelerate(build(guider=skipping()), guidance)
     explained = stgfast.explain(pipe, **{**arguments(1), **steps})
@@ -206,7 +206,7 @@ WRONG = {
     "half a block": (
         SkipLayerGuidance(skip_layer_config=LayerSkipConfig([1], skip_ff=False), **RANGE),
         None,
-        "expected that all its layers skip the whole block",
+        "expected all its layers to skip the whole block",
     ),
     "both": (skipping(), Guidance(Perturbation([1])), "expected one of the two"),
     "another": (
@@ -225,11 +225,11 @@ def test_wrong_guiders_say_so(name):
         HUNYUAN.run(pipe)
 
 
-NEEDS_KORNIA = "FrequencyDecoupledGuidance"  # to be made; its name is all that is looked at
+NEEDS_KORNIA = "FrequencyDecoupledGuidance"  # only its name is used
 
 
 def test_every_guider_of_diffusers_is_shared_or_refused_by_name():
-    """None runs unshared, or combined in another way, without a word."""
+    """No guider runs unshared, or with another formula, without an error."""
     known = {"ClassifierFreeGuidance", "SkipLayerGuidance", "PerturbedAttentionGuidance", "SmoothedEnergyGuidance"}
     modules = [sys.modules[name] for name in sys.modules if name.startswith("diffusers.guiders.")]
     base = diffusers.guiders.guider_utils.BaseGuidance
@@ -249,7 +249,7 @@ def test_every_guider_of_diffusers_is_shared_or_refused_by_name():
 
 
 def test_a_guider_that_the_next_call_begins_anew():
-    """Where clips are decoded while the next one is begun, the guider is the next call's before this one has ended."""
+    """If clips are decoded while the next one starts, the next call takes the guider before the first one ends."""
     guidance, done = Guidance(Perturbation([1])), []
     pipe = stgfast.accelerate(build(guider=ClassifierFreeGuidance(guidance_scale=4.0)), guidance)
     expected = pipe(**arguments(1)).frames

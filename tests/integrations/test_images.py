@@ -1,4 +1,4 @@
-"""Clips that begin with images, several in one call: where an adapter says how, each is what it is alone."""
+"""Clips with first images, several in one call: if the adapter allows that, each is the same as alone."""
 
 import inspect
 from dataclasses import replace
@@ -26,7 +26,7 @@ SHOWN = {name: family for name, family in FAMILIES.items() if "image" in family.
 
 
 def images(family, count):
-    """As they come out of files."""
+    """Images as loaded from files."""
     given = family.arguments(1)
     size = given["image"].size if isinstance(given["image"], Image.Image) else (given["width"], given["height"])
     drawn = np.random.default_rng(0).integers(0, 255, (count, *reversed(size), 3), dtype=np.uint8)
@@ -39,7 +39,7 @@ def of_one(value, place):
 
 
 def seen_by_svd():
-    """It makes images of its own size of those that are files."""
+    """The pipeline resizes images that are files."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "projection_dim": 32, "intermediate_size": 37, "num_hidden_layers": 1}
     config = CLIPVisionConfig(**sizes, num_attention_heads=2, image_size=224, patch_size=32)
@@ -51,7 +51,7 @@ def test_several_in_one_call(family):
     pipe = family.build()
     how = ADAPTERS[type(pipe).__name__].clips.images
     if not how:
-        assert type(pipe).__name__ in APART  # where clips come out differently, or more is to be given
+        assert type(pipe).__name__ in APART  # where clips differ, or need more arguments
         return
     if "Stable" in family.name:
         pipe.image_encoder = seen_by_svd()
@@ -71,7 +71,7 @@ def test_several_in_one_call(family):
     other = replace(family, arguments=lambda prompts, cfg=True: {**family.arguments(prompts), "image": shown[1]})
     if how == EACH:
         alone = {name: of_one(value, 0) for name, value in other.arguments(2).items()}
-        assert distance(together[:1], run(alone)) > 1e-3  # the image counts
+        assert distance(together[:1], run(alone)) > 1e-3  # the image has an effect
 
 
 def test_all_that_take_an_image_are_looked_at():

@@ -1,4 +1,4 @@
-"""What is special to Kandinsky 5: sparse attention in another order of tokens, and CFG that may end on the way."""
+"""Special to Kandinsky 5: sparse attention in another order of tokens, and CFG that may end during the run."""
 
 import dataclasses
 import warnings
@@ -24,7 +24,7 @@ def test_sparse_attention():
 
     def build(other=False):
         pipe = kandinsky5.builder(diffusers.Kandinsky5T2VPipeline, **SPARSE)(other)
-        for block in pipe.transformer.visual_transformer_blocks:  # set on the model it would become everybody's
+        for block in pipe.transformer.visual_transformer_blocks:  # if it were set on the model, all tests would have it
             block.self_attention.processor._attention_backend = AttentionBackendName.FLEX
         return pipe
 

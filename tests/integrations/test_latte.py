@@ -1,4 +1,4 @@
-"""What is special to Latte."""
+"""Special to Latte."""
 
 import dataclasses
 
@@ -47,7 +47,7 @@ def test_several_videos_of_a_prompt():
 
 
 def test_a_callback_cannot_change_the_scale():
-    """The pipeline combines with what it was called with."""
+    """The pipeline combines with the argument of the call."""
 
     def lower(pipe, step, timestep, values):
         pipe._guidance_scale = 1.0

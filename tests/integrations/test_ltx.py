@@ -1,4 +1,4 @@
-"""LTX-Video from conditions: none of them, and a start in the middle."""
+"""LTX-Video from conditions: without any, and with a start in the middle."""
 
 import dataclasses
 

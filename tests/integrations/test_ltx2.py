@@ -89,7 +89,7 @@ def call(pipe, prompts=1, **changes):
 
 
 def rows_of(pipe, run=None, **changes):
-    """Rows that every block runs on in one call, that of this file or another."""
+    """The number of rows that each block runs on in one call, of this file or another."""
     counts = [0] * DEPTH
 
     def hook(number):
@@ -155,7 +155,7 @@ def test_with_an_image_too(cls):
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_all_rows_of_a_marked_layer_attend_in_one_call(version):
-    """Gates are made of what rows were before they attended, when two of them were one."""
+    """Gates are computed from the rows before attention, when two of them were still one."""
     given = {"prompts": 2, "spatio_temporal_guidance_blocks": [1, 3]}
     expected = call(build(version=version), **given)
     pipe = stgfast.accelerate(build(version=version), max_rows="all")
@@ -179,7 +179,7 @@ def test_one_launch_for_every_marked_attention():
 
 
 def reference(cls):
-    """A video that the clip follows, as further tokens."""
+    """A video that the clip follows, as extra tokens."""
     from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
     from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
 
@@ -215,18 +215,21 @@ def audio_off(cls):
 
 
 def test_a_pass_that_audio_leaves_on_is_told(caplog):
-    """A scale of video alone does not switch it off."""
+    """A scale for video alone does not switch the pass off."""
     pipe, sizes = stgfast.accelerate(build()), {"spatio_temporal_guidance_blocks": [3], "num_frames": 9}
     explained = stgfast.explain(pipe, **sizes, guidance_scale=1.0, modality_scale=1.0)
-    assert "guidance_scale=1 leaves its pass on, for audio_guidance_scale=7: set both to 1" in explained.notice
-    assert "modality_scale=1 leaves its pass on, for audio_modality_scale=3" in str(explained)
+    assert (
+        "guidance_scale=1 does not switch its pass off, because audio_guidance_scale=7: set both to 1"
+        in explained.notice
+    )
+    assert "modality_scale=1 does not switch its pass off, because audio_modality_scale=3" in str(explained)
     assert "stg_scale" not in explained.notice
     assert not stgfast.explain(pipe, **sizes).notice
     for _ in range(2):
         call(pipe, guidance_scale=1.0)
     said = [record.getMessage() for record in caplog.records if record.name == "stgfast"]
     assert len(said) == 1
-    assert said[0].startswith("LTX2Pipeline: guidance_scale=1 leaves its pass on")
+    assert said[0].startswith("LTX2Pipeline: guidance_scale=1 does not switch its pass off")
     off = {"guidance_scale": 1.0, "audio_guidance_scale": 1.0}
     assert not stgfast.explain(pipe, **sizes, **off).notice
 
@@ -244,12 +247,12 @@ def test_no_history_runs_twice():
 
 
 def test_audio_alone_can_be_switched_off():
-    """The stock pipeline takes an audio scale of 0 for one that was left out."""
+    """The stock pipeline takes an audio scale of 0 as not given."""
     off = {"stg_scale": 1.5, "audio_stg_scale": 0.0}
     _, taken = call(build(), **off)
     _, alike = call(build(), stg_scale=1.5, audio_stg_scale=1.5)
     assert torch.equal(taken, alike)
-    tiny = call(build(), stg_scale=1.5, audio_stg_scale=1e-30)  # what off is, up to rounding
+    tiny = call(build(), stg_scale=1.5, audio_stg_scale=1e-30)  # equal to off, up to rounding
     made = call(stgfast.accelerate(build()), **off)
     for one, other in zip(made, tiny, strict=True):
         same(one, other)
@@ -267,7 +270,7 @@ def test_0_switches_all_of_it_off():
 
 
 def test_stg_where_the_model_would_ignore_it():
-    """Without `perturbed_attn` the stock pipeline pays for an STG pass that is the conditional one again."""
+    """Without `perturbed_attn` the stock pipeline computes an STG pass that equals the conditional one."""
     pipe = build(perturbed_attn=False)
     same(call(pipe)[0], call(pipe, stg_scale=0.0, audio_stg_scale=0.0)[0])
     expected = call(build(perturbed_attn=True))
@@ -286,14 +289,16 @@ def test_a_guidance_in_place_of_its_arguments():
 
 @pytest.mark.parametrize("scales", [[1.0, 0.0], [0.0, 2.0]])
 def test_a_schedule(scales):
-    """A step whose scale is 0 computes no weak branch."""
+    """A step with scale 0 computes no perturbed branch."""
     pipe = stgfast.accelerate(build(), Guidance(Perturbation([3], kind="residual", scale=scales)))
     assert rows_of(pipe) == [2 + 2] * 4 + [2 + 3]
     assert distance(call(pipe)[0], call(build(), stg_scale=0.0, audio_stg_scale=0.0)[0]) > 1e-3
 
 
 def carried_on(pipe, guidance):
-    """The passes of this pipeline, each computed; where it is due as it is, else by how far it was from cond."""
+    """The passes of this pipeline, each computed: used directly in steps that compute, and extrapolated as a difference
+    from cond in others.
+    """
     kept = {}
     every = {"uncond": guidance.reuse_cfg, "perturbed": guidance.reuse, "isolated": guidance.reuse}
     state = {"step": 0, "turn": 0}
@@ -330,7 +335,7 @@ def carried_on(pipe, guidance):
 
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_reuse(order):
-    """Of video and of audio, by how far each pass is from the conditional one."""
+    """For video and for audio, as the difference of each pass from the conditional one."""
     guidance, steps = Guidance(reuse=2, reuse_cfg=3, reuse_order=order), {"num_inference_steps": 8}
     expected = call(carried_on(build(), guidance), **steps)
     made = call(stgfast.accelerate(build(), guidance), **steps)
@@ -346,13 +351,13 @@ def test_reuse_computes_what_explain_counts(order):
     explained = stgfast.explain(pipe, **steps, spatio_temporal_guidance_blocks=[3], num_frames=9)
     assert sum(rows_of(pipe, **steps)) == explained.block_rows < 9 * (4 * DEPTH - 3)
     assert explained.cfg_alone == explained.unshared == 9 * 4 * DEPTH
-    kept = f"kept for it: {2 * (order + 1)} of every prompt's predictions"
+    kept = f"memory: {2 * (order + 1)} predictions per prompt"
     assert "approximately: base - perturbed computed in every 2nd step" in str(explained)
     assert kept in str(explained)
 
 
 def test_reuse_beside_a_guidance_that_is_off_for_a_while():
-    """Nothing is carried on over steps that did not ask; the first step's plain copy is no difference."""
+    """Nothing is extrapolated over steps without the pass; the plain copy in the first step is no difference."""
     scales = [0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0]
     weak = Guidance(Perturbation([3], kind="residual", scale=scales), reuse=2)
     pipe, steps = stgfast.accelerate(build(), weak), {"num_inference_steps": 8}

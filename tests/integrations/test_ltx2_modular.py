@@ -102,7 +102,7 @@ def test_verify():
 
 
 def test_what_its_guiders_say_is_not_said_twice():
-    with pytest.raises(SettingsError, match="expected none, as its guiders say all of it"):
+    with pytest.raises(SettingsError, match="expected none; set stg_scale and the other settings"):
         call(stgfast.accelerate(build(), Guidance(Perturbation([3]))))
     pipe = build()
     pipe.guider = diffusers.ClassifierFreeGuidance(guidance_scale=3.0)

@@ -1,4 +1,4 @@
-"""The paper's algorithms and their relatives, end to end, each against its formula written out here."""
+"""The paper's algorithms and related ones, end to end, each against its formula in this file."""
 
 import dataclasses
 import functools
@@ -26,7 +26,7 @@ factorised = pytest.mark.parametrize("family", FACTORISED, ids=lambda family: fa
 
 
 def dot(one, other):
-    """Inner products, prompt by prompt, in the shape of predictions."""
+    """Inner products per prompt, in the shape of predictions."""
     return (one * other).flatten(1).sum(1).reshape(-1, *[1] * (one.ndim - 1))
 
 
@@ -46,11 +46,11 @@ def along_axes(family, **options):
 
 
 def scale_of(family):
-    """The CFG scale of a call; of Stable Video Diffusion, one for every frame."""
+    """The CFG scale of a call; for Stable Video Diffusion, one for each frame."""
     return family.cfg(None, "unet") if callable(family.cfg) else family.cfg
 
 
-# Algorithm 2: both terms, each with its own scale. Algorithm 5: of the second only what is orthogonal to the first.
+# Algorithm 2: both terms, each with its scale. Algorithm 5: of the second only the part orthogonal to the first.
 
 
 @factorised
@@ -123,10 +123,10 @@ def test_relatives(family, name):
 
 @pytest.mark.parametrize("family", [STACKED, SEQUENTIAL, FAMILIES["LTX"]], ids=lambda family: family.name)
 def test_a_schedule_over_sigma(family):
-    """Equal to the same numbers as a list, step by step."""
+    """Equal to the same numbers given as a list over steps."""
     pipe = family.pipe()
     family.run(pipe, num_inference_steps=5)
-    # Shares of noise, also where the scheduler counts shares of data.
+    # Fractions of noise, also if the scheduler has fractions of data.
     inverted = pipe.scheduler.config.get("invert_sigmas")
     sigmas = [1 - float(sigma) if inverted else float(sigma) for sigma in pipe.scheduler.sigmas[:5]]
     assert sigmas == sorted(sigmas, reverse=True)
@@ -156,7 +156,7 @@ def test_a_scheduler_without_sigmas_says_so():
 
 
 def test_the_13b_preset_follows_the_models_own_table():
-    """Its table, as its configuration has it, looked up as its code does."""
+    """The table of the model's configuration, looked up as in the model's code."""
     times = [1.0, 0.996, 0.9933, 0.9850, 0.9767, 0.9008, 0.6180]
     layers = [[], [11, 25, 35, 39], [22, 35, 39], [28], [28], [28], [28]]
     cfg, stg, rescaling = [1, 1, 6, 8, 6, 1, 1], [0, 0, 4, 4, 4, 2, 1], [1, 1, 0.5, 0.5, 1, 1, 1]
@@ -179,7 +179,7 @@ def test_the_13b_preset_follows_the_models_own_table():
 
 
 def newton(steps, values, at):
-    """The polynomial through all of these, by divided differences."""
+    """The polynomial through these values, by divided differences."""
     if len(values) == 1:
         return values[0]
     head, tail = newton(steps[:-1], values[:-1], at), newton(steps[1:], values[1:], at)
@@ -187,7 +187,7 @@ def newton(steps, values, at):
 
 
 def kept(guidance, scale, phi=0.0):
-    """Steps that compute how far branches are from their bases; the others go on from there."""
+    """The differences of branches from their bases in steps that compute them, and extrapolated in the others."""
     order, past, asked = guidance.reuse_order or 0, {}, {}
     every = {"uncond": guidance.reuse_cfg, **dict.fromkeys(range(len(guidance.perturbations)), guidance.reuse)}
     reused = [name for name, steps in every.items() if steps != 1]
@@ -286,7 +286,7 @@ def test_reuse_computes_only_what_is_due(family):
         assert rows[number] * 12 == one[number] * (counts["cond"] + counts["uncond"] + weak), layer
     explained = stgfast.explain(pipe, **family.arguments(1) | {"num_inference_steps": 6})
     assert explained.block_rows == sum(12 * made / per for made, per in zip(rows, one, strict=True))
-    assert "approximately: cond - uncond computed in every 3rd step, held in the others; kept for it: 1 of" in str(
+    assert "approximately: cond - uncond computed in every 3rd step, repeated in the others; memory: 1 pred" in str(
         explained
     )
 
@@ -294,7 +294,7 @@ def test_reuse_computes_only_what_is_due(family):
 @every_protocol
 @pytest.mark.parametrize("order", [1, 2])
 def test_what_is_carried_on_is_what_explain_counts(family, order):
-    """Steps at the beginning are computed; from there on one branch or the other is, or none."""
+    """The first steps are computed; after that one branch or the other is, or none."""
     guidance = Guidance([Perturbation([2]), Perturbation([3])], reuse=2, reuse_cfg=3, reuse_order=order)
     pipe, steps = stgfast.accelerate(family.pipe(), guidance), {"num_inference_steps": 9}
     stock = family.pipe()
@@ -306,14 +306,14 @@ def test_what_is_carried_on_is_what_explain_counts(family, order):
     cfg = 1 if family.cfg is None else 2
     assert explained.block_rows == sum(9 * cfg * made / per for made, per in zip(rows, one, strict=True))
     assert explained.block_rows < stgfast.explain(pipe, **family.arguments(1) | steps, stg=EXACT).block_rows
-    assert f"kept for it: {2 * (order + 1)} of every prompt's predictions" in str(explained)
+    assert f"memory: {2 * (order + 1)} predictions per prompt" in str(explained)
 
 
 EXACT = Guidance([Perturbation([2]), Perturbation([3])])
 
 
 def test_a_restart_begins_anew():
-    """Noise that was added makes what is known of the steps before it worthless."""
+    """Added noise invalidates what earlier steps computed."""
     guidance = Guidance(Perturbation([2]), reuse=3, reuse_cfg=3, reuse_order=2)
     family, steps = FAMILIES["LTX"], {"num_inference_steps": 8}
     pipe = family.pipe()
@@ -342,7 +342,7 @@ def test_named_steps_are_what_explain_counts(family):
     cfg = 1 if family.cfg is None else 2
     assert explained.block_rows == sum(8 * cfg * made / per for made, per in zip(rows, one, strict=True))
     assert explained.block_rows < stgfast.explain(pipe, **family.arguments(1) | steps, stg=EXACT).block_rows
-    assert "base - perturbed computed in steps 0, 1, 4, carried on by a parabola in the others" in str(explained)
+    assert "base - perturbed computed in steps 0, 1, 4, extrapolated quadratically in the others" in str(explained)
     with pytest.raises(
         stgfast.SettingsError, match="reuse_cfg: got step 7, expected those of a run of 7 steps, from 0"
     ):

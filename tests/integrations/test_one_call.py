@@ -1,4 +1,4 @@
-"""One attention for all rows of a marked layer, whoever's attention it is, in Triton's interpreter."""
+"""One attention for all rows of a marked layer, for any attention class, in Triton's interpreter."""
 
 from contextlib import contextmanager
 from unittest import mock
@@ -17,13 +17,13 @@ from tests.launches import launched
 pytestmark = pytest.mark.interpreted
 ATTENDING = {name: family for name, family in FAMILIES.items() if "attention" in family.kinds}
 every = pytest.mark.parametrize("family", ATTENDING.values(), ids=ATTENDING)
-# Of these, one for every protocol, with a stack between blocks and without, with more rows in a block and without.
+# One family for each protocol, with and without a stack between blocks, with and without more rows in a block.
 SOME = {name: ATTENDING[name] for name in ("LTX", "Wan", "Mochi", "CogVideoX", "Stable Diffusion XL", "modular LTX")}
 
 
 @contextmanager
 def steps_done():
-    """The steps of every run that ends."""
+    """The number of steps of each run that ends."""
     done, finish = [], Run.finish
 
     def finished(run):
@@ -35,7 +35,9 @@ def steps_done():
 
 
 def marked(pipe, layers):
-    """How many self-attentions a pipeline's denoisers have in these layers; where there are two, both have as many."""
+    """The number of self-attentions in these layers of a pipeline's denoisers; if there are two denoisers, both have
+    the same.
+    """
     layouts = ADAPTERS[type(pipe).__name__].layouts(pipe).values()
     (count,) = {sum(len(unit.attentions) for unit in layout.units if unit.layer in layers) for layout in layouts}
     return count

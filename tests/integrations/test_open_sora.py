@@ -1,4 +1,4 @@
-"""Open-Sora's models, guided within the loops of its samplers, against every branch on its own."""
+"""Models of Open-Sora, guided within the loops of its samplers, against each branch alone."""
 
 import contextlib
 
@@ -128,7 +128,7 @@ def guidance_of(parts, **others):
 
 
 def plain(version, model, guidance, scales, rescale=0.0, orthogonal=False):
-    """What a sampler is given in place of a model: every branch on its own, then the formula as it is written."""
+    """Replaces the model of a sampler: each branch alone, then the formula."""
     step = iter(range(STEPS))
 
     def rows(value, name, half, count):
@@ -172,7 +172,7 @@ def plain(version, model, guidance, scales, rescale=0.0, orthogonal=False):
 
 @contextlib.contextmanager
 def counted(version, model):
-    """Rows that every block runs on."""
+    """The number of rows that each block runs on."""
     counts = [0] * len(version.facts.parts(model))
     handles = []
     for number, part in enumerate(version.facts.parts(model)):
@@ -240,13 +240,13 @@ def test_steps_without_guidance_are_the_samplers_own(version):
 
 
 def _at_steps(version, model, guidance, scales):
-    """The plain method with a scale for every step."""
+    """The plain method with a scale for each step."""
     calls = [plain(version, model, guidance, [scale]) for scale in scales]
     step = iter(range(STEPS))
 
     def call(*args, **kwargs):
         now = next(step)
-        for _ in range(now):  # the scales of the sampler go by the step
+        for _ in range(now):  # the scales of the sampler depend on the step
             calls[now](*args, **kwargs)
         return calls[now](*args, **kwargs)
 
@@ -263,7 +263,7 @@ def test_a_weak_copy_of_the_unconditional_branch(version):
 
 
 def test_a_scale_in_place_of_the_samplers():
-    """It is what a rescale needs."""
+    """A rescale needs it."""
     model = open_sora.built(Version12.cls)
     guidance = Guidance(Perturbation([2], kind="attention", axis="temporal"), rescale=0.7, cfg=SCALE)
     expected = Version12.sample(plain(Version12, model, guidance, [1.0], rescale=0.7), 2)
@@ -285,7 +285,7 @@ def test_the_temporal_term_orthogonal_to_the_spatial_one():
 
 @every
 def test_reuse(version):
-    """How far the rows are from one another is kept; the sampler combines them with its own scales."""
+    """The differences of rows are kept; the sampler combines them with its own scales."""
     model = open_sora.built(version.cls)
     guidance = Guidance(Perturbation([2]), reuse=2, reuse_cfg=2, reuse_order=0)
     with counted(version, model) as exact, stgfast.guided(model, Guidance(Perturbation([2])), steps=STEPS):
@@ -298,7 +298,7 @@ def test_reuse(version):
 
 @pytest.mark.parametrize("prompts", [1, 2])
 def test_frames_that_are_given(prompts):
-    """They have a time of their own, frame by frame and sample by sample."""
+    """They have a timestep of their own, for each frame and sample."""
     model = open_sora.built(Version12.cls)
     guidance = guidance_of(CASES["1.2"]["spatial and temporal"])
     expected = Version12.sample(plain(Version12, model, guidance, [1.5, 0.5]), prompts, given_frames=True)
@@ -342,7 +342,9 @@ LISTED += [(Version20, adapters.MMDIT, name) for name in sorted(adapters.MMDIT.b
     ("version", "adapter", "name"), LISTED, ids=[f"{one.pipeline} {name}" for _, one, name in LISTED]
 )
 def test_no_row_is_listed_for_nothing(monkeypatch, version, adapter, name):
-    """Without any one of them, two prompts are wrong, or stopped. (Those left out 1.2 repeats, or reads once.)"""
+    """Without any one of them, two prompts are wrong or refused. (Arguments that 1.2 repeats, or reads once, are
+    excluded.)
+    """
     special = {"given_frames": True} if version is Version12 else {}
     parts = [([1], "residual", ""), ([2], "residual", "")]
     model, guidance = open_sora.built(version.cls), guidance_of(parts)

@@ -1,4 +1,4 @@
-"""A pipeline that the package does not know takes one adapter, and no change elsewhere."""
+"""A pipeline that the package does not know needs one adapter, and no change elsewhere."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ class Denoiser(nn.Module):
 
 
 class HomemadePipeline:
-    """Nobody's: not of diffusers, with names of its own."""
+    """A pipeline outside of diffusers, with names of its own."""
 
     def __init__(self):
         torch.manual_seed(0)

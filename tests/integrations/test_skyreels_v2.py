@@ -1,4 +1,4 @@
-"""What is special to SkyReels-V2: blocks of frames that set out one after the other, and long videos."""
+"""Special to SkyReels-V2: groups of frames that start one after another, and long videos."""
 
 from dataclasses import replace
 
@@ -34,7 +34,7 @@ def clip(family, pipe, **changes):
     ],
 )
 def test_a_schedule_has_a_number_for_every_step(name, changes, steps):
-    """As many as the pipeline turns out to make."""
+    """As many numbers as the pipeline makes steps."""
     family = FAMILIES[name]
     made = []
     pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1], scale=[1.0] * steps)))
@@ -52,7 +52,7 @@ def test_a_schedule_over_frames_that_set_out_later():
 
 @pytest.mark.parametrize("name", ["SkyReels-V2 forced", "SkyReels-V2 forced from an image"])
 def test_a_long_video_is_made_part_by_part(name):
-    """Guidance begins anew with every part: in the first half of its steps it acts here."""
+    """Guidance starts again with each part: here it acts in the first half of the steps of a part."""
     family = FAMILIES[name]
     half = replace(GUIDANCE, stop=0.5)
     pipe = stgfast.accelerate(family.build(), half)

@@ -1,4 +1,4 @@
-"""What is special to Stable Video Diffusion."""
+"""Special to Stable Video Diffusion."""
 
 import dataclasses
 
@@ -64,7 +64,7 @@ def test_a_cfg_schedule_replaces_the_scale_of_every_frame():
 
 
 def test_a_callback_may_change_the_scale():
-    """The pipeline reads its scale in every step, and so does the guidance."""
+    """The pipeline reads its scale in each step, and so does the guidance."""
 
     def lower(pipe, step, timestep, values):
         pipe._guidance_scale = pipe._guidance_scale * 0.5 + 1.0

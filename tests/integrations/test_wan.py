@@ -1,4 +1,4 @@
-"""What is special to Wan: two transformers, two images, a part of a video, hints between the blocks."""
+"""Special to Wan: two transformers, two images, a part of a video, hints between the blocks."""
 
 import inspect
 from dataclasses import replace
@@ -74,7 +74,7 @@ def test_a_schedule_has_a_number_for_every_step_that_is_left_of_a_video():
 
 
 def test_all_that_has_a_row_for_every_sample_in_a_model_with_hints_is_known():
-    """Its pipeline takes one prompt at a time, so the model is called itself, on 5 samples."""
+    """The pipeline takes one prompt at a time, so the model itself is called, on 5 samples."""
     pipe = stgfast.accelerate(FAMILIES["Wan VACE"].build(), GUIDANCE)
     adapter = pipe._stgfast.adapter
     layout = adapter.layouts(pipe)["transformer"]
@@ -107,7 +107,7 @@ def test_hints_are_made_once_for_branches_that_differ_later():
 
 
 def test_the_unconditional_branch_itself_weakened_costs_nothing():
-    """g = u' + s (c - u'): of the blocks, one runs on a row less than with CFG alone."""
+    """g = u' + s (c - u'): one of the blocks runs on one row fewer than with CFG alone."""
     family, preset = FAMILIES["Wan"], Guidance.preset("wan-slg")
     (part,) = preset.perturbations
     guidance = replace(preset, perturbations=(replace(part, layers=(2,)),))  # the tiny model has 4 layers

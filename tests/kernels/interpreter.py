@@ -1,8 +1,8 @@
-"""The repair of Triton's interpreter, in which kernels run where there is no GPU; importing this makes it.
+"""A repair of Triton's interpreter, in which kernels run without a GPU. Importing this module applies it.
 
 The interpreter keeps bfloat16 as raw 16-bit integers and, up to 3.9 at least, multiplies and adds those integers, and
-truncates where it should round. Repaired here: bfloat16 operands are widened to float32 first, results are rounded to
-the nearest even bfloat16.
+truncates instead of rounding. With the repair, bfloat16 operands are widened to float32 first, and results are rounded
+to the nearest even bfloat16.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention over a stack of rows: every implementation against float64, Triton's kernel in its interpreter."""
+"""Attention over a stack of rows: each implementation against float64, Triton's kernel in its interpreter."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from stgfast.kernels.backends import BACKENDS, NAMES, masked_attention, unavaila
 from tests.kernels import interpreter  # noqa: F401  (repairs it)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# What others wrote for a GPU alone refuses some calls.
+# Libraries for GPUs refuse some calls.
 FOR_A_GPU = [name for name, backend in BACKENDS.items() if backend.devices]
 IMPLS = [name for name in NAMES if name not in ("auto", "hopper", *FOR_A_GPU) and not unavailable(name, DEVICE, True)]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -22,7 +22,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    """Outputs begin as NaN: what is not written is seen."""
+    """Outputs start as NaN, so elements that are not written are noticed."""
 
     def poisoned(q, rows):
         return plain(q, rows).fill_(math.nan)
@@ -47,7 +47,7 @@ def tensor(*shape, dtype, order, seed):
 
 
 def exact(q, k, v, **options):
-    """By the specification; which takes numbers of keys as a tensor."""
+    """The specification, which takes key counts as a tensor."""
     wide = {n: t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for n, t in options.items()}
     return filled(q.double(), k.double(), v.double(), **wide)
 
@@ -63,7 +63,7 @@ def filled(q, k, v, identity=None, source=None, tokens=None, scale=None, **optio
 
 
 def check(impl, q, k, v, **options):
-    """The error is no more than twice torch's own in that dtype, and one rounding."""
+    """The error is at most twice torch's own in that dtype, and one rounding."""
     right = exact(q, k, v, **options)
     plain = filled(q, k, v, **options)
     allowed = 2 * ((plain.double() - right).abs().max() + torch.finfo(q.dtype).eps * right.abs().max())
@@ -136,7 +136,7 @@ PLAIN = {
 def test_every_option_against_float64(impl, call):
     q, k, v, options = made(call)
     check(impl, q, k, v, **options)
-    if call["kv_len"] is not None and impl != "triton":  # which is given a tensor in any case
+    if call["kv_len"] is not None and impl != "triton":  # which gets a tensor in any case
         check(impl, q, k, v, **{**options, "kv_len": [min(max(n, 0), k.shape[2]) for n in call["kv_len"]]})
 
 
@@ -239,7 +239,11 @@ WRONG = {
     "whole bias": ((Q, Q, Q), {"bias": torch.zeros(1, 1, 1, 8).int()}, "dtype of bias: got torch.int32"),
     "a negative scale": ((Q, Q, Q), {"scale": -0.5}, "scale: got -0.5, expected a finite number above 0"),
     "an unknown name": ((Q, Q, Q), {"impl": "fast"}, "impl: got 'fast', expected one of auto, reference, triton, "),
-    "a GPU's": ((Q, Q, Q), {"impl": "cudnn"}, "impl: got 'cudnn', expected another: it runs on cuda, not on cpu"),
+    "a GPU's": (
+        (Q, Q, Q),
+        {"impl": "cudnn"},
+        "impl: got 'cudnn', expected another implementation, since it runs on cuda, not on cpu",
+    ),
 }
 
 
@@ -254,7 +258,7 @@ def test_wrong_calls_say_so(name):
 @pytest.mark.parametrize("impl", [name for name in (*IMPLS[1:], *FOR_A_GPU) if not unavailable(name, DEVICE, True)])
 def test_no_host_sync_on_a_gpu(impl):
     q, k, v, options = made({**PLAIN, "kv_len": [100, 130]})
-    masked_attention(q, k, v, impl=impl, **options)  # brings the plan's numbers to the device, and compiles
+    masked_attention(q, k, v, impl=impl, **options)  # moves the plan's numbers to the device, and compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         masked_attention(q, k, v, impl=impl, **options)

@@ -1,4 +1,4 @@
-"""Attention by descriptors and specialised warps: against float64, in the interpreter or on Hopper."""
+"""Attention with descriptors and warp specialisation: against float64, in the interpreter or on Hopper."""
 
 import math
 
@@ -20,7 +20,7 @@ descriptors = pytest.mark.skipif(not hasattr(tl, "make_tensor_descriptor"), reas
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    """Outputs begin as NaN: what is not written is seen."""
+    """Outputs start as NaN, so elements that are not written are noticed."""
     plain = layout.empty_like_query
     monkeypatch.setattr(attention_hopper, "empty_like_query", lambda q, rows: plain(q, rows).fill_(math.nan))
 
@@ -33,7 +33,7 @@ def attended(q, k, v, identity=None, source=None, tokens=None, kv_len=None, scal
 
 
 def check(q, k, v, **options):
-    """The error is no more than twice torch's own in that dtype, and one rounding."""
+    """The error is at most twice torch's own in that dtype, and one rounding."""
     right = exact(q, k, v, **options)
     plain = filled(q, k, v, **options)
     allowed = 2 * ((plain.double() - right).abs().max() + torch.finfo(q.dtype).eps * right.abs().max())
@@ -50,7 +50,7 @@ def check(q, k, v, **options):
 
 
 def fitting(call):
-    """A call of every implementation, made one of those that this one takes."""
+    """A call for any implementation, changed to one that this implementation takes."""
     *sizes, size = call["shape"]
     dtype = "fp16" if call["dtype"] == "fp16" else "bf16"
     return {**call, "shape": (*sizes, min(size, 128)), "dtype": dtype, "bias": None}
@@ -134,7 +134,7 @@ def test_a_compiled_graph_keeps_the_operation_whole():
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a gpu: a host sync is found by CUDA's own debug mode")
 def test_no_host_sync_on_a_gpu():
     q, k, v, options = made({**PLAIN, "kv_len": [100, 130]})
-    attended(q, k, v, **options)  # brings the plan's numbers to the device, and compiles
+    attended(q, k, v, **options)  # moves the plan's numbers to the device, and compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         attended(q, k, v, **options)
@@ -143,7 +143,7 @@ def test_no_host_sync_on_a_gpu():
 
 
 def heads_of(size, dtype=torch.bfloat16, shift=0, extra=0):
-    """(1, 2, 5, size), its memory `shift` elements late, with `extra` elements between tokens."""
+    """(1, 2, 5, size), with the memory `shift` elements later and `extra` elements between tokens."""
     step = size + extra
     return torch.zeros(10 * step + shift, dtype=dtype)[shift:].reshape(1, 2, 5, step)[..., :size]
 

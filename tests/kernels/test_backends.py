@@ -1,4 +1,4 @@
-"""Who computes attention: what is measured, and what is never chosen."""
+"""The choice of an attention backend: what is measured, and what is never chosen."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_the_fastest_right_one_is_chosen(monkeypatch):
 
 
 class Switches(TorchDispatchMode):
-    """Which of torch's own attention may be chosen, at every operation. These switches are one set for all threads."""
+    """Which of torch's own backends may be chosen, at each operation. These switches are the same for all threads."""
 
     def __init__(self):
         super().__init__()
@@ -57,7 +57,7 @@ class Switches(TorchDispatchMode):
 
 @pytest.mark.parametrize("name", ["math", "flash", "efficient", "cudnn"])
 def test_what_another_thread_attends_with_is_its_own_choice(name):
-    """A clip is decoded while the next one is denoised."""
+    """One clip is decoded while the next one is denoised."""
     backend = backends.BACKENDS[name]
     q, k, v = (torch.empty(2, 3, tokens, 64, device="meta", dtype=torch.bfloat16) for tokens in (50, 43, 43))
     mask = torch.empty(1, 1, 1, 43, device="meta", dtype=torch.bool)
@@ -70,14 +70,14 @@ def test_what_another_thread_attends_with_is_its_own_choice(name):
 
 @pytest.mark.parametrize("identity", [None, [False, True, False]])
 def test_a_kind_of_device_that_nothing_was_written_for(identity):
-    """As on a Mac: torch's own attention runs there."""
+    """For example on a Mac: torch's own attention runs there."""
     q, k, v = (torch.empty(3, 2, 20, 16, device="meta") for _ in range(3))
     assert backends.masked_attention(q, k, v, identity, kv_len=[20, 3, 20]).shape == q.shape
 
 
 @pytest.mark.parametrize("impl", ["auto", "sdpa", "reference"])
 def test_under_autocast_as_torchs_own(impl):
-    """Norms leave float32 behind, projections do not."""
+    """Norms return float32, projections do not."""
     q, k, v = (torch.randn(2, 2, 20, 16) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16):
         expected = torch.nn.functional.scaled_dot_product_attention(q, k, v.bfloat16())

@@ -1,4 +1,4 @@
-"""The blur of queries, against the formula written out token by token."""
+"""The blur of queries, against the formula token by token."""
 
 import math
 import re
@@ -10,7 +10,9 @@ from stgfast.kernels import blur, reference
 
 
 def token_by_token(x, grid, sigma, first):
-    """Every token of a frame gives to every other by a Gaussian of 3 sigma to each side, reflected at the borders."""
+    """Each token of a frame is a Gaussian mean of all others within 3 sigma to each side, with reflection at the
+    borders.
+    """
     frames, height, width = grid
     out = x.clone()
 

@@ -48,7 +48,7 @@ def branches(count, shape, dtype=torch.float32, mean=0.0, order="whole", seed=0)
 
 
 def fused(monkeypatch, *args, **options):
-    """Outputs begin as NaN: what is not written is seen."""
+    """Outputs start as NaN, so elements that are not written are noticed."""
     with monkeypatch.context() as patch:
         patch.setattr(torch, "empty", poisoned_empty)
         return combine(*args, **options, impl="triton")
@@ -100,11 +100,11 @@ def test_against_float64(case):
     )
     options = {"rescale": case["rescale"], "dtype": DTYPES.get(case["out"])}
     along = case["along"][: case["count"]]
-    # The direction of a large mean is the mean's alone, and what lies along it is a difference of large numbers.
+    # With a large mean, the direction is the mean's, and the part along it is a difference of large numbers.
     if 0 < case["of"] < case["count"] and any(along) and case["mean"] < 1000.0:
         options["project"] = Projection(case["of"], tuple(along), case["left"])
     right = exact(x, weights_of(case["count"]), **{name: value for name, value in options.items() if name != "dtype"})
-    assume(right.isfinite().all())  # a few numbers, alike when rounded, have no deviation to be rescaled by
+    assume(right.isfinite().all())  # a few numbers that are equal after rounding have no deviation for a rescale
     with pytest.MonkeyPatch.context() as patch:
         check(patch, x, weights_of(case["count"]), **options)
 
@@ -120,7 +120,7 @@ def test_every_count_as_it_is_cut(monkeypatch, count, dtype):
 @pytest.mark.parametrize("mean", [0.0, 10.0, 1000.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_large_mean_does_not_disturb_the_factor(monkeypatch, dtype, mean, project):
-    """The factor itself: at a rescale of 1, what the result is over what it is without."""
+    """The factor itself: with a rescale of 1, the result divided by the result without."""
     monkeypatch.setattr(combination, "BLOCK", 512)
     x = branches(3, (1, 8009), dtype, mean=mean)
     right = exact(x, WEIGHTS, 1.0, project) / exact(x, WEIGHTS, 0.0, project)
@@ -134,7 +134,7 @@ def test_sizes(monkeypatch, numel):
     x = branches(3, (2, numel))
     check(monkeypatch, x, WEIGHTS)
     check(monkeypatch, x, WEIGHTS, project=orthogonal(1, 2))
-    if numel == 1:  # one number has no deviation
+    if numel == 1:  # a single number has no deviation
         assert fused(monkeypatch, x, WEIGHTS, rescale=0.7).isnan().all()
         assert reference.combine(x, WEIGHTS, rescale=0.7).isnan().all()
     else:
@@ -244,8 +244,8 @@ def test_operation_is_what_it_says(dtype):
         ({"weights": (2.0, -1.0)}, "weights: got 2, expected 3"),
         ({"weights": (2.0, -1.0, 1.0)}, "weights: got a sum of 2.0, expected 1"),
         ({"weights": (2.0, -1.0, math.nan)}, "weights: got a sum of nan, expected 1"),
-        ({"project": Projection(0, (1.0, 0.0, 0.0))}, "of of a projection: got 0, expected a branch from 1 to 2"),
-        ({"project": Projection(3, (1.0, 0.0, 0.0))}, "of of a projection: got 3"),
+        ({"project": Projection(0, (1.0, 0.0, 0.0))}, "`of` of a projection: got 0, expected a branch from 1 to 2"),
+        ({"project": Projection(3, (1.0, 0.0, 0.0))}, "`of` of a projection: got 3"),
         ({"project": Projection(1, (1.0, 0.0))}, "projection: got"),
         ({"project": Projection(1, (1.0, math.nan, 0.0))}, "projection: got"),
         ({"project": Projection(1, (1.0, 0.0, 0.0), math.inf)}, "projection: got"),
@@ -277,5 +277,5 @@ def test_a_named_implementation_never_falls_back(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET")
     x = branches(3, (2, 3))
     assert torch.equal(combine(x, WEIGHTS), reference.combine(x, WEIGHTS))
-    with pytest.raises(ValueError, match="impl: got 'triton', expected another: it needs a GPU"):
+    with pytest.raises(ValueError, match="impl: got 'triton', expected another implementation, since it needs a GPU"):
         combine(x, WEIGHTS, impl="triton")

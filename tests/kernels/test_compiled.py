@@ -1,4 +1,4 @@
-"""Kernels compiled ahead of time, with no GPU: registers, shared memory and matrix instructions of three chips."""
+"""Kernels compiled ahead of time, without a GPU: registers, shared memory and matrix instructions of three chips."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ for usage in resources.defaults(int(sys.argv[2])):
 
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_default_configurations_fit_the_chip(arch):
-    """In a process of its own: this one's triton is the interpreter."""
+    """In a separate process, because triton is the interpreter in this one."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", CODE, str(BENCH), str(arch)]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

@@ -1,4 +1,4 @@
-"""The repair of Triton's interpreter: bfloat16 there is what bfloat16 is elsewhere."""
+"""The repair of Triton's interpreter: bfloat16 behaves there as elsewhere."""
 
 import torch
 import triton

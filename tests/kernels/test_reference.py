@@ -1,4 +1,4 @@
-"""The formula of the combination, against the same in float64 written another way."""
+"""The formula of the combination, against another form of it in float64."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def branches(dtype, mean=0.0, prompts=3):
 
 
 def orthogonal(i, j):
-    """Of the second difference, what the first one says already is lost."""
+    """The part of the second difference along the first one is removed."""
     return Projection(j, tuple(1.0 if b == 0 else -1.0 if b == i else 0.0 for b in range(3)))
 
 
@@ -35,7 +35,7 @@ PROJECTIONS = {
 
 
 def exact(given, weights, rescale=0.0, project=None):
-    """Prompt by prompt, in float64, each step as the formula has it."""
+    """Prompt by prompt, in float64, each step as in the formula."""
     results = []
     for prompt in range(len(given[0])):
         x = [tensor[prompt].double() for tensor in given]
@@ -63,7 +63,7 @@ def test_is_the_weighted_sum(dtype, rescale):
 
 
 def test_orthogonal():
-    """Of the second difference, only what the first does not say already."""
+    """Only the part of the second difference orthogonal to the first one remains."""
     base, first, second = branches(torch.float64)
     only_second = combine([base, first, second], (2.0, 0.0, -1.0), project=orthogonal(1, 2)) - base
     for prompt in range(3):

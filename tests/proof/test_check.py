@@ -1,4 +1,4 @@
-"""`verify`: right facts pass in every number type and however a pipeline is changed; wrong ones are named."""
+"""`verify`: correct facts pass in every dtype and for changed pipelines; wrong ones are named."""
 
 import contextlib
 import inspect
@@ -34,7 +34,7 @@ def verdict_on(pipe, family, **settings):
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_every_family_passes(family):
-    """In float32 and bfloat16; no comparison comes near what it is allowed, and nothing is left on the pipeline."""
+    """In float32 and bfloat16. No comparison comes close to its limit, and the pipeline is unchanged afterwards."""
     for dtype in (torch.float32, torch.bfloat16):
         if dtype is torch.bfloat16 and family.name.startswith(NEEDS_A_GPU):
             continue
@@ -61,7 +61,13 @@ def test_the_table_is_in_words():
     pipe = stgfast.accelerate(family.build(), guidance_for(family))
     said = str(verdict_on(pipe, family))
     assert said.startswith("LTXPipeline: accelerated guidance is equal to the plain method.")
-    for what in ("uncond", "cond", "residual, layers 1, 3, scale 1", "what the scheduler is sent", "at scale 0"):
+    for what in (
+        "uncond",
+        "cond",
+        "residual, layers 1, 3, scale 1",
+        "the prediction passed to the scheduler",
+        "at scale 0",
+    ):
         assert f"step 1 of 2, pipe.transformer: {what}" in said or what in said
 
 
@@ -71,7 +77,7 @@ def compiled_blocks(pipe):
 
 
 class Int8(torch.nn.Linear):
-    """Weights as int8 with a scale for every row, as quantisation of weights alone has them."""
+    """Weights as int8 with a scale for each row, as in weight-only quantisation."""
 
     def forward(self, x):
         return torch.nn.functional.linear(x, self.stored.to(x.dtype) * self.scale.to(x.dtype), self.bias)
@@ -128,7 +134,7 @@ def test_a_pipeline_that_was_changed_passes(name, change):
 
 @pytest.mark.parametrize("name", ["LTX", "EasyAnimate", "Mochi"])
 def test_a_rescale_of_the_pipelines_own(name):
-    """It is no weighted sum, and the formula with the same rescale is."""
+    """It is no weighted sum, but the formula with the same rescale."""
     family = FAMILIES[name]
     pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1]), rescale=0.3))
     takes = "guidance_rescale" in inspect.signature(type(pipe).__call__).parameters
@@ -138,7 +144,7 @@ def test_a_rescale_of_the_pipelines_own(name):
 
 
 def test_a_pipeline_that_does_more_than_a_rescale_is_refused():
-    """Here the combined prediction is made as long as the conditional one: guidance would undo that."""
+    """Here the combined prediction gets the norm of the conditional one, which would undo guidance."""
     family = FAMILIES["LTX"]
     module = sys.modules[type(family.build()).__module__]
 
@@ -205,11 +211,11 @@ def ltx2_verdict(pipe, prompts):
     return stgfast.verify(pipe, **made)
 
 
-# What is wrong on purpose
+# Wrong facts
 
 
 def test_a_mark_that_is_dropped_is_named():
-    """The engine forgets what to do at one of two layers."""
+    """The engine leaves out one of two layers."""
     family = FAMILIES["LTX"]
     pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1, 3])))
     marks = Layout.marks
@@ -217,7 +223,7 @@ def test_a_mark_that_is_dropped_is_named():
         verdict = verdict_on(pipe, family)
     assert not verdict.ok
     assert verdict.failed[0].what.endswith(": residual, layers 1, 3, scale 1")
-    assert verdict.wrong == ("step 1 of 2, pipe.transformer: residual at layer 3 is not what it should be",)
+    assert verdict.wrong == ("step 1 of 2, pipe.transformer: residual at layer 3 is wrong",)
     assert "NOT equal" in str(verdict)
 
 
@@ -248,7 +254,7 @@ WRONG = {
     "denoisers": lambda a: replace(a, denoisers=("vae",)),
     "sample": lambda a: replace(a, sample="timestep"),
 }
-# Which fact a message names.
+# The fact that a message names.
 NAMED = {
     "protocol": "protocol: the adapter says",
     "learned sigma": "learned_sigma=False gives the right result",
@@ -281,7 +287,7 @@ def test_wrong_facts_raise_or_do_no_harm(wrong, name, kind):
 
 
 def test_verification_can_be_switched_off():
-    """Then a wrong protocol is found only when the run ends."""
+    """Then a wrong protocol is noticed only at the end of the run."""
     family = FAMILIES["LTX"]
     wrong = replace(ADAPTERS["LTXPipeline"], order=("cond", "uncond"))
     right = family.run(stgfast.accelerate(family.build(), guidance_for(family)))

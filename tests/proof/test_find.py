@@ -1,4 +1,4 @@
-"""With an empty table of pipelines, what is found gives the plain method's result, or nothing is guided."""
+"""With an empty table of pipelines, found facts give the plain method's result, or the call is refused."""
 
 import dataclasses
 import logging
@@ -18,13 +18,13 @@ from tests.precision import same
 pytestmark = pytest.mark.usefixtures("float64")
 
 GUIDANCE = Guidance(Perturbation([1]))
-# What cannot be found, and why.
+# Facts that cannot be found, and why.
 NOT = {
     "LTX, long": "which nothing on the pipeline says",  # one step less in every window than the pipeline counts
     "CogVideoX from an image": "which nothing that it was called with says",  # a scale of CFG of its own in every step
     "SkyReels-V2 forced, frame after frame": "which no argument of the call says",  # more steps than were asked for
 }
-# A layer of these has a second self-attention, which a kind is about as well: it is not found.
+# A layer of these has a second self-attention, which a kind also changes: it is not found.
 OTHER = {"Stable Diffusion 3": ("residual",), "Wan VACE": ("residual", "attention")}
 
 
@@ -61,7 +61,7 @@ def test_what_guides_by_more_than_cfg_is_not_taken_for_it(empty_table):
 
 
 def test_a_call_of_another_kind_is_found_anew(empty_table):
-    """Facts that are right for one call need not be so for the next: this one has another scale in every step."""
+    """Facts that are correct for one call may be wrong for another: this one changes its scale in each step."""
     family = FAMILIES["CogVideoX"]
     pipe = stgfast.accelerate(family.pipe(), GUIDANCE)
     made = family.run(pipe)
@@ -73,7 +73,7 @@ def test_a_call_of_another_kind_is_found_anew(empty_table):
 
 
 def test_each_kind_of_call_keeps_its_own_facts(empty_table):
-    """A call without CFG is read in another way than one with it."""
+    """The facts of a call without CFG differ from those of a call with it."""
     family = FAMILIES["HunyuanVideo"]
     pipe = stgfast.accelerate(family.pipe(), GUIDANCE)
     with_cfg, without = family.run(pipe), family.run(pipe, cfg=False)
@@ -113,7 +113,7 @@ def test_its_default_is_a_late_layer(empty_table):
 
 
 def forwards(family, pipe):
-    """Every call of the denoiser, counted from now on."""
+    """Counts the calls of the denoiser from now on."""
     ran = []
     for model in family.denoisers(pipe):
         model.register_forward_pre_hook(lambda *given: ran.append(True))

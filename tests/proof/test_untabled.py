@@ -1,4 +1,4 @@
-"""Pipelines of diffusers that are in no table: guided by what is found, or refused, as the README says of each."""
+"""Pipelines of diffusers that are not in the table: guided with found facts, or refused, as the README says of each."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""Tiny pipelines of diffusers that no adapter knows: those whose facts are found, and those that are refused."""
+"""Tiny pipelines of diffusers without an adapter: those whose facts are found, and those that are refused."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def of_a_camera(prompts, cfg=True):
 
 
 def by_token(pipe, prediction):
-    """Its scheduler is sent the negative, by token."""
+    """The scheduler receives the negative prediction, by token."""
     return -prediction.flatten(2).transpose(1, 2)
 
 
@@ -249,7 +249,7 @@ def of_chunks(prompts, cfg=True):
 
 
 def single_blocks(model):
-    """Blocks of another kind, which come before these, pass on something else, and are not weakened."""
+    """Blocks of another kind, which precede these, return other arguments, and are not perturbed."""
     return [Part(block, n, {"": block.attn}) for n, block in enumerate(model.single_transformer_blocks)]
 
 
@@ -259,7 +259,7 @@ def of_a_video(prompts, cfg=True):
 
 
 def transformers_of(unet):
-    """In the order in which they run: down, in the middle, up."""
+    """In the order in which they run: down, middle, up."""
     parts = (unet.down_blocks, unet.mid_block, unet.up_blocks)
     kind = diffusers.models.transformers.transformer_2d.Transformer2DModel
     found = [module for part in parts for module in part.modules() if type(module) is kind]
@@ -466,7 +466,7 @@ def of_motion(prompts, cfg=True):
     return {"prompt": "a kite", **sizes, "t0": 3, "t1": 4, "generator": models.generators(1)[0]}
 
 
-# What builds one, its call, and what is said.
+# The builder of a pipeline, its call, and the error.
 REFUSED = {
     "AnyFlowFARPipeline": (
         with_cache,

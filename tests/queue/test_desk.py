@@ -1,4 +1,4 @@
-"""What is asked of a folder from outside of its runs, and what it says of itself."""
+"""Requests to a folder from outside of its runs, and its status."""
 
 import json
 import sqlite3
@@ -51,7 +51,7 @@ def test_added_jobs_are_taken_up_by_the_run_that_is_on(tmp_path, store):
     assert "steps: got 13" in refused[0][1]
     assert "the same clip as line 2" in refused[1][1]
     assert claimed(store) == ["dog"]
-    assert store.take_in({"m": {}}, check) == (0, [])  # what is refused is refused once
+    assert store.take_in({"m": {}}, check) == (0, [])  # an entry is refused once
     with Desk(tmp_path) as desk:
         found = status_of(desk)
     assert (found.inbox, [name for name, _ in found.refused]) == (0, ["no", "k1"])
@@ -100,7 +100,7 @@ def test_cancelled_jobs_are_not_rendered(tmp_path, store):
         **{"k0.mp4": CANCELLED, "k1.mp4": DONE, "k2.mp4": CANCELLED, "k3.mp4": PENDING, "sea.mp4": PENDING}
     }
     with Desk(tmp_path) as desk:
-        assert desk.cancel(Choice(names=["k1"])) == []  # what is done stays
+        assert desk.cancel(Choice(names=["k1"])) == []  # finished clips stay
         assert desk.retry(Choice(statuses=[CANCELLED])) == ["k0.mp4", "k2.mp4"]
     assert claimed(store, 9) == ["k0", "k2", "k3", "sea"]
 
@@ -261,14 +261,14 @@ def test_commands(tmp_path, store, capsys):
     assert told(capsys, "cancel", "k0", "k1", *out) == (0, "2 jobs cancelled: k0.mp4, k1.mp4\n", "")
     assert told(capsys, "cancel", "none", *out) == (1, "0 jobs cancelled\n", "")
     assert told(capsys, "cancel", *out)[0] == 2
-    assert told(capsys, "retry", "--status", "cancelled", *out)[1] == "2 jobs to be tried again: k0.mp4, k1.mp4\n"
-    assert told(capsys, "priority", "5", "sea", *out) == (0, "1 job of priority 5: sea.mp4\n", "")
+    assert told(capsys, "retry", "--status", "cancelled", *out)[1] == "2 jobs to be retried: k0.mp4, k1.mp4\n"
+    assert told(capsys, "priority", "5", "sea", *out) == (0, "1 job with priority 5: sea.mp4\n", "")
     assert told(capsys, "priority", "5000", "sea", *out)[0] == 2
     assert told(capsys, "pause", "--words", "kite", *out)[1].startswith("4 jobs paused: k0.mp4")
     assert told(capsys, "pause", *out) == (0, f"{tmp_path} paused\n", "")
     code, said, _ = told(capsys, "status", *out)
     assert code == 0
-    assert said.splitlines()[:4] == ["5 pending", "1 added, which no run has looked at yet", "paused", "no run is on"]
+    assert said.splitlines()[:4] == ["5 pending", "1 added, not yet read by a run", "paused", "no active run"]
     assert told(capsys, "resume", *out)[0] == 0
     found = json.loads(told(capsys, "status", "--json", *out)[1])
     assert (found["paused"], found["held"], found["inbox"]) == (False, 4, 1)

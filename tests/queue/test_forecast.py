@@ -1,4 +1,4 @@
-"""How long jobs will take, by those that were rendered."""
+"""The estimated time of jobs, from clips that were rendered."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def done(store, walls, text="whole"):
 def test_by_clips_of_the_same_call(tmp_path):
     with Store(tmp_path / "one") as store:
         take_up(store, some(6, "a", width=64, steps=10))
-        done(store, [3.0, 1.0, 2.0])  # those of a batch are done at once
+        done(store, [3.0, 1.0, 2.0])  # jobs of a batch are done at the same time
         assert forecast(store, WAITS, store) == Forecast(jobs=3, unknown=0, seconds=6.0, bytes=3 * len("whole"))
         with Store(tmp_path / "two") as other:
             take_up(other, [*some(4, "b", width=64, steps=10), *some(2, "c", width=32, steps=10)])
@@ -36,5 +36,5 @@ def test_by_clips_of_the_same_size_and_other_steps(tmp_path):
         take_up(store, [*some(2, "a", width=64, steps=10), *some(3, "b", width=64, steps=30), *some(1, "c", width=64)])
         done(store, [2.0])
         found = forecast(store, WAITS, store)
-    assert (found.jobs, found.unknown) == (5, 1)  # of which nobody knows the steps
+    assert (found.jobs, found.unknown) == (5, 1)  # whose number of steps is unknown
     assert found.seconds == pytest.approx(2.0 + 3 * 6.0)

@@ -66,7 +66,7 @@ def test_repeat_counts_seeds(tmp_path):
 
 
 BAD = {
-    "{": "not JSON",
+    "{": "invalid JSON",
     "[1]": "expected an object",
     '{"prompt": "a", "prompt": "b"}': "'prompt' twice",
     '{"prompt": "a", "pipeline": {"x": NaN}}': "no number in JSON",
@@ -96,10 +96,10 @@ BAD = {
     '{"prompt": "a", "image": "none.png"}': "a file that can be read",
     '{"prompt": "a", "image": "/dev/zero"}': "a regular file",
     '{"prompt": "a", "name": 1}': "name: got 1, expected text",
-    '{"prompt": "a", "image_sha256": "00"}': "an image beside it",
-    '{"prompt": "a", "seed": 1' + "0" * 5000 + "}": "not JSON",
+    '{"prompt": "a", "image_sha256": "00"}': "an image with it",
+    '{"prompt": "a", "seed": 1' + "0" * 5000 + "}": "invalid JSON",
     '{"prompt": "a", "seed": 1' + "0" * 400 + "}": "more than 30 digits",
-    "[" * 100_000: "too many brackets",
+    "[" * 100_000: "too many nested brackets",
 }
 
 
@@ -205,7 +205,7 @@ def test_yaml_that_is_hostile_or_wrong(tmp_path):
     assert "an alias" in lines(tmp_path, nested, ".yaml")[-1].why
     made = lines(tmp_path, "- !!python/object/apply:os.system ['true']\n- a\n", ".yaml")
     assert [line.number for line in made] == [1, 2]
-    assert "cannot make sense" in made[0].why
+    assert "invalid YAML" in made[0].why
     assert "expected one, each entry" in only(lines(tmp_path, "prompt: a\n", ".yaml")).why
     good, broken = lines(tmp_path, "- a\n- {b\n- c\n", ".yaml")
     assert isinstance(good, Line)
@@ -245,7 +245,7 @@ def test_a_file_without_jobs_is_wrong(tmp_path, text, ending):
 
 
 def test_what_is_null(tmp_path):
-    """`- prompt:` of YAML, and what a JSON writer makes of nothing."""
+    """`- prompt:` in YAML, and the null of JSON writers."""
     (empty,) = lines(tmp_path, "- prompt:\n", ".yaml")
     assert empty == Bad(1, "prompt: got 'NoneType', expected text")
     for field in ("prompt", "name", "seed", "pipeline", "repeat", "priority"):
@@ -269,13 +269,13 @@ def test_images(tmp_path):
     assert jobs.read_image(image.image).mode == "RGB"
     assert Job.from_dict(image.to_dict()) == image
     Image.new("RGB", (32, 16), "blue").save(tmp_path / "fine.png")
-    with pytest.raises(SettingsError, match="the image of then"):
+    with pytest.raises(SettingsError, match="as when the job was made"):
         Job.from_dict(image.to_dict())
 
     whole = (tmp_path / "fine.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "text.png").write_text("no image")
-    for side in (9000, 60_000):  # what a file of some bytes promises
+    for side in (9000, 60_000):  # the size in the header of a small file
         header = b"IHDR" + side.to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])
         bomb = whole[:8] + (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big") + whole[33:]
         (tmp_path / f"{side}.png").write_bytes(bomb)

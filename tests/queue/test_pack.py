@@ -39,14 +39,14 @@ def made(lines):
 def test_another_machine_takes_it(tmp_path, jobs):
     expected = made(read(jobs))
     assert pack(jobs, tmp_path / "night.zip") == (6, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "night.zip"]  # nothing is left aside
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "night.zip"]  # no temporary file remains
     jobs.parent.rename(tmp_path / "gone")
     found = made(read_packed(tmp_path / "night.zip", tmp_path / "there"))
     assert [job.identity("m") for job in found] == [job.identity("m") for job in expected]
     assert [job.prompt for job in found] == [job.prompt for job in expected]
     assert {path.suffix for path in (tmp_path / "there").iterdir()} == {".png", ".safetensors"}
     assert all(job.image is None or job.image.startswith(str(tmp_path / "there")) for job in found)
-    again = made(read_packed(tmp_path / "night.zip", tmp_path / "there"))  # what is there is taken
+    again = made(read_packed(tmp_path / "night.zip", tmp_path / "there"))  # the existing file is used
     assert again == found
 
 

@@ -1,4 +1,4 @@
-"""The state of an output folder: claims, deaths, renames that were cut short, and strange folders."""
+"""The state of an output folder: claims, deaths, interrupted renames, and unusual folders."""
 
 import json
 import os
@@ -64,15 +64,15 @@ def test_a_second_start_goes_on(tmp_path):
         first, second, third = store.claim(3, "cpu").tasks
         finish(store, first)
         store.fail(second, "no", {})
-    with Store(tmp_path) as store:  # the third was in hand when the first run ended
+    with Store(tmp_path) as store:  # the third was claimed when the first run ended
         assert take_up(store, jobs(4)) == []
         assert list(statuses(store).values()) == [DONE, FAILED, PENDING, PENDING]
         assert store.retry_failed() == 1
         assert [task.file for task in store.claim(9, "cpu").tasks] == ["k1.mp4", "k2.mp4", "k3.mp4"]
     (tmp_path / "k0.mp4").unlink()
-    with Store(tmp_path) as store:  # who deletes a clip wants it again
+    with Store(tmp_path) as store:  # a deleted clip is rendered again
         take_up(store, jobs(1))
-        assert statuses(store) == {"k0.mp4": PENDING}  # and a run is about its own jobs
+        assert statuses(store) == {"k0.mp4": PENDING}  # and a run renders its own jobs only
         assert third.file == "k2.mp4"
 
 
@@ -152,14 +152,14 @@ def test_two_runners_share(tmp_path):
         assert len(files) == len(set(files)) == 10
         assert (one.elsewhere(), two.elsewhere()) == (4, 6)
         assert one.recover() == two.recover() == 0  # both live
-        assert two.finish(claims[0][0], two.scratch / "x", {})[0] == CANCELLED  # it is not this runner's
+        assert two.finish(claims[0][0], two.scratch / "x", {})[0] == CANCELLED  # another runner has it
         two.fail(claims[0][0], "no", {})
         two.give_back(claims[0])
         assert statuses(one)["k0.mp4"] == CLAIMED
 
 
 def dying(tmp_path, work):
-    """Another process, killed in the midst of its work."""
+    """Another process, killed during its work."""
     ready, go = os.pipe()
     child = os.fork()
     if child == 0:
@@ -183,7 +183,7 @@ def test_claims_of_the_dead(tmp_path, monkeypatch):
     runner = next(other)
     with Store(tmp_path) as store:
         take_up(store, jobs(4))
-        monkeypatch.setattr(time, "time", lambda: 0.0)  # clocks go back, and decide nothing
+        monkeypatch.setattr(time, "time", lambda: 0.0)  # clocks may go back; they decide nothing
         assert (store.recover(), store.elsewhere()) == (0, 2)
         next(other)
         assert (store.recover(), store.elsewhere()) == (2, 0)
@@ -200,7 +200,7 @@ def claims(store, size=8, **more):
 
 
 def test_what_a_run_dies_of_goes_last_then_apart_and_fails(tmp_path):
-    """It renders in its own process, which a job may take down."""
+    """The run renders in its own process, which a job may kill."""
 
     def work(store):
         store.renders_within()
@@ -226,12 +226,12 @@ def test_what_a_run_dies_of_goes_last_then_apart_and_fails(tmp_path):
             assert claims(store) == order[1:]
     with Store(tmp_path) as store:
         errors = [row.error for row in store.rows(every=True) if row.status == FAILED]
-        why = "the process that rendered it died 3 times, the last time with nothing else claimed"
+        why = "the process that rendered it died 3 times, the last time while no other job was claimed"
         assert errors == [f"{why}: the process of the run ended"] * 3
 
 
 def test_what_a_process_dies_of_fails(tmp_path):
-    """The run lives on. What is under suspicion is rendered with nothing else, so that others are not blamed."""
+    """The run continues. A suspected job is rendered with no other job, so that others are not blamed."""
     with Store(tmp_path) as store:
         take_up(store, jobs(2))
         for lonely in (False, True):
@@ -242,13 +242,13 @@ def test_what_a_process_dies_of_fails(tmp_path):
         assert ([task.file for task in batch.tasks], batch.lonely) == (["k0.mp4"], True)
         ((task, error),) = store.died(batch.tasks, "killed")
         assert (task.file, error) == (
-            "k0.mp4", "the process that rendered it died 3 times, the last time with nothing else claimed: killed"
+            "k0.mp4", "the process that rendered it died 3 times, the last time while no other job was claimed: killed"
         )  # fmt: skip
         batch = store.claim(8, "cpu")
         finish(store, batch.tasks[0])
         assert statuses(store) == {"k0.mp4": FAILED, "k1.mp4": DONE}
         assert store.retry_failed() == 1
-        assert store.claim(8, "cpu").lonely is False  # with a clean slate
+        assert store.claim(8, "cpu").lonely is False  # with its counts reset
 
 
 @pytest.mark.parametrize("retries", [1, 2, 5])
@@ -275,7 +275,7 @@ def test_it_is_tried_again_elsewhere(tmp_path):
 
 @pytest.mark.parametrize("when", ["before", "after", "lost"])
 def test_a_rename_cut_short(tmp_path, when):
-    """Killed right before, or right after, the rename; and where the clip is in neither place."""
+    """Killed right before the rename, or right after it; and with the clip in neither place."""
 
     def work(store):
         take_up(store, jobs(1))
@@ -296,7 +296,7 @@ def test_a_rename_cut_short(tmp_path, when):
 
 
 def test_a_rename_is_on_record_before_it_happens(tmp_path, monkeypatch):
-    """For whoever comes after a death: as this process's list, and as anybody else reads it."""
+    """For the next process after a death: in the list of this process, and as others read it."""
     seen = []
     with Store(tmp_path) as store:
 
@@ -321,7 +321,7 @@ def test_a_file_in_the_way(tmp_path):
         assert store.finish(task, store.scratch / task.file, {})[0] == FAILED
         (row,) = store.rows()
     assert row.status == FAILED
-    assert "not of this run" in row.error
+    assert "this run did not write" in row.error
     assert (tmp_path / "k0.mp4").read_text() == "somebody else's"
 
 

@@ -1,4 +1,4 @@
-"""Prompts with choices and variables in them."""
+"""Prompts with choices and variables."""
 
 import json
 
@@ -31,9 +31,9 @@ def test_a_choice_is_made_by_the_seed(tmp_path):
     kites = {
         f"{colour} kite over {place}" for colour in COLOURS for place in ("the sea", "a wide field", "a narrow field")
     }
-    assert set(first) == kites  # the second choice does not follow from the first
+    assert set(first) == kites  # the second choice is independent of the first
     assert first[5] == prompts(lines(tmp_path, {**entry, "seed": 8, "repeat": 1}))[0]
-    # What the same seed chooses must not change from version to version: folders would render everything again.
+    # The choice of a seed must not change between versions, or folders would render everything again.
     assert first[:3] == FIRST
 
 
@@ -67,7 +67,7 @@ def test_variables(tmp_path):
     [
         ({"prompt": "{a|b"}, "a } for every {"),
         ({"prompt": "$stile"}, r"prompt: got '$stile', expected a variable of the file: $style"),
-        ({"prompt": "{|}"}, "one that leaves some words"),
+        ({"prompt": "{|}"}, "one that is never empty"),
         ({"prompt": "{" * 300 + "a" + "}" * 300}, "fewer braces"),
         ({"vars": {"a": "$b", "b": "$a"}, "prompt": "a"}, "an entry of its own"),
         ({"vars": {"1a": "x"}}, "a name of letters"),
@@ -93,7 +93,7 @@ def test_what_is_wrong_is_said(tmp_path, entry, why):
 
 def test_variables_of_themselves_end():
     circle = Words({"a": ["$b"], "b": ["x $a"]})
-    with pytest.raises(SettingsError, match="not made of themselves"):
+    with pytest.raises(SettingsError, match="not refer to themselves"):
         circle.chosen("$a", "0")
     many = Words({f"v{n}": [f"$v{n + 1} " * 10] for n in range(20)} | {"v20": ["word"]})
     with pytest.raises(SettingsError, match=f"{MAX_PROMPT} at most"):

@@ -1,4 +1,4 @@
-"""What the processes of these tests run."""
+"""Functions that the processes of these tests run."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ FAMILIES = {**KNOWN, **untabled.FOUND}
 
 
 def guidance_of(family, scale=0.5, **settings):
-    """Two weak branches that fork at different depths; the scale of the second one may be a schedule."""
+    """Two perturbed branches that fork at different depths; the scale of the second one may be a schedule."""
     late_then_early = family.layers[::-1]
     kinds = (family.kinds * 2)[:2]
     scales = 1.5, tuple(scale) if isinstance(scale, list) else scale
@@ -35,7 +35,7 @@ def guidance_of(family, scale=0.5, **settings):
 
 
 def clips(names, prompts=1, dtype="float64", settings=None, call=None, **accelerated):
-    """Clips that are divided over the processes, by family."""
+    """Clips whose branches are split over the processes, by family."""
     made = {}
     with computing_in(getattr(torch, dtype)):
         for name in names:
@@ -52,15 +52,16 @@ def many_clips(cases):
 
 
 def four_passes(version, prompts):
-    """LTX-2's own passes, video and audio."""
+    """The four passes of LTX-2, video and audio."""
     with computing_in(torch.float64):
         pipe = stgfast.accelerate(ltx2.build(version=version), branches=dist.group.WORLD)
         return ltx2.call(pipe, prompts)
 
 
 def loads_of_mochi():
-    """Block-rows of a step of a model with as many blocks as the released one, weak at its layer, and predictions that
-    were received in it."""
+    """Block-rows of a step of a model with the released number of blocks, with the released perturbed layer, and the
+    predictions received in it.
+    """
     pipe = models.pipeline("mochi", models.transformer("mochi", seed=1, num_layers=48))
     stgfast.accelerate(pipe, Guidance(Perturbation([34])), branches=dist.group.WORLD)
     mochi = FAMILIES["Mochi"]
@@ -80,7 +81,7 @@ def loads_of_ltx2():
 
 
 def received(pipe):
-    """Bytes that this process got from others."""
+    """The number of bytes that this process got from others."""
     return pipe._stgfast.execution.ranks.received
 
 
@@ -88,7 +89,7 @@ STOPS_AT = 1
 
 
 def ending(how):
-    """What ends a guided call in which rank 1 goes another way, after how many seconds; and the next clip."""
+    """How a guided call ends in which rank 1 diverges, after how many seconds; and the next clip."""
     wire.LIMIT = 2.0
     rank = dist.get_rank()
     family = FAMILIES["LTX"]
@@ -149,7 +150,7 @@ def endings(ways):
 
 
 class Noisy(diffusers.FlowMatchEulerDiscreteScheduler):
-    """Steps with noise of their own, which no pipeline gives a generator for."""
+    """Steps with noise of their own, without a generator from the pipeline."""
 
     def step(self, *args, **kwargs):
         (sample,) = super().step(*args, **kwargs)
@@ -157,7 +158,7 @@ class Noisy(diffusers.FlowMatchEulerDiscreteScheduler):
 
 
 def in_context(pipe, size, mesh=None):
-    """The pipeline with its tokens spread over processes, as diffusers does it, which counts GPUs."""
+    """The pipeline with context parallelism of diffusers, which counts GPUs."""
     config = diffusers.ContextParallelConfig(ulysses_degree=size, mesh=mesh)
     with mock.patch("torch.accelerator.device_count", return_value=dist.get_world_size()):
         for name in ("transformer", "transformer_2"):
@@ -167,14 +168,14 @@ def in_context(pipe, size, mesh=None):
 
 
 def in_tensors(pipe, size):
-    """The pipeline with its weights spread over processes, as diffusers does it, for GPUs alone."""
+    """The pipeline with tensor parallelism of diffusers, which is for GPUs only."""
     devices = mock.patch.object(hooks.tensor_parallel, "_SUPPORTED_TP_DEVICES", ("cpu",))
     with devices, mock.patch("torch.accelerator.device_count", return_value=size):
         pipe.transformer.enable_parallelism(config=diffusers.TensorParallelConfig(tp_degree=size))
     return pipe
 
 
-# Of every kind, at the block that takes a shard of the tokens and behind it.
+# Each kind, at the block that splits the tokens and after it.
 GUIDED = {
     "attention": Guidance([Perturbation([3], kind="attention"), Perturbation([1, 3], kind="attention")], rescale=0.5),
     "residual": Guidance([Perturbation([0]), Perturbation([2])]),
@@ -185,16 +186,16 @@ GUIDED = {
 
 
 def call_of(family, guided):
-    """Where tokens are blurred, one axis is longer than the other."""
+    """If tokens are blurred, one axis is longer than the other."""
     return family.facts.oblong if guided == "blur" else {}
 
 
 def spread(cases):
-    """Clips of families whose model diffusers spreads over processes, or what is said, by name and guidance."""
+    """Clips of families whose model diffusers splits over processes, or the error, by name and guidance."""
     size, made = dist.get_world_size(), {}
     for name, how, guided in cases:
         family, settings, given = FAMILIES[name], {}, GUIDED[guided]
-        compiled = guided == "compiled"  # which is not traced in float64
+        compiled = guided == "compiled"  # which cannot be traced in float64
         with nullcontext() if compiled else computing_in(torch.float64):
             pipe = family.build()
             if how == "context":
@@ -215,7 +216,7 @@ def spread(cases):
                 made[name, how, guided] = str(error)
             if (name, how, guided) == ("Wan", "context", "attention"):
                 ways = stgfast.explain(pipe, **family.arguments(1)).attention
-                made["ways"] = {tuple(blocks) for way, blocks in ways.items() if "in one" in way}
+                made["ways"] = {tuple(blocks) for way, blocks in ways.items() if "all rows" in way}
     return made
 
 

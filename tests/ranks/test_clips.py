@@ -1,4 +1,4 @@
-"""A clip whose branches are divided over processes, against the plain method and against one process."""
+"""A clip whose branches are split over processes, against the plain method and against one process."""
 
 import pytest
 import torch
@@ -9,21 +9,21 @@ from tests.precision import computing_in, same
 from tests.processes import results
 from tests.ranks import jobs
 
-pytestmark = pytest.mark.xdist_group("processes")  # which are forks of one
+pytestmark = pytest.mark.xdist_group("processes")  # they are forks of one process
 
-# Of every protocol: one call of the denoiser, one for every source, an embedded scale, the pipeline's own passes.
+# One for each protocol: one call of the denoiser, one for each source, an embedded scale, the pipeline's own passes.
 SOME = ["Mochi", "LTX", "CogVideoX", "HunyuanVideo", "Wan", "Stable Video Diffusion", "Motif Video", "HunyuanVideo15"]
 CASES = [
     {"names": SOME, "settings": {"rescale": 0.7}},
     {"names": SOME[:5], "prompts": 2, "dtype": "float32", "max_rows": 1},
 ]
-# These differ from the plain method, or have nothing to do with it.
+# These are not compared with the plain method.
 LONG = ["LTX", "Wan", "HunyuanVideo15"]
 STEPS = {"num_inference_steps": 6}
 CARRIED = [
     {"names": LONG, "call": STEPS, "settings": {"reuse": 2, "reuse_cfg": 2, "reuse_order": 1}},
     {"names": LONG, "call": STEPS, "settings": {"reuse_blocks": 2, "stop": 0.7}},
-    # A branch that is left out in some steps: the others stay where what blocks added to them is kept.
+    # A branch that is absent in some steps: the others stay on the rank that keeps their block residuals.
     {"names": ["LTX"], "call": STEPS, "settings": {"reuse_blocks": 2, "scale": [0.5, 0.5, 0.5, 0.0, 0.0, 0.0]}},
     {"names": ["Wan", "LTX", "Cosmos"], "settings": {"start": 0.5}},
     {"names": ["LTX"], "attention": "auto", "max_rows": "all"},
@@ -67,7 +67,7 @@ def test_what_is_carried_on_is_what_one_process_carries_on():
 
 
 def test_the_passes_of_a_pipeline_itself():
-    """LTX-2 asks for its weak branches itself, for video and audio."""
+    """LTX-2 requests its perturbed branches itself, for video and audio."""
     with computing_in(torch.float64):
         expected = ltx2.call(ltx2.build(version="2.0"), prompts=1)
     for made in results(3, jobs.four_passes, "2.0", 1):
@@ -75,6 +75,6 @@ def test_the_passes_of_a_pipeline_itself():
 
 
 def test_loads_are_as_planned():
-    """Counted on the real modules: of 109 block-rows of Mochi's step, and 164 of LTX-2's."""
+    """Counted on the real modules: of 109 block-rows in a step of Mochi, and 164 of LTX-2."""
     assert results(2, jobs.loads_of_mochi) == [(48, 2), (61, 1)]
     assert results(3, jobs.loads_of_ltx2) == [(48, 3), (68, 2), (48, 3)]

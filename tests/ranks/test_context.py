@@ -1,4 +1,4 @@
-"""Tokens, or weights, that diffusers spreads over processes, under guidance; and branches beside tokens."""
+"""Guidance with tokens or weights that diffusers splits over processes; also with branches split."""
 
 import pytest
 import torch
@@ -8,17 +8,17 @@ from tests.precision import computing_in, near, same
 from tests.processes import results
 from tests.ranks import jobs
 
-pytestmark = pytest.mark.xdist_group("processes")  # which are forks of one
+pytestmark = pytest.mark.xdist_group("processes")  # they are forks of one process
 
 KINDS = ["attention", "residual", "blur", "carried on", "compiled"]
 OTHERS = ["Wan of two transformers", "Wan, a time for every token", "modular Wan", "Lucy Edit", "ChronoEdit"]
 REFUSED = {
     ("LTX", "context", "residual"): (
-        "LTXPipeline: got pipe.transformer with its tokens spread over processes, which diffusers cannot do for this "
-        "model: it does not divide the mask of the text"
+        "LTXPipeline: got pipe.transformer with its tokens split over processes, which diffusers cannot do for this "
+        "model: it does not split the text mask"
     ),
     ("Flux", "context", "blur"): (
-        "blur of the queries: got pipe.transformer with its tokens spread over processes, those of text among them"
+        "blur of the queries: got pipe.transformer with its tokens split over processes, including text tokens"
     ),
 }
 
@@ -49,7 +49,7 @@ def test_equals_the_plain_method():
     cases = [("Wan", "context", kind) for kind in KINDS]
     cases += [("Flux", how, kind) for how in ("context", "tensors") for kind in KINDS[:3]]
     made = as_one_process([*cases, ("LTX", "context", "residual")], 2)
-    # Of the two layers with identity rows, one has all of its rows in one call, and the other has not.
+    # Of the two layers with identity rows, only one has all its rows in one call.
     assert [by_case["ways"] for by_case in made] == [{(1,)}] * 2
 
 

@@ -1,4 +1,4 @@
-"""Which rank computes what: pure, and held against every division there is."""
+"""Which rank computes what: pure functions, compared with all possible divisions."""
 
 import itertools
 
@@ -25,7 +25,7 @@ def load(branches, names):
 
 
 def best_of_all(branches, ranks):
-    """The least load of the longest rank, and then of all together."""
+    """The smallest load of the busiest rank, and among these the smallest total."""
     loads = []
     for places in itertools.product(range(ranks), repeat=len(branches)):
         shares = [
@@ -67,7 +67,7 @@ def test_prompts_are_divided_first():
 
 
 def test_ranks_that_gain_nothing_compute_what_others_do():
-    """Nobody has nothing: every rank has an output, whose form it needs."""
+    """Every rank computes something, because it needs an output for its shape."""
     division = divide([[COND]], 4, 3)
     assert division.shares == (frozenset({"cond"}),)
     assert [division.share(rank) for rank in range(3)] == [{"cond"}] * 3
@@ -76,7 +76,7 @@ def test_ranks_that_gain_nothing_compute_what_others_do():
 
 @pytest.mark.parametrize("count", [12, 40])
 def test_many_branches_take_no_time(count):
-    """The best one of a number of tries, which is the same on every rank."""
+    """The best of a fixed number of tries, which is the same on every rank."""
     weak = [Branch(f"weak{n}", "cond", {n % 40: SKIPPED, (n * 7) % 40: IDENTITY}) for n in range(count)]
     one, other = (divide([[UNCOND, COND, *weak]], 40, 8) for _ in range(2))
     assert one == other

@@ -1,4 +1,4 @@
-"""However one process of a clip ends, none of the others waits for it, and all say why in a sentence."""
+"""However one process of a clip ends, no other waits for it, and all report the reason in one sentence."""
 
 import signal
 
@@ -8,11 +8,11 @@ import torch
 from tests.processes import ended, printed, result, results, started
 from tests.ranks import jobs
 
-pytestmark = pytest.mark.xdist_group("processes")  # which are forks of one
+pytestmark = pytest.mark.xdist_group("processes")  # they are forks of one process
 
 OF = "a clip over 2 processes: "
 SAME = "expected the same on all: give every rank the same arguments and seeds"
-# What rank 1 says, and what the others do.
+# What rank 1 reports, and what the others do.
 WAYS = {
     "raises": ("ValueError: a sentence of the callback", "rank 1 failed: ValueError: a sentence of the callback"),
     "is interrupted": ("KeyboardInterrupt: ", "rank 1 failed: KeyboardInterrupt"),
@@ -45,13 +45,13 @@ def test_one_that_has_gone(tmp_path, how, size):
     for rank in {0, 2, 3} & set(range(size)):
         said, took, _ = result(tmp_path, rank)
         assert said.startswith(f"RankError: a clip over {size} processes: rank 1 ")
-        assert "has gone: its process ended" in said or how == "exits"
+        assert "is gone: its process ended" in said or how == "exits"
         assert took < 20
 
 
 def test_one_that_hangs():
-    """Nobody waits for longer than the limit, here of 2 s."""
+    """No process waits longer than the limit, here 2 s."""
     (said, took, _), (late, _, _) = results(2, jobs.ending, "hangs")
-    assert said == f"RankError: {OF}rank 1 did not come within 2 s"
+    assert said == f"RankError: {OF}rank 1 did not answer within 2 s"
     assert 2 < took < 6
     assert late.startswith(f"RankError: {OF}")

@@ -1,8 +1,8 @@
-"""A run that is killed again and again, while other processes add jobs, cancel some, pause and put first at random.
+"""A run that is killed many times, while other processes add, cancel, pause and prioritise jobs at random.
 
     python -m tests.render.asked --jobs 300 --kills 10
 
-In the end every job that was not cancelled is rendered once, none that was cancelled is, and states agree with files.
+In the end every job that was not cancelled is rendered once, no cancelled job is, and the states match the files.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from stgfast.render.gallery import NAME
 from tests.render import pipes
 
 CLI = [sys.executable, "-m", "stgfast.cli"]
-STEPS = 24  # so that a kill hits something
+STEPS = 24  # so that jobs are claimed at a kill
 SETS = [f"--set={name}={value}" for name, value in {**pipes.CALL, "steps": STEPS}.items()] + [
     '--set=pipeline={"max_sequence_length": 16}'
 ]
-CROWD = 3  # processes that ask, at a time
+CROWD = 3  # processes that send commands at the same time
 
 
 class Asker:
-    """Who asks a folder, by commands of a shell, and remembers what was cancelled."""
+    """Sends commands to a folder from a shell, and remembers what was cancelled."""
 
     def __init__(self, out: Path, rng: random.Random, jobs: int):
         self.out, self.rng, self.jobs = out, rng, jobs
@@ -48,13 +48,13 @@ class Asker:
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
     def round(self) -> None:
-        """Some commands at once."""
+        """Several commands at once."""
         several = [
             (kind, self.ask(*arguments)) for kind, *arguments in (self.choice() for _ in range(CROWD)) if arguments
         ]
         for kind, process in several:
             said, _ = process.communicate(timeout=60)
-            assert process.returncode in (0, 1), said  # 1: no job of this name is left to be told
+            assert process.returncode in (0, 1), said  # 1: no unfinished job has this name
             if kind == "cancel" and process.returncode == 0:
                 self.cancelled |= {name.strip().removesuffix(".mp4") for name in said.split(":", 1)[1].split(",")}
 
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
             with Desk(out) as desk:
                 claimed = sum(status_of(desk).counts[name] for name in ("claimed", "publishing"))
             if claimed or time.monotonic() > until + 5:
-                # Half of the time the run alone, and half of the time the process that renders with it.
+                # Half of the kills hit the run only, the others also the worker process.
                 (os.killpg if len(killed) % 2 else os.kill)(run.pid, signal.SIGKILL)
                 run.wait()
                 killed.append(claimed)
@@ -130,12 +130,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def finish(run: subprocess.Popen[bytes], out: Path, log: Path) -> None:
-    """Until nothing waits; then the run is told to end."""
+    """Wait until no job waits, then end the run."""
     until = time.monotonic() + 600
     while True:
         with Desk(out) as desk:
             found = status_of(desk)
-        ready = '"event": "ready"' in log.read_text()  # before that, a signal ends it as any other process
+        ready = '"event": "ready"' in log.read_text()  # before that, a signal ends it like any process
         if ready and not found.inbox and not sum(found.counts[name] for name in ("pending", "claimed", "publishing")):
             break
         assert time.monotonic() < until, found
@@ -154,7 +154,7 @@ def check(asker: Asker, out: Path, logs: list[Path]) -> dict[str, int]:
     files = {path.name for path in out.iterdir()} - {FOLDER, NAME}
     wanted = {f"{name}.mp4" for name in set(asker.added) - asker.cancelled}
     assert files == wanted, (sorted(files - wanted), sorted(wanted - files))
-    # What was cancelled before any run had looked at it is on no list.
+    # Jobs that were cancelled before a run read them are not in the state.
     assert {file for file, row in rows.items() if row["status"] == DONE} == wanted
     others = {file: row["status"] for file, row in rows.items() if file not in wanted}
     assert set(others.values()) <= {CANCELLED}, others

@@ -1,4 +1,4 @@
-"""A model in a folder, and a Ray of this machine, for the tests of more than one file."""
+"""A model in a folder and a local Ray cluster, for the tests of several files."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Its address. This process is part of it, so that runs find it."""
+    """The address of the cluster. This process has joined it, so that runs find it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(connecting, "STORE", 80 << 20)

@@ -1,9 +1,9 @@
-"""A run that is killed again and again, at random moments, and what is left of it in the end.
+"""A run that is killed many times, at random moments, and its result.
 
     python -m tests.render.killed --jobs 200 --kills 20
 
-One process holds the model; every start is a fork of it that renders, and is killed with SIGKILL. Afterwards every job
-is rendered alone, and compared.
+One process loads the model. Each start is a fork of it that renders, and is killed with SIGKILL. Afterwards every job
+is rendered alone for comparison.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ BAD = (
 
 @dataclass(frozen=True)
 class Kind:
-    """What is rendered: a pipeline, and what its jobs choose from."""
+    """What is rendered: a pipeline, and the settings that its jobs choose from."""
 
     pipeline: Callable[[], Any]
     prompts: Sequence[str]
@@ -105,7 +105,7 @@ def job_file(path: Path, count: int, bad: int, rng: random.Random, kind: Kind) -
 
 
 def start(pipe: object, jobs: Path, out: Path, log: Path, max_batch: int) -> int:
-    """A process that renders, and says in a log what it finished."""
+    """A process that renders, and logs the finished clips."""
     child = os.fork()
     if child:
         return child
@@ -130,7 +130,7 @@ def start(pipe: object, jobs: Path, out: Path, log: Path, max_batch: int) -> int
 
 
 def compare(pipe: object, jobs: Path, out: Path, alone: Path, max_batch: int) -> tuple[int, float]:
-    """How many clips are bit for bit what they are alone, and the largest relative difference of latents."""
+    """The number of clips that are bit for bit the same as alone, and the largest relative difference of latents."""
     seen: dict[str, dict[str, torch.Tensor]] = {"together": {}, "alone": {}}
     decoded = worker.BatchRun._decoded
     where = "alone"
@@ -167,7 +167,7 @@ def run(
     job_file(jobs, count, bad, rng, KINDS[model])
     pipe = KINDS[model].pipeline()
     killed = 0
-    # Each kill comes when so many clips are done, and then a random moment later: all come before the last clip.
+    # Each kill comes a random time after a certain number of clips, so all come before the last clip.
     moments = sorted(rng.sample(range(int(0.8 * (count - bad))), kills))
     while True:
         child = start(pipe, jobs, out, log, max_batch)
@@ -223,7 +223,7 @@ def done(log: Path) -> int:
 
 
 def alive(child: int) -> bool:
-    """Whether it runs; one that ended waits for its parent to look."""
+    """Whether it runs. A process that ended waits for its parent to read its exit code."""
     return Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
 
 

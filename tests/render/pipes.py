@@ -1,4 +1,4 @@
-"""Tiny pipelines that read text: random weights, and a tokenizer of whole words."""
+"""Tiny pipelines with text encoders: random weights, and a tokenizer of whole words."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def pipeline(family: str = "wan", seed: int = 0) -> Any:
 
 
 def named(build: Any, guidance: Guidance = Guidance(Perturbation([1]))) -> Named:  # noqa: B008
-    """A model of a name of its own, for `stgfast.render.models.NAMED`."""
+    """A model with a name in `stgfast.render.models.NAMED`."""
     return Named(build, "WanPipeline", guidance)
 
 

@@ -1,4 +1,4 @@
-"""Models with a name of their own that hang, or take their process down, where a job asks for it by its prompt."""
+"""Named models that hang, or kill their process, if the prompt of a job asks for it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def forever():
 
 ACTIONS = {
     "sleeps": forever,
-    "blocks": lambda: time.sleep(1e6),  # no line of Python comes after it
-    "blocks all": lambda: ctypes.PyDLL(None).sleep(1_000_000),  # other threads of the process do not run either
+    "blocks": lambda: time.sleep(1e6),  # no Python code runs after it
+    "blocks all": lambda: ctypes.PyDLL(None).sleep(1_000_000),  # other threads of the process do not run
     "exits": lambda: os._exit(137),
     "is killed": lambda: os.kill(os.getpid(), signal.SIGKILL),
     "breaks the device": None,
@@ -34,7 +34,7 @@ ACTIONS = {
 
 
 def named(what: str, marker: Path | None = None) -> Named:
-    """A model that does so at the word `bad`; with a marker, only where that file is not there yet, which it makes."""
+    """A model that does so at the word `bad`. With a marker, only if that file does not exist; the model makes it."""
     return pipes.named(functools.partial(build, what, marker))
 
 
@@ -66,7 +66,7 @@ def _act(what: str) -> None:
 
 
 def _watch() -> None:
-    """A thread's prompts are known, however they come to the pipeline."""
+    """Record the prompts of a thread, in whichever way the pipeline gets them."""
     if getattr(worker.BatchRun, "watched", False):
         return
     clips = worker.BatchRun.clips

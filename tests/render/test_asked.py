@@ -1,4 +1,4 @@
-"""Killed while other processes ask. The same with 300 jobs and 10 kills: `python -m tests.render.asked`."""
+"""Killed while other processes send commands. The same with 300 jobs and 10 kills: `python -m tests.render.asked`."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def soon(monkeypatch):
 
 
 def test_work_arrives_while_it_runs(tmp_path):
-    """A run that stays takes what is added, by its own defaults; it refuses what the model cannot do."""
+    """A waiting run takes added jobs, with its own defaults, and refuses those that the model cannot do."""
     events, defaults = [], {**pipes.CALL, **TEXT}
 
     def listener(event):
@@ -50,7 +50,7 @@ def test_work_arrives_while_it_runs(tmp_path):
     assert told.count("added") == told.count("refused") == 1
     (refused,) = [event for event in events if event["event"] == "refused"]
     assert "divisible by 16" in refused["error"]
-    # What was added is any run's of the model, also without a job file.
+    # Any run of the model takes added jobs, also one without a job file.
     with Desk(tmp_path) as desk:
         desk.add([{"prompt": "a dog runs", "name": "e"}])
     assert render(pipes.guided(), None, tmp_path, **settings).rendered == 1
@@ -81,7 +81,7 @@ def test_a_folder_is_paused_and_resumed(tmp_path):
 
 
 def test_a_job_that_is_rendered_and_cancelled_leaves_nothing(tmp_path, monkeypatch):
-    """The others of its batch are rendered, and it is thrown away when it is done."""
+    """The others of its batch are rendered; its clip is discarded."""
     events, write = [], batch_run.write
 
     def slow(*arguments):
@@ -111,4 +111,4 @@ def test_asked_by_others_and_killed(tmp_path):
     result = json.loads(ended.stdout.splitlines()[-1])
     assert (result["kills"], result["jobs"]) == (2, 40)
     assert result["clips"] + result["cancelled"] == 40
-    assert sum(result["claimed when killed"]) > 0  # a kill that hits nothing shows nothing
+    assert sum(result["claimed when killed"]) > 0  # a kill without claimed jobs tests nothing

@@ -1,4 +1,4 @@
-"""The command: what a person sees, what a machine reads, and what the shell is told."""
+"""The command: output for people, output for programs, and exit codes."""
 
 import argparse
 import http.server
@@ -65,7 +65,7 @@ def test_a_log_has_lines(tmp_path):
     code, _, err = call(prompts(tmp_path), "--out", tmp_path / "out", *SETS)
     assert code == 0
     assert "\r" not in err
-    assert re.search(r"^[12] of 2 jobs settled$", err, re.MULTILINE)
+    assert re.search(r"^[12] of 2 jobs finished$", err, re.MULTILINE)
 
 
 def test_a_narrow_terminal_gets_short_lines(tmp_path, monkeypatch):
@@ -91,7 +91,7 @@ def test_bad_lines(tmp_path):
     (tmp_path / "jobs.jsonl").write_text('{"prompt": "a"}\nno\n{"prompt": "b", "name": "../b\\u001b[2J"}\n')
     code, out, err = call(tmp_path / "jobs.jsonl", "--out", tmp_path / "out", *SETS)
     assert (code, out) == (2, "")
-    assert "line 2: a line: got what is not JSON" in err
+    assert "line 2: a line: got invalid JSON" in err
     assert "line 3: name: got" in err
     assert "2 bad lines; nothing was rendered" in err
     assert "\x1b" not in err
@@ -205,14 +205,14 @@ def test_a_sweep_over_a_file_of_prompts_and_cfg_scales(tmp_path):
     }
     assert {job["pipeline"]["max_sequence_length"] for job in planned} == {16}  # of --set
     with Store(tmp_path / "out") as store:
-        assert list(store.rows(every=True)) == []  # a plan keeps nothing
+        assert list(store.rows(every=True)) == []  # a plan writes nothing
     (tmp_path / "prompts.txt").write_text("# none\n")
     code, _, err = call(*arguments, *SETS, add=command.add_sweep)
     assert (code, "expected one with a job in it" in err) == (2, True)
 
 
 def test_a_layer_that_the_model_does_not_have(tmp_path):
-    """How many it has is known when it is loaded; the other jobs go on."""
+    """The number of layers is known when the model is loaded; the other jobs continue."""
     arguments = ("a red kite", "--layers", "1", "99", "--scales", "1", "--out", tmp_path / "out")
     code, _, err = call(*arguments, *SETS, add=command.add_sweep)
     assert code == 1
@@ -270,7 +270,7 @@ sys.exit(cli.main())
         assert process.wait() == 0, said
     assert "Traceback" not in said
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 3
-    assert "Nobody reads the output of the run any more" in (tmp_path / "out" / NAME).read_text()
+    assert "The output of the run has no reader any more" in (tmp_path / "out" / NAME).read_text()
 
 
 def test_nothing_that_is_printed_is_a_command_to_the_terminal():
@@ -296,7 +296,7 @@ def test_a_reader_of_the_list_that_goes_away(tmp_path):
 def test_a_plan_says_how_long_and_how_many_bytes(tmp_path):
     jobs = prompts(tmp_path)
     out = tmp_path / "out"
-    assert "how long it takes is not known" in call(jobs, "--out", out, "--plan", *SETS)[2]
+    assert "time unknown" in call(jobs, "--out", out, "--plan", *SETS)[2]
     call(jobs, "--out", out, *SETS)
     jobs.write_text("a red kite\na dog\n")
     _, said, _ = call(jobs, "--out", out, "--plan", "--json", *SETS)
@@ -314,13 +314,12 @@ def test_a_disk_that_is_too_small(tmp_path):
     err = io.StringIO()
     Screen("render", io.StringIO(), err, quiet=False, as_json=False).show(event)
     assert err.getvalue() == (
-        "2 clips will take about 2 h 1 min and 2.00 GB; the disk has 1.00 GB, which is too little; of 1 others it is "
-        "not known\n"
+        "2 clips will take about 2 h 1 min and 2.00 GB; the disk has 1.00 GB, which is not enough; unknown for 1 more\n"
     )
 
 
 def test_somebody_is_told_when_it_is_over(tmp_path):
-    """A command reads the report, and an address gets it; where they fail, the run ended as it did."""
+    """A command and a URL receive the report. If they fail, the exit code stays the same."""
     got = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -330,7 +329,7 @@ def test_somebody_is_told_when_it_is_over(tmp_path):
             self.end_headers()
 
         def log_message(self, *_):
-            """Silence."""
+            """Log nothing."""
 
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -357,7 +356,7 @@ def test_somebody_is_told_when_it_is_over(tmp_path):
 
 
 def test_every_line_for_a_machine_has_its_form(tmp_path):
-    """However a run ends, the last line says with which exit code."""
+    """However a run ends, the last line has the exit code."""
     known, seen = documented(), []
     (tmp_path / "bad.jsonl").write_text('{"prompt": 1}\n')
     for arguments, code in (
@@ -381,7 +380,7 @@ def test_every_line_for_a_machine_has_its_form(tmp_path):
 
 
 def documented():
-    """The table of events of the README: what each has."""
+    """The table of events in the README: the fields of each."""
     text = (Path(command.__file__).parent / "README.md").read_text().partition("## For programs")[2]
     rows = re.findall(r"^\| `([a-z]+)` \|\s*([^|]*?)\s*\|", text, re.MULTILINE)
     return {name: set(re.findall(r"`(\w+)`", fields)) for name, fields in rows}

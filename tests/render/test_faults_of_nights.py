@@ -1,4 +1,4 @@
-"""What an operator met in a night, each with what became of it."""
+"""Faults that an operator met during unattended runs, each with the expected behaviour."""
 
 import errno
 import json
@@ -47,7 +47,7 @@ def told(events, name):
 
 
 def test_a_full_disk_fails_no_job_for_its_prompt(tmp_path, pipe, monkeypatch):
-    """Encoded prompts that find no room on the disk are forgotten, and encoded again."""
+    """Encoded prompts that do not fit on the disk are dropped, and encoded again."""
     encoded = []
     monkeypatch.setattr(texts, "MEMORY", 1)
     monkeypatch.setitem(texts.Texts.__init__.__kwdefaults__, "memory", 1)
@@ -88,7 +88,7 @@ def test_what_is_on_disk_of_prompts_is_bounded(tmp_path):
         (made,) = kept.encoding(pipe, 1)(prompt=[f"p{number}"])
         assert torch.equal(made, torch.ones(1, 1000))
         assert len(calls) - before == more, number
-    shutil.rmtree(tmp_path / "texts")  # by somebody who needs the room
+    shutil.rmtree(tmp_path / "texts")  # by another program that needs the space
     assert torch.equal(kept.encoding(pipe, 1)(prompt=["p36"])[0], torch.ones(1, 1000))
 
 
@@ -99,8 +99,8 @@ def test_a_plan_keeps_nothing_and_what_is_not_rendered_can_be_changed(tmp_path, 
     events = []
     assert go(pipe, some(steps=3), tmp_path, events, plan_only=True).waiting == 3
     assert [event["job"]["steps"] for event in told(events, "listed")] == [3, 3, 3]
-    assert go(pipe, some(1, steps=3), tmp_path).done == 1  # under a name that other plans had
-    with Store(tmp_path) as store:  # two that wait, of which one failed
+    assert go(pipe, some(1, steps=3), tmp_path).done == 1  # under the name of other plans
+    with Store(tmp_path) as store:  # two pending jobs, one of them failed before
         for number in (1, 2):
             store.stage(described(pipe).settled(Job(**some()[number])), f"k{number}", 1, "", "m")
         with store.taking_up([]) as bad:
@@ -123,7 +123,7 @@ def test_a_model_with_fewer_layers_than_the_default_s(tmp_path, pipe):
     with pytest.raises(BadJobs) as caught:
         go(tmp_path / "model", some(1, num_frames=9), tmp_path / "other", **made)
     assert said in caught.value.lines[0].why
-    # A clip without STG, and one of a model that was loaded so, are what they always were.
+    # A clip without STG, and a clip of a loaded pipeline, have the same name as before.
     assert (
         go(tmp_path / "model", some(1, **layers | {"guidance": {"perturbations": []}}), tmp_path / "plain", **made).done
         == 1
@@ -218,7 +218,7 @@ def test_strange_clips_are_flagged(tmp_path, pipe, monkeypatch):
     assert remark_on(frames, 5) == remark_on(frames, None) == ""
     assert remark_on(frames, 6) == "it has 5 frames, where 6 were asked for"
     assert remark_on(frames // 64, 5) == "it is black"
-    assert remark_on(np.full_like(frames, 99), 5) == "it is of one colour"
+    assert remark_on(np.full_like(frames, 99), 5) == "it has only one colour"
     assert remark_on(np.repeat(frames[:1], 5, axis=0), 5) == "it does not move: all frames are the same"
     monkeypatch.setattr(batch_run, "pixels", lambda clip: frames // 64)
     events = []
@@ -274,7 +274,7 @@ def test_a_sweep_says_its_own_name(tmp_path, capsys):
 
 @pytest.mark.parametrize("closed", [">&- 2>&-", pytest.param("<&- >&-", marks=pytest.mark.again)])
 def test_closed_files_end_nothing(tmp_path, closed):
-    """Nor is what is printed taken for the state of the folder, which would have their number."""
+    """And output is not written into the state file, which could get the number of a closed stream."""
     jobs = tmp_path / "jobs.jsonl"
     jobs.write_text("\n".join(json.dumps(job) for job in [{"prompt": "a red square moves left", "steps": 1}]))
     given = f"render {jobs} --model toy --out {tmp_path / 'out'} --same-process"
@@ -285,7 +285,7 @@ def test_closed_files_end_nothing(tmp_path, closed):
 
 
 def test_a_clip_is_made_again_from_what_it_says(tmp_path, pipe):
-    """A prompt that has braces when its words are chosen keeps them."""
+    """A prompt that contains braces after its choices keeps them."""
     path = tmp_path / "jobs.jsonl"
     path.write_text(json.dumps({**some(1)[0], "prompt": r"a \{red|blue\} {kite|kite}", "name": ""}))
     assert go(pipe, path, tmp_path / "out").done == 1

@@ -1,4 +1,4 @@
-"""Clips as files: what goes in comes out, and a file is whole or not there."""
+"""Clips as files: what is written is read back, and a file is complete or absent."""
 
 import errno
 import json
@@ -17,7 +17,7 @@ SAID = {"job": {"prompt": "<script>alert(1)</script> über \u2603", "seed": 3}, 
 
 
 def clip(frames=6, height=48, width=64):
-    """Colours that move, and that a wrong matrix would change."""
+    """Moving colours that a wrong colour matrix would change."""
     y, x = np.mgrid[:height, :width]
     ramp = [np.stack([x * 255 / width, y * 255 / height, 0 * x + 40 * t], -1) for t in range(frames)]
     return np.stack(ramp).astype(np.uint8)
@@ -37,7 +37,7 @@ def test_round_trip(tmp_path, kind, budget):
 
 @pytest.mark.parametrize("channels", [1, 2])
 def test_sound(tmp_path, channels):
-    """A tone for each channel, and what is too loud is cut."""
+    """A tone for each channel; samples that are too loud are clipped."""
     import av
 
     rate, seconds = 24000, 0.6
@@ -113,7 +113,7 @@ def test_publish_replaces_nothing(tmp_path, kind):
         publish(aside, final)
     assert final.read_text() == "somebody else's"
     final.unlink()
-    final.symlink_to(tmp_path / "nowhere")  # a link is something too
+    final.symlink_to(tmp_path / "nowhere")  # a link counts as existing
     with pytest.raises(FileExistsError):
         publish(aside, final)
     final.unlink()

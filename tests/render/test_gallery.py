@@ -1,4 +1,4 @@
-"""The page about an output folder, read as text and, where there is a browser, looked at in it."""
+"""The page of an output folder, read as text and, if there is a browser, viewed in it."""
 
 import json
 import re
@@ -27,7 +27,7 @@ def data_of(page):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two layers by three scales, in all three forms, and two that failed."""
+    """Two layers by three scales, in all three formats, and two failed jobs."""
     rows = []
     for number, (layer, scale) in enumerate((layer, scale) for layer in (2, 10) for scale in (0.5, 1.0, 2.0)):
         frames = np.zeros((24, 32, 48, 3), np.uint8)
@@ -165,5 +165,5 @@ def test_it_is_readable_and_quiet(browser, folder, size):
     assert browser.execute_script(f"return {small}.length") == 0
     low = "[...document.querySelectorAll('button, input, select')].filter(e => e.offsetHeight && e.offsetHeight < 36)"
     assert browser.execute_script(f"return {low}.filter(e => e.type !== 'range').length") == 0
-    assert browser.title == "Clips"  # and not what a prompt would have it be
+    assert browser.title == "Clips"  # and not a value from a prompt
     assert [entry for entry in browser.get_log("browser") if entry["level"] != "INFO"] == []

@@ -1,4 +1,4 @@
-"""How long a batch may take, by a clock of the test's own."""
+"""Time limits of a batch, with a clock of the test."""
 
 import pytest
 
@@ -12,7 +12,7 @@ from stgfast.render.outcomes import Clock, Progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds that pass where a test says so."""
+    """Seconds that pass when a test says so."""
     now = [100.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     return now
@@ -39,7 +39,7 @@ def test_a_batch_that_takes_too_long_is_ended_then_its_process(clock):
     late, quiet = batch(1, limit=4.0), batch(5, quiet=9.0)
     for seconds, silence, asked in (
         (4.0, 9.0, []),
-        (4.1, 9.1, [("expire", 1, "it took longer than 4 s"), ("expire", 5, "it did nothing for 9 s")]),
+        (4.1, 9.1, [("expire", 1, "it took longer than 4 s"), ("expire", 5, "it made no progress for 9 s")]),
     ):
         found.enforce(
             crew, [Progress(late, "denoise", 3, 9, seconds, 0.0), Progress(quiet, "", 0, 0, 0.0, silence)], ()
@@ -93,5 +93,5 @@ def test_what_a_process_has_not_said_since_is_added(clock):
     assert (one.progress(alone=False).seconds, one.progress(alone=False).quiet) == (9.0, 3.0)
     assert other.progress(alone=False).seconds == 0.5
     assert silent([one, other], clock[0] - 9) == ""
-    assert silent([one, other], clock[0] - 9.1) == "the process that renders did not answer for 9 s"
+    assert silent([one, other], clock[0] - 9.1) == "the worker process did not answer for 9 s"
     assert silent([one], clock[0] - 99) == ""  # which is timed by itself

@@ -1,4 +1,4 @@
-"""Loading as it is asked for: what is exact, where parts are meanwhile, and one sentence where it cannot be."""
+"""Options of loading: which components stay exact, where they are kept, and one sentence for what is impossible."""
 
 import inspect
 import shutil
@@ -45,7 +45,7 @@ def test_some_parts_are_exact_in_any_type(saved):
 
 
 def test_where_parts_are(saved):
-    """On a device that has no numbers, as there may be no other."""
+    """On the meta device, because there may be no other."""
     for offload, where in ((None, "meta"), ("text", "cpu")):
         pipe = described(saved).load(Loading(device="meta", offload=offload))
         assert pipe.transformer.device.type == pipe.vae.device.type == "meta"
@@ -105,7 +105,7 @@ def test_attention_by_what_is_fastest(saved, tmp_path, monkeypatch):
 
 
 def test_decoding_in_tiles(saved, tmp_path):
-    """Of the run's own VAE; the clip says so."""
+    """Tiling is set on the VAE of the run only, and recorded in the clip."""
     plain = frames(saved, tmp_path / "plain")
     pipe = described(saved).load(Loading(device="cpu", vae_tiling=True))
     assert pipe.vae.use_tiling

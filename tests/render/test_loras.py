@@ -1,4 +1,4 @@
-"""LoRAs of jobs: a clip is what it is alone, whatever others had before it."""
+"""LoRAs of jobs: a clip is the same as alone, whatever LoRAs other clips had before it."""
 
 import json
 
@@ -25,7 +25,7 @@ TEXT = {"pipeline": {"max_sequence_length": 16}}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Two of this model, and one of another."""
+    """Two LoRAs of this model, and one of another."""
     folder = tmp_path_factory.mktemp("loras")
     for seed, name in enumerate(("one", "two")):
         pipe = pipes.pipeline("wan")
@@ -43,7 +43,7 @@ def files(tmp_path_factory):
 
 
 def job(number, *loras, **more):
-    """`loras` by name and weight."""
+    """A job with these `loras` by name and weight."""
     used = [{"path": name, "weight": weight} for name, weight in loras]
     return {**pipes.CALL, **TEXT, "prompt": "a red kite", "seed": 3, "name": f"k{number}", "loras": used, **more}
 
@@ -68,7 +68,7 @@ LOOKS = [
 
 
 def test_a_clip_is_what_it_is_alone(tmp_path, files):
-    """And what diffusers makes of it; a clip without any is the same bit for bit."""
+    """And the same as in diffusers; a clip without LoRAs is the same bit for bit."""
     looks = [*LOOKS, LOOKS[1], LOOKS[0]]
     jobs = [job(number, *look, seed=number // len(LOOKS)) for number, look in enumerate(looks)]
     events = []
@@ -109,7 +109,7 @@ def test_a_clip_says_which_it_had(tmp_path, files):
     assert Job.from_dict(said).to_dict() == said
     assert '"loras": "two 0.5"' in (tmp_path / "index.html").read_text()
     assert go(pipes.guided(), [said], tmp_path).rendered == 0
-    with pytest.raises(SettingsError, match="the file of then"):
+    with pytest.raises(SettingsError, match="as when the job was made"):
         Job.from_dict({**said, "loras": [{**lora, "sha256": "0" * 64}]})
     with pytest.raises(BadJobs, match=r"with other settings \(loras\)"):
         go(pipes.guided(), write(files, [job(0, *LOOKS[1])]), tmp_path)
@@ -122,7 +122,7 @@ def test_one_that_is_of_another_model_fails_its_job(tmp_path, files):
     assert (report.done, report.failed) == (3, 1)
     (failed,) = [event for event in events if event["event"] == "failed"]
     assert failed["file"] == "k1"
-    assert "got 'other.safetensors', none of whose weights is for this model" in failed["error"]
+    assert "got 'other.safetensors', a file without weights for this model" in failed["error"]
 
 
 def test_an_archive_is_rendered(tmp_path, files):
@@ -169,4 +169,4 @@ def test_pipelines_and_runs_that_take_none(tmp_path, files, monkeypatch):
     pipe.load_lora_weights(str(files / "two.safetensors"))
     report = go(pipe, write(files, [job(0), job(1, *LOOKS[1])]), tmp_path / "own")
     assert (report.done, report.failed) == (1, 1)
-    assert pipe.get_list_adapters()  # whose they are keeps them
+    assert pipe.get_list_adapters()  # its owner keeps them

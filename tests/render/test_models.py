@@ -1,4 +1,4 @@
-"""What a model is, before and after it is loaded; and that its folder runs nothing."""
+"""A model before and after loading; its folder runs no code."""
 
 import json
 
@@ -77,11 +77,11 @@ def test_a_graph_is_of_one_thread():
 
 
 def test_code_in_a_folder(changed, tmp_path):
-    """A class, a component, or a tokenizer that the folder brings itself."""
+    """A class, a component, or a tokenizer with code in the folder."""
     ran = tmp_path / "ran"
     folder = changed("model_index.json", lambda index: index.update(_class_name=["pipeline", "Evil"]))
     (folder / "pipeline.py").write_text(f"open({str(ran)!r}, 'w')\n")
-    with pytest.raises(SettingsError, match="used only where it is trusted by name"):
+    with pytest.raises(SettingsError, match="loaded only if it is trusted by name"):
         described(folder)
     with pytest.raises(SettingsError, match="trust: got 'yes', expected the name of the model"):
         described(folder, trust="yes")
@@ -93,7 +93,7 @@ def test_components_from_elsewhere(changed, library):
     folder = changed("model_index.json", lambda index: index.update(vae=[library, "Evil"]))
     with pytest.raises(SettingsError, match=f"library of vae in model_index.json: got '{library}'"):
         described(folder)
-    with pytest.raises(SettingsError, match="library of vae"):  # as where it comes from the hub
+    with pytest.raises(SettingsError, match="library of vae"):  # as if it came from the hub
         Model(str(folder), diffusers.WanPipeline).load(CPU)
 
 
@@ -200,6 +200,6 @@ def test_frames_in_a_second():
     ],
 )
 def test_frames_in_a_second_of_a_family(kind, config, fps):
-    """As published: the adapter's, or the pipeline's own argument for it."""
+    """As published: from the adapter, or from the pipeline's argument for it."""
     model = Model("m", getattr(diffusers, kind), config=config)
     assert model.fps(Job(prompt="a red kite")) == fps

@@ -1,4 +1,4 @@
-"""A worker in a process of its own: jobs that hang, or take their process down, fail alone, and the night goes on."""
+"""A worker process: jobs that hang, or kill their process, fail alone, and the run continues."""
 
 import collections
 import os
@@ -21,7 +21,7 @@ from stgfast.render.run import render
 from tests.render import pipes, standins
 
 TEXT = {"pipeline": {"max_sequence_length": 16}}
-LIMIT = 8.0  # seconds; a small clip takes less, on a machine that is busy with other tests too
+LIMIT = 8.0  # seconds; a small clip takes less, even on a busy machine
 
 
 def some(count, bad=()):
@@ -62,9 +62,9 @@ def test_a_job_that_hangs_fails_within_its_limit(tmp_path, monkeypatch, what):
     assert (report.done, report.failed, report.waiting, report.code) == (19, 1, 0, 1)
     (failed,) = told(events, "failed")
     assert failed["file"] == "k07"
-    where = "its beginning" if what == "blocks all" else "denoise"
+    where = "its first stage" if what == "blocks all" else "denoise"
     assert failed["error"].startswith(f"it took longer than {LIMIT:g} s (in {where}")
-    # A thread that can be stopped costs no process; where nobody knows which of several batches hangs, it costs two.
+    # A thread that can be stopped costs no process. If it is unknown which of several batches hangs, two are needed.
     assert len(told(events, "ready")) == {"sleeps": 1, "blocks": 2, "blocks all": 3}[what]
     nothing_stray(tmp_path / "out", [f"k{n:02}" for n in range(20) if n != 7])
     assert children() == []
@@ -74,7 +74,7 @@ def test_a_job_that_hangs_fails_within_its_limit(tmp_path, monkeypatch, what):
 
 @pytest.fixture
 def unwatched(monkeypatch):
-    """What a stand-in puts into this process is taken out again."""
+    """Remove from this process what a test model put into it."""
     monkeypatch.setattr(worker.BatchRun, "watched", False, raising=False)
     monkeypatch.setattr(worker.BatchRun, "clips", worker.BatchRun.clips)
 
@@ -103,12 +103,12 @@ def test_a_batch_that_hangs_is_rendered_one_by_one(tmp_path, monkeypatch, unwatc
 
 
 def test_limits_are_by_what_others_took(tmp_path, monkeypatch, unwatched):
-    """Where none was rendered, a batch may be silent for a while; then it may take many times what they took."""
+    """Without rendered clips, a batch may be silent for a while; later it may take many times their time."""
     monkeypatch.setitem(models.NAMED, "standing", standins.named("sleeps"))
     monkeypatch.setattr(limits, "QUIET", 3.0)
     events, here = [], {"same_process": True}
     assert go("standing", some(1, bad=[0]), tmp_path / "out", events, **here).failed == 1
-    assert told(events, "failed")[0]["error"].startswith("it did nothing for 3 s (in denoise")
+    assert told(events, "failed")[0]["error"].startswith("it made no progress for 3 s (in denoise")
     assert go("standing", some(2, bad=[0]), tmp_path / "out", events, **here).done == 1
     monkeypatch.setattr(limits, "LEAST", 3.5)
     monkeypatch.setattr(limits, "GENEROUS", 0.01)
@@ -118,7 +118,7 @@ def test_limits_are_by_what_others_took(tmp_path, monkeypatch, unwatched):
 
 @pytest.mark.parametrize("what", ["exits", "is killed", "breaks the device"])
 def test_a_job_that_takes_its_process_down_fails(tmp_path, monkeypatch, what):
-    """And no other one with it. What was rendered beside it is not blamed for ever."""
+    """And no other job with it. Jobs that were rendered beside it are not blamed forever."""
     monkeypatch.setitem(models.NAMED, "standing", standins.named(what))
     events = []
     report = go("standing", some(12, bad=[3]), tmp_path / "out", events, max_batch=2)
@@ -126,11 +126,11 @@ def test_a_job_that_takes_its_process_down_fails(tmp_path, monkeypatch, what):
     (failed,) = told(events, "failed")
     assert failed["file"] == "k03"
     why = {
-        "exits": "the process that renders ended with exit code 137",
-        "is killed": "the process that renders was ended by SIGKILL, as the system ends one where memory is short",
+        "exits": "the worker process ended with exit code 137",
+        "is killed": "the worker process was ended by SIGKILL, as the system does when memory is short",
         "breaks the device": "RuntimeError: CUDA error",
     }[what]
-    said = "the process that rendered it died 3 times, the last time with nothing else claimed: "
+    said = "the process that rendered it died 3 times, the last time while no other job was claimed: "
     assert failed["error"] == said + why
     assert [event["files"] for event in told(events, "died")][-1] == ["k03"]
     nothing_stray(tmp_path / "out", [f"k{n:02}" for n in range(12) if n != 3])
@@ -179,7 +179,7 @@ def unloadable():
 
 
 def test_the_process_ends_with_the_run(tmp_path):
-    """However that ends: here by SIGKILL, while the other process does nothing that could notice it."""
+    """However that ends: here by SIGKILL, while the worker process does nothing that could notice it."""
     code = """
     import sys
     from stgfast.render import models
@@ -200,17 +200,17 @@ def test_the_process_ends_with_the_run(tmp_path):
         parent.kill()
     with Store(tmp_path / "out") as store:
         until = time.monotonic() + 20
-        while not store.recover():  # the lock of the run is the other process's too
+        while not store.recover():  # the other process has the lock of the run too
             assert time.monotonic() < until, "the process that renders lives on"
             time.sleep(0.1)
         assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
         deaths = store.connection.execute("SELECT deaths, status FROM jobs").fetchall()
-    assert [tuple(row) for row in deaths] == [(0, "pending")]  # a run that is killed blames no job
+    assert [tuple(row) for row in deaths] == [(0, "pending")]  # a killed run blames no job
 
 
 @pytest.fixture
 def hangs_up():
-    """SIGHUP has its usual meaning, also where the tests run under nohup."""
+    """SIGHUP has its default action, also if the tests run under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -238,7 +238,7 @@ def test_a_terminal_that_closes_loses_nothing(tmp_path, monkeypatch, hangs_up, u
 
 
 def test_the_process_inherits_the_lock_of_its_run(tmp_path, monkeypatch):
-    """As long as it may write, nobody takes the run for dead."""
+    """As long as the process may write, the run counts as alive."""
     monkeypatch.setitem(models.NAMED, "standing", standins.named("sleeps"))
     held = []
 

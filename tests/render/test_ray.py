@@ -1,4 +1,4 @@
-"""Runs on a Ray cluster of this machine: the same clips, whoever renders them, and whoever dies meanwhile."""
+"""Runs on a local Ray cluster: the same clips, whichever actor renders them, and whichever dies."""
 
 import contextlib
 import io
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.xdist_group("ray")  # one Ray for all of them
 
 
 def test_one_worker_has_all_of_these(request):
-    """Else every worker would start a Ray of its own."""
+    """Otherwise each worker would start a Ray cluster of its own."""
     if getattr(request.config.option, "loadgroup", False):
         assert request.node.nodeid.endswith("@ray")
 
@@ -49,7 +49,7 @@ def some(count, **more):
 
 @pytest.fixture
 def together(monkeypatch):
-    """No job is given out while an actor loads: if that takes long, none might be left for it."""
+    """Start no job while an actor loads. If loading takes long, no job might be left for that actor."""
     free = actors.Actors.free
 
     def later(crew):
@@ -82,7 +82,7 @@ def nothing_stray(out, names):
 
 
 def once(action, event, **wanted):
-    """A listener that acts when it is first told of this."""
+    """A listener that acts at the first event of a kind."""
     seen = []
 
     def listener(told):
@@ -94,7 +94,7 @@ def once(action, event, **wanted):
 
 
 def killer(seconds=0.0):
-    """Builds a pipeline that ends its process at a certain prompt."""
+    """Builds a pipeline that kills its process at a certain prompt."""
 
     def build():
         from stgfast import Guidance, Perturbation, accelerate
@@ -135,13 +135,13 @@ def test_two_actors_render_what_one_process_does(tmp_path, model, cluster, toget
     go(str(model), jobs, tmp_path / "local")
     for job in jobs:
         one, other = (read_frames(tmp_path / where / job["name"]) for where in ("ray", "local"))
-        apart = abs(one.astype(int) - other)  # by a rounding, where this process has more threads than actors have
+        apart = abs(one.astype(int) - other)  # different by rounding if this process has more threads than the actors
         assert apart.max() <= 1, f"{job['name']}: {(apart > 0).sum()} of {apart.size} differ, by {apart.max()} at most"
 
 
 @pytest.mark.again
 def test_an_actor_that_is_killed_loses_nothing(tmp_path, model, cluster, together):
-    """Killed when the first of its clips is done, it has others in hand, which are rendered again."""
+    """It is killed when the first of its clips is done. Its other claimed jobs are rendered again."""
     jobs, events = some(16, steps=8), []
     also = once(lambda event: os.kill(event["pid"], signal.SIGKILL), "done", actor=0)
     report = go(str(model), jobs, tmp_path / "out", events, also, ray="auto", actors=2, max_batch=2)
@@ -164,7 +164,7 @@ def test_an_actor_that_is_killed_loses_nothing(tmp_path, model, cluster, togethe
 
 @pytest.mark.again
 def test_a_broken_device_and_a_job_that_kills(tmp_path, cluster, monkeypatch):
-    """A device past use has a new process begin on it; a job that kills every process fails, and no other with it."""
+    """For an unusable device a new process is started. A job that kills every process fails, and no other with it."""
     here, marker = os.getpid(), tmp_path / "broke"
     build = killer()
 
@@ -189,7 +189,7 @@ def test_a_broken_device_and_a_job_that_kills(tmp_path, cluster, monkeypatch):
     assert (report.done, report.failed, report.code) == (3, 1, 1)
     (failed,) = told(events, "failed")
     assert failed["file"] == "k1"
-    assert "the process that rendered it died 2 times, the last time with nothing else claimed" in failed["error"]
+    assert "the process that rendered it died 2 times, the last time while no other job was claimed" in failed["error"]
     first, *_, last = told(events, "died")
     assert first["why"] == "actor 0: RuntimeError: CUDA error"
     assert last["files"] == ["k1"]
@@ -203,7 +203,7 @@ def test_no_actor_is_left(tmp_path, cluster, monkeypatch):
     monkeypatch.setattr(actors, "LIVES", 1)
     jobs = some(4)
     jobs[3]["prompt"] = "bad"
-    with pytest.raises(DeviceError, match=r"no actor is left, .* died 1 times in a row: .*; what is done is kept$"):
+    with pytest.raises(DeviceError, match=r"no actor is left, .* died 1 times in a row: .*; finished clips are kept$"):
         go("killer", jobs, tmp_path, ray="auto")
     with Store(tmp_path) as found:
         states = [row.status for row in found.rows(every=True)]
@@ -307,7 +307,7 @@ def test_what_an_actor_says_where_it_cannot_render(tmp_path, model, monkeypatch)
 
 
 def test_devices_that_are_alike():
-    """What one has no memory for, none has; of one that is not ready, nothing is known."""
+    """If a job does not fit into the memory of one, it fits into none. Of one that is not ready, nothing is known."""
     for names, alike in ((["H100", "H100"], True), (["H100", "L4"], False), (["H100", ""], False)):
         crew = SimpleNamespace(members=[SimpleNamespace(device_name=name) for name in names])
         assert actors.Actors.alike.fget(crew) is alike
@@ -345,7 +345,7 @@ def environment():
 
 @pytest.mark.again
 def test_the_command_with_a_ray_of_its_own(tmp_path, model):
-    """An actor dies, then Ctrl-C, which comes to every process of the terminal; nothing but JSON is printed."""
+    """An actor dies, then Ctrl-C reaches every process of the terminal. Only JSON is printed."""
     (tmp_path / "jobs.jsonl").write_text("".join(json.dumps(job) + "\n" for job in some(300, steps=20)))
     arguments = ["render", "jobs.jsonl", "--model", model, "--out", "out", "--ray", "local", "--json", "--format=png"]
     process = subprocess.Popen(
@@ -375,7 +375,7 @@ def test_the_command_with_a_ray_of_its_own(tmp_path, model):
 
 
 def addresses(pid):
-    """Where a process and those that it started wait for connections."""
+    """The addresses on which a process and its children listen."""
     here = psutil.Process(pid)
     sockets = [socket for one in (here, *here.children(recursive=True)) for socket in one.net_connections("inet")]
     return {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
@@ -383,7 +383,7 @@ def addresses(pid):
 
 @pytest.mark.again
 def test_ray_is_imported_where_it_is_asked_for(tmp_path, model):
-    """In a process of its own, for which there is no cluster at this address."""
+    """In a separate process, for which there is no cluster at this address."""
     code = f"""
 import sys, stgfast
 from tests.render import pipes, standins
@@ -420,7 +420,7 @@ def test_the_option(tmp_path, model):
 @pytest.mark.again
 @pytest.mark.parametrize("what", ["sleeps", "blocks all"])
 def test_a_job_that_hangs_fails_within_its_limit(tmp_path, cluster, monkeypatch, what):
-    """One whose thread can be stopped, and one with which its actor has to go."""
+    """One whose thread can be stopped, and one that can be stopped only with its actor."""
     monkeypatch.setitem(models.NAMED, "standing", standins.named(what))
     monkeypatch.setattr(limits, "GRACE", 1.0)
     jobs, events = some(20), []

@@ -1,4 +1,4 @@
-"""Whole runs on tiny pipelines: clips that depend on nothing but their job, and faults that stay where they are."""
+"""Whole runs on tiny pipelines: clips depend only on their job, and a fault affects only its job."""
 
 import collections
 import contextlib
@@ -42,7 +42,7 @@ PROMPTS = ("a red kite", "the grey sea", "a dog runs")
 
 
 def some(count=6, **more):
-    """Jobs of two shapes, with prompts that come again."""
+    """Jobs of two shapes, with repeated prompts."""
     return [
         {**pipes.CALL, **TEXT, "prompt": PROMPTS[n % 3], "seed": n, "name": f"k{n}", "width": 32 + 16 * (n % 2), **more}
         for n in range(count)
@@ -56,7 +56,7 @@ def pipe():
 
 @pytest.fixture
 def latents(monkeypatch):
-    """What comes to the decoder, by the name of the clip."""
+    """What the decoder receives, by the name of the clip."""
     seen = {}
     decoded = worker.BatchRun._decoded
 
@@ -79,7 +79,7 @@ def told(events, name):
 
 
 def entries(out):
-    """All but the page about them."""
+    """All files but the page."""
     return sorted(path.name for path in out.iterdir() if path.name != NAME)
 
 
@@ -88,7 +88,7 @@ def left_behind(out):
 
 
 class Decoder:
-    """Stands in for the decoder of a pipeline: calls go through `before(latents)` first."""
+    """Replaces the decoder of a pipeline: calls `before(latents)` first."""
 
     def __init__(self, pipe, before):
         kind = type(pipe.vae)
@@ -121,7 +121,7 @@ def test_a_clip_is_the_same_in_any_company(tmp_path, latents, family, more):
     latents.clear()
     for job in reversed(jobs):  # and the plain call, of the pipeline itself
         assert go(pipe, [job], tmp_path / "alone").rendered == 1
-    plain = pipe(  # as anybody would call it
+    plain = pipe(  # as a user calls it
         **{key: value for key, value in jobs[1].items() if key not in ("seed", "name", "steps", "pipeline")},
         max_sequence_length=16,
         num_inference_steps=steps,
@@ -167,7 +167,7 @@ def test_a_clip_says_how_to_make_it_again(tmp_path, pipe):
     assert said["job"]["guidance"]["perturbations"][0]["scale"] == 1.5
     go(pipe, [said["job"]], tmp_path / "two")
     assert (read_frames(tmp_path / "one" / "k0") == read_frames(tmp_path / "two" / "k0")).all()
-    go(pipe, some(1), tmp_path / "three")  # guided as the pipeline was handed over, which the clip says too
+    go(pipe, some(1), tmp_path / "three")  # with the guidance of the pipeline, which the clip records
     assert metadata_of(tmp_path / "three" / "k0")["job"]["guidance"]["perturbations"][0]["layers"] == [1]
 
 
@@ -209,14 +209,14 @@ def test_text_encoder_leaves_the_device(tmp_path, pipe, latents, monkeypatch, la
     encoder = pipe.text_encoder
     encoder.to = lambda device: moves.append(str(device)) or encoder
     go(pipe, some(), tmp_path / "gone", offload="text", max_batch=1)
-    assert moves == ["cpu", "cpu", "cpu"]  # there and back once, for all prompts
+    assert moves == ["cpu", "cpu", "cpu"]  # moved there and back once for all prompts
     assert pipe.text_encoder is encoder
     for name, clip in kept.items():
         assert torch.equal(clip, latents[name])
 
 
 def test_decoding_overlaps_denoising(tmp_path, pipe):
-    """A decoder that waits until the next batch denoises: without overlap, it would wait for ever."""
+    """The decoder waits until the next batch is denoised: without overlap, it would wait forever."""
     denoising, overlapped = threading.Event(), []
     forward = type(pipe.transformer).forward
     first = threading.Lock()
@@ -287,7 +287,7 @@ def test_out_of_memory_alone_is_tried_with_nothing_else_running(tmp_path, pipe):
 
 @pytest.mark.parametrize("fits", [0, 1])
 def test_where_there_is_no_memory_for_one_others_like_it_are_not_tried(tmp_path, pipe, fits):
-    """Unless one of them was rendered: then it may be that something else took the memory for a while."""
+    """Unless one of them was rendered: then something else may have taken the memory for a while."""
     decoded = []
 
     def before(latents):
@@ -302,7 +302,7 @@ def test_where_there_is_no_memory_for_one_others_like_it_are_not_tried(tmp_path,
     assert (report.done, report.failed, report.waiting) == (5 + fits, 5 - fits, 0)
     said = [event["error"] for event in told(events, "failed")]
     untried = [
-        error for error in said if re.fullmatch(r"not tried: as large as k\d+, which there is no memory for", error)
+        error for error in said if re.fullmatch(r"not tried: as large as k\d+, which did not fit into memory", error)
     ]
     assert said[0].startswith(
         "out of memory, with nothing else running (offload, vae_tiling or a smaller clip take less)"
@@ -310,8 +310,8 @@ def test_where_there_is_no_memory_for_one_others_like_it_are_not_tried(tmp_path,
     if fits:
         assert untried == []
     else:
-        assert untried  # some were in hand
-    # Which stay so, until they are to be tried again.
+        assert untried  # some were claimed
+    # They stay failed until a retry.
     assert go(pipe, some(10, height=32), tmp_path).failed == 5 - fits
 
 
@@ -330,9 +330,9 @@ def test_a_decoder_that_fails_fails_one_clip(tmp_path, pipe):
     (failed,) = told(events, "failed")
     assert failed["error"] == "RuntimeError: the decoder broke"
     assert set(calls) == {1}
-    assert len(calls) == 4  # nobody else was decoded twice
+    assert len(calls) == 4  # no other clip was decoded twice
     assert left_behind(tmp_path) == []
-    report = go(pipe, some(4, width=32), tmp_path)  # it stays failed, until it is asked for again
+    report = go(pipe, some(4, width=32), tmp_path)  # it stays failed until a retry
     assert (report.rendered, report.failed) == (0, 1)
     assert go(pipe, some(4, width=32), tmp_path, retry_failed=True).done == 4
 
@@ -384,7 +384,7 @@ def test_bad_lines_stop_everything_or_are_left_out(tmp_path, pipe):
 
 
 def test_image_to_video_is_rendered_one_by_one(tmp_path):
-    """Whatever takes an image: here a pipeline that takes it, and shows it to nobody."""
+    """For any pipeline with an image: here one that takes it and does not use it."""
     from PIL import Image
 
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
@@ -410,7 +410,7 @@ def test_image_to_video_is_rendered_one_by_one(tmp_path):
 
 
 def test_clips_that_begin_with_images_in_one_batch(tmp_path, latents):
-    """Each with its own, as it is alone."""
+    """Each with its own image, the same as alone."""
     import diffusers
     from PIL import Image
 
@@ -436,12 +436,12 @@ def test_clips_that_begin_with_images_in_one_batch(tmp_path, latents):
 
 
 def test_clips_with_sound(tmp_path, latents):
-    """LTX-2 makes both; each clip has its own, and the pipeline's own passes are answered together."""
+    """LTX-2 makes both. Each clip has its own sound, and the pipeline's passes share one computation."""
     from tests.integrations import test_ltx2
 
     pipe = stgfast.accelerate(test_ltx2.build(tokenizer=pipes.tokenizer(), text_encoder=pipes.text_encoder(16, "t5")))
     models.spread(pipe.audio_vae, gain=3.0)
-    models.spread(pipe.vocoder)  # or it says nothing, whatever it is given
+    models.spread(pipe.vocoder)  # otherwise it outputs zeros for any input
     own = {"spatio_temporal_guidance_blocks": [3], **TEXT["pipeline"]}
     jobs = [
         {**pipes.CALL, "num_frames": 9, "prompt": PROMPTS[n], "seed": n, "name": f"k{n}", "pipeline": own}
@@ -474,7 +474,7 @@ def test_who_is_rendered_together_with_images(tmp_path):
 
 
 def test_the_disk_is_full(tmp_path, pipe, monkeypatch):
-    """Nothing half-written, nothing lost; what is left is rendered by the next start."""
+    """No partial file, nothing lost. The next start renders the rest."""
     whole, room = files.WRITERS["png"], [2]
 
     def writer(path, *rest):
@@ -485,7 +485,7 @@ def test_the_disk_is_full(tmp_path, pipe, monkeypatch):
 
     monkeypatch.setitem(files.WRITERS, "png", writer)
     events = []
-    with pytest.raises(StoreError, match=r"No space left on device.*what is done is kept"):
+    with pytest.raises(StoreError, match=r"No space left on device.*finished clips are kept"):
         go(pipe, some(), tmp_path, events, max_batch=2)
     assert len(entries(tmp_path)) == 3
     assert left_behind(tmp_path) == []
@@ -498,18 +498,18 @@ def test_the_disk_is_full(tmp_path, pipe, monkeypatch):
 
 @pytest.fixture
 def small(tmp_path):
-    """A file system of its own, with hardly any room."""
+    """A file system with almost no space."""
     folder = tmp_path / "small"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=768k", "tmpfs", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("no right to mount a small file system")
     yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # an error that is shown may hold a file
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # a displayed error may keep a file open
 
 
 def test_a_disk_that_is_really_full(small, pipe):
-    """Whoever meets it first, the clip's writer or the list of jobs; after room is made, the rest is rendered."""
+    """It fails first for the writer of the clip or for the state. With space again, the rest is rendered."""
     padding = small / "padding"
     padding.write_bytes(b"x" * (584 << 10))
     with pytest.raises(StoreError, match=r"No space left|disk is full|disk I/O error"):
@@ -530,7 +530,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, pipe, monkeypatch):
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         mkdir(path, *rest, **more)
 
-    monkeypatch.setattr(os, "mkdir", refused)  # root may write everywhere: no mode keeps it out
+    monkeypatch.setattr(os, "mkdir", refused)  # root may write everywhere, whatever the mode is
     with pytest.raises(StoreError, match="Permission denied"):
         go(pipe, some(1), tmp_path / "out")
 
@@ -559,7 +559,7 @@ def test_the_clock_goes_back(tmp_path, pipe, monkeypatch):
 
 
 def test_two_runners_at_once(tmp_path):
-    """Each renders some, neither any that the other has, and both end when all is done."""
+    """Each renders some jobs, none of them twice, and both end when all are done."""
     reports, events = {}, {0: [], 1: []}
 
     def one(number):
@@ -580,7 +580,7 @@ def test_two_runners_at_once(tmp_path):
 
 
 def interrupting(pipe, times):
-    """Interrupts this process when the first clip is denoised."""
+    """Interrupt this process when the first clip is denoised."""
     forward = type(pipe.transformer).forward
     sent = []
 
@@ -608,7 +608,7 @@ def test_an_interruption_finishes_what_is_in_hand(tmp_path, pipe):
 
 
 def test_the_listener_is_not_called_within_itself(tmp_path, pipe):
-    """A stream that is written to within a write, by a signal, raises."""
+    """A stream that is written to during a write, by a signal handler, raises an error."""
     events, within = [], []
 
     def listener(event):
@@ -635,7 +635,7 @@ def test_a_second_interruption_stops_at_once(tmp_path, pipe):
 
 
 def test_a_device_past_use_ends_the_run(tmp_path, pipe, monkeypatch):
-    """After some errors every further job would fail, for no fault of its own."""
+    """After some errors every later job would fail, through no fault of its own."""
     broken = RuntimeError("CUDA error: an illegal memory access was encountered")
     monkeypatch.setattr(worker.BatchRun, "_broken", lambda self: broken)
 
@@ -650,7 +650,7 @@ def test_a_device_past_use_ends_the_run(tmp_path, pipe, monkeypatch):
 
 
 def test_a_worker_that_breaks_ends_the_run(tmp_path, pipe, monkeypatch):
-    monkeypatch.setattr(batch_run, "_said", lambda error: 1 / 0)
+    monkeypatch.setattr(batch_run, "_why", lambda error: 1 / 0)
 
     def before(latents):
         raise ValueError
@@ -662,7 +662,7 @@ def test_a_worker_that_breaks_ends_the_run(tmp_path, pipe, monkeypatch):
 
 
 def test_models_that_move_are_not_overlapped(tmp_path, pipe):
-    """Under offloading, one call is whole before the next begins: no prompt is read while another clip is made."""
+    """With offloading, one call ends before the next starts: no prompt is encoded while another clip is made."""
     kind, model = type(pipe), type(pipe.transformer)
     working, meanwhile = [], []
 
@@ -698,7 +698,7 @@ def test_models_that_move_are_not_overlapped(tmp_path, pipe):
 
 
 def test_a_pipeline_is_left_alone(tmp_path, pipe):
-    """Its scheduler, its decoder, its text encoder: what a run changes, it changes on copies."""
+    """Its scheduler, decoder and text encoder: a run changes only copies."""
     parts = ("scheduler", "vae", "text_encoder")
     before = {name: dict(vars(getattr(pipe, name))) for name in parts}
     own = dict(vars(pipe))
@@ -718,7 +718,7 @@ def test_ten_thousand_jobs(tmp_path, pipe):
             job = {"prompt": f"a kite {number} " + "and more " * 20, "seed": number, "width": size, "steps": 4}
             file.write(json.dumps(job) + "\n")
 
-    def most():  # kilobytes of memory, of this process, since the mark was set back
+    def most():  # kilobytes of memory of this process since the counter was reset
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
     Path("/proc/self/clear_refs").write_text("5")
@@ -727,7 +727,7 @@ def test_ten_thousand_jobs(tmp_path, pipe):
     report = go(pipe, path, tmp_path / "out", plan_only=True, listener=lambda event: counted.update([event["event"]]))
     assert counted == {"listed": 10_000, "planned": 1, "forecast": 1, "ended": 1}
     with Store(tmp_path / "out") as store:
-        assert list(store.rows(every=True)) == []  # a plan keeps nothing
+        assert list(store.rows(every=True)) == []  # a plan writes nothing
     assert (report.waiting, report.rendered) == (10_000, 0)
     assert most() - before < 50 * 1024
 
@@ -746,7 +746,7 @@ def test_wrong_arguments(tmp_path, pipe):
 
 
 def test_what_decides_a_clip_is_part_of_its_name_and_said_by_it(tmp_path):
-    """The default guidance, the type of numbers, and the version of the model's files."""
+    """The default guidance, the dtype, and the version of the model's files."""
     pipes.pipeline("wan").save_pretrained(tmp_path / "model")
     # The default of Wan's adapter, which needs CFG.
     jobs = [{**pipes.CALL, **TEXT, "prompt": "a red kite", "pipeline": {**TEXT["pipeline"], "guidance_scale": 4.0}}]
@@ -760,17 +760,17 @@ def test_what_decides_a_clip_is_part_of_its_name_and_said_by_it(tmp_path):
     assert said["job"]["guidance"] == Guidance.preset("wan").to_dict()
     assert (said["dtype"], said["revision"]) == ("float32", fingerprint(tmp_path / "model"))
     assert clip("same")[0] == name
-    # Repeated from what it says of itself, it is the same clip.
+    # Repeated from its metadata, it is the same clip.
     again = {**said["job"], "name": "again"}
     assert render(tmp_path / "model", [again], tmp_path / "again", format="npz", same_process=True).done == 1
     assert np.array_equal(
         *(np.load(path)["frames"] for path in (tmp_path / "one" / name, tmp_path / "again/again.npz"))
     )
-    # Another version of the weights is another clip, in the same folder.
+    # With another version of the weights, it is another clip in the same folder.
     pipes.pipeline("wan", seed=1).save_pretrained(tmp_path / "model")
     assert render(tmp_path / "model", jobs, tmp_path / "one", format="npz", same_process=True).rendered == 1
     assert len(list((tmp_path / "one").glob("*.npz"))) == 2
-    # And so is another type of numbers.
+    # And with another dtype too.
     assert (
         render(
             tmp_path / "model",

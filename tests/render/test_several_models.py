@@ -1,4 +1,4 @@
-"""Jobs that name their models, recipes and solvers: each clip is what it is alone, and every model is loaded once."""
+"""Jobs with models, recipes and solvers: each clip is the same as alone, and each model is loaded once."""
 
 import itertools
 import json
@@ -38,7 +38,7 @@ def folders(tmp_path_factory):
 
 
 def some(folders, count=6, **more):
-    """Jobs of one and the other in turn, by names beside the job file."""
+    """Jobs of both models in turn, by names relative to the job file."""
     names = ("wan", "ltx")
     return [
         {**JOB, "prompt": "a red kite", "seed": n, "name": f"k{n}", "model": str(folders / names[n % 2]), **more}
@@ -62,7 +62,7 @@ def frames(out, name):
 
 
 def alike(one, other):
-    """But for roundings, in the last of 256 steps."""
+    """Equal but for rounding, in the last of 256 levels."""
     return np.abs(one.astype(int) - other.astype(int)).max() <= 1
 
 
@@ -90,7 +90,7 @@ def test_every_model_is_loaded_once_and_clips_are_those_of_a_run_of_its_own(fold
             assert (
                 (said["model"], said["job"]) == (alone["model"], alone["job"]) == (str(folders / family), said["job"])
             )
-    report, events = go(None, jobs, tmp_path / "out")  # again: all is there
+    report, events = go(None, jobs, tmp_path / "out")  # again: all clips exist
     assert (report.rendered, told(events, "loading")) == (0, [])
 
 
@@ -141,7 +141,7 @@ def test_the_night_goes_on_without_a_model_that_cannot_be_loaded(folders, tmp_pa
     failed = told(events, "failed")
     assert [event["file"] for event in failed] == ["k0.npz", "k1.npz"]
     assert all("model: got one that cannot be loaded" in event["error"] for event in failed)
-    with pytest.raises(SettingsError, match="cannot be loaded"):  # and where there is no other, the run says it
+    with pytest.raises(SettingsError, match="cannot be loaded"):  # and without another one, the run reports it
         go(tmp_path / "broken", [without(jobs[0], "model")], tmp_path / "alone", same_process=same_process)
 
 
@@ -209,7 +209,7 @@ def test_a_recipe_per_job(folders, tmp_path, recipe):
     ]
     (folders / "looks.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report, events = go(None, folders / "looks.jsonl", tmp_path / "out")
-    assert (report.done, len(told(events, "loading"))) == (4, 1)  # one model, whatever its steps are made by
+    assert (report.done, len(told(events, "loading"))) == (4, 1)  # one model, with any solver
     for name, how in (("by", {"recipe": recipe}), ("solved", {}), ("exact", {})):
         pipe = stgfast.accelerate(pipes.pipeline("ltx"), stgfast.Guidance(stgfast.Perturbation([1])), **how)
         if name == "solved":
@@ -221,7 +221,7 @@ def test_a_recipe_per_job(folders, tmp_path, recipe):
     assert not any(alike(one, other) for one, other in itertools.pairwise(shown))
     said = metadata_of(tmp_path / "out" / "by.npz")["job"]
     assert (said["solver"], said["steps"], said["guidance"]["reuse"]) == ("unipc", 3, 2)
-    again, _ = go(folders / "ltx", [said], tmp_path / "again")  # a clip says enough to make it again
+    again, _ = go(folders / "ltx", [said], tmp_path / "again")  # the metadata of a clip is enough to make it again
     assert again.done == 1
     assert alike(frames(tmp_path / "again", "by"), frames(tmp_path / "out", "by"))
 
@@ -237,12 +237,12 @@ def test_a_recipe_of_the_run_and_those_of_its_jobs(folders, tmp_path, recipe):
 def test_recipes_and_solvers_that_do_not_go_with_a_job(folders, tmp_path, recipe):
     (tmp_path / "none.json").write_text("{")
     for wrong, why in (
-        ({"recipe": recipe.to_dict(), "steps": 9}, "steps beside a recipe: got 9, expected the 3"),
-        ({"recipe": recipe.to_dict(), "solver": "unipc"}, "solver beside a recipe"),
+        ({"recipe": recipe.to_dict(), "steps": 9}, "steps with a recipe: got 9, expected the 3"),
+        ({"recipe": recipe.to_dict(), "solver": "unipc"}, "solver and recipe"),
         ({"recipe": recipe.to_dict(), "model": str(folders / "wan")}, "model of the recipe: got LTXPipeline"),
         ({"recipe": {**recipe.to_dict(), "model": {"pipeline": "LTXPipeline"}}}, "model of the recipe: got"),
-        ({"recipe": "none.json"}, "recipe: got 'none.json', expected a file that stgfast tune wrote"),
-        ({"recipe": str(tmp_path / "none.json")}, "expected a file that stgfast tune wrote"),
+        ({"recipe": "none.json"}, "recipe: got 'none.json', expected a file written by stgfast tune"),
+        ({"recipe": str(tmp_path / "none.json")}, "expected a file written by stgfast tune"),
         ({"recipe": {}}, "recipe: got [], expected model and steps"),
         ({"recipe": 3}, "recipe: got"),
         ({"recipe": "http://x/y"}, "expected a file"),
@@ -270,7 +270,7 @@ def test_the_command_without_a_model_of_its_own(folders, tmp_path, capsys):
 
 
 def test_what_is_handed_out_is_one_model_s(tmp_path):
-    """Though all jobs wait."""
+    """Although all jobs are pending."""
     from tests.queue.test_store import jobs, take_up
 
     with Store(tmp_path) as store:

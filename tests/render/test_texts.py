@@ -1,4 +1,4 @@
-"""Prompts are encoded once, alone, and come out the same wherever they are kept."""
+"""Prompts are encoded once, each alone, and are the same wherever they are kept."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 class Reader:
-    """A pipeline that counts what it reads."""
+    """A pipeline that counts what it encodes."""
 
     def __init__(self, answer=None):
         self.read = []
@@ -38,7 +38,7 @@ def test_once_for_each_distinct(tmp_path):
 
 
 def test_images_are_told_apart_by_what_they_show(tmp_path):
-    """And not by where they lie in memory, where another one may lie later."""
+    """And not by their address in memory, which another image may have later."""
     read = []
 
     class Seeing(Reader):
@@ -105,7 +105,7 @@ def test_encoders_visit_the_device_once_for_many(tmp_path):
     "answer",
     [
         lambda prompt: (torch.zeros(1, len(prompt)),),  # as long as the prompt
-        lambda prompt: (torch.zeros(2),),  # no row for each
+        lambda prompt: (torch.zeros(2),),  # not one row for each
         lambda prompt: (torch.zeros(()),),
         lambda prompt: {"embeds": torch.zeros(1, 2)},
     ],

@@ -1,4 +1,4 @@
-"""Clips that several processes make together, started by torchrun or by Ray."""
+"""Clips made by several processes together, started by torchrun or by Ray."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_started_by_torchrun(tmp_path, model):
     jobs, out = some(5, steps=3), tmp_path / "out"
     running = torchrun(model, jobs, out, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     said, _ = running.communicate(timeout=PATIENCE)
-    events = [json.loads(line) for line in said.splitlines()]  # of the first process alone
+    events = [json.loads(line) for line in said.splitlines()]  # of the first process only
     assert running.returncode == 0
     assert [event["rendered"] for event in told(events, "ended")] == [5]
     names = [job["name"] for job in jobs]
@@ -63,7 +63,7 @@ def test_started_by_torchrun(tmp_path, model):
 
 
 def test_what_is_wrong_is_said_once(monkeypatch, tmp_path, capsys):
-    """Every process that torchrun has started is given the same arguments."""
+    """Each process that torchrun started has the same arguments."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("0", "1"):
@@ -74,7 +74,7 @@ def test_what_is_wrong_is_said_once(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.again
 def test_a_process_of_torchrun_that_is_killed(tmp_path, model):
-    """The first process says why it ends, and what is done is kept; started again, the rest is rendered."""
+    """The first process reports why it ends, and finished clips are kept. The next start renders the rest."""
     jobs, out = some(6, steps=40), tmp_path / "out"
     with (tmp_path / "said").open("w+") as said:
         running = torchrun(model, jobs, out, stdout=said, stderr=subprocess.DEVNULL)
@@ -94,7 +94,7 @@ def test_a_process_of_torchrun_that_is_killed(tmp_path, model):
 @ray
 @pytest.mark.parametrize("which", ["a follower", "the first"])
 def test_a_group_of_actors_that_loses_one(tmp_path, model, cluster, which):
-    """The death of one is that of its group alone, which begins again: nothing is lost, and nothing doubled."""
+    """The death of one actor ends its group only, which starts again: no clip is lost or rendered twice."""
     jobs, events = some(8, steps=12), []
 
     def kill(event):
@@ -150,10 +150,12 @@ def test_what_does_not_go_with_torchrun(monkeypatch):
 
 
 def test_a_pipeline_that_is_handed_over(monkeypatch, tmp_path):
-    """Processes that torchrun has started may each render with a pipeline of their own, as they ever did."""
+    """Processes that torchrun started may each render with a pipeline of their own, as before."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "4")
     pipe = pipes.pipeline("wan")
     assert together.check(None, None, described(pipe)) == 1
-    with pytest.raises(SettingsError, match="model: got 'WanPipeline', expected a folder or a name, for clips that"):
+    with pytest.raises(
+        SettingsError, match="model: got 'WanPipeline', expected a folder or a name: each of the processes"
+    ):
         render(pipe, [{"prompt": "a"}], tmp_path, gpus_per_clip=4)

@@ -1,4 +1,4 @@
-"""Every pipeline that makes video, from a folder to clips: what a run renders is what the pipeline itself makes."""
+"""Every video pipeline, from a folder to clips: a run renders the same as the pipeline itself."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from stgfast.render.models import Model, described
 from stgfast.render.run import render
 from tests.render.wholes import WHOLES
 
-# Prompts that a pipeline cannot take together, or would pad; found when they are read.
+# Prompts that a pipeline cannot encode together, or would pad.
 ALONE = {
     "LattePipeline": "prompts: got encodings of several lengths, which differ when they are padded",
     "Kandinsky5T2VPipeline": "prompts: got an encoding that has no row for each",
@@ -78,4 +78,4 @@ def test_a_clip_is_what_the_pipeline_makes(name, tmp_path, monkeypatch):
         made = pipe(**given, generator=torch.Generator().manual_seed(job["seed"]), output_type="np").frames[0]
         clip = read_frames(tmp_path / "out" / job["name"])
         assert np.abs(clip.astype(int) - pixels(made)).max() <= 1, job["name"]
-        assert clip.std() > 1  # something is to be seen
+        assert clip.std() > 1  # it is not black

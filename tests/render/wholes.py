@@ -1,5 +1,6 @@
-"""Whole tiny pipelines of every class that makes video: from a prompt, or an image, to frames. Random weights, and
-tokenizers of whole words or of letters."""
+"""Complete tiny pipelines of every video class: from a prompt, or an image, to frames. Random weights, and tokenizers
+of whole words or of letters.
+"""
 
 from __future__ import annotations
 
@@ -41,12 +42,13 @@ CHAT = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 QWEN_WORDS = len(pipes.WORDS) + 5  # with three special tokens of their own, and two of a chat
-LETTERS = 256  # that CLIP's tokenizer and ByT5's know, a byte each
+LETTERS = 256  # for the tokenizers of CLIP and ByT5, one byte each
 
 
 def chat_tokenizer() -> Any:
-    """Words come in pieces of at most seven letters: the pipelines crop 108 or 128 tokens of their own instructions
-    off the front, and as whole words these would be fewer, so that some of the prompt would go with them."""
+    """Words are split into pieces of at most seven letters: the pipelines drop 108 or 128 tokens of their own
+    instructions from the front, and with whole words part of the prompt would be dropped too.
+    """
     from tokenizers import Regex, pre_tokenizers
 
     made = pipes.tokenizer(2048)
@@ -58,14 +60,14 @@ def chat_tokenizer() -> Any:
 
 
 def qwen(kind: str, width: int) -> torch.nn.Module:
-    """Three layers, for pipelines take what comes out of one before the last."""
+    """Three layers, because pipelines take the output of one before the last."""
     sizes = {"hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
     sections = [width // 4 - 2 * (width // 12), width // 12, width // 12]  # of half a head
     text = {
         **{**sizes, "num_key_value_heads": 1, "vocab_size": QWEN_WORDS, "bos_token_id": None, "eos_token_id": 1},
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": sections},
     }
-    seeing = {"depth": 1, "num_heads": 2, "patch_size": 4}  # has to be there, and is never asked
+    seeing = {"depth": 1, "num_heads": 2, "patch_size": 4}  # required, but never called
     torch.manual_seed(0)
     if kind == "2.5 text":
         made = transformers.Qwen2_5_VLTextModel(transformers.Qwen2_5_VLTextConfig(**text))
@@ -108,14 +110,14 @@ def byt5(width: int) -> torch.nn.Module:
 
 
 def whole(made: Any, **parts: Any) -> Any:
-    """Made anew, for other tests set attributes of a pipeline that no folder keeps."""
+    """Built each time, because other tests set attributes of a pipeline that are not saved in its folder."""
     pipe = type(made)(**{**made.components, **parts})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 def hunyuan_video15_pipeline(from_image: bool = False) -> Any:
-    """With a VAE of its own, for the tests of the family share theirs."""
+    """With a VAE of its own, because the tests of the family share theirs."""
     made = hunyuan_video15.from_image() if from_image else hunyuan_video15.build()
     torch.manual_seed(0)
     return whole(
@@ -129,7 +131,7 @@ def hunyuan_video15_pipeline(from_image: bool = False) -> Any:
 
 
 def kandinsky5_pipeline(cls: Any, **changes: Any) -> Any:
-    """Without Qwen's processor around its tokenizer: it demands a part for videos, and that one torchvision."""
+    """Without Qwen's processor around its tokenizer, which requires a part for videos and torchvision."""
     made = kandinsky5.builder(cls, **changes)()
     return whole(
         made,
@@ -164,13 +166,13 @@ def hunyuan_video_pipeline(cls: Any, **changes: Any) -> Any:
 def allegro_pipeline() -> Any:
     torch.manual_seed(0)
     sizes = {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2}
-    sizes["sample_size"] = 128  # of a tile: of less than one it makes nothing
+    sizes["sample_size"] = 128  # of a tile: it returns nothing for less than one
     vae = diffusers.AutoencoderKLAllegro(**sizes).eval()
     return reading(allegro.build, 16, vae=vae)
 
 
 def hunyuan_image_pipeline() -> Any:
-    """Llava reads the prompt and sees the image, as 576 tokens of 14 by 14 pixels each."""
+    """Llava encodes the prompt and the image, as 576 tokens of 14 by 14 pixels each."""
     made = hunyuan_video.builder(diffusers.HunyuanVideoImageToVideoPipeline, image_condition_type="token_replace")()
     config = made.transformer.config
     tokenizer = chat_tokenizer()
@@ -198,7 +200,7 @@ def hunyuan_image_pipeline() -> Any:
 
 
 def video_diffusion_pipeline() -> Any:
-    """An image is shown to CLIP at 224 by 224, whatever the model."""
+    """CLIP takes an image of 224 by 224 for every model."""
     sizes = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.CLIPVisionConfig(**sizes, projection_dim=32, patch_size=56, image_size=224)
     torch.manual_seed(0)
@@ -208,7 +210,7 @@ def video_diffusion_pipeline() -> Any:
 
 
 def reading(build: Callable[[], Any], width: int, kind: str = "t5", **parts: Any) -> Any:
-    """A pipeline that reads text with T5, or with UMT5."""
+    """A pipeline with T5 or UMT5 as text encoder."""
     return whole(build(), text_encoder=pipes.text_encoder(width, kind), tokenizer=pipes.tokenizer(), **parts)
 
 
@@ -234,7 +236,7 @@ def framepack_pipeline() -> Any:
 
 
 def motif_image_pipeline() -> Any:
-    """Its text encoder has a part that sees."""
+    """Its text encoder has a vision part."""
     made = motif_video.builder(diffusers.MotifVideoImage2VideoPipeline, image_embed_dim=8)()
     sizes = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     encoder = pipes.text_encoder(16, "t5")
@@ -246,7 +248,7 @@ def motif_image_pipeline() -> Any:
 
 
 def cosmos25_pipeline() -> Any:
-    """The model reads what comes out of all three layers."""
+    """The model uses the output of all three layers."""
     width = 16
     changes = {**cosmos.WITH_MASK, **cosmos.PROJECTED, "crossattn_proj_in_channels": 3 * width}
     made = cosmos.builder(diffusers.Cosmos2_5_PredictBasePipeline, cosmos.multistep, **changes)()
@@ -260,7 +262,7 @@ FIRST = Guidance(Perturbation([1]))
 
 @dataclass(frozen=True)
 class Whole:
-    """What builds a pipeline, and a job for it."""
+    """How to build a pipeline, and a job for it."""
 
     build: Callable[[], Any]
     num_frames: int = 5
@@ -269,7 +271,7 @@ class Whole:
     image: bool = False
     negative: str | None = None
     guidance: Guidance = FIRST
-    saved: bool = True  # whether all of its parts can be
+    saved: bool = True  # whether all its components support it
 
     def job(self, image: str) -> dict[str, Any]:
         job = {**self.size, "num_frames": self.num_frames, "steps": 2, "pipeline": dict(self.pipeline)}
@@ -280,7 +282,7 @@ class Whole:
 SHORT = {"max_sequence_length": 16}
 OWN = SHORT | {"spatio_temporal_guidance_blocks": [3]}
 AXES = Guidance([Perturbation([1], kind="attention", axis=axis) for axis in ("spatial", "temporal")])
-SQUARE: dict[str, int] = {}  # the image alone says the size
+SQUARE: dict[str, int] = {}  # the image sets the size
 WHOLES: dict[str, Whole] = {
     "MochiPipeline": Whole(partial(reading, mochi.build, 32), 7, pipeline=SHORT),
     "LTXPipeline": Whole(partial(of_golden, diffusers.LTXPipeline, ltx, "ltx"), 9, pipeline=SHORT),
@@ -372,7 +374,7 @@ WHOLES: dict[str, Whole] = {
         saved=False,
     ),
     "Kandinsky5T2VPipeline": Whole(partial(kandinsky5_pipeline, diffusers.Kandinsky5T2VPipeline), 9),
-    "Kandinsky5I2VPipeline": Whole(  # it evens out the first four latent frames by those after them: 17 are the fewest
+    "Kandinsky5I2VPipeline": Whole(  # it adjusts the first latent frames to later ones: 17 is the least
         partial(kandinsky5_pipeline, diffusers.Kandinsky5I2VPipeline, visual_cond=True), 17, image=True
     ),
     "EasyAnimatePipeline": Whole(partial(easyanimate_pipeline, diffusers.EasyAnimatePipeline), 9, negative="bad"),

@@ -1,7 +1,7 @@
-"""A folder in which a night goes on as a test has it: jobs are claimed, go through steps, are done or fail.
+"""A folder with a simulated run: jobs are claimed, go through steps, are done or fail.
 
-`python -m tests.serve.night` has a server watched for an hour of such a night, a second of it at every look: 20,000
-jobs, of which 7,200 are rendered. It says what the server's memory was.
+`python -m tests.serve.night` simulates one hour, one second for each request of the page: 20,000 jobs, of which 7,200
+are rendered. It prints the server's memory.
 """
 
 import http.client
@@ -31,7 +31,7 @@ class Night(Store):
     """The run of such a night."""
 
     def begin_with(self, count=6, prompt="a red kite", *, guidance=None, form="mp4"):
-        """Jobs that wait."""
+        """Add pending jobs."""
         guidance = guidance or Guidance(Perturbation([3]))
         for seed in range(count):
             job = Job(prompt=f"{prompt} {seed}", seed=seed, name=f"clip-{seed:05}", guidance=guidance)
@@ -42,15 +42,15 @@ class Night(Store):
         return self
 
     def claimed(self, size=1):
-        """Jobs that are begun."""
+        """Claim jobs."""
         return self.claim(size, "cpu").tasks
 
     def at(self, task, step, steps=30):
-        """A job is at a step."""
+        """Set the step of a job."""
         self.record([(task.id, "denoise", step, steps, 1.5 * step, "cpu")])
 
     def done(self, task, clip=None):
-        """A job is done, and its clip is a link to that one, or else made."""
+        """Finish a job. Its clip is a link to a given one, or is made."""
         aside = self.scratch / task.file
         if clip is None:
             write(aside, frames(task.job.seed), Form(kind=Path(task.file).suffix[1:] or "png"), {})
@@ -60,7 +60,7 @@ class Night(Store):
 
 
 def frames(seed=0):
-    """Half a second in which something moves."""
+    """Half a second with motion."""
     made = np.zeros((12, 32, 48, 3), np.uint8)
     for time_ in range(12):
         made[time_, 8:24, time_ : time_ + 12] = (255, 40 * seed % 256, 60)
@@ -85,7 +85,7 @@ def served(out, token="", host="127.0.0.1"):
 
 
 def ask(address, path, given=None, *, method=None, body=None, host=None, **headers):
-    """One request: status, headers, and what it said, as data where it is JSON."""
+    """One request: status, headers, and the body, as data if it is JSON."""
     connection = http.client.HTTPConnection(*address.split(":"), timeout=30)
     if given is not None:
         body, headers = json.dumps(given), {"Content-Type": "application/json", **headers}
@@ -108,7 +108,7 @@ def memory(pid):
 
 
 def watched(out, seconds, *, jobs=20_000, each=2, looks=2):
-    """A night of so many seconds, each of them a few looks at the page: the server's memory after every tenth."""
+    """A run of this many seconds, with several requests of the page in each: the server's memory after every tenth."""
     command = [sys.executable, "-m", "stgfast.cli", "serve", "--out", str(out), "--port", "0"]
     with Night(out) as night:
         night.begin_with(jobs)

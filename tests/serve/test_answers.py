@@ -1,4 +1,4 @@
-"""What a server says of a folder, and does to it."""
+"""The answers of a server about a folder, and its actions."""
 
 import io
 import json
@@ -105,7 +105,7 @@ def test_jobs_are_added_as_from_a_file(server, night):
 
 
 def test_a_job_again_with_changes(server, night):
-    prompt = r"a \{red|blue\} kite"  # as it was read: it is not read again
+    prompt = r"a \{red|blue\} kite"  # cached: it is not read again
     guidance = Guidance(Perturbation([2], kind="attention"))
     night.begin_with(0)
     with Desk(night.out) as desk:
@@ -223,7 +223,7 @@ def test_clips_of_every_form(tmp_path, form):
 
 
 def test_no_path_leaves_the_folder(server, night, tmp_path):
-    """Not even where the list of the folder, or a link in it, says so."""
+    """Even if the state of the folder, or a link in it, says so."""
     (tmp_path / "secret.mp4").write_text("secret")
     (tmp_path / "secrets").mkdir()
     (tmp_path / "secrets" / "0.png").write_text("secret")

@@ -1,5 +1,5 @@
-"""Requests that nobody would make: every one has an answer, none is an error of the server's own, and nothing of the
-machine but the folder's clips comes back."""
+"""Random requests: each gets an answer, no answer is an internal error, and no file of the machine is returned
+except the clips of the folder."""
 
 import http.client
 import json

@@ -1,4 +1,4 @@
-"""Who may ask: the page itself and programs, and nobody else."""
+"""Who may send requests: the page itself and programs, and no one else."""
 
 import pytest
 
@@ -38,7 +38,7 @@ def code(*args, **kwargs):
 def test_the_page_and_programs_may_ask(server, path):
     assert code(server, path) == 200  # as curl does
     assert code(server, path, Sec_Fetch_Site="same-origin", Sec_Fetch_Mode="cors") == 200
-    for host in ("localhost:1", "LOCALHOST", "127.0.0.1", "[::1]:80", "127.0.0.2:8765"):  # through a tunnel, for one
+    for host in ("localhost:1", "LOCALHOST", "127.0.0.1", "[::1]:80", "127.0.0.2:8765"):  # for example through a tunnel
         assert code(server, path, host=host) == 200
 
 
@@ -107,7 +107,7 @@ def test_with_a_token_nobody_without_it(closed, path):
         assert (status, b"link" in said) == (401, True)
     assert code(closed, path, Cookie=f"stgfast-{port}={TOKEN}") == 200
     assert code(closed, path, Authorization=f"Bearer {TOKEN}") == 200
-    assert code(closed, path, Cookie=f"stgfast-{port}={TOKEN}", host="render-7:80") == 200  # whatever its name is
+    assert code(closed, path, Cookie=f"stgfast-{port}={TOKEN}", host="render-7:80") == 200  # under any name
 
 
 def test_the_link_brings_the_token_once(closed):

@@ -1,4 +1,4 @@
-"""The page that lives, in a browser."""
+"""The live page, in a browser."""
 
 import http.server
 import itertools
@@ -41,7 +41,7 @@ def opened(browser, server, size=(1280, 900)):
 
 
 def cards(browser):
-    """Name and text of every card that is there."""
+    """The name and text of each card on the page."""
     each = "[...document.querySelectorAll('article')].map(card => [card.dataset.name, card.innerText])"
     return dict(browser.execute_script(f"return {each}"))
 
@@ -109,7 +109,9 @@ def test_a_clip_goes_on_playing_while_the_page_is_kept_up(browser, server, night
     for step in range(1, 4):
         night.at(other, step)
         until(browser, f"document.querySelector('#running').innerText.includes('denoise {step}/30')")
-    night.connection.execute("UPDATE jobs SET attempts = 2 WHERE file = ?", (task.file,))  # its card says another thing
+    night.connection.execute(
+        "UPDATE jobs SET attempts = 2 WHERE file = ?", (task.file,)
+    )  # its card shows another state
     until(browser, "document.querySelector('article').innerText.includes('attempt 2')")
     assert browser.execute_script(
         "return [window.playing.isConnected, window.playing === document.querySelector('article video')]"
@@ -127,7 +129,7 @@ def test_two_clips_are_compared(browser, server, night):
     browser.execute_script("at('place').value = 500; at('place').dispatchEvent(new Event('input'))")
     places = browser.execute_script("return [...document.querySelectorAll('#pair video')].map(v => v.currentTime)")
     assert places[0] == places[1] == pytest.approx(0.25, abs=0.02)
-    time.sleep(1.2)  # the page was kept up meanwhile
+    time.sleep(1.2)  # the page was updated meanwhile
     assert browser.find_element("id", "compare").is_displayed()
     press(browser, "Close", "#compare")
     assert not browser.find_element("id", "compare").is_displayed()
@@ -158,7 +160,7 @@ def test_jobs_are_cancelled_retried_and_put_first(browser, server, night):
 def test_all_that_is_seen_is_cancelled_or_retried(browser, server, night):
     opened(browser, server)
     press(browser, "waiting")
-    browser.find_element("id", "words").send_keys("kite 0000")  # names have it
+    browser.find_element("id", "words").send_keys("kite 0000")  # names contain it
     until(browser, "document.querySelectorAll('article').length === 6")
     browser.find_element("id", "words").send_keys("1")
     until(browser, "document.querySelectorAll('article').length === 1")
@@ -256,7 +258,7 @@ def test_a_link_with_a_token(browser, night):
         assert "link" in browser.find_element("css selector", "body").text
         browser.get(f"http://{address}/?token=a-token-of-a-test-123")
         until(browser, "document.querySelectorAll('article').length === 6")
-        assert browser.current_url == f"http://{address}/"  # which is what is copied, or seen over a shoulder
+        assert browser.current_url == f"http://{address}/"  # the address may be copied or seen by others
         browser.refresh()
         until(browser, "document.querySelectorAll('article').length === 6")
         press(browser, "Pause", "header")
@@ -288,7 +290,7 @@ def test_nothing_of_a_job_is_code_and_it_is_readable(browser, tmp_path, size):
             for which, wrong in (low, small):
                 found = f"return [...document.querySelectorAll('{which}')].filter(e => {wrong}).length"
                 assert browser.execute_script(found) == 0
-            # Nothing of a card is over another part of it.
+            # No part of a card covers another part.
             within = "[...document.querySelector('article').querySelectorAll('.media, .prompt, .chips, .small, .row')]"
             tops = browser.execute_script(
                 f"return {within}.map(e => e.getBoundingClientRect()).map(b => [b.top, b.bottom])"
@@ -306,7 +308,7 @@ ATTACK = (Path(__file__).parent / "attack.html").read_text()
 
 @contextmanager
 def elsewhere(page):
-    """A site with a page."""
+    """Another site with a page."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -338,7 +340,7 @@ def elsewhere(page):
     ],
 )
 def test_a_page_of_another_site_neither_reads_nor_acts(night, name, token):
-    """Whether it has another port of this machine, or another name; with the page open, and its cookie there."""
+    """With another port of this machine, or another name; with the page open, and its cookie set."""
     (task,) = night.claimed()
     night.done(task)
     before = statuses(night)
@@ -364,7 +366,7 @@ def test_a_page_of_another_site_neither_reads_nor_acts(night, name, token):
         assert statuses(night) == before
         assert night.setting("paused") == ""
         assert inbox(night) == []
-        # A name that leads to this machine is another site's all the same.
+        # A name that resolves to this machine is still another site.
         browser.get(f"http://evil.test:{address.split(':')[1]}/")
         assert "article" not in browser.page_source
         assert "pause" not in browser.page_source.lower()
@@ -401,7 +403,7 @@ def test_twenty_thousand_jobs(browser, tmp_path):
 
 
 def test_the_server_s_memory_stays(tmp_path):
-    """Three minutes of a night; `python -m tests.serve.night` has an hour."""
+    """Three minutes of a run; `python -m tests.serve.night` has an hour."""
     found = watched(tmp_path, 180, jobs=1000, looks=1)
     sys.stdout.write(f"{[f'{each / 1e6:.1f} MB' for each in found]}\n")
     half = found[len(found) // 2 :]
@@ -430,7 +432,7 @@ def test_a_job_that_is_added_in_the_page_is_rendered(browser, tmp_path):
 
 
 def test_nothing_is_kept_of_a_look(server, night):
-    """The folder is as it was, whoever looks."""
+    """Requests leave the folder unchanged."""
     with Desk(night.out) as desk:
         before = status_of(desk).counts
     for _ in range(3):

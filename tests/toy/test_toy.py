@@ -11,7 +11,7 @@ from stgfast.demo import run
 
 STOCK = """
 import sys
-sys.modules["stgfast"] = None  # whoever imports it fails
+sys.modules["stgfast"] = None  # importing it fails
 import torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
@@ -58,7 +58,9 @@ def test_the_demo_shows_what_its_prompts_say(tmp_path):
 
 
 def test_words_it_never_saw(pipe):
-    with pytest.warns(UserWarning, match=r"got 'zebra', 'dances', which the toy model never saw; it knows a, and"):
+    with pytest.warns(
+        UserWarning, match=r"got 'zebra', 'dances', which the toy model was not trained on; it knows a, and"
+    ):
         made = clips(pipe, ["A red zebra dances over a grey background"], num_inference_steps=1)
     assert made.isfinite().all()
 

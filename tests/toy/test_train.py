@@ -1,4 +1,4 @@
-"""Training runs from end to end, goes on where it stopped, and leaves a folder that stock diffusers loads."""
+"""Training runs from end to end, continues after a stop, and writes a folder that stock diffusers loads."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Drawn videos: the same from the same numbers, and what their sentences say is what their pixels show."""
+"""Drawn videos: the same from the same numbers, and their pixels show what their sentences say."""
 
 import math
 
@@ -16,7 +16,7 @@ def drawn(text, count=1):
 
 
 def cover(clips, colour):
-    """Which pixels are nearer to a colour than to all others."""
+    """The pixels that are nearer to a colour than to all others."""
     palette = torch.tensor([*videos.COLOURS.values(), *videos.GROUNDS.values()])
     distance = (clips.frames.unsqueeze(-4) - palette[:, :, None, None]).square().sum(-3)
     return distance.argmin(-3) == list(videos.COLOURS).index(colour)
@@ -69,13 +69,13 @@ def test_a_shape_moves_as_told(motion):
 
 @pytest.mark.parametrize("turn", videos.TURNS)
 def test_a_shape_turns_as_told(turn):
-    """The tip of a triangle: the pixel farthest from the middle, followed from frame to frame."""
+    """The tip of a triangle is the pixel farthest from the middle, followed from frame to frame."""
     path = videos.plan(SEED, 0, Scene((Shape("red", "triangle", turn),), "black")).paths[0]
     angles = path.at()[:, 2]
     clip = drawn(f"a red triangle turns {turn} over a black background").frames[0]
     line = torch.arange(videos.SIZE) + 0.5
     for angle, frame in zip(angles, clip, strict=True):
-        # From the centre to a corner is red, as far from the centre between two corners it is not.
+        # Red reaches from the centre to each corner, but not as far between two corners.
         for offset, red in ((0, True), (math.pi / 3, False)):
             x = path.centre[0] + 1.2 * path.radius * math.sin(angle + offset)
             y = path.centre[1] - 1.2 * path.radius * math.cos(angle + offset)
@@ -111,4 +111,4 @@ def test_patterns_differ_along_the_ground():
         look = "" if pattern == "plain" else f"{pattern} "
         clips = drawn(f"a red circle turns clockwise over a {look}grey background")
         assert clips.frames[0, 0, 1].diff(dim=0).abs().max() > least
-        assert clips.frames[0, :, :, 0, 0].diff(dim=0).abs().max() == 0  # the background stands still
+        assert clips.frames[0, :, :, 0, 0].diff(dim=0).abs().max() == 0  # the background does not move

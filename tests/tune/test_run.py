@@ -1,4 +1,4 @@
-"""A search on the model in the package, and what it leaves in its folder."""
+"""A search on the model in the package, and the files in its folder."""
 
 import json
 
@@ -24,7 +24,7 @@ def made(tmp_path_factory):
 
 
 def test_distances_and_costs_are_those_of_the_clips(made):
-    """Of the chosen recipe, made by hand from the file; the converged clip is by UniPC in three times the steps."""
+    """For the chosen recipe, recomputed from its file; the converged clip is by UniPC with three times the steps."""
     recipe = Recipe.read(made.out / RECIPE)
     assert recipe.to_dict() == {**made.chosen.recipe.to_dict(), "found": recipe.found}
     off = []
@@ -59,7 +59,7 @@ def test_the_folder_is_all_that_a_render_needs(made, tmp_path):
 
 
 def test_it_goes_on_where_it_was_stopped(made, monkeypatch):
-    """Nothing is made again, and what is found is the same; a line that was cut off is made again."""
+    """Nothing is made twice, and the result is the same; a truncated line is made again."""
     calls = []
     latents = tuning.Search._latents
 
@@ -99,11 +99,11 @@ def test_the_command(tmp_path, capsys):
     given = ["tune", "--model", "toy", "--out", str(tmp_path), *few]
     assert cli.main([*given, "--cost", "0.9", PROMPTS[0]]) == 0
     said = capsys.readouterr()
-    assert "found, an approximation: " in said.out
+    assert "found, as an approximation: " in said.out
     assert "clip" in said.err  # the bar
     assert cli.main([*given, "--distance", "1e-9", "--quiet", PROMPTS[0]]) == 1
     said = capsys.readouterr()
-    assert "none is; the nearest is" in said.out
+    assert "no recipe meets it; the nearest is" in said.out
     assert "clip/s" not in said.err
 
 

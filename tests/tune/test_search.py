@@ -50,7 +50,7 @@ def test_steps_are_spaced():
 def test_given_up_is_what_is_beaten_for_no_more_work():
     good, dearer, worse = trial(0.5, 0.02, 0.03), trial(0.6, 0.021, 0.031), trial(0.5, 0.04, 0.05)
     cheap, once = trial(0.2, 0.2, 0.3), trial(0.5, 0.9)
-    assert given_up([good, dearer, worse, cheap, once]) == [worse]  # near enough, cheaper, or seen too little of
+    assert given_up([good, dearer, worse, cheap, once]) == [worse]  # near enough, cheaper, or measured on too few clips
     assert given_up([trial(0.5, 0.0, 0.0), trial(0.5, 0.1, 0.1)]) == []
 
 

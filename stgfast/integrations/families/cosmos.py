@@ -59,7 +59,7 @@ COSMOS2_IMAGE = replace(
     early=True,
     float32=True,
     schedule=schedule,
-    own_solver="its noise levels are no shares of noise",
+    own_solver="its noise levels are not fractions of noise",
 )
 COSMOS2_VIDEO = replace(
     COSMOS2_IMAGE, pipeline="Cosmos2VideoToWorldPipeline", clips=replace(COSMOS2_IMAGE.clips, images=EACH)

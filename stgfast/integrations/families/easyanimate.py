@@ -51,7 +51,7 @@ EASYANIMATE = Adapter(
     ),
     live=live,
     schedule=schedule,
-    own_solver="it looks at its scheduler's class",
+    own_solver="it checks the class of its scheduler",
     # About 70% of its 48 blocks.
     defaults=Guidance(Perturbation([33], scale=1.0)),
 )

@@ -22,7 +22,7 @@ def live(pipe: Any, call: CallArguments, denoiser: str) -> float | None:
 
 def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
     if pipe.transformer.config.attention_type == "nabla" and any(p.kind == BLUR for p in guidance.perturbations):
-        return "a blur of queries: expected a model of full attention, got nabla, which orders tokens in its own way"
+        return "a blur of queries: expected a model of full attention, got nabla, which reorders tokens"
     return None
 
 

@@ -55,7 +55,7 @@ LTX = Adapter(
             }
         ),
         grid=Grid(size),
-        unspread="it does not divide the mask of the text",
+        unspread="it does not split the text mask",
     ),
     float32=True,
     # Of the 2B model, which has 28 blocks; the 13B model has 48, and is guided by schedules of its own.
@@ -104,5 +104,5 @@ LTX_LONG = replace(
     steps_asked=steps_asked_of_window,
     windowed=True,
     unfit=long_unfit,
-    own_solver="it leaves out the last of its scheduler's timesteps",
+    own_solver="it drops the last timestep of its scheduler",
 )

@@ -47,7 +47,7 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
     if kinds.count(True) > 1 or kinds.count(False) > 1:
         return "several perturbations: expected one at most, and one that isolates video from audio"
     if any(part.of != COND or part.base != COND for part in guidance.perturbations):
-        return "a perturbation of or against another branch: expected cond, as the pipeline itself has it"
+        return "a perturbation of another branch than cond: expected of='cond' and base='cond', as in the pipeline"
     return None
 
 
@@ -61,7 +61,7 @@ def notice(call: CallArguments) -> str:
     off = {"guidance_scale": 1.0, "stg_scale": 0.0, "modality_scale": 1.0}
     left = {name: call.get(f"audio_{name}") for name, none in off.items() if call[name] <= none}
     return "; ".join(
-        f"{name}={call[name]:g} leaves its pass on, for audio_{name}={scale:g}: set both to {off[name]:g} for none"
+        f"{name}={call[name]:g} does not switch its pass off, because audio_{name}={scale:g}: set both to {off[name]:g}"
         for name, scale in left.items()
         if scale is not None and scale > off[name]
     )
@@ -142,7 +142,7 @@ LTX2 = Adapter(
         rows=frozenset(ROWS),
         identity=identity_of_scores,
         changes={ISOLATE: {"use_a2v_cross_attention": False, "use_v2a_cross_attention": False}},
-        unspread="it does not divide the mask of the text",
+        unspread="it does not split the text mask",
     ),
     announced=Announced(weak=(WEAK, ISOLATED), passes=passes, preview=preview),
     unfit=unfit,
@@ -201,7 +201,7 @@ def unfit_guiders(pipe: Any, guidance: Guidance, call: CallArguments) -> str | N
     if others:
         return f"guider: got {', '.join(others)}, expected {GUIDER} for video and for audio"
     if not guidance.exact.inert:
-        return "a Guidance: expected none, as its guiders say all of it: set stg_scale and more of pipe.guider"
+        return "a Guidance: expected none; set stg_scale and the other settings of pipe.guider instead"
     depth = len(pipe.transformer.transformer_blocks)
     blocks = pipe.guider.spatio_temporal_guidance_blocks or []
     stg = any(guider.is_stg_enabled() for guider in guiders(pipe))

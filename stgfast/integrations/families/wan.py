@@ -35,13 +35,13 @@ def fps(config: Mapping[str, Any]) -> float:
 def unsupported(pipe: Any) -> str | None:
     one, other = (getattr(pipe, name, None) for name in ("transformer", "transformer_2"))
     if one is not None and other is not None and unwrapped(one) is unwrapped(other):
-        return "one model as both transformer and transformer_2, whose scales cannot be told apart,"
+        return "one model as both transformer and transformer_2"
     return None
 
 
 def chrono_unfit(pipe: Any, guidance: Guidance, call: CallArguments) -> str | None:
     if call["enable_temporal_reasoning"] and guidance.reuses:
-        return "reuse with enable_temporal_reasoning, whose latents lose frames in the middle of the run: expected none"
+        return "reuse with enable_temporal_reasoning, which drops latent frames during the run: expected no reuse"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Allegro: a stacked call on a list of blocks, text by cross-attention."""
+"""Allegro: a stacked call on a list of blocks, with text in cross-attention."""
 
 import diffusers
 import torch

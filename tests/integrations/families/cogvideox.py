@@ -1,4 +1,4 @@
-"""CogVideoX: a stacked call, text carried along; what conditions it comes as further channels, or as the start."""
+"""CogVideoX: a stacked call with text tokens in the blocks. Conditions are extra channels, or the first frames."""
 
 from dataclasses import replace
 
@@ -36,7 +36,7 @@ def from_image(prompts, cfg=True):
 
 
 def from_image_with_dynamic_cfg(prompts, cfg=True):
-    """Of the one size that there are positions for."""
+    """In the only size for which the model has positions."""
     size = {"width": 48, "image": pixels(prompts, 3, 32, 48)}
     return {**arguments(prompts, cfg), **size, "use_dynamic_cfg": True}
 

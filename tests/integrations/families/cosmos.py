@@ -1,4 +1,4 @@
-"""Cosmos: calls for cond and then for uncond, combined as c + s (c - u) after a step to x0."""
+"""Cosmos: one call for cond, then one for uncond, combined as c + s (c - u) after the conversion to x0."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from tests.oracle import Facts
 
 
 class Unchecked(diffusers.ModelMixin):
-    """In place of the safety checker, which the pipelines insist on."""
+    """Replaces the safety checker, which the pipelines require."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +28,7 @@ def resize(mask, size, interpolation):
     return torch.nn.functional.interpolate(mask, size, mode="nearest")
 
 
-# In place of torchvision's, which makes padding masks smaller.
+# Replaces torchvision's, which resizes padding masks.
 TRANSFORMS = SimpleNamespace(functional=SimpleNamespace(resize=resize), InterpolationMode=SimpleNamespace(NEAREST=0))
 
 
@@ -87,7 +87,7 @@ def caller(**more):
 
 
 SEQUENTIAL = Facts(stacked=False, oblong={"width": 48}, lies=lambda tokens: (0, (tokens // 6, 2, 3)))
-WITH_MASK = {"in_channels": 17}  # beside the latents, which frames are given
+WITH_MASK = {"in_channels": 17}  # the latents, and a mask of given frames
 SHORT = {"num_frames": 9}
 PROJECTED = {"use_crossattn_projection": True, "crossattn_proj_in_channels": 32, "extra_pos_embed_type": None}
 PROJECTED |= {"encoder_hidden_states_channels": 32}

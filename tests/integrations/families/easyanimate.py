@@ -1,4 +1,4 @@
-"""EasyAnimate: a stacked call, text carried along, first by projections of its own and then by those of the video."""
+"""EasyAnimate: a stacked call with text tokens in the blocks, which have projections for text in some blocks only."""
 
 import diffusers
 import torch

@@ -1,4 +1,4 @@
-"""HunyuanVideo: two kinds of blocks, text carried along, one call for cond and, with true CFG, another for uncond."""
+"""HunyuanVideo: two kinds of blocks with text tokens in them; one call for cond and, with true CFG, one for uncond."""
 
 import inspect
 
@@ -39,7 +39,7 @@ def from_image(prompts, cfg=True):
 
 
 def packed(other=False):
-    """Sections are made one after the other, each beside what was made before."""
+    """The sections of a clip are made one after another, each with the earlier ones as input."""
     cls = diffusers.HunyuanVideoFramepackTransformer3DModel
     known = inspect.signature(cls.__init__).parameters
     sizes = {name: value for name, value in models.config("hunyuan").items() if name in known}
@@ -61,7 +61,7 @@ def packed(other=False):
 
 
 def from_first_frame(prompts, cfg=True):
-    """One clip, in two sections."""
+    """One clip with two sections."""
     made = {**arguments(1, cfg), "image": wan.image(), "latent_window_size": 2, "num_frames": 9}
     return {**made, "generator": models.generators(1)[0]}
 

@@ -1,4 +1,4 @@
-"""HunyuanVideo 1.5: a guider calls for cond and uncond."""
+"""HunyuanVideo 1.5: a guider makes a call for cond and one for uncond."""
 
 import copy
 import functools
@@ -36,7 +36,7 @@ def _vae(dtype):
 
 
 def vae():
-    """Sizes are taken from it, and it is slow to build."""
+    """Sizes are read from it, and it takes long to build."""
     return copy.deepcopy(_vae(torch.get_default_dtype()))
 
 
@@ -75,7 +75,7 @@ def from_image(other=False):
 
 
 def arguments_of_image(prompts, cfg=True):
-    """The image has the size."""
+    """The image sets the size."""
     given = {name: value for name, value in arguments(prompts).items() if name not in ("height", "width")}
     return {**given, "image": image(16, 16)}
 

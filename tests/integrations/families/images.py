@@ -1,4 +1,4 @@
-"""Images: the engine does not care."""
+"""Image pipelines: for the engine, they are like those for video."""
 
 import diffusers
 import torch
@@ -131,7 +131,7 @@ def sdxl(other=False):
 
 
 def sdxl_parts(model):
-    """What the UNet runs, in order: residual blocks, transformers (the layers), resamplers."""
+    """The parts that the UNet runs, in order: residual blocks, transformers (the layers), resamplers."""
     found, layers = [], 0
     for block in (*model.down_blocks, model.mid_block, *model.up_blocks):
         transformers = list(getattr(block, "attentions", []))

@@ -1,4 +1,6 @@
-"""Kandinsky 5: calls for cond and then for uncond, with texts of different lengths; a few blocks for the text first."""
+"""Kandinsky 5: one call for cond, then one for uncond, with texts of different lengths; the first blocks process text
+only.
+"""
 
 import diffusers
 import torch
@@ -69,7 +71,7 @@ def visual_blocks(model):
 
 FACTS = Facts(stacked=False, parts=visual_blocks)
 WITHOUT_FIRST = Facts(stacked=False, parts=visual_blocks, sent=lambda pipe, prediction: prediction[:, 1:])
-HEUN = (2, 3)  # which looks twice at every step but the last
+HEUN = (2, 3)  # which evaluates each step but the last twice
 
 FAMILIES = [
     Family(

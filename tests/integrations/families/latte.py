@@ -1,4 +1,4 @@
-"""Latte: blocks along two axes in turn, and a learned sigma beside the prediction."""
+"""Latte: blocks along two axes in turn, and a learned sigma in the output."""
 
 import diffusers
 import torch
@@ -29,7 +29,7 @@ def transformer():
         video_length=3,
     )
     models.spread(model)
-    for parameter in model.parameters():  # gates and CFG make much of rounding
+    for parameter in model.parameters():  # gates and CFG amplify rounding
         parameter.data *= 0.7 if parameter.ndim > 1 else 1.0
     model.proj_out.weight.data *= 0.2  # a learned sigma is an exponent
     return model.eval()
@@ -39,7 +39,7 @@ def build(other=False):
     model = transformer()
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(block_out_channels=(32,), latent_channels=4).eval()
-    if other:  # one that takes the learned sigma too
+    if other:  # one that also takes the learned sigma
         scheduler = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=False, beta_end=0.01)
     else:
         scheduler = diffusers.DDIMScheduler(clip_sample=False, beta_end=0.01)
@@ -78,7 +78,7 @@ def parts(model):
 
 
 def sent(pipe, prediction):
-    """The learned sigma goes to a scheduler that takes it, and nowhere otherwise."""
+    """The learned sigma is passed only to a scheduler that takes it."""
     learned = pipe.scheduler.config.get("variance_type") == "learned_range"
     return prediction if learned else prediction.chunk(2, dim=1)[0]
 

@@ -1,4 +1,4 @@
-"""LTX-Video: a stacked call; with images, a timestep for every token and tokens that the scheduler does not step."""
+"""LTX-Video: a stacked call. With images, each token has a timestep, and the scheduler does not step some tokens."""
 
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from tests.render import pipes
 def builder(cls):
     def build(other=False):
         pipe = models.pipeline("ltx", models.transformer("ltx", seed=1))
-        if other and cls is diffusers.LTXConditionPipeline:  # no other class has a time for every token
+        if other and cls is diffusers.LTXConditionPipeline:  # no other class has a timestep for each token
             pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
         elif other:
             pipe.scheduler = diffusers.FlowMatchLCMScheduler()
@@ -40,7 +40,7 @@ def from_image(prompts, cfg=True):
 
 
 def from_conditions(prompts, cfg=True):
-    """An image at the start, fixed, and one at a later frame, as tokens of its own and loosely held to."""
+    """A fixed image at the start, and one at a later frame, as extra tokens with a lower strength."""
     conditions = [
         LTXVideoCondition(image=images(prompts), frame_index=0, strength=1.0),
         LTXVideoCondition(image=images(prompts, seed=1), frame_index=8, strength=0.8),
@@ -69,7 +69,7 @@ def of_windows(prompts, cfg=True):
 
 
 def without_first_frame(pipe, prediction):
-    """What the pipeline from an image has its scheduler step: all frames but the one that was given."""
+    """The pipeline from an image passes all frames but the given one to its scheduler."""
     frames, height = (9 - 1) // pipe.vae_temporal_compression_ratio + 1, 32 // pipe.vae_spatial_compression_ratio
     return prediction.unflatten(1, (frames, height, -1)).permute(0, 4, 1, 2, 3)[:, :, 1:]
 

@@ -1,4 +1,4 @@
-"""Mochi: a list of blocks, a stacked call, text carried along."""
+"""Mochi: a list of blocks, a stacked call, text tokens in the blocks."""
 
 import diffusers
 
@@ -8,7 +8,7 @@ from tests.oracle import Facts, first_two, lying
 
 
 def build(other=False):
-    # As released, with sigmas that are shares of data.
+    # As released, with sigmas that are fractions of data.
     released = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     scheduler = diffusers.FlowMatchLCMScheduler() if other else released
     return models.pipeline("mochi", models.transformer("mochi", seed=1), scheduler=scheduler)

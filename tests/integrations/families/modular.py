@@ -1,4 +1,4 @@
-"""Modular pipelines: blocks put together, under a guider. Without those that encode prompts and decode videos."""
+"""Modular pipelines: blocks with a guider, without those that encode prompts and decode videos."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def wan(other=False):
 
 
 def wan22(other=False):
-    """Of two steps, one is made with each of the two models, and each has a guider of its own."""
+    """Each of the two models makes one of two steps, with a guider of its own."""
     stock = models.pipeline("wan", models.transformer("wan", seed=1))
     pipe = assembled(
         Wan22Blocks(),
@@ -65,7 +65,7 @@ def wan_from_an_image(other=False):
 
 
 def of_two_models(blocks, cls, stock):
-    """Of two steps, one is made with each of the two models, and each has a guider of its own."""
+    """Each of the two models makes one of two steps, with a guider of its own."""
 
     def build(other=False):
         made = stock(other)
@@ -88,7 +88,7 @@ def hunyuan(other=False):
     stock = hunyuan_video15.build(other)
     parts = {"transformer": stock.transformer, "scheduler": stock.scheduler, "guider": guider()}
     pipe = assembled(HunyuanVideo15Blocks(), **parts)
-    pipe.vae = stock.vae  # which none of its blocks asks for any more, but sizes are taken from it
+    pipe.vae = stock.vae  # no block calls it any more, but sizes are read from it
     return pipe
 
 
@@ -111,7 +111,7 @@ def hunyuan_arguments(prompts, cfg=True):
 
 
 def one(arguments, **more):
-    """One prompt at a time is all that these take."""
+    """These pipelines take one prompt at a time."""
 
     def given(prompts, cfg=True):
         made = arguments(1)
@@ -127,7 +127,7 @@ def latents(output):
 
 
 WAN, BOTH = wans.SEQUENTIAL, wans.BOTH
-# Frames are as wide as the image is.
+# Frames have the width of the image.
 AS_THE_IMAGE = {"oblong": {}, "lies": None}
 LTX = Facts(stacked=False, oblong={"height": 64, "width": 96}, lies=lying((2, 2, 3)))
 

@@ -1,4 +1,4 @@
-"""Motif Video: under a guider; decoder blocks get what an earlier block gave."""
+"""Motif Video: with a guider; decoder blocks get the output of an earlier block."""
 
 import diffusers
 import torch

@@ -1,4 +1,6 @@
-"""SkyReels-V2: calls for cond and then for uncond; by diffusion forcing, a time and a scheduler for every frame."""
+"""SkyReels-V2: one call for cond, then one for uncond; with diffusion forcing, each frame has a timestep and a
+scheduler.
+"""
 
 from dataclasses import replace
 
@@ -17,7 +19,7 @@ def builder(cls, **changes):
     def build(other=False):
         parts = models.pipeline("wan").components
         parts = {name: part for name, part in parts.items() if not name.startswith("transformer")}
-        if other:  # one that takes a timestep that is rounded, as they are where every frame has its own
+        if other:  # one that takes rounded timesteps, which occur if each frame has its own
             flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
             parts["scheduler"] = diffusers.DPMSolverMultistepScheduler(**flow)
         if "image_dim" in changes:
@@ -35,7 +37,7 @@ def forced(**more):
 
 
 def one_by_one(prompts, cfg=True):
-    """A model that is told the frame rate takes one prompt at a time."""
+    """A model with a frame rate as input takes one prompt at a time."""
     return forced(fps=16)(1, cfg)
 
 

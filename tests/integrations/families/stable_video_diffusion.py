@@ -1,4 +1,4 @@
-"""Stable Video Diffusion: a UNet with attention along two axes, and a CFG scale for every frame."""
+"""Stable Video Diffusion: a UNet with attention along two axes, and a CFG scale for each frame."""
 
 import diffusers
 import torch
@@ -74,7 +74,7 @@ def arguments(prompts, cfg=True):
 
 
 def parts(model):
-    """What the UNet runs, in order: residual blocks, transformers (the layers), resamplers."""
+    """The parts that the UNet runs, in order: residual blocks, transformers (the layers), resamplers."""
     found, layers = [], 0
     for block in (*model.down_blocks, model.mid_block, *model.up_blocks):
         transformers = list(getattr(block, "attentions", []))

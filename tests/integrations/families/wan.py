@@ -1,5 +1,6 @@
-"""Wan, and models built on it: calls for cond and then for uncond, of one transformer or of two; a timestep for every
-token; control hints; faces; clips made part by part."""
+"""Wan and models based on it: one call for cond, then one for uncond, with one transformer or two; a timestep for each
+token; control hints; faces; clips made part by part.
+"""
 
 import inspect
 from dataclasses import replace
@@ -14,7 +15,7 @@ from tests.integrations.family import Family
 from tests.oracle import Facts, Part, lying, parts_of
 
 TWO = ("transformer", "transformer_2")
-TEXT_TOKENS = 512  # the model counts on so many where an image encoder's tokens come with them
+TEXT_TOKENS = 512  # the model requires this number if tokens of an image encoder are added
 
 
 def transformer(seed, cls=diffusers.WanTransformer3DModel, **changes):
@@ -55,13 +56,13 @@ def builder(cls=diffusers.WanPipeline, model=diffusers.WanTransformer3DModel, tw
 
 
 def caller(**more):
-    """Arguments of a call; what is random of `more` is made with a seed."""
+    """Arguments of a call. Random arguments in `more` are made with a seed."""
 
     def arguments(prompts, cfg=True):
         sizes = models.sizes("wan", num_inference_steps=2, guidance_scale=4.0 if cfg else 1.0)
         made = {name: value() if callable(value) else value for name, value in more.items()}
         if "strength" in more:
-            del sizes["num_frames"]  # the video has so many as it has
+            del sizes["num_frames"]  # the number of the video's frames is fixed
         return {**sizes, **models.prompt("wan", prompts), "generator": models.generators(prompts), **made}
 
     return arguments
@@ -77,7 +78,7 @@ def video():
 
 
 def long_prompts(arguments):
-    """The same, with as many text tokens as a model with image embeddings needs."""
+    """The same, with the number of text tokens of a model with image embeddings."""
 
     def longer(prompts, cfg=True):
         made = arguments(prompts, cfg)
@@ -92,7 +93,7 @@ def two_scales(pipe, denoiser):
 
 
 def control(prompts, cfg=True):
-    """One clip at a time and one generator is all that the pipeline takes."""
+    """The pipeline takes one clip at a time and one generator."""
     made = caller(video=video, mask=video().round(), conditioning_scale=[1.0, 0.7])(1, cfg)
     return {**made, "generator": models.generators(1)[0]}
 
@@ -109,7 +110,7 @@ def animated(other=False):
 
 
 def with_faces(prompts, cfg=True):
-    """Two segments, of one clip."""
+    """Two segments of one clip."""
     made = long_prompts(caller(image=image))(1, cfg)
     del made["num_frames"]
     frames = [image(seed) for seed in range(7)]
@@ -122,7 +123,7 @@ def frames():
 
 
 def edited(prompts, cfg=True):
-    """One clip at a time is all that the pipeline takes."""
+    """The pipeline takes one clip at a time."""
     return {**caller(video=frames)(1, cfg), "generator": models.generators(1)[0]}
 
 
@@ -133,7 +134,7 @@ def flow_map(other=False):
 
 
 def without_cfg_without_negative(prompts, cfg=True):
-    """Negative prompts are stacked on the others even where there is no CFG."""
+    """Negative prompts are stacked on the others even without CFG."""
     made = caller()(prompts, cfg)
     return {name: value for name, value in made.items() if cfg or not name.startswith("negative")}
 
@@ -146,7 +147,7 @@ def in_chunks(other=False):
 
 
 def of_chunks(prompts, cfg=True):
-    """Two chunks, of one clip."""
+    """Two chunks of one clip."""
     return {**caller(num_frames=17, num_latent_frames_per_chunk=3)(1, cfg), "generator": models.generators(1)[0]}
 
 
@@ -154,7 +155,7 @@ SEQUENTIAL = Facts(stacked=False, oblong={"width": 48}, lies=lying((3, 2, 3)))
 BOTH = replace(SEQUENTIAL, denoisers=TWO)
 BOUNDARY = {"boundary_ratio": 0.9}  # between the first step and the second
 EVERY_TOKEN = {"expand_timesteps": True}
-CONDITIONED = {"in_channels": 36}  # beside the latents their condition, and a mask
+CONDITIONED = {"in_channels": 36}  # the latents, their condition, and a mask
 WITH_IMAGE = {**CONDITIONED, "image_dim": 20, "added_kv_proj_dim": 24}
 FROM_IMAGE = diffusers.WanImageToVideoPipeline
 HINTS = {"vace_layers": [0, 2], "vace_in_channels": 96}
