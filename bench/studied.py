@@ -1,7 +1,7 @@
-"""The effect of STG on the model in the package: tables of two READMEs, made from bench/results/toy.json, which
-comes from
+"""The effect of STG on the model in the package: tables of two READMEs, made from these files:
 
     python -m stgfast.evaluate.study reported --out DIR --save bench/results/toy.json
+    python -m stgfast.evaluate.study best --out DIR --save bench/results/toy-best.json
 
 python bench/studied.py           the tables
 python bench/studied.py --check   do the READMEs have these values?
@@ -20,9 +20,9 @@ import readme
 
 from stgfast import toy
 from stgfast.evaluate.statistics import Estimate
-from stgfast.evaluate.study import EARLY, LATER
 
 RESULTS = Path(__file__).parent / "results" / "toy.json"
+BEST = RESULTS.with_name("toy-best.json")
 PAGE = toy.FOLDER.parent / "README.md"
 # What is shown of a number: its name, by what it is multiplied, and its digits.
 COLUMNS = {
@@ -61,18 +61,9 @@ def table(settings: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
 
 
 def main() -> int:
-    settings = json.loads(RESULTS.read_text(encoding="utf-8"))["settings"]
-    few = [each for each in settings if label(each) in FEW]
-    made = {readme.README: table(few, SHORT), PAGE: table(settings, list(COLUMNS))}
+    reported, best = (json.loads(path.read_text(encoding="utf-8"))["settings"] for path in (RESULTS, BEST))
+    made = {readme.README: table(best, SHORT), PAGE: table(reported, list(COLUMNS))}
     return readme.main("studied.py", __doc__, made)
-
-
-FEW = (
-    "as drawn, through the VAE",
-    *(f"{cfg}{settings}" for cfg in ("no CFG", "CFG 2") for settings in ("", f", {toy.GUIDANCE}", f", {EARLY}")),
-    f"CFG 2, {LATER}",
-    "CFG 4",
-)
 
 
 if __name__ == "__main__":

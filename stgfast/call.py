@@ -107,7 +107,7 @@ def check(fitted: Fitted, guidance: Guidance, call: CallArguments, *, max_rows: 
     needs = cfg_needed_by(guidance)
     if needs and adapter.requested(call) is None:
         weak = any(part.needs_cfg for part in guidance.perturbations)
-        advice = "; without CFG, Guidance(Perturbation([...])) weakens cond" if weak else ""
+        advice = "; without CFG, Guidance(Perturbation([...])) perturbs cond" if weak else ""
         raise SettingsError(f"{needs}: got a call without CFG, expected {adapter.cfg_on}{advice}")
     check_tokens(fitted, grid=any(part.how.grid for part in guidance.perturbations))
     if guidance.reuse_blocks != EVERY and any(layout.blocks.full for layout in fitted.layouts.values()):

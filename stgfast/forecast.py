@@ -19,7 +19,7 @@ from stgfast.spacing import EVERY, due
 
 
 class KeptBlocks:
-    """A memory of block residualsed, by branch.
+    """A memory of block residuals, by branch: what all blocks together added to the hidden states.
 
     One decision in each step holds for all branches. It is made before the step, and does not read values from the
     device.
@@ -60,7 +60,7 @@ class KeptBlocks:
         self.asked, self.computed, self.added = {}, {}, {}
 
     def seen(self, branches: Sequence[str], before: Sequence[Tensor], after: Sequence[Tensor | None]) -> None:
-        """Store block residualsed to the hidden states, which have the same number of rows for each branch."""
+        """Store block residuals. Hidden states have the same number of rows for each branch."""
         there = [(one, other) for one, other in zip(before, after, strict=True) if other is not None]
         self.left = tuple(other is not None for other in after)
         for one, other in there:

@@ -456,5 +456,5 @@ def test_too_many_perturbations_are_said():
 
 
 def test_a_default_that_needs_cfg_says_what_does_not():
-    with pytest.raises(SettingsError, match=r"without CFG, Guidance\(Perturbation\(\[...\]\)\) weakens cond"):
+    with pytest.raises(SettingsError, match=r"without CFG, Guidance\(Perturbation\(\[...\]\)\) perturbs cond"):
         WAN.run(stgfast.accelerate(WAN.build(), Guidance(Perturbation([2], of="uncond", base="guided"))), cfg=False)

@@ -195,7 +195,7 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments, lists: Sequence[st
         name = name_of(guider)
         if name in WITH_WEAK_PASSES:
             if not guidance.exact.inert:
-                return f"a Guidance, and a guider of weak passes, {name}: expected one of the two"
+                return f"a Guidance, and a guider of perturbed passes, {name}: expected one of the two"
             perturbation_of(guider, pipe.transformer, lists)
         elif name != CFG:
             return f"guider: got {name}, expected {CFG}, or {' or '.join(WITH_WEAK_PASSES)}"

@@ -219,7 +219,7 @@ class Checking:
     def announced(self) -> None:
         """Check a pipeline that asks for its branches: each must be the model's own output."""
         if not self.guidance.inert:
-            self.notes.append("Checked with the weak passes of the pipeline, not with those of the guidance.")
+            self.notes.append("Checked with the perturbed passes of the pipeline, not with those of the guidance.")
 
         def own(step: int, turn: int, name: str, plain: Call, arguments: Arguments) -> Any:
             return arguments.given_to(plain)

@@ -45,12 +45,15 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
 
 
 def test_what_is_reported_was_not_chosen_on_the_same_clips():
-    tuned, reported = STUDIES["tuning"](), STUDIES["reported"]()
-    seeds = [{job.seed for job in each.jobs()} for each in (tuned, reported)]
-    assert not seeds[0] & seeds[1]
-    counts = Counter(json.dumps([job.to_dict()["guidance"], dict(job.pipeline)]) for job in reported.jobs())
-    assert set(counts.values()) == {1024}
-    assert len({job.name for job in reported.jobs()}) == sum(counts.values())
+    seeds = {name: {job.seed for job in made().jobs()} for name, made in STUDIES.items()}
+    assert seeds["scales"] == seeds["tuning"]
+    for one, other in (("tuning", "reported"), ("tuning", "best"), ("reported", "best")):
+        assert not seeds[one] & seeds[other]
+    for name in ("reported", "best"):
+        jobs = list(STUDIES[name]().jobs())
+        counts = Counter(json.dumps([job.to_dict()["guidance"], dict(job.pipeline)]) for job in jobs)
+        assert set(counts.values()) == {1024}
+        assert len({job.name for job in jobs}) == len(jobs)
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,7 @@ def test_started_by_torchrun(tmp_path, model):
     assert [event["rendered"] for event in told(events, "ended")] == [5]
     names = [job["name"] for job in jobs]
     nothing_stray(out, names)
-    go(str(model), jobs, tmp_path / "alone", max_batch=2)
+    go(str(model), jobs, tmp_path / "alone", max_batch=2, same_process=True)
     same_clips(out, tmp_path / "alone", names)
     assert metadata_of(out / names[0])["processes"] == 2
 
@@ -109,7 +109,7 @@ def test_a_group_of_actors_that_loses_one(tmp_path, model, cluster, which):
     assert len({event["pid"] for event in told(events, "joined")}) == 2
     names = [job["name"] for job in jobs]
     nothing_stray(tmp_path / "out", names)
-    go(str(model), jobs, tmp_path / "alone")
+    go(str(model), jobs, tmp_path / "alone", same_process=True)
     same_clips(tmp_path / "out", tmp_path / "alone", names)
 
 
