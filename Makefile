@@ -15,7 +15,7 @@ demo: $(READY)
 test: $(READY)
 	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup --durations=20 -rs -m "not again"
 
-test-all: $(READY)  # those too that say again, of another family or size, what others say
+test-all: $(READY)  # also the tests that repeat others for another family or size
 	$(RUN) -m pytest -n $(WORKERS) --dist loadgroup --durations=20 -rs
 
 lint: $(READY)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command, from the root of a checkout: bash bench/gpu.sh [part ...]
-# It needs torch with CUDA, triton, diffusers, pytest and hypothesis, and installs nothing. Tests first: no speed is
-# reported of what does not work. Results are lines of JSON, one file for each question, in bench/results/ or in the
-# folder that OUT names. A part takes less than 10 minutes, or is stopped.
+# It needs torch with CUDA, triton, diffusers, pytest and hypothesis, and installs nothing. Tests run first, so that no
+# speed is reported for something that does not work. Results are lines of JSON, one file for each question, in
+# bench/results/ or in the folder OUT. A part is stopped after 10 minutes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OUT="${OUT:-bench/results}"
@@ -13,7 +13,7 @@ HOPPER=tests/kernels/test_attention_hopper.py
 
 bench() { python3 -m stgfast.cli bench --device cuda "$@"; }
 
-# But what needs none.
+# Without the tests that need no GPU.
 tests() {
     python3 -m pytest -q -o addopts="" -k "not released_sizes" --ignore="$HOPPER" tests/kernels tests/test_gpu.py 2>&1 |
         tee "$OUT/gpu-tests.txt"
@@ -27,19 +27,19 @@ kernels() {
     python3 bench/ways.py --device cuda --save "$OUT/ways.jsonl"
 }
 
-# The kernel for Hopper by itself and last: a fault of its barriers would wait for ever, and not fail.
+# The kernel for Hopper separately and last: a fault in its barriers would hang instead of failing.
 hopper() {
     timeout 240 python3 -m pytest -q -o addopts="" "$HOPPER" 2>&1 | tee "$OUT/gpu-tests-hopper.txt"
     python3 bench/attention.py --hopper --tokens 2048 8192 32768 --save "$OUT/attention.jsonl"
 }
 
-# Narrow models: where the GPU is not full, and our own Python counts most.
+# Narrow models: the GPU is not full, and the overhead of stgfast's Python is largest.
 small() {
     bench --size small --rounds 9 --variants stock paper passes guiders stgfast split auto reuse --save "$OUT/steps.jsonl"
     bench --overhead --size small --save "$OUT/overhead.jsonl"
 }
 
-# Where launches count, recorded and not.
+# Launch-bound sizes, with and without CUDA graphs.
 graphs() {
     bench --size small --models mochi wan-1.3b hunyuan-video --variants stock stgfast compiled graphs --save "$OUT/graphs.jsonl"
 }
@@ -57,7 +57,7 @@ full() {
     bench --size full --steps 2 --rounds 3 --variants stock paper stgfast auto compiled fastest --save "$OUT/steps.jsonl" "$@"
 }
 
-# How near to the limit, and whole clips.
+# The distance from the limit of the device, and whole clips.
 largest() { bench --size largest --models mochi --steps 2 --rounds 2 --variants stgfast fastest --save "$OUT/steps.jsonl"; }
 whole() { bench --size full --whole --models ltx-2b mochi --rounds 1 --variants stgfast --save "$OUT/steps.jsonl"; }
 
