@@ -52,7 +52,7 @@ class Way(NamedTuple):
 
     solver: str
     steps: int
-    reuse: Spacing = 1  # in which steps the weak branch is computed, and cond - uncond
+    reuse: Spacing = 1  # in which steps the perturbed branch is computed, and cond - uncond
     order: int | None = None
     blocks: Spacing = 1  # in which steps the model's blocks run
     peer: str = ""  # which cache of another library, with passes made one after another

@@ -23,7 +23,7 @@ from stgfast.formulas import COND, UNCOND
 from stgfast.reuse import polynomial
 from stgfast.toy import videos
 
-WEAK = "weak"
+PERTURBED = "perturbed"
 Put = Callable[[nn.Module, int], None]  # put a cache on a model that makes so many steps
 
 
@@ -33,9 +33,9 @@ def pass_by_pass(pipe: Any, guidance: Guidance, put: Put, steps: int) -> Iterato
     Yields the models of the passes.
     """
     (part,) = guidance.perturbations
-    models = {name: copy.deepcopy(pipe.transformer) for name in (COND, UNCOND, WEAK)}
+    models = {name: copy.deepcopy(pipe.transformer) for name in (COND, UNCOND, PERTURBED)}
     for layer in part.layers:
-        block = models[WEAK].transformer_blocks[layer]
+        block = models[PERTURBED].transformer_blocks[layer]
         block.forward = functools.wraps(type(block).forward.__get__(block))(_through)
     for model in models.values():
         put(model, steps)
@@ -49,7 +49,7 @@ def pass_by_pass(pipe: Any, guidance: Guidance, put: Put, steps: int) -> Iterato
                 zip(hidden_states.chunk(2), encoder_hidden_states.chunk(2), strict=True)
             )
         )
-        given = {COND: cond, UNCOND: uncond, WEAK: cond}
+        given = {COND: cond, UNCOND: uncond, PERTURBED: cond}
         where = {"step_index": done, "sigma": float(pipe.scheduler.sigmas[done]), "num_inference_steps": steps}
         made = {}
         for name, model in models.items():
@@ -57,7 +57,7 @@ def pass_by_pass(pipe: Any, guidance: Guidance, put: Put, steps: int) -> Iterato
                 made[name] = model(**{**given[name], "return_dict": False})[0]
         done += 1
         scale = pipe.guidance_scale
-        guided = made[UNCOND] + scale * (made[COND] - made[UNCOND]) + part.scale * (made[COND] - made[WEAK])
+        guided = made[UNCOND] + scale * (made[COND] - made[UNCOND]) + part.scale * (made[COND] - made[PERTURBED])
         return (torch.cat([guided, guided]),)
 
     pipe.transformer.forward = stand_in

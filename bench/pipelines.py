@@ -277,9 +277,9 @@ def counted(model: Model) -> tuple[Counted, Adapter, int]:
     counts = set()
     for name, adapter in adapters.items():
         plans = plans_of(name, adapter, denoiser)
-        weak = sum(branch.name != branch.source for plan in plans for branch in plan.branches)
+        perturbed = sum(branch.name != branch.source for plan in plans for branch in plan.branches)
         branches, depth = sum(len(plan.branches) for plan in plans), len(plans[0].steps)
-        counts.add(Counted(branches * depth, sum(sum(plan.computed) for plan in plans), (branches - weak) * depth))
+        counts.add(Counted(branches * depth, sum(sum(plan.computed) for plan in plans), (branches - perturbed) * depth))
     (count, *differing), first = counts, next(iter(adapters.values()))
     assert not differing, f"pipelines of {model.name} that are not alike: {counts}"
     return count, first, first.blocks.of(denoiser).layers

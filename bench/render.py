@@ -37,8 +37,8 @@ from stgfast.render.files import Form, read_frames, write
 from stgfast.render.run import render
 
 CFG = toy.CALL["guidance_scale"]
-(WEAK,) = toy.GUIDANCE.perturbations
-(LAYER,) = WEAK.layers
+(PERTURBED,) = toy.GUIDANCE.perturbations
+(LAYER,) = PERTURBED.layers
 
 
 def jobs_of(count: int) -> list[dict[str, Any]]:
@@ -86,10 +86,10 @@ def as_the_paper(pipe: Any) -> Any:
         half = {k: v[rows // 2 :] if isinstance(v, torch.Tensor) and len(v) == rows else v for k, v in kwargs.items()}
         own, block.forward = block.forward, skipping
         try:
-            weak = forward(**half)[0]
+            perturbed = forward(**half)[0]
         finally:
             block.forward = own
-        guided = uncond + CFG * (cond - uncond) + WEAK.scale * (cond - weak)
+        guided = uncond + CFG * (cond - uncond) + PERTURBED.scale * (cond - perturbed)
         return (torch.cat([guided, guided]),)
 
     pipe.transformer.forward = stacked

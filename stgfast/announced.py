@@ -53,7 +53,7 @@ class Answering:
     def step(self, *of_step: Any) -> AnsweringStep:
         return AnsweringStep(*of_step)
 
-    def weak_layers(self, layout: Layout) -> Collection[int | None]:
+    def perturbed_layers(self, layout: Layout) -> Collection[int | None]:
         return {unit.layer for unit in layout.units}  # what the pipeline will ask for is known later
 
 
@@ -101,7 +101,7 @@ class AnsweringStep:
 
 
 def memory_for(announced: Announced, guidance: Guidance) -> KeptDifferences:
-    return KeptDifferences(guidance, dict.fromkeys(announced.weak, COND))
+    return KeptDifferences(guidance, dict.fromkeys(announced.perturbed, COND))
 
 
 def plan_of(
@@ -115,7 +115,7 @@ def plan_of(
     """The plan of a pass: its branch and, for the conditional branch, all branches that perturb it; or some of them."""
     branches = [Branch(name, name) for name in asked]
     if COND in asked:
-        branches += [Branch(name, COND, layout.marks(part) if part else {}) for name, part in passes.weak.items()]
+        branches += [Branch(name, COND, layout.marks(part) if part else {}) for name, part in passes.perturbed.items()]
     computed = [one for one in branches if one.name not in recalled and (mine is None or one.name in mine)]
     return passing(make_plan(computed, layout.depth, full=layout.blocks.full), skips)
 

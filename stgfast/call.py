@@ -106,8 +106,8 @@ def check(fitted: Fitted, guidance: Guidance, call: CallArguments, *, max_rows: 
         return
     needs = cfg_needed_by(guidance)
     if needs and adapter.requested(call) is None:
-        weak = any(part.needs_cfg for part in guidance.perturbations)
-        advice = "; without CFG, Guidance(Perturbation([...])) perturbs cond" if weak else ""
+        perturbed = any(part.needs_cfg for part in guidance.perturbations)
+        advice = "; without CFG, Guidance(Perturbation([...])) perturbs cond" if perturbed else ""
         raise SettingsError(f"{needs}: got a call without CFG, expected {adapter.cfg_on}{advice}")
     check_tokens(fitted, grid=any(part.how.grid for part in guidance.perturbations))
     if guidance.reuse_blocks != EVERY and any(layout.blocks.full for layout in fitted.layouts.values()):
@@ -128,9 +128,9 @@ def check(fitted: Fitted, guidance: Guidance, call: CallArguments, *, max_rows: 
 
 def cfg_needed_by(guidance: Guidance) -> str:
     """The part of a guidance that needs CFG, in words; "" if there is none."""
-    weak = [part for part in guidance.perturbations if part.needs_cfg]
-    if weak:
-        return f"a perturbation of {weak[0].of} against {weak[0].base}"
+    perturbed = [part for part in guidance.perturbations if part.needs_cfg]
+    if perturbed:
+        return f"a perturbation of {perturbed[0].of} against {perturbed[0].base}"
     if guidance.cfg is not None:
         return "a cfg schedule"
     if guidance.projects_cfg:

@@ -43,7 +43,7 @@ class Combining:
     def begin(self, run: Run, name: str) -> CombiningStep:
         return CombiningStep(self, run, name)
 
-    def weak_layers(self, layout: Layout) -> Collection[int | None]:
+    def perturbed_layers(self, layout: Layout) -> Collection[int | None]:
         return {layer for part in self.guidance.perturbations if part.how.inside for layer in part.layers}
 
     def plan(self, step: CombiningStep, sources: tuple[str, ...], mine: frozenset[str] | None = None) -> Plan:

@@ -50,7 +50,7 @@ class Strategy(Protocol):
     def begin(self, run: Run, name: str) -> Step:
         """Begin a step, at a call of the denoiser with this name."""
 
-    def weak_layers(self, layout: Layout) -> Collection[int | None]:
+    def perturbed_layers(self, layout: Layout) -> Collection[int | None]:
         """The layers whose attention is replaced."""
 
 
@@ -221,15 +221,15 @@ class Run:
 
     def _reached(self, layout: Layout) -> Iterator[nn.Module]:
         """The modules whose forward is replaced."""
-        weak = self.strategy.weak_layers(layout)
+        perturbed = self.strategy.perturbed_layers(layout)
         every = layout.attend is not None and not self.compiled
         yield layout.denoiser
         yield from self.quickened[layout.denoiser]
         for unit in layout.units:
             yield unit.module
-            if every or unit.layer in weak:
+            if every or unit.layer in perturbed:
                 yield from (module for _, module in unit.attentions)
-            if unit.layer in weak:
+            if unit.layer in perturbed:
                 yield from unit.compiled_around
 
     @contextmanager

@@ -197,9 +197,9 @@ def _rows(plans: Sequence[Plan]) -> tuple[int, ...]:
 
 def _reused(guidance: Guidance, branches: Collection[str]) -> list[str]:
     """What is reused across steps, and how much memory it takes, in words."""
-    weak, values = len({*branches} - {COND, UNCOND}), (guidance.reuse_order or 0) + 1
+    perturbed, values = len({*branches} - {COND, UNCOND}), (guidance.reuse_order or 0) + 1
     reused = {
-        "base - perturbed": (guidance.reuse, _counted(weak * values, "prediction") if weak else ""),
+        "base - perturbed": (guidance.reuse, _counted(perturbed * values, "prediction") if perturbed else ""),
         "cond - uncond": (guidance.reuse_cfg, _counted(values, "prediction")),
         "block residuals": (guidance.reuse_blocks, _counted(len(branches) * values, "hidden state")),
     }

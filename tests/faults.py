@@ -289,7 +289,7 @@ FAULTS = [
     Fault(
         "a compiled module around an attention",
         "batching/attention.py",
-        "as_written(arguments.module) if self.weak(self.marks) else plain)",
+        "as_written(arguments.module) if self.perturbed(self.marks) else plain)",
         "plain)",
         "tests/test_robust.py -k inside_of_a_layer",
     ),
@@ -475,14 +475,14 @@ FAULTS = [
     Fault(
         "a pass of LTX-2 that is kept as another's",
         "announced.py",
-        "return KeptDifferences(guidance, dict.fromkeys(announced.weak, COND))",
-        "return KeptDifferences(guidance, dict.fromkeys(announced.weak[:1], COND))",
+        "return KeptDifferences(guidance, dict.fromkeys(announced.perturbed, COND))",
+        "return KeptDifferences(guidance, dict.fromkeys(announced.perturbed[:1], COND))",
         "tests/integrations/test_ltx2.py -k reuse",
     ),
     Fault(
         "a plain copy that is taken for a difference",
         "integrations/spec.py",
-        "alike = {COND, *(name for name, part in self.weak.items() if part is None)}",
+        "alike = {COND, *(name for name, part in self.perturbed.items() if part is None)}",
         "alike = {COND}",
         "tests/integrations/test_ltx2.py -k reuse",
     ),

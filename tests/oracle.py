@@ -26,7 +26,7 @@ STACKS = ("transformer_blocks", "single_transformer_blocks", "blocks")
 
 
 @dataclass
-class Weak:
+class Perturbed:
     """One perturbed branch, with a number for each step."""
 
     layers: Sequence[int]
@@ -44,7 +44,7 @@ class Plainly:
     `formula(cond, uncond, perturbed predictions, step)` replaces the formula of this file.
     """
 
-    weak: Sequence[Weak]
+    perturbed: Sequence[Perturbed]
     cfg: Any
     rescale: Sequence[float]
     acts: Sequence[bool]
@@ -104,7 +104,7 @@ class Facts:
     repeated: tuple[str, ...] = ()
 
 
-def weakened(
+def perturbing(
     facts: Facts, model: Any, layers: Sequence[int], kind: str, axis: str = "", sigma: float | None = None
 ) -> AbstractContextManager[None]:
     """Perturb some layers of the model for all rows, within the block."""
@@ -114,7 +114,7 @@ def weakened(
         return facts.unchanged([*arguments.args, *named])
 
     how = Perturbation(layers, kind=kind, axis=axis, sigma=sigma)
-    return plain.weakened(facts.parts(model), how, unchanged=unchanged, lies=facts.lies, query=facts.query)
+    return plain.perturbing(facts.parts(model), how, unchanged=unchanged, lies=facts.lies, query=facts.query)
 
 
 def _kept(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNa
 
         return functools.wraps(forwards[name])(record)
 
-    def predict(source: str, weak: Weak | None = None) -> torch.Tensor:
+    def predict(source: str, perturbed: Perturbed | None = None) -> torch.Tensor:
         name, args, kwargs = calls[0]
         if plainly.cfg is not None and facts.stacked:
             rows = len(args[0] if args else kwargs.get("hidden_states", kwargs.get("sample")))
@@ -163,23 +163,27 @@ def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNa
         elif source == "uncond":
             name, args, kwargs = calls[1]
         with ExitStack() as stack:
-            if weak is not None:
+            if perturbed is not None:
                 model = getattr(pipe, name)
-                stack.enter_context(weakened(facts, model, weak.layers, weak.kind, weak.axis, weak.sigma))
+                stack.enter_context(
+                    perturbing(facts, model, perturbed.layers, perturbed.kind, perturbed.axis, perturbed.sigma)
+                )
             return forwards[name](*args, **kwargs)[0].double()
 
     def guided() -> torch.Tensor:
         cond = predict("cond")
         if plainly.formula is not None:
             uncond = None if plainly.cfg is None else predict("uncond")
-            weak = [noise(predict(weak.of, weak)) for weak in plainly.weak]
-            result = plainly.formula(noise(cond), None if uncond is None else noise(uncond), weak, state.step)
+            perturbed = [noise(predict(perturbed.of, perturbed)) for perturbed in plainly.perturbed]
+            result = plainly.formula(noise(cond), None if uncond is None else noise(uncond), perturbed, state.step)
             return torch.cat([result, cond[:, result.shape[1] :]], dim=1)  # channels that are not noise are cond's
         scale = plainly.cfg(pipe, calls[0][0]) if callable(plainly.cfg) else plainly.cfg
-        weighed = [(weak, weak.scales[state.step]) for weak in plainly.weak if weak.scales[state.step]]
-        weak = [(number, weak.base, predict(weak.of, weak)) for weak, number in weighed]
+        weighed = [
+            (perturbed, perturbed.scales[state.step]) for perturbed in plainly.perturbed if perturbed.scales[state.step]
+        ]
+        perturbed = [(number, perturbed.base, predict(perturbed.of, perturbed)) for perturbed, number in weighed]
         uncond = None if plainly.cfg is None else predict("uncond")
-        return plain.guided(cond, uncond, scale, weak, plainly.rescale[state.step], half=facts.half)
+        return plain.guided(cond, uncond, scale, perturbed, plainly.rescale[state.step], half=facts.half)
 
     @functools.wraps(step)  # pipelines inspect its signature
     def guided_step(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -34,11 +34,11 @@ def test_the_front_counts_what_is_computed(monkeypatch):
     ways = (front.Way("UniPC", 4), front.Way("Euler", 4, 2, 0), front.Way("Euler", 4, peer="pass after pass"), exact)
     base, converged, half, plain = front.rows(2, front.EARLY, ways)
     blocks, (layer,) = 12, front.EARLY.perturbations[0].layers
-    weak = blocks - layer - 1
+    perturbed = blocks - layer - 1
     assert base["way"] == "Euler, 4 steps"
-    assert (base["block-rows"], base["cost"]) == (4 * (2 * blocks + weak), 1.0)
+    assert (base["block-rows"], base["cost"]) == (4 * (2 * blocks + perturbed), 1.0)
     assert converged["distance"] == 0
-    assert half["block-rows"] == 4 * blocks + 2 * blocks + 2 * weak
+    assert half["block-rows"] == 4 * blocks + 2 * blocks + 2 * perturbed
     assert half["cost"] == pytest.approx(half["block-rows"] / base["block-rows"], rel=1e-3)
     assert 0 < base["distance"] != half["distance"] > 0
     # Nothing is shared there; the result is the same.
@@ -71,7 +71,7 @@ def test_a_night_of_work_is_timed_where_its_clips_are_those_of_the_loop(capsys, 
     monkeypatch.setattr(sys, "argv", ["render.py", "--jobs=3", "--rounds=1", "--save", str(tmp_path / "rows.jsonl")])
     assert render.main() == 0
     assert list(json.loads((tmp_path / "rows.jsonl").read_text())["seconds"]) == list(render.variants(1))
-    monkeypatch.setattr(render, "WEAK", dataclasses.replace(render.WEAK, scale=2.0))
+    monkeypatch.setattr(render, "PERTURBED", dataclasses.replace(render.PERTURBED, scale=2.0))
     capsys.readouterr()
     assert render.main() == 1
     assert "no number" in capsys.readouterr().out

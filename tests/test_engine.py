@@ -15,7 +15,7 @@ from stgfast import Guidance, Perturbation
 from stgfast.integrations import ADAPTERS
 from tests import models
 from tests.integrations.family import with_blocks
-from tests.oracle import Facts, Plainly, Weak, blocks_of, first, first_two, plain_method
+from tests.oracle import Facts, Perturbed, Plainly, blocks_of, first, first_two, plain_method
 from tests.precision import same
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -75,9 +75,9 @@ class Case:
             return list(schedule) if isinstance(schedule, tuple) else [schedule] * self.moments
 
         guidance = self.guidance
-        weak = [Weak(p.layers, p.kind, at(p.scale), p.of, p.base) for p in guidance.perturbations]
+        perturbed = [Perturbed(p.layers, p.kind, at(p.scale), p.of, p.base) for p in guidance.perturbations]
         acts = [guidance.start <= step / self.moments < guidance.stop for step in range(self.moments)]
-        return Plainly(weak, self.cfg, at(guidance.rescale), acts)
+        return Plainly(perturbed, self.cfg, at(guidance.rescale), acts)
 
 
 def run_plain(case):
@@ -158,9 +158,9 @@ def histories(case, layer, step):
     plainly = case.plainly()
     marks = {(source,): {} for source in (["cond"] if case.cfg is None else ["cond", "uncond"])}
     if plainly.acts[step]:
-        for number, weak in enumerate(plainly.weak):
-            if weak.scales[step]:
-                marks[weak.of, number] = dict.fromkeys(weak.layers, weak.kind)
+        for number, perturbed in enumerate(plainly.perturbed):
+            if perturbed.scales[step]:
+                marks[perturbed.of, number] = dict.fromkeys(perturbed.layers, perturbed.kind)
     different = {
         (branch[0], tuple(mark.get(k) for k in range(layer + 1)))
         for branch, mark in marks.items()

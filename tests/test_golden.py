@@ -18,8 +18,8 @@ def test_matches_the_papers_pipelines(case):
     stored = models.stored(family, "case.safetensors")
     prompts = {name: tensor for name, tensor in stored.items() if not name.startswith("latents")}
     how = WAN_CODE if "perturbed_uncond" in case["combines"] else {}
-    weak = stgfast.Perturbation(case["layers"], kind=case["mode"], scale=case["scale"], **how)
-    pipe = stgfast.accelerate(models.pipeline(family), stgfast.Guidance(weak, rescale=case["rescale"]))
+    perturbed = stgfast.Perturbation(case["layers"], kind=case["mode"], scale=case["scale"], **how)
+    pipe = stgfast.accelerate(models.pipeline(family), stgfast.Guidance(perturbed, rescale=case["rescale"]))
     generator = torch.Generator().manual_seed(models.index()["models"][family]["generator_seed"])
     latents = pipe(**prompts, **models.sizes(family), generator=generator).frames
     # Their results are in float32, so the distance is their rounding error: 8e-6 at most.

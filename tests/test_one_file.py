@@ -91,16 +91,16 @@ def dot(one, other):
     return (one * other).flatten(1).sum(1)[:, None, None]
 
 
-def written_out(prompt, weakened, combined, strength=3.0, rounds=4):
-    """A clip by `combined(none, text, weak)`, where `weakened(block, x, prompt, time)` is the perturbed block 2."""
+def written_out(prompt, perturbing, combined, strength=3.0, rounds=4):
+    """A clip by `combined(none, text, perturbed)`; `perturbing(block, x, prompt, time)` is the perturbed block 2."""
     pipe, x = HomemadePipeline(), torch.randn(len(prompt), 5, WIDTH, generator=torch.Generator().manual_seed(1))
     for i in range(rounds):
         time = torch.full((len(x),), 1 - i / rounds)
         (none,), (text,) = pipe.model(x, torch.zeros_like(prompt), time), pipe.model(x, prompt, time)
-        weak = x
+        perturbed = x
         for number, block in enumerate(pipe.model.layers):
-            weak = weakened(block, weak, prompt, time) if number == 2 else block(weak, prompt, time)
-        x = x - 0.1 * (none + strength * (text - none) + combined(none, text, weak))
+            perturbed = perturbing(block, perturbed, prompt, time) if number == 2 else block(perturbed, prompt, time)
+        x = x - 0.1 * (none + strength * (text - none) + combined(none, text, perturbed))
     return x
 
 
@@ -119,12 +119,12 @@ def test_a_kind_of_perturbation(tmp_path):
         assert str(guidance) == "damped, layer 2, scale 1.5"
         prompt = torch.randn(2, WIDTH)
 
-        def weakened(block, x, prompt, time):
+        def perturbing(block, x, prompt, time):
             x = x + block.mixer(x) / 2 + block.text(prompt)[:, None]
             return x + torch.tanh(block.ff(x)) * time[:, None, None]
 
         with torch.no_grad():
-            expected = written_out(prompt, weakened, lambda none, text, weak: 1.5 * (text - weak))
+            expected = written_out(prompt, perturbing, lambda none, text, perturbed: 1.5 * (text - perturbed))
         same(made(guidance, prompt), expected)
         with pytest.raises(stgfast.SettingsError, match=r"'damped' \(half of it\)"):
             Perturbation([2], kind="dampd")
@@ -139,8 +139,8 @@ def test_a_formula(tmp_path):
         assert Guidance.from_json(guidance.to_json()) == guidance
         prompt = torch.randn(2, WIDTH)
 
-        def combined(none, text, weak):
-            cfg, difference = text - none, text - weak
+        def combined(none, text, perturbed):
+            cfg, difference = text - none, text - perturbed
             lost = dot(difference, cfg) / dot(cfg, cfg) * cfg
             return 1.5 * (difference - 0.75 * lost)
 

@@ -88,14 +88,14 @@ class Inside:
     def handlers(self, unit: Unit, marks: Sequence[Mark | None]) -> Mapping[nn.Module, Handler]:
         """The replacements for calls inside a unit that runs on groups with these marks."""
         handlers = dict[nn.Module, Handler]()
-        inside = self.weak(marks)
+        inside = self.perturbed(marks)
         if inside:
             handlers |= dict.fromkeys(unit.compiled_around, self._around)
         if inside or self.layout.attend is not None:
             handlers |= {module: functools.partial(self._attention, axis) for axis, module in unit.attentions}
         return handlers
 
-    def weak(self, marks: Sequence[Mark | None]) -> bool:
+    def perturbed(self, marks: Sequence[Mark | None]) -> bool:
         """Whether any of these marks changes an attention."""
         return any(map(self.layout.inside, marks))
 
@@ -119,7 +119,7 @@ class Inside:
 
     def _around(self, plain: Call, arguments: Arguments) -> Any:
         """The replacement of a compiled module that contains an attention."""
-        return arguments.given_to(as_written(arguments.module) if self.weak(self.marks) else plain)
+        return arguments.given_to(as_written(arguments.module) if self.perturbed(self.marks) else plain)
 
     def _attention(self, axis: str, plain: Call, arguments: Arguments) -> Any:
         """The replacement of a self-attention: perturbed rows run what their kind says, and nothing else."""

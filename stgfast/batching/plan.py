@@ -122,9 +122,9 @@ def branches_for(
     The conditional branch is always among them, because all differences are taken from it.
     """
     plain = [Branch(source, source) for source in sources if source in weighed or source == COND]
-    weak = [
+    perturbed = [
         Branch(name, part.of, marks(part))
         for name, part in zip(guidance.names, guidance.perturbations, strict=True)
         if name in weighed and part.of in sources
     ]
-    return (*plain, *weak)
+    return (*plain, *perturbed)

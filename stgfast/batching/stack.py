@@ -127,8 +127,8 @@ class Stack:
         marks = [mark for mark in step.marks for _ in range(self.prompts)]
         inputs = [group * self.prompts + prompt for group in step.run for prompt in range(self.prompts)]
         # Calls inside compiled code cannot be replaced, so a block with perturbed rows runs uncompiled.
-        module, weak = arguments.module, self.inside.weak(marks)
-        call: Call = as_written(module) if weak else self.compiled.get(module, plain)
+        module, perturbed = arguments.module, self.inside.perturbed(marks)
+        call: Call = as_written(module) if perturbed else self.compiled.get(module, plain)
         runs_compiled = module in self.compiled or compiled(module)
         outputs = []
         for part in self._parts(marks):
@@ -137,7 +137,7 @@ class Stack:
                 given = given.changed(lambda name, value: alone(value))
             self.inside.begin(marks[part], inputs[part])
             outputs.append(as_tuple(given.given_to(call)))
-            if weak:
+            if perturbed:
                 self.inside.finish(number, self.layout.units[number])
         return [join(parts) if parts[0] is not None else None for parts in zip(*outputs, strict=True)]
 

@@ -34,9 +34,9 @@ class Schemes:
         def stacked(*args: Any, **kwargs: Any) -> Any:
             parts = self.guidance.perturbations
             rows = [0, 1] + [1] * len(parts)
-            with ExitStack() as weak:
+            with ExitStack() as perturbed:
                 for number, part in enumerate(parts):
-                    weak.enter_context(self._weakened(part, number + 2, len(rows)))
+                    perturbed.enter_context(self._perturbing(part, number + 2, len(rows)))
                 stack = self._given(forward, args, kwargs, rows)
                 uncond, cond, *others = forward(**stack)[0].chunk(len(rows))
             guided = self._guided(uncond, cond, others)
@@ -47,7 +47,7 @@ class Schemes:
     def apart(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def apart(*args: Any, **kwargs: Any) -> Any:
             uncond, cond = (self._given(forward, args, kwargs, [row]) for row in (0, 1))
-            guided = self._guided(forward(**uncond)[0], forward(**cond)[0], self._weak(forward, cond))
+            guided = self._guided(forward(**uncond)[0], forward(**cond)[0], self._perturbed(forward, cond))
             return (torch.cat([guided, guided]),)
 
         return apart
@@ -62,7 +62,7 @@ class Schemes:
                 return (made,)
             cond, first = held
             held.clear()
-            guided = self._guided(made, first.clone(), self._weak(forward, cond)).to(made.dtype)
+            guided = self._guided(made, first.clone(), self._perturbed(forward, cond)).to(made.dtype)
             first.copy_(guided)
             return (guided,)
 
@@ -70,25 +70,25 @@ class Schemes:
 
     def after_one(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def after_one(**kwargs: Any) -> Any:
-            cond, weak = forward(**kwargs)[0], self._weak(forward, kwargs)
-            return (self._pushed(cond, cond, weak),)
+            cond, perturbed = forward(**kwargs)[0], self._perturbed(forward, kwargs)
+            return (self._pushed(cond, cond, perturbed),)
 
         return after_one
 
-    def _weak(self, forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    def _perturbed(self, forward: Callable[..., Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """Each perturbed branch in a pass of its own."""
         made = []
         for part in self.guidance.perturbations:
-            with self._weakened(part, 0, 1):
+            with self._perturbing(part, 0, 1):
                 made.append(forward(**kwargs)[0])
         return made
 
-    def _guided(self, uncond: Tensor, cond: Tensor, weak: Sequence[Tensor]) -> Tensor:
-        uncond, cond, *weak = (branch.float() for branch in (uncond, cond, *weak))
-        return self._pushed(uncond + self.pipe.guidance_scale * (cond - uncond), cond, weak)
+    def _guided(self, uncond: Tensor, cond: Tensor, perturbed: Sequence[Tensor]) -> Tensor:
+        uncond, cond, *perturbed = (branch.float() for branch in (uncond, cond, *perturbed))
+        return self._pushed(uncond + self.pipe.guidance_scale * (cond - uncond), cond, perturbed)
 
-    def _pushed(self, guided: Tensor, cond: Tensor, weak: Sequence[Tensor]) -> Tensor:
-        for part, prediction in zip(self.guidance.perturbations, weak, strict=True):
+    def _pushed(self, guided: Tensor, cond: Tensor, perturbed: Sequence[Tensor]) -> Tensor:
+        for part, prediction in zip(self.guidance.perturbations, perturbed, strict=True):
             assert isinstance(part.scale, float)
             guided = guided + part.scale * (cond - prediction)
         return guided
@@ -114,17 +114,19 @@ class Schemes:
         return {name: chosen(name, value) for name, value in given.items()}
 
     @contextmanager
-    def _weakened(self, part: Perturbation, branch: int, of: int) -> Iterator[None]:
+    def _perturbing(self, part: Perturbation, branch: int, of: int) -> Iterator[None]:
         """Perturb one branch of the stack within the block, after all branches were computed."""
         with ExitStack() as stack:
             for unit in self.layout.units:
                 if unit.layer not in part.layers:
                     continue
-                for module, weak in self._weak_modules(unit, part):
-                    stack.enter_context(mock.patch.object(module, "forward", _mixed(module.forward, weak, branch, of)))
+                for module, perturbed in self._perturbed_modules(unit, part):
+                    stack.enter_context(
+                        mock.patch.object(module, "forward", _mixed(module.forward, perturbed, branch, of))
+                    )
             yield
 
-    def _weak_modules(self, unit: Unit, part: Perturbation) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+    def _perturbed_modules(self, unit: Unit, part: Perturbation) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
         """The modules that change, and their replacements' outputs."""
         if part.kind == RESIDUAL:
             signature = inspect.signature(unit.module.forward)
@@ -140,11 +142,11 @@ class Schemes:
                     yield attention, functools.partial(self.layout.blocks.identity, attention)
 
 
-def _mixed(forward: Callable[..., Any], weak: Callable[..., Any], branch: int, of: int) -> Callable[..., Any]:
+def _mixed(forward: Callable[..., Any], perturbed: Callable[..., Any], branch: int, of: int) -> Callable[..., Any]:
     """A computed stack with one branch replaced."""
 
     def mixed(*args: Any, **kwargs: Any) -> Any:
-        made, others = forward(*args, **kwargs), weak(*args, **kwargs)
+        made, others = forward(*args, **kwargs), perturbed(*args, **kwargs)
         if isinstance(made, Tensor):
             return _replaced(made, others[0] if isinstance(others, tuple) else others, branch, of)
         return tuple(_replaced(one, other, branch, of) for one, other in zip(made, others, strict=True))

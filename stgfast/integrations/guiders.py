@@ -28,8 +28,8 @@ from stgfast.schedules import Moment
 
 CFG = "ClassifierFreeGuidance"
 SEG = "SmoothedEnergyGuidance"
-WITH_WEAK_PASSES = ("SkipLayerGuidance", "PerturbedAttentionGuidance", SEG)
-WEAK = "perturbed"
+WITH_PERTURBED_PASSES = ("SkipLayerGuidance", "PerturbedAttentionGuidance", SEG)
+PERTURBED = "perturbed"
 
 
 def guided_by(adapter: Adapter, pipeline: str, **changes: Any) -> Adapter:
@@ -47,7 +47,7 @@ def guided_by(adapter: Adapter, pipeline: str, **changes: Any) -> Adapter:
         own_rescale=own_rescale,
         announced=Announced(
             when=announces,
-            weak=(WEAK,),
+            perturbed=(PERTURBED,),
             passes=functools.partial(passes, lists=adapter.blocks.lists),
             preview=preview,
         ),
@@ -85,7 +85,7 @@ def guiders(pipe: Any) -> list[Any]:
 
 
 def announces(pipe: Any) -> bool:
-    return any(name_of(guider) in WITH_WEAK_PASSES for guider in guiders(pipe))
+    return any(name_of(guider) in WITH_PERTURBED_PASSES for guider in guiders(pipe))
 
 
 def requested(call: CallArguments) -> float | None:
@@ -121,14 +121,14 @@ def passes(
     turns: list[tuple[str, ...]] = [(COND,)]
     if guider._is_cfg_enabled():
         turns.append((UNCOND,))
-    weak: dict[str, Perturbation | None] = {}
-    if name_of(guider) in WITH_WEAK_PASSES and _has_weak_pass(guider):
-        turns.append((WEAK,))
-        weak[WEAK] = perturbation_of(guider, getattr(pipe, denoiser), lists)
-    return Passes(tuple(turns), weak)
+    perturbed: dict[str, Perturbation | None] = {}
+    if name_of(guider) in WITH_PERTURBED_PASSES and _has_perturbed_pass(guider):
+        turns.append((PERTURBED,))
+        perturbed[PERTURBED] = perturbation_of(guider, getattr(pipe, denoiser), lists)
+    return Passes(tuple(turns), perturbed)
 
 
-def _has_weak_pass(guider: Any) -> bool:
+def _has_perturbed_pass(guider: Any) -> bool:
     """Whether the guider's current step has a perturbed pass."""
     return bool(guider._is_seg_enabled() if name_of(guider) == SEG else guider._is_slg_enabled())
 
@@ -193,12 +193,12 @@ def unfit(pipe: Any, guidance: Guidance, call: CallArguments, lists: Sequence[st
         return "a scheduler from stgfast.restart: a modular pipeline's guider does not count repeated steps"
     for guider in guiders(pipe):
         name = name_of(guider)
-        if name in WITH_WEAK_PASSES:
+        if name in WITH_PERTURBED_PASSES:
             if not guidance.exact.inert:
                 return f"a Guidance, and a guider of perturbed passes, {name}: expected one of the two"
             perturbation_of(guider, pipe.transformer, lists)
         elif name != CFG:
-            return f"guider: got {name}, expected {CFG}, or {' or '.join(WITH_WEAK_PASSES)}"
+            return f"guider: got {name}, expected {CFG}, or {' or '.join(WITH_PERTURBED_PASSES)}"
     return None
 
 
@@ -207,7 +207,7 @@ def quiet(pipe: Any) -> Iterator[None]:
     """Keep guiders from changing the model within the block: what their hooks would do is computed already."""
     for guider in guiders(pipe):
         guider._num_inference_steps = None  # drop the value of a former call
-    quieted = [guider for guider in guiders(pipe) if name_of(guider) in WITH_WEAK_PASSES]
+    quieted = [guider for guider in guiders(pipe) if name_of(guider) in WITH_PERTURBED_PASSES]
     for guider in quieted:
         vars(guider)["prepare_models"] = functools.partial(_count, guider)
         vars(guider)["cleanup_models"] = _nothing

@@ -46,11 +46,11 @@ class Passes(NamedTuple):
 
     Attributes:
         turns: the branches that each call of the denoiser asks for, as rows of one batch.
-        weak: the branches that perturb the conditional one, each with its perturbation, or None.
+        perturbed: the branches that perturb the conditional one, each with its perturbation, or None.
     """
 
     turns: tuple[tuple[str, ...], ...]
-    weak: Mapping[str, Perturbation | None]
+    perturbed: Mapping[str, Perturbation | None]
 
     @property
     def branches(self) -> frozenset[str]:
@@ -62,12 +62,12 @@ class Passes(NamedTuple):
         asked for.
         """
         first = next(number for number, turn in enumerate(self.turns) if COND in turn)
-        alike = {COND, *(name for name, part in self.weak.items() if part is None)}
+        alike = {COND, *(name for name, part in self.perturbed.items() if part is None)}
         return frozenset(branch for turn in self.turns[first:] for branch in turn) - alike
 
     def computed_in(self, turn: Sequence[str], recalled: Collection[str]) -> bool:
         """Whether this call of the denoiser computes anything."""
-        return not set(turn) <= {*self.weak, *recalled}
+        return not set(turn) <= {*self.perturbed, *recalled}
 
 
 # Defaults of an adapter. Named functions, because an accelerated pipeline is pickled with its adapter.
@@ -102,13 +102,13 @@ class Announced:
     """The facts about a pipeline that asks for perturbed branches itself, and combines them.
 
     Args:
-        weak: the names of the perturbed branches that it may ask for.
+        perturbed: the names of the perturbed branches that it may ask for.
         passes: the passes that its next step asks of a denoiser, by the guidance or else by the call.
         preview: `preview(copy of the pipeline, call, moment)` puts the copy in the state of this step.
         when: whether a pipeline instance is of that kind.
     """
 
-    weak: tuple[str, ...]
+    perturbed: tuple[str, ...]
     passes: Callable[[Any, CallArguments, Guidance, Moment, str], Passes]
     preview: Callable[[Any, CallArguments, Moment], None]
     when: Callable[[Any], bool] = always

@@ -214,7 +214,7 @@ class Checking:
         parts = dict(zip(guidance.names, guidance.perturbations, strict=True))
         return str(Guidance(replace(parts[branch], scale=1.0))) if branch in parts else branch
 
-    # Pipelines that ask for their weak branches themselves
+    # Pipelines that ask for their perturbed branches themselves
 
     def announced(self) -> None:
         """Check a pipeline that asks for its branches: each must be the model's own output."""

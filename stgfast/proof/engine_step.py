@@ -85,8 +85,8 @@ class _Watched:
 
         return _Recorded(self, name, calls, answer)
 
-    def weak_layers(self, layout: Layout) -> Collection[int | None]:
-        return self.strategy.weak_layers(layout)
+    def perturbed_layers(self, layout: Layout) -> Collection[int | None]:
+        return self.strategy.perturbed_layers(layout)
 
 
 class _Recorded:

@@ -44,7 +44,7 @@ class Part:
 
 
 @contextmanager
-def weakened(
+def perturbing(
     parts: Sequence[Part],
     how: Perturbation,
     *,
@@ -83,19 +83,19 @@ def guided(
     cond: Tensor,
     uncond: Tensor | None,
     scale: Any,
-    weak: Sequence[tuple[float, str, Tensor]] = (),
+    perturbed: Sequence[tuple[float, str, Tensor]] = (),
     phi: float = 0.0,
     *,
     half: bool = False,
 ) -> Tensor:
-    """The formula. `weak` has, for each perturbed branch, its scale, its base and its prediction. With `half`, only
+    """The formula. `perturbed` has the scale, the base and the prediction of each perturbed branch. With `half`, only
     the first half of the channels is noise, and only its deviation is rescaled.
     """
     plain = {COND: cond, GUIDED: cond}
     if uncond is not None:
         plain |= {UNCOND: uncond, GUIDED: uncond + scale * (cond - uncond)}
     result = plain[GUIDED].clone()
-    for number, base, prediction in weak:
+    for number, base, prediction in perturbed:
         result += number * (plain[base] - prediction)
     if phi:
         channels = cond.shape[1] // 2 if half else cond.shape[1]

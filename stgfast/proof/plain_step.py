@@ -19,7 +19,7 @@ from stgfast.guidance import Guidance
 from stgfast.perturbation import Perturbation
 from stgfast.proof.links import Links, named
 from stgfast.proof.measure import Combined
-from stgfast.proof.plain import Part, UnseenError, guided, weakened
+from stgfast.proof.plain import Part, UnseenError, guided, perturbing
 from stgfast.proof.watch import Answer, Watch
 from stgfast.schedules import Moment, value
 
@@ -102,9 +102,9 @@ class PlainStep:
     def grown(self) -> float:
         """How much further rounding may move the result: weights above 1 increase it."""
         scale = 1.0 if len(self.combined.weights) == 1 else float(self.combined.weights[self.combined.cond].abs().max())
-        weak = sum(abs(value(part.scale, self.moment)) for part in self.guidance.perturbations)
+        perturbed = sum(abs(value(part.scale, self.moment)) for part in self.guidance.perturbations)
         largest = max(float(prediction.norm()) for prediction in self.predictions.values())
-        return (2 * scale + 2 * weak + 1) * largest / float(self.result.norm())
+        return (2 * scale + 2 * perturbed + 1) * largest / float(self.result.norm())
 
     def _branches(self, turn: int, plain: Call, arguments: Arguments) -> Any:
         """The pipeline's own call, and the same call with each perturbation of its branches."""
@@ -118,8 +118,8 @@ class PlainStep:
             self.jitter = self._jittered(plain, arguments, output)
         for name, part in zip(self.guidance.names, self.guidance.perturbations, strict=True):
             if part.of in names and value(part.scale, self.moment):
-                weak = self._weak(part, plain, arguments)
-                self.predictions[name] = self._split(weak)[names.index(part.of)]
+                perturbed = self._perturbed(part, plain, arguments)
+                self.predictions[name] = self._split(perturbed)[names.index(part.of)]
         return output
 
     def _names(self, turn: int) -> list[str]:
@@ -131,7 +131,7 @@ class PlainStep:
     def _split(self, output: Any) -> Sequence[Tensor]:
         return list(torch.split(prediction_in(output).double(), self.combined.rows))
 
-    def _weak(self, part: Perturbation, plain: Call, arguments: Arguments) -> Any:
+    def _perturbed(self, part: Perturbation, plain: Call, arguments: Arguments) -> Any:
         parts = [
             Part(unit.module, unit.layer, {axis: module})
             for unit in self.layout.units
@@ -149,8 +149,8 @@ class PlainStep:
         query = "" if grid is None else grid.query
 
         def run(values: Handler | None) -> Any:
-            weak = weakened(parts, part, unchanged=links.unchanged, lies=lies, query=query, values=values)
-            with held(whole), handling_also(whole), weak:
+            perturbed = perturbing(parts, part, unchanged=links.unchanged, lies=lies, query=query, values=values)
+            with held(whole), handling_also(whole), perturbed:
                 return arguments.given_to(plain)
 
         try:
@@ -186,17 +186,17 @@ class PlainStep:
         if self.guidance.cfg is not None:
             scale = value(self.guidance.cfg, self.moment)
         named = zip(self.guidance.names, self.guidance.perturbations, strict=True)
-        weak = [
+        perturbed = [
             (value(part.scale, self.moment), part.base, self.predictions[name])
             for name, part in named
             if name in self.predictions
         ]
-        return self._formed(scale, weak, self.guidance.phi(self.moment))
+        return self._formed(scale, perturbed, self.guidance.phi(self.moment))
 
-    def _formed(self, scale: Any, weak: Sequence[tuple[float, str, Tensor]], phi: float) -> Tensor:
+    def _formed(self, scale: Any, perturbed: Sequence[tuple[float, str, Tensor]], phi: float) -> Tensor:
         cond = self.predictions[COND]
         half = self.own[0].ndim == cond.ndim and self.own[0].shape[1] * 2 == cond.shape[1]
-        return guided(cond, self.predictions.get(UNCOND), scale, weak, phi, half=half)
+        return guided(cond, self.predictions.get(UNCOND), scale, perturbed, phi, half=half)
 
 
 def apart(made: Sequence[Tensor], expected: Sequence[Tensor]) -> float:

@@ -149,7 +149,7 @@ class Search:
         self.block_rows = plain.block_rows
         branches = {name for phase in plain.phases for name in phase.branches}
         whole = any(layout.blocks.full for layout in self.adapter.layouts(self.pipe).values())
-        self.carried = {"weak": bool(branches - {COND, UNCOND}), "cfg": UNCOND in branches, "blocks": not whole}
+        self.carried = {"perturbed": bool(branches - {COND, UNCOND}), "cfg": UNCOND in branches, "blocks": not whole}
         self.known = Kept(out, {"model": self.usual.recipe.model, "jobs": [job.to_dict() for job in jobs]})
 
     def _steps(self) -> int:

@@ -37,10 +37,10 @@ class Trial:
         return statistics.median(both) if both else math.nan
 
 
-def candidates(usual: Recipe, solvers: Sequence[str], *, weak: bool, cfg: bool, blocks: bool) -> Iterator[Recipe]:
+def candidates(usual: Recipe, solvers: Sequence[str], *, perturbed: bool, cfg: bool, blocks: bool) -> Iterator[Recipe]:
     """Recipes for a model whose usual clip is `usual`, by these solvers, the best guesses first.
 
-    `weak`, `cfg`, `blocks`: whether there are perturbed branches, an unconditional branch, and blocks to reuse.
+    `perturbed`, `cfg`, `blocks`: whether there are perturbed branches, an unconditional branch, and blocks to reuse.
     """
     counts = sorted({max(FEWEST, round(usual.steps * share)) for share in SHARES}, reverse=True)
     for solver in sorted({*solvers, usual.solver}, key=lambda name: (name != "unipc", name)):
@@ -51,12 +51,12 @@ def candidates(usual: Recipe, solvers: Sequence[str], *, weak: bool, cfg: bool, 
             if blocks and steps > FIRST + 2:
                 for first, gap in ((FIRST + 1, 3), (FIRST + 2, 2)):
                     yield replace(exact, reuse_blocks=eased(steps, first, gap), reuse_order=1)
-            if not (weak or cfg) or steps <= FIRST:
+            if not (perturbed or cfg) or steps <= FIRST:
                 continue
             thinned = dict.fromkeys(thinning(steps, FIRST, growth) for growth in (0.1, 0.2))
             spacings: list[tuple[Spacing, int]] = [(2, 2), (2, 1), *((named, 1) for named in thinned)]
             for spacing, order in spacings:
-                reuse, reuse_cfg = spacing if weak else EVERY, spacing if cfg else EVERY
+                reuse, reuse_cfg = spacing if perturbed else EVERY, spacing if cfg else EVERY
                 yield replace(exact, reuse=reuse, reuse_cfg=reuse_cfg, reuse_order=order)
 
 

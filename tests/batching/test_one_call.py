@@ -133,10 +133,10 @@ def test_what_a_processor_does_afterwards_it_does_to_identity_rows_too(monkeypat
     """Also with rows that a processor of the library kept, and with a single row."""
     if of_library:
         monkeypatch.setattr(AddsInPlace, "__module__", "diffusers.models.another")
-    family, weak = with_processor(AddsInPlace), Guidance(Perturbation([1], kind="attention"))
-    expected = family.plain(weak, prompts=2)
+    family, perturbed = with_processor(AddsInPlace), Guidance(Perturbation([1], kind="attention"))
+    expected = family.plain(perturbed, prompts=2)
     for max_rows in ("all",) if of_library else ("all", 1):
-        pipe = stgfast.accelerate(family.build(), weak, max_rows=max_rows)
+        pipe = stgfast.accelerate(family.build(), perturbed, max_rows=max_rows)
         same(LTX.run(pipe, prompts=2), expected)
         assert ways(pipe, LTX) == {ONE if of_library else APART: [1]}
 

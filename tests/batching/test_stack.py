@@ -24,7 +24,7 @@ def run(blocks, order, marks):
     units = tuple(Unit(block, number) for number, block in enumerate(blocks))
     facts = Blocks(rows=frozenset({"hidden_states"}), units=lambda model: units)
     layout = Layout(torch.nn.ModuleList(blocks), units, facts)
-    stack = Stack(layout, make_plan([Branch("cond", "cond"), Branch("weak", "cond", marks)], len(blocks)), 1)
+    stack = Stack(layout, make_plan([Branch("cond", "cond"), Branch("perturbed", "cond", marks)], len(blocks)), 1)
     state = torch.zeros(2, 3)
     with held(blocks), handling(stack.handlers()):
         for number in order:

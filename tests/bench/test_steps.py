@@ -66,7 +66,7 @@ def test_all_variants(model, tmp_path):
     assert list(row["seconds"]) == there
     assert max(far for each, far in row["distance"].items() if each not in OTHER_RESULT) <= NEAR
     assert min(row["distance"][variant] for variant in OTHER_RESULT) > NEAR
-    # The weak branch is computed in one block of four, and in one step of two where it is reused.
+    # The perturbed branch is computed in one block of four, and in one step of two where it is reused.
     stock, unshared = (4, 8) if model == "hunyuan-video" else (8, 12)
     rows = {
         "stock": stock,

@@ -16,7 +16,7 @@ from stgfast.queue.store import Store
 from stgfast.render.files import Form, write
 
 CALL = {"width": 16, "height": 16, "num_frames": 3, "steps": 2}
-WEAK = Guidance(Perturbation([1], scale=0.5))
+PERTURBED = Guidance(Perturbation([1], scale=0.5))
 
 
 def level(job):
@@ -58,12 +58,12 @@ def brightness(frames, prompt):
 
 
 def test_settings_beside_cfg_alone(tmp_path):
-    settings = [(Guidance(), {}), (WEAK, {}), (WEAK, {"guidance_scale": 3.0})]
+    settings = [(Guidance(), {}), (PERTURBED, {}), (PERTURBED, {"guidance_scale": 3.0})]
     seen: list[int] = []
     with pytest.warns(DeprecationWarning, match="told: use progress"):
         found = evaluate(folder(tmp_path / "out", jobs(settings)), measure=Measure(brightness), told=seen.append)
     assert seen == list(range(1, len(seen) + 1)) != []
-    alone, weak, other = found.summaries
+    alone, perturbed, other = found.summaries
     assert [each.name for each in found.summaries] == [
         "CFG alone",
         "residual, layer 1, scale 0.5",
@@ -74,10 +74,10 @@ def test_settings_beside_cfg_alone(tmp_path):
     assert alone.estimates["brightness"].value == pytest.approx(50 + 1.5)
     assert alone.estimates["brightness"].half > 20  # prompts are far apart
     # but the same prompt and seed are always 2 apart
-    assert weak.base == "CFG alone"
-    assert weak.differences["brightness"].value == pytest.approx(2)
-    assert weak.differences["brightness"].half == pytest.approx(0, abs=1e-9)
-    assert weak.differences["brightness"].apart
+    assert perturbed.base == "CFG alone"
+    assert perturbed.differences["brightness"].value == pytest.approx(2)
+    assert perturbed.differences["brightness"].half == pytest.approx(0, abs=1e-9)
+    assert perturbed.differences["brightness"].apart
     assert not alone.differences
     assert not other.differences  # CFG alone was not rendered at that scale
     assert alone.estimates["diversity"].value == pytest.approx(3)
@@ -87,12 +87,12 @@ def test_settings_beside_cfg_alone(tmp_path):
 
 
 def test_clips_that_are_missing_are_left_out_of_both(tmp_path):
-    given = jobs([(Guidance(), {}), (WEAK, {})])
+    given = jobs([(Guidance(), {}), (PERTURBED, {})])
     found = evaluate(folder(tmp_path / "out", given, failed={0, 3}), measure=Measure(brightness))
-    alone, weak = sorted(found.summaries, key=lambda each: each.name)
+    alone, perturbed = sorted(found.summaries, key=lambda each: each.name)
     assert found.left_out == 2
-    assert (alone.clips, weak.clips) == (11, 11)
-    assert weak.differences["brightness"].value == pytest.approx(2)
+    assert (alone.clips, perturbed.clips) == (11, 11)
+    assert perturbed.differences["brightness"].value == pytest.approx(2)
 
 
 def test_one_prompt_many_seeds(tmp_path):
@@ -103,7 +103,7 @@ def test_one_prompt_many_seeds(tmp_path):
 
 
 def test_the_command(tmp_path, capsys):
-    out = folder(tmp_path / "out", jobs([(Guidance(), {}), (WEAK, {})]), failed={1})
+    out = folder(tmp_path / "out", jobs([(Guidance(), {}), (PERTURBED, {})]), failed={1})
     assert main(["evaluate", str(out), "--columns", "contrast", "diversity", "--save", str(tmp_path / "all.json")]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("| setting | clips | contrast | diversity |\n")
@@ -119,18 +119,18 @@ def test_wrong_folders(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
     assert main(["evaluate", str(tmp_path)]) == 2
     assert "stgfast evaluate: folder: got" in capsys.readouterr().err
-    failed = folder(tmp_path / "out", jobs([(WEAK, {})], 1, 1), failed={0})
+    failed = folder(tmp_path / "out", jobs([(PERTURBED, {})], 1, 1), failed={0})
     with pytest.raises(SettingsError, match="no clip that is done"):
         evaluate(failed)
 
 
 def test_wrong_columns(tmp_path, capsys):
-    out = folder(tmp_path / "out", jobs([(WEAK, {})], 1, 1))
+    out = folder(tmp_path / "out", jobs([(PERTURBED, {})], 1, 1))
     assert main(["evaluate", str(out), "--columns", "contrast", "beauty"]) == 2
     assert "columns: got ['beauty'], expected some of dynamics, flicker" in capsys.readouterr().err
 
 
 def test_what_is_not_known_is_null_in_json(tmp_path):
     saved = tmp_path / "all.json"
-    assert main(["evaluate", str(folder(tmp_path / "out", jobs([(WEAK, {})], 1, 1))), "--save", str(saved)]) == 0
+    assert main(["evaluate", str(folder(tmp_path / "out", jobs([(PERTURBED, {})], 1, 1))), "--save", str(saved)]) == 0
     assert json.loads(saved.read_text())["settings"][0]["estimates"]["contrast"] == {"value": 0.0, "half": None}

@@ -14,12 +14,12 @@ from stgfast.evaluate.study import STUDIES, Study, perturbed, run
 from stgfast.render import batch_run
 
 RECORDED = Path(__file__).parents[2] / "bench" / "results" / "toy.json"
-WEAK = perturbed("residual", 6, 0.5)
+PERTURBED = perturbed("residual", 6, 0.5)
 
 
 def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setitem(toy.CALL, "num_inference_steps", 2)
-    small = Study(seed=7, prompts=1, settings=[(2.0, Guidance()), (2.0, WEAK)])
+    small = Study(seed=7, prompts=1, settings=[(2.0, Guidance()), (2.0, PERTURBED)])
     found = run(small, tmp_path / "clips")
     assert [each.name for each in found.summaries] == [
         *("as drawn", "as drawn, through the VAE"),

@@ -10,7 +10,7 @@ import torch
 
 from stgfast import Guidance
 from tests.integrations.family import Family
-from tests.oracle import weakened
+from tests.oracle import perturbing
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class ByCalls(Family):
                 plain["guided"] = plain["uncond"] + scale * (plain["cond"] - plain["uncond"])
             result = plain["guided"]
             for part in guidance.perturbations:
-                with weakened(self.facts, pipe.transformer, part.layers, part.kind, part.axis, part.sigma):
-                    weak = forward(**inputs[part.of])[0].double()
+                with perturbing(self.facts, pipe.transformer, part.layers, part.kind, part.axis, part.sigma):
+                    perturbed = forward(**inputs[part.of])[0].double()
                 strength = part.scale[len(done)] if isinstance(part.scale, tuple) else part.scale
-                result = result + strength * (plain[part.base] - weak)
+                result = result + strength * (plain[part.base] - perturbed)
             if guidance.rescale:
                 pairs = zip(plain["cond"], result, strict=True)
                 phi = guidance.rescale

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from stgfast import Adapter, Guidance, Perturbation
-from tests.oracle import Facts, Part, Plainly, Weak, plain_method
+from tests.oracle import Facts, Part, Perturbed, Plainly, plain_method
 from tests.precision import computing_in, no_worse, same
 
 # The pipelines that `Family.pipe` copies, by their builder, scheduler and dtype.
@@ -87,8 +87,10 @@ class Family:
         def at(schedule: Any) -> list[float]:
             return list(schedule) if isinstance(schedule, tuple) else [schedule] * steps
 
-        weak = [Weak(p.layers, p.kind, at(p.scale), p.of, p.base, p.axis, p.sigma) for p in guidance.perturbations]
-        plainly = Plainly(weak, self.cfg if cfg else None, at(guidance.rescale), [True] * steps, formula)
+        perturbed = [
+            Perturbed(p.layers, p.kind, at(p.scale), p.of, p.base, p.axis, p.sigma) for p in guidance.perturbations
+        ]
+        plainly = Plainly(perturbed, self.cfg if cfg else None, at(guidance.rescale), [True] * steps, formula)
         with plain_method(pipe, plainly, self.facts):
             return self.run(pipe, prompts, cfg, **settings)
 
@@ -140,11 +142,11 @@ class Family:
                 before[branch] = (branch[0],)
             for part in self.facts.parts(model):
                 run = set()
-                for source, weak in branches:
-                    done = _done(weak, part) if weak is not None and part.layer in weak.layers else ""
-                    before[source, weak] = (*before[source, weak], done)
+                for source, perturbed in branches:
+                    done = _done(perturbed, part) if perturbed is not None and part.layer in perturbed.layers else ""
+                    before[source, perturbed] = (*before[source, perturbed], done)
                     if done != "residual":
-                        run.add(before[source, weak])
+                        run.add(before[source, perturbed])
                 counts.append(len(run))
         return counts
 
@@ -154,11 +156,11 @@ def with_blocks(adapter: Adapter, **changes: Any) -> Adapter:
     return replace(adapter, blocks=replace(adapter.blocks, **changes))
 
 
-def _done(weak: Perturbation, part: Part) -> str:
+def _done(perturbed: Perturbation, part: Part) -> str:
     """What a perturbation does to a part at a layer."""
-    if weak.kind == "blur":
-        return "" if set(part.attentions) == {"temporal"} else f"blur {weak.sigma}"
-    if weak.axis not in ("", *part.attentions):
+    if perturbed.kind == "blur":
+        return "" if set(part.attentions) == {"temporal"} else f"blur {perturbed.sigma}"
+    if perturbed.axis not in ("", *part.attentions):
         return ""
-    whole = weak.axis == "" or set(part.attentions) == {weak.axis}
-    return weak.kind if whole else f"{weak.kind} {weak.axis}"
+    whole = perturbed.axis == "" or set(part.attentions) == {perturbed.axis}
+    return perturbed.kind if whole else f"{perturbed.kind} {perturbed.axis}"

@@ -79,10 +79,10 @@ def test_kandinsky_5_seen_from_inside(sigma):
     norm.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(2)))
     family.run(pipe, cfg=False, width=48)
     assert len(seen) == 2 * family.steps[0]  # blurred rows need a call of their own
-    for (plain,), (weak,) in zip(seen[::2], seen[1::2], strict=True):
+    for (plain,), (perturbed,) in zip(seen[::2], seen[1::2], strict=True):
         frames = blurred(plain.unflatten(0, (3, 2, 3)), sigma).flatten(0, 2)
-        torch.testing.assert_close(weak, frames, rtol=0, atol=1e-5)
-        assert distance(weak, plain) > 0.01
+        torch.testing.assert_close(perturbed, frames, rtol=0, atol=1e-5)
+        assert distance(perturbed, plain) > 0.01
 
 
 def test_where_tokens_are_not_known():

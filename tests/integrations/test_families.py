@@ -166,8 +166,8 @@ def test_explain_counts_what_runs(family):
 @every
 def test_explain_counts_what_runs_where_branches_are_carried_on(family):
     cfg = family.cfg is not None
-    weak = Perturbation([family.layers[1]], kind=family.kinds[0])
-    guidance = Guidance(weak, reuse=2, reuse_cfg=2 if cfg else 1, reuse_order=0)
+    perturbed = Perturbation([family.layers[1]], kind=family.kinds[0])
+    guidance = Guidance(perturbed, reuse=2, reuse_cfg=2 if cfg else 1, reuse_order=0)
     stock, pipe = family.pipe(), stgfast.accelerate(family.pipe(), guidance)
     with family.counted(stock) as plain:
         family.run(stock, cfg=cfg)

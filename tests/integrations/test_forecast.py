@@ -15,7 +15,7 @@ from tests.oracle import Facts
 from tests.precision import distance, same
 
 pytestmark = pytest.mark.usefixtures("float64")
-WEAK = Perturbation([2], scale=1.5)  # not the last block: a skipped block runs no hooks
+PERTURBED = Perturbation([2], scale=1.5)  # not the last block: a skipped block runs no hooks
 
 
 def as_list(state):
@@ -62,9 +62,11 @@ def forecast(blocks, facts, guidance, runs):
 
 
 CASES = {
-    "held": Guidance(WEAK, reuse_blocks=2, reuse_order=0),
-    "by a line": Guidance(WEAK, reuse_blocks=3),
-    "in named steps, by a parabola, rescaled": Guidance(WEAK, rescale=0.5, reuse_blocks=(0, 1, 2, 5), reuse_order=2),
+    "held": Guidance(PERTURBED, reuse_blocks=2, reuse_order=0),
+    "by a line": Guidance(PERTURBED, reuse_blocks=3),
+    "in named steps, by a parabola, rescaled": Guidance(
+        PERTURBED, rescale=0.5, reuse_blocks=(0, 1, 2, 5), reuse_order=2
+    ),
 }
 
 
@@ -76,7 +78,7 @@ def test_equals_what_is_written_apart(name, guidance):
     (model,) = family.denoisers(stock)
     blocks = [part.module for part in family.facts.parts(model)]
     own = 1 if family.facts.stacked else 2
-    forecast(blocks, family.facts, guidance, runs=own + 3)  # and cond, uncond, weak
+    forecast(blocks, family.facts, guidance, runs=own + 3)  # and cond, uncond, perturbed
     plain = dataclasses.replace(family, build=lambda other=False: stock, shared=False)
     expected = plain.plain(guidance.exact, 2, **steps)
     made = family.run(stgfast.accelerate(family.pipe(), guidance), 2, **steps)
@@ -108,8 +110,8 @@ def test_ltx2_too(guidance):
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 def test_explain_counts_what_runs_or_says_why_not(family):
     cfg = family.cfg is not None
-    weak = Perturbation([family.layers[1]], kind=family.kinds[0])
-    guidance = Guidance(weak, reuse_blocks=2, reuse_order=0)
+    perturbed = Perturbation([family.layers[1]], kind=family.kinds[0])
+    guidance = Guidance(perturbed, reuse_blocks=2, reuse_order=0)
     stock, pipe = family.pipe(), stgfast.accelerate(family.pipe(), guidance)
     if installed_on(pipe).adapter.blocks.full:
         with pytest.raises(SettingsError, match="model works on hidden states between its blocks, expected reuse and"):
@@ -151,7 +153,7 @@ def test_a_branch_that_is_off_for_a_while_begins_anew(settings, whole):
 
 def test_the_text():
     family = FAMILIES["LTX"]
-    pipe = stgfast.accelerate(family.pipe(), Guidance(WEAK, reuse_blocks=2))
+    pipe = stgfast.accelerate(family.pipe(), Guidance(PERTURBED, reuse_blocks=2))
     text = str(stgfast.explain(pipe, **family.arguments(1) | {"num_inference_steps": 5}))
     kept = "memory: 6 hidden states per prompt"
     assert f"block residuals computed in every 2nd step, extrapolated linearly in the others; {kept}" in text
@@ -160,16 +162,16 @@ def test_the_text():
 
 def test_what_does_not_go_with_it_is_said():
     with pytest.raises(SettingsError, match="reuse_blocks with reuse and reuse_cfg: got both, expected one of them"):
-        Guidance(WEAK, reuse=2, reuse_cfg=2, reuse_blocks=2)
+        Guidance(PERTURBED, reuse=2, reuse_cfg=2, reuse_blocks=2)
     with pytest.raises(SettingsError, match="reuse_blocks: got 0, expected a number of steps, 1"):
-        Guidance(WEAK, reuse_blocks=0)
+        Guidance(PERTURBED, reuse_blocks=0)
 
 
 def test_nothing_is_held_where_nothing_is_carried_on():
     """Hidden states are large."""
     family = FAMILIES["LTX"]
-    strategy = Combining(Guidance(WEAK))
+    strategy = Combining(Guidance(PERTURBED))
     assert strategy.blocks.ends is None
-    assert family.run(stgfast.accelerate(family.pipe(), Guidance(WEAK, reuse_blocks=1))).equal(
-        family.run(stgfast.accelerate(family.pipe(), Guidance(WEAK)))
+    assert family.run(stgfast.accelerate(family.pipe(), Guidance(PERTURBED, reuse_blocks=1))).equal(
+        family.run(stgfast.accelerate(family.pipe(), Guidance(PERTURBED)))
     )

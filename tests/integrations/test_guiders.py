@@ -1,4 +1,4 @@
-"""Guiders with weak passes: their own passes are shared, and correct where those of diffusers are not."""
+"""Guiders with perturbed passes: their own passes are shared, and correct where those of diffusers are not."""
 
 import inspect
 import math
@@ -17,7 +17,7 @@ from stgfast import Guidance, Perturbation
 from stgfast.errors import SettingsError
 from stgfast.proof.plain import blurred
 from tests.integrations.families.hunyuan_video15 import FACTS, FAMILIES, arguments, build
-from tests.oracle import weakened
+from tests.oracle import perturbing
 from tests.precision import distance, same
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -34,7 +34,7 @@ def skipping(layers=(3,), **settings):
     return SkipLayerGuidance(**{"guidance_scale": 4.0, "skip_layer_config": config, **RANGE, **settings})
 
 
-def perturbing(layers=(3,), **settings):
+def pag(layers=(3,), **settings):
     given = {"guidance_scale": 4.0, "perturbed_guidance_layers": list(layers), **PAG_RANGE, **settings}
     return PerturbedAttentionGuidance(**given)
 
@@ -52,7 +52,7 @@ def clip(guider, accelerate=False, steps=4, **settings):
 
 
 def passes_written_out(guider, kind, sigma=None, steps=4):
-    """The formula of the guider, on separate passes: the weak one is the perturbed conditional pass."""
+    """The formula of the guider, on separate passes; the perturbed one has the arguments of the conditional one."""
     pipe = build(guider=guider)
     forward, called = pipe.transformer.forward, []
 
@@ -64,7 +64,7 @@ def passes_written_out(guider, kind, sigma=None, steps=4):
         names = [batch.__guidance_identifier__ for batch in data]
         preds = dict(zip(names, (batch.noise_pred for batch in data), strict=True))
         for name in preds.keys() & {"pred_cond_skip", "pred_cond_seg"}:
-            with weakened(FACTS, pipe.transformer, [3], kind, sigma=sigma):
+            with perturbing(FACTS, pipe.transformer, [3], kind, sigma=sigma):
                 preds[name] = forward(**called[0])[0]
         called.clear()
         return guider.forward(**preds)
@@ -83,9 +83,9 @@ CASES = {
     "skipped layers, original formulation": (skipping, {"use_original_formulation": True}, "residual"),
     "skipped layers without CFG": (skipping, {"guidance_scale": 1.0}, "residual"),
     "skipped layers in part of the steps": (skipping, {"skip_layer_guidance_stop": 0.6}, "residual"),
-    "perturbed attention": (perturbing, {}, "attention"),
+    "perturbed attention": (pag, {}, "attention"),
     "perturbed attention, rescaled, without CFG": (
-        perturbing,
+        pag,
         {"guidance_scale": 1.0, "guidance_rescale": 0.6},
         "attention",
     ),

@@ -204,9 +204,9 @@ def test_with_a_reference_too(cls, prompts, masked):
         same(one, other)
     if prompts == 1:
         assert rows_of(pipe, **given) == [2 * 3] * 3 + [2 * 4] * 2
-        weak = Guidance(Perturbation([3], kind="attention", scale=0.5))
+        perturbed = Guidance(Perturbation([3], kind="attention", scale=0.5))
         expected = call(build(cls), **given | {"stg_scale": 0.5, "modality_scale": 1.0, **audio_off(cls)})
-        for one, other in zip(call(stgfast.accelerate(pipe, weak), **given), expected, strict=True):
+        for one, other in zip(call(stgfast.accelerate(pipe, perturbed), **given), expected, strict=True):
             same(one, other)
 
 
@@ -359,13 +359,13 @@ def test_reuse_computes_what_explain_counts(order):
 def test_reuse_beside_a_guidance_that_is_off_for_a_while():
     """Nothing is extrapolated over steps without the pass; the plain copy in the first step is no difference."""
     scales = [0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0]
-    weak = Guidance(Perturbation([3], kind="residual", scale=scales), reuse=2)
-    pipe, steps = stgfast.accelerate(build(), weak), {"num_inference_steps": 8}
+    perturbed = Guidance(Perturbation([3], kind="residual", scale=scales), reuse=2)
+    pipe, steps = stgfast.accelerate(build(), perturbed), {"num_inference_steps": 8}
     explained = stgfast.explain(pipe, **steps, num_frames=9)
     assert sum(rows_of(pipe, **steps)) == explained.block_rows
-    # The weak branch, one block of five: in steps 1, 2, 4, and 6, 7 after it was off.
+    # The perturbed branch, one block of five: in steps 1, 2, 4, and 6, 7 after it was off.
     assert explained.block_rows == 8 * 2 * DEPTH + 5
-    assert distance(call(pipe, **steps)[0], call(stgfast.accelerate(build(), weak.exact), **steps)[0]) > 1e-6
+    assert distance(call(pipe, **steps)[0], call(stgfast.accelerate(build(), perturbed.exact), **steps)[0]) > 1e-6
 
 
 def test_wrong_settings_say_so():

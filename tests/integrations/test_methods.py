@@ -59,8 +59,8 @@ def scale_of(family):
 def test_two_terms(family, orthogonal, phi):
     scale = scale_of(family)
 
-    def formula(cond, uncond, weak, step):
-        spatial, temporal = (cond - prediction for prediction in weak)
+    def formula(cond, uncond, perturbed, step):
+        spatial, temporal = (cond - prediction for prediction in perturbed)
         if orthogonal:
             temporal = temporal - dot(temporal, spatial) / dot(spatial, spatial) * spatial
         g = uncond + scale * (cond - uncond) + 1.5 * spatial + 0.8 * temporal
@@ -86,7 +86,7 @@ RELATIVES = {
 }
 
 
-def relative(guidance, scale, cond, uncond, weak, step):
+def relative(guidance, scale, cond, uncond, perturbed, step):
     change = cond - uncond
     if guidance.project == "along-uncond":
         uncond = dot(cond, uncond) / dot(uncond, uncond) * uncond
@@ -96,10 +96,10 @@ def relative(guidance, scale, cond, uncond, weak, step):
         g = cond + (scale - 1) * (change - parallel + guidance.eta * parallel)
     else:
         g = uncond + scale * change
-        first = cond - weak[0]
-        second = cond - weak[1]
-        weak = [weak[0], cond - (second - dot(second, first) / dot(first, first) * first)]
-    for part, prediction in zip(guidance.perturbations, weak, strict=True):
+        first = cond - perturbed[0]
+        second = cond - perturbed[1]
+        perturbed = [perturbed[0], cond - (second - dot(second, first) / dot(first, first) * first)]
+    for part, prediction in zip(guidance.perturbations, perturbed, strict=True):
         g = g + part.scale * (cond - prediction)
     phi = guidance.rescale
     if phi:
@@ -167,9 +167,9 @@ def test_the_13b_preset_follows_the_models_own_table():
         moment = Moment(0, 1, sigma)
         weights = preset.weights(moment, 3.0)
         assert 1.0 - weights.get("uncond", 0.0) == cfg[row]
-        weak = {name: -weights[name] for name in preset.names if name in weights}
-        assert list(weak.values()) == ([float(stg[row])] if stg[row] else [])
-        for name in weak:
+        perturbed = {name: -weights[name] for name in preset.names if name in weights}
+        assert list(perturbed.values()) == ([float(stg[row])] if stg[row] else [])
+        for name in perturbed:
             assert list(preset.perturbations[preset.names.index(name)].layers) == layers[row]
         if stg[row]:
             assert preset.phi(moment) == (0.0 if rescaling[row] == 1 else rescaling[row])
@@ -192,7 +192,7 @@ def kept(guidance, scale, phi=0.0):
     every = {"uncond": guidance.reuse_cfg, **dict.fromkeys(range(len(guidance.perturbations)), guidance.reuse)}
     reused = [name for name, steps in every.items() if steps != 1]
 
-    def formula(cond, uncond, weak, step):
+    def formula(cond, uncond, perturbed, step):
         strength_of_cfg = scale if guidance.cfg is None else guidance.cfg[step]
         if not guidance.start <= step / 7 < guidance.stop:
             return uncond + scale * (cond - uncond)
@@ -217,7 +217,7 @@ def kept(guidance, scale, phi=0.0):
             uncond = known("uncond", cond, uncond)
         g = guided = cond if uncond is None else uncond + strength_of_cfg * (cond - uncond)
         plain = {"cond": cond, "uncond": uncond, "guided": guided}
-        for number, (part, prediction) in enumerate(zip(guidance.perturbations, weak, strict=True)):
+        for number, (part, prediction) in enumerate(zip(guidance.perturbations, perturbed, strict=True)):
             strength = part.scale[step] if isinstance(part.scale, tuple) else part.scale
             if strength:
                 g = g + strength * (plain[part.base] - known(number, plain[part.base], prediction))
@@ -282,8 +282,8 @@ def test_reuse_computes_only_what_is_due(family):
     layers = [part.layer for part in family.facts.parts(family.denoisers(pipe)[0])]
     last = len(layers) - 1 - layers[::-1].index(2)
     for number, layer in enumerate(layers):
-        weak = 0 if number < layers.index(2) or layer == 2 else counts["perturbed"] if number > last else 0
-        assert rows[number] * 12 == one[number] * (counts["cond"] + counts["uncond"] + weak), layer
+        perturbed = 0 if number < layers.index(2) or layer == 2 else counts["perturbed"] if number > last else 0
+        assert rows[number] * 12 == one[number] * (counts["cond"] + counts["uncond"] + perturbed), layer
     explained = stgfast.explain(pipe, **family.arguments(1) | {"num_inference_steps": 6})
     assert explained.block_rows == sum(12 * made / per for made, per in zip(rows, one, strict=True))
     assert "approximately: cond - uncond computed in every 3rd step, repeated in the others; memory: 1 pred" in str(
@@ -357,5 +357,5 @@ def test_the_two_models_of_wan_keep_nothing_for_one_another():
     depth = len(pipe.transformer.blocks)
     assert rows[depth - 1] > 1
     assert rows[2 * depth - 1] > 1
-    assert rows[depth - 1] + rows[2 * depth - 1] == 2 * 6 + 2  # cond and uncond in every step, weak once for each
+    assert rows[depth - 1] + rows[2 * depth - 1] == 2 * 6 + 2  # cond and uncond in every step, perturbed once for each
     assert stgfast.explain(pipe, **family.arguments(1) | {"num_inference_steps": 6}).block_rows == sum(rows)

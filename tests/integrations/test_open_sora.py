@@ -10,7 +10,7 @@ from stgfast import Guidance, Perturbation
 from stgfast.integrations import open_sora as adapters
 from tests import open_sora
 from tests.integrations.family import with_blocks
-from tests.oracle import Facts, Part, weakened
+from tests.oracle import Facts, Part, perturbing
 from tests.precision import distance, same
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -147,8 +147,8 @@ def plain(version, model, guidance, scales, rescale=0.0, orthogonal=False):
             half = slice(number * each, (number + 1) * each)
             mine = [rows(value, "", half, count) for value in args]
             named = {name: rows(value, name, half, count) for name, value in kwargs.items() if name != "num_frames"}
-            weak = weakened(version.facts, model, part.layers, part.kind, part.axis) if part else None
-            with weak or contextlib.nullcontext():
+            perturbed = perturbing(version.facts, model, part.layers, part.kind, part.axis) if part else None
+            with perturbed or contextlib.nullcontext():
                 return model(*mine, **named).double()
 
         of = {source: predict(source) for source in version.sources}

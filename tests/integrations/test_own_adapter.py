@@ -87,15 +87,15 @@ def written_out(pipe, prompt, layer, kind, scale, strength=3.0, rounds=4):
     for i in range(rounds):
         time = torch.full((len(x),), 1 - i / rounds)
         (none,), (text,) = pipe.model(x, torch.zeros_like(prompt), time), pipe.model(x, prompt, time)
-        weak = x
+        perturbed = x
         for number, block in enumerate(pipe.model.layers):
             if number != layer:
-                weak = block(weak, prompt, time)
+                perturbed = block(perturbed, prompt, time)
             elif kind == "attention":
-                value = block.mixer.to_out(block.mixer.to_v(weak))
-                weak = weak + value + block.text(prompt)[:, None]
-                weak = weak + torch.tanh(block.ff(weak)) * time[:, None, None]
-        x = x - 0.1 * (none + strength * (text - none) + scale * (text - weak))
+                value = block.mixer.to_out(block.mixer.to_v(perturbed))
+                perturbed = perturbed + value + block.text(prompt)[:, None]
+                perturbed = perturbed + torch.tanh(block.ff(perturbed)) * time[:, None, None]
+        x = x - 0.1 * (none + strength * (text - none) + scale * (text - perturbed))
     return x
 
 

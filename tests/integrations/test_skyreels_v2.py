@@ -58,7 +58,7 @@ def test_a_long_video_is_made_part_by_part(name):
     pipe = stgfast.accelerate(family.build(), half)
     with family.counted(pipe) as rows:
         made = clip(family, pipe, **LONG)
-    assert rows == [8, 8, 10, 10]  # in one step of two, of both parts, the weak branch too
+    assert rows == [8, 8, 10, 10]  # in one step of two, of both parts, the perturbed branch too
     assert distance(made, clip(family, family.build(), **LONG)) > 1e-3
     assert "one part of a longer clip" in stgfast.explain(pipe, **{**family.arguments(1), **LONG}).notice
     assert torch.equal(clip(family, pipe, **LONG, stg_scale=0.0), clip(family, family.build(), **LONG))

@@ -112,8 +112,8 @@ def test_the_unconditional_branch_itself_weakened_costs_nothing():
     (part,) = preset.perturbations
     guidance = replace(preset, perturbations=(replace(part, layers=(2,)),))  # the tiny model has 4 layers
 
-    def formula(cond, uncond, weak, step):
-        return weak[0] + (part.scale + 1) * (cond - weak[0])
+    def formula(cond, uncond, perturbed, step):
+        return perturbed[0] + (part.scale + 1) * (cond - perturbed[0])
 
     pipe = stgfast.accelerate(family.pipe(), guidance)
     with family.counted(pipe) as rows:

@@ -13,7 +13,7 @@ from stgfast.ranks.division import TRIES, divide
 SKIPPED, IDENTITY = Mark("residual"), Mark("attention")
 UNCOND, COND = Branch("uncond", "uncond"), Branch("cond", "cond")
 DEPTH = 5
-weak = st.builds(
+perturbed = st.builds(
     lambda source, marks: (source, marks),
     source=st.sampled_from(["uncond", "cond"]),
     marks=st.dictionaries(st.integers(0, DEPTH - 1), st.sampled_from([SKIPPED, IDENTITY]), max_size=3),
@@ -36,9 +36,9 @@ def best_of_all(branches, ranks):
     return min(loads)
 
 
-@given(parts=st.lists(weak, max_size=3), ranks=st.integers(1, 4), full=st.booleans())
+@given(parts=st.lists(perturbed, max_size=3), ranks=st.integers(1, 4), full=st.booleans())
 def test_no_division_is_better(parts, ranks, full):
-    branches = [UNCOND, COND, *(Branch(f"weak{n}", *part) for n, part in enumerate(parts))]
+    branches = [UNCOND, COND, *(Branch(f"perturbed{n}", *part) for n, part in enumerate(parts))]
     by_source = [[one for one in branches if one.source == source] for source in ("uncond", "cond")]
     for calls in ([branches], by_source):
         division = divide(calls, DEPTH, ranks, full=full)
@@ -77,9 +77,9 @@ def test_ranks_that_gain_nothing_compute_what_others_do():
 @pytest.mark.parametrize("count", [12, 40])
 def test_many_branches_take_no_time(count):
     """The best of a fixed number of tries, which is the same on every rank."""
-    weak = [Branch(f"weak{n}", "cond", {n % 40: SKIPPED, (n * 7) % 40: IDENTITY}) for n in range(count)]
-    one, other = (divide([[UNCOND, COND, *weak]], 40, 8) for _ in range(2))
+    perturbed = [Branch(f"perturbed{n}", "cond", {n % 40: SKIPPED, (n * 7) % 40: IDENTITY}) for n in range(count)]
+    one, other = (divide([[UNCOND, COND, *perturbed]], 40, 8) for _ in range(2))
     assert one == other
-    alone = sum(make_plan([UNCOND, COND, *weak], 40).computed)
+    alone = sum(make_plan([UNCOND, COND, *perturbed], 40).computed)
     assert alone / 8 <= one.longest < alone / 2
     assert TRIES <= 20_000

@@ -16,7 +16,7 @@ def trial(cost, *distances, steps=9):
 
 
 def test_candidates_are_all_there_is_and_none_twice():
-    tried = list(candidates(USUAL, ["", "unipc"], weak=True, cfg=True, blocks=True))
+    tried = list(candidates(USUAL, ["", "unipc"], perturbed=True, cfg=True, blocks=True))
     assert len({str(recipe) for recipe in tried}) == len(tried)
     assert USUAL not in tried
     assert tried[0].solver == "unipc"
@@ -28,9 +28,11 @@ def test_candidates_are_all_there_is_and_none_twice():
 
 
 def test_only_what_there_is_is_carried_on():
-    assert all(recipe.reuse == 1 for recipe in candidates(USUAL, [""], weak=False, cfg=True, blocks=False))
-    assert all(recipe.reuse_cfg == 1 for recipe in candidates(USUAL, [""], weak=True, cfg=False, blocks=False))
-    assert all(recipe.reuse_order is None for recipe in candidates(USUAL, [""], weak=False, cfg=False, blocks=False))
+    assert all(recipe.reuse == 1 for recipe in candidates(USUAL, [""], perturbed=False, cfg=True, blocks=False))
+    assert all(recipe.reuse_cfg == 1 for recipe in candidates(USUAL, [""], perturbed=True, cfg=False, blocks=False))
+    assert all(
+        recipe.reuse_order is None for recipe in candidates(USUAL, [""], perturbed=False, cfg=False, blocks=False)
+    )
 
 
 def test_steps_thin_out():

@@ -24,7 +24,7 @@ from stgfast.kinds import ATTENTION, ISOLATE, RESIDUAL
 from stgfast.perturbation import Perturbation
 from stgfast.schedules import Moment, value
 
-WEAK, ISOLATED = "perturbed", "isolated"
+PERTURBED, ISOLATED = "perturbed", "isolated"
 
 
 def units(denoiser: nn.Module) -> Sequence[Unit]:
@@ -71,14 +71,14 @@ def passes(pipe: Any, call: CallArguments, guidance: Guidance, moment: Moment, d
     """The passes that the pipeline asks for in the coming step, in its order."""
     _switch_off(pipe, call)
     depth = len(pipe.transformer.transformer_blocks)
-    weak = Perturbation(call["spatio_temporal_guidance_blocks"] or [0], kind=ATTENTION)
+    perturbed = Perturbation(call["spatio_temporal_guidance_blocks"] or [0], kind=ATTENTION)
     isolated = Perturbation(range(depth), kind=ISOLATE)
     if not guidance.exact.inert:
         scales = {RESIDUAL: 0.0, ISOLATE: 0.0}
         for part in guidance.perturbations:
             scale = value(part.scale, moment) if guidance.acts(moment) else 0.0
             scales[ISOLATE if part.kind == ISOLATE else RESIDUAL] = scale
-            weak, isolated = (weak, part) if part.kind == ISOLATE else (part, isolated)
+            perturbed, isolated = (perturbed, part) if part.kind == ISOLATE else (part, isolated)
         _set(pipe, "stg_scale", scales[RESIDUAL])
         _set(pipe, "modality_scale", 1.0 + scales[ISOLATE])
     turns: list[tuple[str, ...]] = [(UNCOND, COND) if pipe.do_classifier_free_guidance else (COND,)]
@@ -87,9 +87,9 @@ def passes(pipe: Any, call: CallArguments, guidance: Guidance, moment: Moment, d
     if later and not pipe.do_spatio_temporal_guidance and not pipe.do_modality_isolation_guidance:
         # The pipeline splits off what later steps need in its first step, and only for a perturbed branch.
         pipe._stg_scale = 1.0
-        branches[WEAK] = None
+        branches[PERTURBED] = None
     elif pipe.do_spatio_temporal_guidance:
-        branches[WEAK] = weak
+        branches[PERTURBED] = perturbed
     if pipe.do_modality_isolation_guidance:
         branches[ISOLATED] = isolated
     return Passes((*turns, *((name,) for name in branches)), branches)
@@ -144,7 +144,7 @@ LTX2 = Adapter(
         changes={ISOLATE: {"use_a2v_cross_attention": False, "use_v2a_cross_attention": False}},
         unspread="it does not split the text mask",
     ),
-    announced=Announced(weak=(WEAK, ISOLATED), passes=passes, preview=preview),
+    announced=Announced(perturbed=(PERTURBED, ISOLATED), passes=passes, preview=preview),
     unfit=unfit,
     requested=requested,
     notice=notice,
@@ -162,7 +162,7 @@ LTX2_HDR = dataclasses.replace(LTX2, pipeline="LTX2HDRPipeline")  # video only
 
 # Modular pipelines
 
-PASSES = {"pred_cond": COND, "pred_uncond": UNCOND, "pred_cond_stg": WEAK, "pred_cond_modality": ISOLATED}
+PASSES = {"pred_cond": COND, "pred_uncond": UNCOND, "pred_cond_stg": PERTURBED, "pred_cond_modality": ISOLATED}
 GUIDER, GUIDERS = "LTX2Guidance", ("guider", "audio_guider")
 
 
@@ -184,7 +184,7 @@ def passes_of_guiders(pipe: Any, call: CallArguments, guidance: Guidance, moment
     asked = dict.fromkeys(PASSES[name] for guider in guiders(pipe) for name in guider.active_predictions())
     depth = len(pipe.transformer.transformer_blocks)
     every = {
-        WEAK: Perturbation(pipe.guider.spatio_temporal_guidance_blocks or [0], kind=ATTENTION),
+        PERTURBED: Perturbation(pipe.guider.spatio_temporal_guidance_blocks or [0], kind=ATTENTION),
         ISOLATED: Perturbation(range(depth), kind=ISOLATE),
     }
     return Passes(tuple((name,) for name in asked), {name: every[name] for name in every if name in asked})
@@ -222,7 +222,7 @@ def beginning(pipe: Any) -> Iterator[None]:
 LTX2_MODULAR = dataclasses.replace(
     LTX2,
     pipeline="LTX2ModularPipeline",
-    announced=Announced(weak=(WEAK, ISOLATED), passes=passes_of_guiders, preview=preview_guiders),
+    announced=Announced(perturbed=(PERTURBED, ISOLATED), passes=passes_of_guiders, preview=preview_guiders),
     unfit=unfit_guiders,
     requested=asked_of_guiders,
     cfg_on="a guider that is enabled, with guidance_scale other than 1",
