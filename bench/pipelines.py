@@ -108,7 +108,7 @@ MODELS = [
             "LTX25ModularPipeline",
         ],
     ),
-    Model("LTX-2 HDR, as it is called with nothing", diffusers.LTX2VideoTransformer3DModel, ["LTX2HDRPipeline"]),
+    Model("LTX-2 HDR, with default arguments", diffusers.LTX2VideoTransformer3DModel, ["LTX2HDRPipeline"]),
     Model(
         "CogVideoX 2B",
         diffusers.CogVideoXTransformer3DModel,

@@ -31,7 +31,7 @@ def wrong(what: str, got: object, right: str) -> SettingsError:
 
 
 def one_line(error: BaseException) -> str:
-    """The type and the message of an error, for a message of ours."""
+    """The type and the message of an error, to be quoted in another message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
 
 
