@@ -106,8 +106,8 @@ def check(fitted: Fitted, guidance: Guidance, call: CallArguments, *, max_rows: 
         return
     needs = cfg_needed_by(guidance)
     if needs and adapter.requested(call) is None:
-        perturbed = any(part.needs_cfg for part in guidance.perturbations)
-        advice = "; without CFG, Guidance(Perturbation([...])) perturbs cond" if perturbed else ""
+        needing = any(part.needs_cfg for part in guidance.perturbations)
+        advice = "; without CFG, Guidance(Perturbation([...])) perturbs cond" if needing else ""
         raise SettingsError(f"{needs}: got a call without CFG, expected {adapter.cfg_on}{advice}")
     check_tokens(fitted, grid=any(part.how.grid for part in guidance.perturbations))
     if guidance.reuse_blocks != EVERY and any(layout.blocks.full for layout in fitted.layouts.values()):
@@ -128,9 +128,9 @@ def check(fitted: Fitted, guidance: Guidance, call: CallArguments, *, max_rows: 
 
 def cfg_needed_by(guidance: Guidance) -> str:
     """The part of a guidance that needs CFG, in words; "" if there is none."""
-    perturbed = [part for part in guidance.perturbations if part.needs_cfg]
-    if perturbed:
-        return f"a perturbation of {perturbed[0].of} against {perturbed[0].base}"
+    needing = [part for part in guidance.perturbations if part.needs_cfg]
+    if needing:
+        return f"a perturbation of {needing[0].of} against {needing[0].base}"
     if guidance.cfg is not None:
         return "a cfg schedule"
     if guidance.projects_cfg:

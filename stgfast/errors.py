@@ -30,6 +30,11 @@ def wrong(what: str, got: object, right: str) -> SettingsError:
     return SettingsError(f"{what}: got {got!r}, expected {right}")
 
 
+def flat(error: BaseException) -> str:
+    """The message of an error in one line, to be quoted in another message."""
+    return " ".join(str(error).split())[:200]
+
+
 def one_line(error: BaseException) -> str:
     """The type and the message of an error, to be quoted in another message."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]

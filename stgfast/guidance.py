@@ -140,8 +140,8 @@ class Guidance:
 
     def needs_uncond(self, weighed: Collection[str]) -> bool:
         """Whether the unconditional branch is needed, given the branches that have a weight."""
-        perturbed = [part.of for name, part in zip(self.names, self.perturbations, strict=True) if name in weighed]
-        return not {UNCOND, GUIDED}.isdisjoint(weighed) or UNCOND in perturbed
+        sources = [part.of for name, part in zip(self.names, self.perturbations, strict=True) if name in weighed]
+        return not {UNCOND, GUIDED}.isdisjoint(weighed) or UNCOND in sources
 
     def cfg_at(self, moment: Moment, own: Scale) -> Scale:
         """The CFG scale at this moment; None in a run without CFG."""

@@ -174,14 +174,12 @@ def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNa
         cond = predict("cond")
         if plainly.formula is not None:
             uncond = None if plainly.cfg is None else predict("uncond")
-            perturbed = [noise(predict(perturbed.of, perturbed)) for perturbed in plainly.perturbed]
+            perturbed = [noise(predict(part.of, part)) for part in plainly.perturbed]
             result = plainly.formula(noise(cond), None if uncond is None else noise(uncond), perturbed, state.step)
             return torch.cat([result, cond[:, result.shape[1] :]], dim=1)  # channels that are not noise are cond's
         scale = plainly.cfg(pipe, calls[0][0]) if callable(plainly.cfg) else plainly.cfg
-        weighed = [
-            (perturbed, perturbed.scales[state.step]) for perturbed in plainly.perturbed if perturbed.scales[state.step]
-        ]
-        perturbed = [(number, perturbed.base, predict(perturbed.of, perturbed)) for perturbed, number in weighed]
+        weighed = [(part, part.scales[state.step]) for part in plainly.perturbed if part.scales[state.step]]
+        perturbed = [(number, part.base, predict(part.of, part)) for part, number in weighed]
         uncond = None if plainly.cfg is None else predict("uncond")
         return plain.guided(cond, uncond, scale, perturbed, plainly.rescale[state.step], half=facts.half)
 

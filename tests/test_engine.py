@@ -158,9 +158,9 @@ def histories(case, layer, step):
     plainly = case.plainly()
     marks = {(source,): {} for source in (["cond"] if case.cfg is None else ["cond", "uncond"])}
     if plainly.acts[step]:
-        for number, perturbed in enumerate(plainly.perturbed):
-            if perturbed.scales[step]:
-                marks[perturbed.of, number] = dict.fromkeys(perturbed.layers, perturbed.kind)
+        for number, part in enumerate(plainly.perturbed):
+            if part.scales[step]:
+                marks[part.of, number] = dict.fromkeys(part.layers, part.kind)
     different = {
         (branch[0], tuple(mark.get(k) for k in range(layer + 1)))
         for branch, mark in marks.items()

@@ -117,7 +117,7 @@ def reported() -> Study:
 def scales() -> Study:
     """CFG scales with and without STG, on the prompts of the tuning study."""
     parts = [Guidance(), *(perturbed(RESIDUAL, layer, scale) for layer in (4, 10) for scale in (0.5, 1.0))]
-    return Study(seed=101, prompts=32, settings=[(cfg, part) for cfg in (2.0, 3.0, 4.0, 6.0) for part in parts])
+    return replace(tuning(), settings=[(cfg, part) for cfg in (2.0, 3.0, 4.0, 6.0) for part in parts])
 
 
 def best() -> Study:

@@ -147,7 +147,7 @@ class Finding:
 
     def _read(self, stand: Stand) -> tuple[Scaled, Callable[..., Any]]:
         """The ways to read a call that agree with each step."""
-        left, times, told = list(SCALES), list[float](), {made: list[Any]() for made in MADE}
+        left, times, counts = list(SCALES), list[float](), {made: list[Any]() for made in MADE}
         answers = stand.answer(lambda shape, group: torch.ones(shape), self.combined[0].rows, own=True)
 
         def answer(step: int, turn: int, name: str, plain: Any, arguments: Any) -> Any:
@@ -157,7 +157,7 @@ class Finding:
                 time = torch.as_tensor(named(arguments).get("timestep", -step))
                 times.append(float(time.max()))
                 for made in MADE:
-                    told[made].append(_says(made, self.watch.copy))
+                    counts[made].append(_says(made, self.watch.copy))
             return answers(step, turn, name, plain, arguments)
 
         run = self.watch.run(answer, thin=True)
@@ -168,22 +168,22 @@ class Finding:
                 f"it combines its predictions with {weights}, which nothing that it was called with says"
             )
         for made in MADE:
-            if self._steps_are(told[made], times):
-                self.steps = int(told[made][0])
+            if self._steps_are(counts[made], times):
+                self.steps = int(counts[made][0])
                 return left[0], made
         raise self.unknown(f"it makes {len(run)} steps, which nothing on the pipeline says")
 
-    def _steps_are(self, told: Sequence[Any], times: Sequence[float]) -> bool:
+    def _steps_are(self, counts: Sequence[Any], times: Sequence[float]) -> bool:
         """Whether the number of steps agrees in each step, or in each part if the clip is made in parts."""
-        if NOTHING in told:
+        if NOTHING in counts:
             return False
-        if set(told) == {len(told)}:
+        if set(counts) == {len(counts)}:
             return True
         begins = {number for number, (before, time) in enumerate(pairwise(times), 1) if time > before}
         starts, end = set[int](), 0
-        while end < len(told):
-            starts, end = starts | {end}, end + max(int(told[end]), 1)
-        return end == len(told) and starts - {0} == begins
+        while end < len(counts):
+            starts, end = starts | {end}, end + max(int(counts[end]), 1)
+        return end == len(counts) and starts - {0} == begins
 
     def _agrees(self, scaled: Scaled, combined: Combined, name: str) -> bool:
         scale = _says(scaled.live, self.watch.copy, self.watch.copied_call, name)

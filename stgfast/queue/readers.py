@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from stgfast.errors import SettingsError, wrong
+from stgfast.errors import SettingsError, flat, wrong
 from stgfast.queue.job import (
     EXAMPLE,
     FIELDS,
@@ -301,7 +301,7 @@ def _read_yaml(file: BinaryIO) -> Iterator[Entry]:
                     try:
                         entry = loader.construct_document(node)
                     except (yaml.YAMLError, ValueError, RecursionError) as error:
-                        why = f"an entry: got invalid YAML ({_flat(error)}), expected plain values"
+                        why = f"an entry: got invalid YAML ({flat(error)}), expected plain values"
                         yield line, why
                         continue
                     if isinstance(entry, str):
@@ -313,7 +313,7 @@ def _read_yaml(file: BinaryIO) -> Iterator[Entry]:
     except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         at = mark.line + 1 if mark else line
-        yield at, f"an entry: got invalid YAML ({_flat(error)}), expected a list of jobs; the rest was not read"
+        yield at, f"an entry: got invalid YAML ({flat(error)}), expected a list of jobs; the rest was not read"
 
 
 class _Bounded(io.RawIOBase):
@@ -345,7 +345,3 @@ FORMATS: dict[str, Callable[[BinaryIO], Iterator[Entry]]] = {
 
 def _no_object(entry: object) -> str:
     return f"an entry: got {shown(entry)}, expected an object such as {EXAMPLE}"
-
-
-def _flat(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from stgfast import toy
-from stgfast.errors import SettingsError, UnsupportedPipelineError, wrong
+from stgfast.errors import SettingsError, UnsupportedPipelineError, flat, wrong
 from stgfast.guidance import Guidance
 from stgfast.install import accelerate
 from stgfast.installed import INSTALLED
@@ -253,8 +253,7 @@ def _index_of(name: str) -> Path:
     try:
         return Path(hf_hub_download(name, "model_index.json"))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        why = " ".join(str(error).split())[:200]
-        raise wrong("model", name, f"a folder, or the name of a model on the hub ({why})") from None
+        raise wrong("model", name, f"a folder, or the name of a model on the hub ({flat(error)})") from None
 
 
 def _check_supported(name: str) -> None:

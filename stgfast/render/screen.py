@@ -41,11 +41,11 @@ class Screen:
             self._progress(event)
         if kind == "listed":
             self._line(self.stdout, f"{event['status']:10} {event['file']}")
-        told = TEXTS.get(kind)
+        text = TEXTS.get(kind)
         if kind == "forecast":
-            event = {"told": _forecast(event)}
-        if told is not None and (not self.quiet or kind in ("bad", "failed", "refused", "strange")):
-            self._line(self.stderr, told.format_map(event))
+            event = {"estimate": _forecast(event)}
+        if text is not None and (not self.quiet or kind in ("bad", "failed", "refused", "strange")):
+            self._line(self.stderr, text.format_map(event))
 
     def error(self, text: str) -> None:
         self.report["error"] = text
@@ -139,7 +139,7 @@ TEXTS = {
     "planned": "{pending} clips to render, {done} done, {failed} failed earlier",
     "kept": "{clips} finished clips have another format than {form}; they are kept",
     "broken": "{file}: cannot be read, and is rendered again: {why}",
-    "forecast": "{told}",
+    "forecast": "{estimate}",
     "loading": "loading {model}",
     "asking": "loading {model} on {actors} {each} of Ray",
     "ready": "ready on {device}",
