@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import os
+import subprocess
 import sys
 from contextlib import nullcontext
 
@@ -17,9 +18,10 @@ if not torch.cuda.is_available():
             importlib.import_module(f"stgfast.kernels.{name}")
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
-from tests import again, precision  # noqa: E402
+from tests import again, forks, precision  # noqa: E402
 from tests.browser import browser, one_browser  # noqa: E402, F401
 
+subprocess.Popen = forks.Popen
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the models are tiny, and tests run side by side
 # `NO_SHRINK`: that a test fails is enough.
 PHASES = [phase for phase in Phase if phase is not Phase.shrink or "NO_SHRINK" not in os.environ]
@@ -80,6 +82,7 @@ def pytest_collection_finish():
     """Exclude imported modules from garbage collection."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 50)  # models are many objects and little garbage
 
 
 def pytest_addoption(parser):

@@ -68,7 +68,7 @@ def test_forecasts_leave_out_all_blocks_but_the_first():
 
 def test_a_night_of_work_is_timed_where_its_clips_are_those_of_the_loop(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(toy.CALL, "num_inference_steps", 2)
-    monkeypatch.setattr(sys, "argv", ["render.py", "--jobs=3", "--rounds=1", "--save", str(tmp_path / "rows.jsonl")])
+    monkeypatch.setattr(sys, "argv", ["render.py", "--jobs=2", "--rounds=1", "--save", str(tmp_path / "rows.jsonl")])
     assert render.main() == 0
     assert list(json.loads((tmp_path / "rows.jsonl").read_text())["seconds"]) == list(render.variants(1))
     monkeypatch.setattr(render, "PERTURBED", dataclasses.replace(render.PERTURBED, scale=2.0))

@@ -234,7 +234,6 @@ class Crews:
 
     def of(self, name: str, ray: str | None, actors: int | None) -> Crew:
         """The crew for a model, on a cluster or here."""
-        gc.collect()  # release the previous model
         model = self.parts.of(name).model
         setup = Setup(model, self.form, self.own_fps, self.loading)
         if ray is not None:
@@ -245,6 +244,8 @@ class Crews:
         if model.pipe is None and not self.same_process and self.others is None:
             return OwnProcess(setup, self.store, self.tell, bars=self.bars)
         self.store.renders_within()
+        if model.pipe is None:
+            gc.collect()  # this process loads a model: release the previous one first
         if self.others is not None:
             return self.others.worker(setup, self.store.scratch)
         return setup.worker(self.store.scratch)

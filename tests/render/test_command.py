@@ -235,22 +235,15 @@ def test_a_wrong_sweep_says_so_and_renders_nothing(tmp_path, changes, message):
     assert not list((tmp_path / "out").glob("*.mp4"))
 
 
+@pytest.mark.xdist_group("commands")
 def test_a_reader_of_the_output_that_goes_away_ends_nothing(tmp_path):
     """`stgfast render ... --json | head -1`"""
     jobs = tmp_path / "jobs.txt"
     jobs.write_text("".join(f"a red kite {number}\n" for number in range(3)))
-    code = """
-import sys
-from stgfast import cli
-from stgfast.render import models
-from tests.render import pipes
-models.NAMED["tiny"] = pipes.NAMED
-sys.exit(cli.main())
-"""
     command = [
         sys.executable,
-        "-c",
-        code,
+        "-m",
+        "tests.render.tiny",
         "render",
         jobs,
         "--model",

@@ -76,7 +76,8 @@ def test_a_clip_is_what_it_is_alone(tmp_path, files):
     together = [event["files"] for event in events if event["event"] == "claimed"]
     assert sorted(map(len, together)) == [1, 1, 2, 2]  # those with the same ones
     clips = [read_frames(tmp_path / "all" / f"k{number}").astype(int) for number in range(6)]
-    for number, look in enumerate(looks):
+    for number in (2, 3, 4, 5):  # each look once
+        look = looks[number]
         go(pipes.guided(), write(files, [jobs[number]]), tmp_path / "alone")
         alone = read_frames(tmp_path / "alone" / f"k{number}").astype(int)
         assert np.abs(clips[number] - alone).max() <= 1

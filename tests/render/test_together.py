@@ -48,6 +48,7 @@ def rank_of(process):
         return None
 
 
+@pytest.mark.xdist_group("commands")
 def test_started_by_torchrun(tmp_path, model):
     jobs, out = some(5, steps=3), tmp_path / "out"
     running = torchrun(model, jobs, out, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)

@@ -410,6 +410,7 @@ def test_the_server_s_memory_stays(tmp_path):
     assert max(half) - found[len(found) // 2 - 1] < 8e6
 
 
+@pytest.mark.xdist_group("commands")
 def test_a_job_that_is_added_in_the_page_is_rendered(browser, tmp_path):
     """By a run that waits for it, from the form to the frames."""
     command = [sys.executable, "-m", "stgfast.cli", "render", "--wait", "--model", "toy", "--out", str(tmp_path)]
