@@ -723,6 +723,13 @@ FAULTS = [
     ),
     # Rendering
     Fault(
+        "two models in memory at once",
+        "render/run.py",
+        "gc.collect()  # this process loads",
+        "pass  # this process loads",
+        "tests/render/test_several_models.py -k previous_model",
+    ),
+    Fault(
         "a job that two runners have",
         "queue/store.py",
         'f"{change} WHERE id = ? AND runner = ?", (*values.values(), *mine)',

@@ -15,16 +15,15 @@ pytestmark = pytest.mark.xdist_group("commands")
 COMMAND = [sys.executable, "-m", "stgfast.cli"]
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--version"], ["render", "none.jsonl", "--model", "toy", "--out", "out"]], ids=str
-)
-def test_ends_with_the_same(arguments, tmp_path):
+def test_ends_with_the_same(tmp_path):
+    arguments = ["render", "none.jsonl", "--model", "toy", "--out", "out"]
     found = []
     for popen in (forks.STARTED, forks.Popen):
         with popen([*COMMAND, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
             found.append((*process.communicate(), process.returncode))
     assert found[0] == found[1]
-    assert b"".join(found[0][:2])
+    assert found[0][1].startswith(b"stgfast render: job file")
+    assert found[0][2] == 2
 
 
 def test_is_a_child_that_has_what_it_was_given(tmp_path):

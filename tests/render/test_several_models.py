@@ -1,5 +1,6 @@
 """Jobs with models, recipes and solvers: each clip is the same as alone, and each model is loaded once."""
 
+import gc
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from stgfast.queue.state import CLAIMED
 from stgfast.queue.status import status_of
 from stgfast.queue.store import Store
 from stgfast.recipes import Recipe, model_of
+from stgfast.render import models
 from stgfast.render.files import metadata_of
 from stgfast.render.planning import BadJobs
 from stgfast.render.run import render
@@ -307,3 +310,27 @@ def test_actors_with_several_models(folders, tmp_path, cluster):
     go(None, some(folders, 4), tmp_path / "own")
     for n in range(4):
         assert alike(*(frames(tmp_path / out, f"k{n}") for out in ("out", "own")))
+
+
+def test_a_previous_model_is_released_before_one_is_loaded(monkeypatch, tmp_path):
+    """Models refer to themselves, so only garbage collection releases them."""
+    released = []
+
+    class Previous:
+        pass
+
+    def load():
+        released.append(kept() is None)
+        return pipes.guided()
+
+    previous = Previous()
+    previous.itself, kept = previous, weakref.ref(previous)
+    del previous
+    monkeypatch.setitem(models.NAMED, "another", pipes.named(load))
+    job = {**pipes.CALL, "prompt": "a red kite", "pipeline": {"max_sequence_length": 16}}
+    gc.disable()  # so that nothing else collects it
+    try:
+        go("another", [job], tmp_path)
+    finally:
+        gc.enable()
+    assert released == [True]

@@ -14,7 +14,8 @@ from tests.browser import until
 
 pytestmark = pytest.mark.xdist_group("tune")  # one search for all of them
 PROMPTS = toy.PROMPTS[:2]
-FEW = {"clips": 2, "defaults": {"steps": 6, "num_frames": 9}}
+SMALL = {"height": 32, "width": 32, "num_frames": 9}
+FEW = {"clips": 2, "defaults": {"steps": 6, **SMALL}}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def test_distances_and_costs_are_those_of_the_clips(made):
         clips = []
         for how in (recipe, Recipe(model=recipe.model, steps=18, solver="unipc")):
             pipe = stgfast.accelerate(toy.pipeline(), toy.GUIDANCE, recipe=how)
-            size = {"height": 64, "width": 64, "num_frames": 9, "guidance_scale": toy.CALL["guidance_scale"]}
+            size = {**SMALL, "guidance_scale": toy.CALL["guidance_scale"]}
             given = {**size, "output_type": "latent", "generator": torch.Generator().manual_seed(0)}
             clips.append(pipe(prompt, **given).frames.double())
         off.append(float((clips[0] - clips[1]).norm() / clips[1].norm()))
@@ -53,7 +54,7 @@ def test_the_nearest_within_the_cost_is_chosen(made):
 
 
 def test_the_folder_is_all_that_a_render_needs(made, tmp_path):
-    jobs = [{"prompt": PROMPTS[0], "num_frames": 9}]
+    jobs = [{"prompt": PROMPTS[0], **SMALL}]
     report = stgfast.render("toy", jobs, tmp_path, format="npz", same_process=True, recipe=made.out / RECIPE)
     assert report.rendered == 1
 
@@ -80,7 +81,7 @@ def test_it_goes_on_where_it_was_stopped(made, monkeypatch):
 
 
 def test_when_time_is_out_all_are_known_alike(tmp_path):
-    tuned = tune("toy", PROMPTS, tmp_path, minutes=1e-9, clips=2, defaults={"steps": 4, "num_frames": 9})
+    tuned = tune("toy", PROMPTS, tmp_path, minutes=1e-9, clips=2, defaults={"steps": 4, **SMALL})
     assert [len(trial.distances) for trial in tuned.trials] == [1]
     assert tuned.chosen is tuned.usual
 
@@ -95,7 +96,7 @@ def test_the_page_shows_all_of_it(made, browser):
 
 
 def test_the_command(tmp_path, capsys):
-    few = ["--clips", "1", "--set", "steps=5", "--set", "num_frames=9"]
+    few = ["--clips", "1", "--set", "steps=5", *(f"--set={name}={size}" for name, size in SMALL.items())]
     given = ["tune", "--model", "toy", "--out", str(tmp_path), *few]
     assert cli.main([*given, "--cost", "0.9", PROMPTS[0]]) == 0
     said = capsys.readouterr()
