@@ -4,7 +4,7 @@ VENV := .venv
 READY := $(VENV)/.ready
 # One more than there are processors: some tests wait for processes that they started.
 WORKERS = $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
-# Compiled modules are kept, whatever the shell says: tests start some fifty processes, and each would compile them again.
+# Compiled modules are kept, whatever the shell says: tests start other processes, and each would compile them again.
 RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python
 
 .PHONY: demo test test-all lint docs bench clean
