@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-# One for each protocol, structure of blocks, and kind of rows.
+# One for each protocol and structure of blocks.
 FIRST = (
     "CogVideoX|Cosmos|EasyAnimate|HunyuanVideo|HunyuanVideo15|Stable Diffusion 3|Flux|Stable Diffusion XL|Kandinsky 5|"
     "Latte|LTX|Mochi|modular LTX|SkyReels-V2 forced, part by part|Stable Video Diffusion|Wan|Wan of two transformers|"

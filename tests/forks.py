@@ -2,7 +2,8 @@
 take seconds of processor time.
 
 A forked command has the arguments, environment, folder and open files that it would have as a new process, and is a
-child of the process that started it. `python -c` is a new process, and so are processes that a command starts.
+child of the process that started it. `python -c` is a new process, and so are processes that a command starts, except
+those of torchrun.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 LAUNCHER = "torch.distributed.run"  # its processes are forks too
 MODULES = (LAUNCHER, "stgfast.cli", "stgfast.render.child", "tests.render.killed", "tests.render.tiny")
-LIGHT = ("serve",)  # commands without torch
+LIGHT = "serve"  # a command without torch
 SUBREAPER = 36  # of Linux: orphans of this process's descendants become its children
 STARTED = subprocess.Popen
 GIVEN = list(inspect.signature(STARTED._execute_child).parameters)[1:]
@@ -39,9 +40,10 @@ class Popen(STARTED):
 
     def _execute_child(self, *values):
         given = dict(zip(GIVEN, values, strict=True))
-        if not _is_forked(given):
+        parts = _parts(given)
+        if parts is None:
             return super()._execute_child(*values)
-        flags, _, module, arguments = _parts(given["args"])
+        flags, module, arguments = parts
         streams = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
         kept = {number: number if mine == -1 else mine for number, mine in enumerate(streams)}
         kept |= {number: number for number in given["pass_fds"]}
@@ -61,19 +63,16 @@ class Popen(STARTED):
         self._close_pipe_fds(*(given[name] for name in ends))
 
 
-def _parts(command):
-    """Flags, `-m`, the module and its arguments, if the command is that."""
+def _parts(given):
+    """Flags, module and arguments of a command that can be forked; None of another one."""
+    command = given["args"]
     if isinstance(command, str | bytes) or not command or command[0] != sys.executable or "-m" not in command:
         return None
     at = list(command).index("-m")
-    return command[1:at], "-m", command[at + 1], command[at + 2 :]
-
-
-def _is_forked(given):
-    parts = _parts(given["args"])
-    if parts is None or given["shell"] or given["preexec_fn"] is not None or not set(parts[0]) <= {"-u"}:
-        return False
-    return parts[2] in MODULES and not set(parts[3][:1]) & set(LIGHT) and sys.platform == "linux"
+    flags, module, arguments = command[1:at], command[at + 1], command[at + 2 :]
+    if given["shell"] or given["preexec_fn"] is not None or not set(flags) <= {"-u"} or sys.platform != "linux":
+        return None
+    return (flags, module, arguments) if module in MODULES and LIGHT not in arguments[:1] else None
 
 
 _server: dict[int, socket.socket] = {}

@@ -33,7 +33,7 @@ def names(function):
     return set(inspect.signature(function).parameters)
 
 
-@pytest.mark.xdist_group("pipelines.py")  # it imports all pipelines, as those do
+@pytest.mark.xdist_group("pipelines.py")  # these import all pipelines
 def test_every_pipeline_has_a_family():
     """LTX-2 has tests of its own, because it makes its passes itself."""
     tested = {type(family.build()).__name__ for family in FAMILIES.values()}
@@ -49,7 +49,7 @@ def test_other_blocks_inherit_no_facts():
     assert known_class(type("Mine", (diffusers.WanPipeline,), {})) is diffusers.WanPipeline
 
 
-@pytest.mark.xdist_group("pipelines.py")  # it imports all pipelines, as those do
+@pytest.mark.xdist_group("pipelines.py")  # these import all pipelines
 def test_rows_are_arguments_of_denoiser_block_or_attention():
     known = collections.defaultdict(set)
     for family in FAMILIES.values():

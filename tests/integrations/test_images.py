@@ -74,7 +74,7 @@ def test_several_in_one_call(family):
         assert distance(together[:1], run(alone)) > 1e-3  # the image has an effect
 
 
-@pytest.mark.xdist_group("pipelines.py")  # it imports all pipelines, as those do
+@pytest.mark.xdist_group("pipelines.py")  # these import all pipelines
 def test_all_that_take_an_image_are_looked_at():
     import diffusers
 

@@ -20,7 +20,7 @@ from stgfast.render.gallery import NAME
 from stgfast.render.run import render
 from tests.render import pipes, standins
 
-pytestmark = pytest.mark.xdist_group("commands")
+pytestmark = pytest.mark.xdist_group("commands")  # one process forks all of them
 TEXT = {"pipeline": {"max_sequence_length": 16}}
 LIMIT = 8.0  # seconds; a small clip takes less, even on a busy machine
 
