@@ -17,6 +17,7 @@ from stgfast.render import together
 from stgfast.render.files import metadata_of, read_frames
 from stgfast.render.models import described
 from stgfast.render.run import render
+from tests import forks
 from tests.render import pipes
 from tests.render.test_ray import entries, go, nothing_stray, once, some, told
 
@@ -25,14 +26,14 @@ ray = pytest.mark.xdist_group("ray")
 PATIENCE = 120
 
 
-def torchrun(model, jobs, out, *, processes=2, **streams):
+def torchrun(model, jobs, out, *, processes=2, popen=subprocess.Popen, **streams):
     file = out.parent / "jobs.jsonl"
     file.write_text("".join(json.dumps(job) + "\n" for job in jobs))
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
     command = [*launch, "-m", "stgfast.cli", "render", str(file), "--model", str(model), "--out", str(out)]
     more = ["--format", "png", "--max-batch", "2", "--json"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*command, *more], env=environment, text=True, **streams)
+    return popen([*command, *more], env=environment, text=True, **streams)
 
 
 def same_clips(one, other, names):
@@ -78,7 +79,8 @@ def test_a_process_of_torchrun_that_is_killed(tmp_path, model):
     """The first process reports why it ends, and finished clips are kept. The next start renders the rest."""
     jobs, out = some(6, steps=40), tmp_path / "out"
     with (tmp_path / "said").open("w+") as said:
-        running = torchrun(model, jobs, out, stdout=said, stderr=subprocess.DEVNULL)
+        # Forks would not show their rank in their environment.
+        running = torchrun(model, jobs, out, popen=forks.STARTED, stdout=said, stderr=subprocess.DEVNULL)
         while '"done"' not in (tmp_path / "said").read_text():
             assert running.poll() is None
             time.sleep(0.02)
