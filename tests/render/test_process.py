@@ -151,7 +151,7 @@ def test_what_may_be_the_machine_s_fault_is_tried_again(tmp_path, monkeypatch):
 def test_a_process_that_always_dies_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setitem(models.NAMED, "dying", pipes.named(dying))
     monkeypatch.setattr(process, "LIVES", 2)
-    said = "the process that renders died 2 times in a row, the last time because: .* exit code 9"
+    said = "the worker process died 2 times in a row, the last time because: .* exit code 9"
     with pytest.raises(DeviceError, match=said):
         go("dying", some(2), tmp_path / "out", [])
     assert children() == []

@@ -230,7 +230,7 @@ def test_an_actor_that_dies_while_it_loads_is_given_up(tmp_path, cluster, monkey
 def test_the_cluster_is_gone(tmp_path, model, cluster, monkeypatch):
     monkeypatch.setattr(actors, "GONE", 0.5)
     monkeypatch.setattr(actors, "ANSWER", 0.1)
-    also = once(lambda event: monkeypatch.setattr(actors, "_answers", lambda address: False), "done")
+    also = once(lambda event: monkeypatch.setattr(actors, "answers", lambda address: False), "done")
     with pytest.raises(DeviceError, match=r"^the Ray cluster at 127\.0\.0\.1:\d+ does not answer any more"):
         go(str(model), some(200, steps=20), tmp_path, also=also, ray="auto")
     with Store(tmp_path) as found:
