@@ -11,7 +11,8 @@ import pytest
 import torch
 
 INTERPRET = "TRITON_INTERPRET"
-if not torch.cuda.is_available():
+GPU = torch.cuda.is_available()
+if not GPU:
     os.environ[INTERPRET] = "1"  # before anything imports triton
     if importlib.util.find_spec("triton") is not None:
         for name in ("attention", "attention_hopper", "combination"):
@@ -21,7 +22,8 @@ from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 from tests import again, forks, precision  # noqa: E402
 from tests.browser import browser, one_browser  # noqa: E402, F401
 
-subprocess.Popen = forks.Popen
+if not GPU:  # a process that has used it cannot be forked
+    subprocess.Popen = forks.Popen
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the models are tiny, and tests run side by side
 # `NO_SHRINK`: that a test fails is enough.
 PHASES = [phase for phase in Phase if phase is not Phase.shrink or "NO_SHRINK" not in os.environ]
@@ -83,6 +85,12 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)  # models are many objects and little garbage
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs):
+    for spec in specs:
+        spec.python = " ".join([sys.executable, *forks.FORKED])
 
 
 def pytest_addoption(parser):

@@ -1,19 +1,15 @@
-"""Several processes of one torch.distributed group that run the same function of the tests. They are forks of one
-process that has imported everything, which takes seconds, and has run nothing.
-"""
+"""Several processes of one torch.distributed group that run the same function of the tests."""
 
-import multiprocessing
-import os
+import pickle
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["tests.ranks.jobs", "stgfast.bench.ranks"])
 
 
 def started(size, function, *arguments, folder, all_end=False):
@@ -23,12 +19,12 @@ def started(size, function, *arguments, folder, all_end=False):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    running = [
-        FORKS.Process(target=_process, args=(function, arguments, str(folder), rank, size, port, all_end), daemon=True)
-        for rank in range(size)
-    ]
-    for process in running:
-        process.start()
+    (Path(folder) / "function").write_bytes(pickle.dumps((function, arguments)))
+    command = [sys.executable, "-m", "tests.processes", str(folder), str(size), str(port), str(int(all_end))]
+    running = []
+    for rank in range(size):
+        with open(Path(folder) / f"printed.{rank}", "wb") as printed:
+            running.append(subprocess.Popen([*command, str(rank)], stdout=printed, stderr=printed))
     return running
 
 
@@ -42,13 +38,14 @@ def results(size, function, *arguments, limit=300.0):
 
 
 def ended(running, limit):
-    """The exit codes of processes that end or are killed."""
+    """The exit codes of processes that end; those that do not end within the limit are killed, and have None."""
     until = time.monotonic() + limit
-    for process in running:
-        process.join(max(until - time.monotonic(), 0.1))
-    codes = [process.exitcode for process in running]
+    while any(process.poll() is None for process in running) and time.monotonic() < until:
+        time.sleep(0.02)
+    codes = [process.returncode for process in running]
     for process in running:
         process.kill()
+        process.wait()
     return codes
 
 
@@ -60,13 +57,15 @@ def printed(folder, rank):
     return (Path(folder) / f"printed.{rank}").read_text(errors="replace")
 
 
-def _process(function, arguments, folder, rank, size, port, all_end):
-    with open(Path(folder) / f"printed.{rank}", "wb") as said:
-        os.dup2(said.fileno(), 1)
-        os.dup2(said.fileno(), 2)
+def _main(folder, size, port, all_end, rank):
     torch.set_num_threads(1)
+    function, arguments = pickle.loads((Path(folder) / "function").read_bytes())
     store, limit = f"tcp://127.0.0.1:{port}", timedelta(seconds=120)
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=limit)
+    torch.distributed.init_process_group("gloo", init_method=store, rank=int(rank), world_size=int(size), timeout=limit)
     torch.save(function(*arguments), Path(folder) / f"result.{rank}")
-    if all_end:
+    if int(all_end):
         torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

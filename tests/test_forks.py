@@ -13,17 +13,30 @@ from tests import forks
 
 pytestmark = pytest.mark.xdist_group("commands")
 COMMAND = [sys.executable, "-m", "stgfast.cli"]
+CODE = """
+import os, sys
+print(sys.argv, sys.path[0], __name__, os.getcwd(), os.environ["GIVEN"], sys.stdin.read())
+print("stgfast" in sys.modules, file=sys.stderr)
+sys.exit("it ends")
+"""
 
 
-def test_ends_with_the_same(tmp_path):
-    arguments = ["render", "none.jsonl", "--model", "toy", "--out", "out"]
+STATUS = ["-m", "stgfast.cli", "status", "--out", "none"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"), [(STATUS, 3, b"stgfast status: "), (["-c", CODE, "a", "b c"], 1, b"it ends\n")]
+)
+def test_ends_with_the_same(tmp_path, arguments, code, said):
     found = []
     for popen in (forks.STARTED, forks.Popen):
-        with popen([*COMMAND, *arguments], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-            found.append((*process.communicate(), process.returncode))
+        command = [sys.executable, *forks.FORKED, *arguments]
+        environment, pipe = {**os.environ, "GIVEN": "1"}, subprocess.PIPE
+        with popen(command, cwd=tmp_path, env=environment, stdin=pipe, stdout=pipe, stderr=pipe) as process:
+            found.append((*process.communicate(b"given"), process.returncode))
     assert found[0] == found[1]
-    assert found[0][1].startswith(b"stgfast render: job file")
-    assert found[0][2] == 2
+    assert found[0][2] == code
+    assert said in found[0][1]
 
 
 def test_is_a_child_that_has_what_it_was_given(tmp_path):

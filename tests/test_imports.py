@@ -7,6 +7,7 @@ from pathlib import Path
 
 import stgfast
 from stgfast.queue.store import Store
+from tests import forks
 
 ROOT = Path(stgfast.__file__).parent
 # What each part may import from the package, besides itself. All parts may import settings and errors.
@@ -257,5 +258,5 @@ def test_a_function_of_the_package_is_not_taken_for_the_module_that_it_is_in():
 import stgfast.explain, stgfast.render.command, stgfast.evaluate, stgfast.guided, stgfast.restart, stgfast
 print([getattr(stgfast, name).__qualname__ for name in ("explain", "render", "evaluate", "guided", "restart")])
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([sys.executable, *forks.FORKED, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out == "['explain', 'render', 'evaluate', 'guided', 'restart']\n"

@@ -22,6 +22,7 @@ from stgfast.render.files import metadata_of, remark_on
 from stgfast.render.models import described
 from stgfast.render.planning import BadJobs
 from stgfast.render.run import render
+from tests import forks
 from tests.render import pipes
 
 TEXT = {"pipeline": {"max_sequence_length": 16}}
@@ -251,7 +252,7 @@ def test_a_model_s_index_with_brackets_without_end(tmp_path):
 
 @pytest.mark.parametrize("module", ["render.worker", "render.process", "queue.store"])
 def test_modules_are_imported_by_themselves(module):
-    subprocess.run([sys.executable, "-c", f"import stgfast.{module}"], check=True)
+    subprocess.run([sys.executable, *forks.FORKED, "-c", f"import stgfast.{module}"], check=True)
 
 
 def test_the_toy_is_not_loaded_to_be_planned(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from stgfast.queue.store import Store
 from stgfast.render import limits, models, process, rendering, worker
 from stgfast.render.gallery import NAME
 from stgfast.render.run import render
+from tests import forks
 from tests.render import pipes, standins
 
 pytestmark = pytest.mark.xdist_group("commands")  # one process forks all of them
@@ -52,7 +53,7 @@ def nothing_stray(out, files):
 
 
 def children():
-    return [child.pid for child in psutil.Process().children() if "stgfast.render.child" in child.cmdline()]
+    return [child.pid for child in psutil.Process().children() if child.name() == "child"]  # a fork has a module's name
 
 
 @pytest.mark.parametrize("what", ["sleeps", "blocks", "blocks all"])
@@ -190,7 +191,7 @@ def test_the_process_ends_with_the_run(tmp_path):
     models.NAMED["standing"] = standins.named("blocks all")
     render("standing", some(1, bad=[0]), sys.argv[1], format="png", listener=lambda event: print(event, flush=True))
     """
-    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "out")]
+    command = [sys.executable, *forks.FORKED, "-c", textwrap.dedent(code), str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         pid = 0
         for line in parent.stdout:

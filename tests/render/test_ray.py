@@ -26,6 +26,7 @@ from stgfast.render.gallery import NAME
 from stgfast.render.models import described
 from stgfast.render.run import render
 from stgfast.version import __version__
+from tests import forks
 from tests.render import pipes, standins
 
 pytestmark = pytest.mark.xdist_group("ray")  # one Ray for all of them
@@ -397,9 +398,8 @@ except ValueError as error:
     print(error)
 print([event["event"] for event in told])
 """
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment(), text=True, capture_output=True, check=True
-    )
+    command = [sys.executable, *forks.FORKED, "-c", code]
+    found = subprocess.run(command, cwd=tmp_path, env=environment(), text=True, capture_output=True, check=True)
     imported, error, events = found.stdout.splitlines()
     assert imported == "False"
     assert error.startswith("ray: got '127.0.0.1:1', expected a cluster that answers there; ")

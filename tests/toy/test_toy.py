@@ -8,6 +8,7 @@ import torch
 
 from stgfast import accelerate, toy
 from stgfast.demo import run
+from tests import forks
 
 STOCK = """
 import sys
@@ -32,7 +33,7 @@ def pipe():
 
 
 def test_stock_diffusers_alone_loads_it(tmp_path):
-    code = [sys.executable, "-W", "ignore", "-c", STOCK, str(toy.FOLDER)]
+    code = [sys.executable, *forks.FORKED, "-c", STOCK, str(toy.FOLDER)]
     done = subprocess.run(code, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "LTXPipeline (1, 17, 3, 64, 64)\n"
 
