@@ -22,8 +22,10 @@ from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 from tests import again, forks, precision  # noqa: E402
 from tests.browser import browser, one_browser  # noqa: E402, F401
 
-if not GPU:  # a process that has used it cannot be forked
-    subprocess.Popen = forks.Popen
+if not GPU:
+    subprocess.Popen = forks.Popen  # a process that has used a GPU cannot be forked
+    # Torch's own function keeps the stack of every call, for a GPU that is found later: that takes a millisecond.
+    torch.manual_seed = torch.default_generator.manual_seed
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the models are tiny, and tests run side by side
 # `NO_SHRINK`: that a test fails is enough.
 PHASES = [phase for phase in Phase if phase is not Phase.shrink or "NO_SHRINK" not in os.environ]
@@ -74,10 +76,16 @@ def _compared(request):
     request.node.user_properties.append(("compared", list(precision.compared)))
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     again.mark(items)
     # One worker runs all of these, so they start first.
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
+    # One worker builds the models of a family.
+    for item in items:
+        family = getattr(getattr(item, "callspec", None), "params", {}).get("family")
+        if hasattr(family, "build") and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(family.name))
 
 
 def pytest_collection_finish():

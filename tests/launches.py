@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 from stgfast.kernels import attention
+from tests.kernels import interpreter  # noqa: F401  (repairs it)
 
 
 @contextmanager

@@ -34,9 +34,9 @@ compared: list[tuple[float, float]] = []  # (error, budget) of the test that run
 
 
 F32, F64 = torch.float32, torch.float64
-INIT = [(torch.nn.init, name) for name, each in vars(torch.nn.init).items() if name.endswith("_") and callable(each)]
 DRAWN = [(torch, "randn"), (torch, "rand")]
-DRAWN_INTO = [(torch.Tensor, "normal_"), (torch.Tensor, "uniform_"), *INIT]
+# Other random initializations draw by one of these two. `trunc_normal_` also computes with what it has drawn.
+DRAWN_INTO = [(torch.Tensor, "normal_"), (torch.Tensor, "uniform_"), (torch.nn.init, "trunc_normal_")]
 # Functions that may request float32. A missing one is noticed, because a result in float32 is not exact.
 TYPED = [
     *((torch.Tensor, name) for name in ("to", "type", "softmax", "sum", "mean", "cumsum", "new_tensor", "new_zeros")),
