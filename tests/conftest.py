@@ -8,6 +8,12 @@ import sys
 from contextlib import nullcontext
 
 import pytest
+
+from tests import forks
+
+if "PYTEST_XDIST_WORKER" not in os.environ and any(argument.startswith("-n") for argument in sys.argv):
+    forks.start()  # it imports while this process does
+
 import torch
 
 INTERPRET = "TRITON_INTERPRET"
@@ -19,7 +25,7 @@ if not GPU:
             importlib.import_module(f"stgfast.kernels.{name}")
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
-from tests import again, forks, precision  # noqa: E402
+from tests import again, precision  # noqa: E402
 from tests.browser import browser, one_browser  # noqa: E402, F401
 
 if not GPU:

@@ -93,16 +93,21 @@ def _parts(given):
 _server: dict[int, socket.socket] = {}
 
 
+def start():
+    """Start the process that forks, for this process."""
+    mine, theirs = socket.socketpair()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with theirs:
+        command = [sys.executable, "-m", "tests.forks", str(theirs.fileno())]
+        STARTED(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment, cwd=ROOT)
+    _server.clear()
+    _server[os.getpid()] = mine
+
+
 def _forked(asked, files):
     """The id of a fork, which is a child of this process."""
     if os.getpid() not in _server:
-        mine, theirs = socket.socketpair()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        with theirs:
-            command = [sys.executable, "-m", "tests.forks", str(theirs.fileno())]
-            STARTED(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment, cwd=ROOT)
-        _server.clear()
-        _server[os.getpid()] = mine
+        start()
     connection = _server[os.getpid()]
     _prctl(SUBREAPER, 1)
     try:
@@ -233,10 +238,14 @@ def _be_served():
 def _import_libraries():
     import gc
 
+    import torch.distributed.run
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"  # of the tests
     import av  # noqa: F401
     import diffusers
+    import functorch.compile  # noqa: F401  (torch.compile imports it)
     import hypothesis  # noqa: F401
-    import torch.distributed.run  # noqa: F401
     import transformers
 
     names = ("AutoencoderKLWan", "AutoencoderKLLTXVideo", "LTXPipeline", "WanPipeline", "WanTransformer3DModel")

@@ -18,18 +18,18 @@ from stgfast.render.files import read_frames
 def test_demo(capsys, tmp_path, monkeypatch):
     steps = 6
     monkeypatch.setattr(demo.run, "__kwdefaults__", {"steps": steps})
-    assert main(["demo", "--out", str(tmp_path / "clips"), "--prompts", "2"]) == 0
+    assert main(["demo", "--out", str(tmp_path / "clips"), "--prompts", "1"]) == 0
     printed = capsys.readouterr().out
-    rows = re.findall(r"^(CFG|CFG \+ STG|recipe) +(\d+) +\d+\.\d   (\d) of 2$", printed, re.MULTILINE)
+    rows = re.findall(r"^(CFG|CFG \+ STG|recipe) +(\d+) +\d+\.\d   (\d) of 1$", printed, re.MULTILINE)
     (layer,) = EARLY.perturbations[0].layers
     blocks = 12
     guided = 2 * blocks + blocks - layer - 1
     expected = {"CFG": steps * 2 * blocks, "CFG + STG": steps * guided, "recipe": 14 * guided}
-    assert {name: int(count) for name, count, _ in rows} == {name: 2 * count for name, count in expected.items()}
+    assert {name: int(count) for name, count, _ in rows} == expected
     assert f"blocks 0 to {layer}: 2 rows" in printed
     assert re.search(r"^The recipe takes \d+\.\d\d times as long as CFG\.$", printed, re.MULTILINE)
     shown = re.findall(r"^  (\S+/clips/\S+)$", printed, re.MULTILINE)
-    assert [Path(path).name.partition("-")[0] for path in shown] == ["1", "2", "demo.png"]
+    assert [Path(path).name.partition("-")[0] for path in shown] == ["1", "demo.png"]
     frames = read_frames(Path(shown[0]))
     assert frames.shape == (17, 256, 3 * 256, 3)
     cfg, guided, _ = np.split(frames.astype(int), 3, axis=2)
