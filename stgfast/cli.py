@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import select
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ class Command:
     extra: str = ""
 
 
+UNREAD = 141  # the exit code of any command whose output nobody reads to its end
 COMMANDS = {
     "demo": Command(
         "render clips of the model in the package by CFG, CFG + STG and a recipe, and compare them",
@@ -71,8 +73,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except extras.MissingError as error:
         print(f"stgfast {arguments.command}: {error}", file=sys.stderr)
         return 2
-    code: int = getattr(_module(command), f"run_{arguments.command}")(arguments)
+    try:
+        code: int = getattr(_module(command), f"run_{arguments.command}")(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if _is_read(sys.stdout.fileno()):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+        return UNREAD
     return code
+
+
+def _is_read(handle: int) -> bool:
+    """Whether a pipe has a reader, which is not so after `| head`."""
+    poll = select.poll()
+    poll.register(handle, 0)
+    return not any(state & select.POLLERR for _, state in poll.poll(0))
 
 
 def _open_standard_files() -> None:
@@ -82,6 +98,9 @@ def _open_standard_files() -> None:
             os.fstat(handle)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number
+    for name in ("stdout", "stderr"):  # None where Python started without the file
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
 
 
 def _module(command: Command) -> object:

@@ -856,6 +856,20 @@ FAULTS = [
         "tests/render/test_command.py -k goes_away",
     ),
     Fault(
+        "a pipe without a reader",
+        "cli.py",
+        "not any(state & select.POLLERR",
+        "any(True",
+        "tests/test_cli.py -k nobody_reads",
+    ),
+    Fault(
+        "a standard file that is closed",
+        "cli.py",
+        "if getattr(sys, name) is None:",
+        "if False:",
+        "tests/render/test_faults_of_nights.py -k closed_files",
+    ),
+    Fault(
         "a seed that is another job's",
         "render/calls.py",
         "torch.Generator().manual_seed(job.seed) for job in jobs",

@@ -1,7 +1,11 @@
 """The command line as people see it."""
 
 import importlib.metadata
+import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ import stgfast
 from stgfast import demo, toy
 from stgfast.cli import main
 from stgfast.evaluate.study import EARLY
+from stgfast.queue.store import Store
 from stgfast.render.files import read_frames
 
 
@@ -74,3 +79,19 @@ def test_verify(capsys):
     assert "step 1 of 2, pipe.transformer: 25 block-rows ran, 36 without sharing." in printed
     assert main(["verify", "--model", "toy", "--set", "nothing=2"]) == 2
     assert "stgfast verify: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["status", "--json"], ["pause"]])
+def test_output_that_nobody_reads(tmp_path, capsys, command):
+    """As in `stgfast status | head -1`: what the command does is done, and it ends without a word."""
+    with Store(tmp_path):
+        pass
+    reader, writer = os.pipe()
+    os.close(reader)
+    name, *more = command
+    whole = [sys.executable, "-m", "stgfast.cli", name, "--out", str(tmp_path), *more]
+    done = subprocess.run(whole, stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
+    assert main(["status", "--out", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["paused"] == (name == "pause")

@@ -208,7 +208,7 @@ def spread(cases):
                 in_context(pipe, size // 2, mesh["ring", "ulysses"])
                 settings["branches"] = mesh["branches"]
             if compiled:
-                settings["compile"] = {"backend": "eager"}
+                settings["compile"] = {"backend": "eager", "dynamic": True}
             try:
                 stgfast.accelerate(pipe, given, max_rows="all", **settings)
                 made[name, how, guided] = family.run(pipe, **call_of(family, guided))

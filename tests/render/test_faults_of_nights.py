@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from stgfast import Guidance, Perturbation
+from stgfast import Guidance, Perturbation, cli
 from stgfast.errors import SettingsError
 from stgfast.queue.job import Job
 from stgfast.queue.state import FOLDER
@@ -273,16 +273,22 @@ def test_a_sweep_says_its_own_name(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("stgfast sweep: --layers: got ['x']")
 
 
-@pytest.mark.parametrize("closed", [">&- 2>&-", pytest.param("<&- >&-", marks=pytest.mark.again)])
-def test_closed_files_end_nothing(tmp_path, closed):
+@pytest.mark.parametrize("closed", [">&- 2>&-", "<&- >&-"])
+@pytest.mark.parametrize(
+    ("command", "counts"),
+    [("add", (1, 0)), pytest.param("render --model toy --same-process", (0, 1), marks=pytest.mark.again)],
+)
+def test_closed_files_end_nothing(tmp_path, capsys, command, counts, closed):
     """And output is not written into the state file, which could get the number of a closed stream."""
-    jobs = tmp_path / "jobs.jsonl"
-    jobs.write_text("\n".join(json.dumps(job) for job in [{"prompt": "a red square moves left", "steps": 1}]))
-    given = f"render {jobs} --model toy --out {tmp_path / 'out'} --same-process"
-    done = subprocess.run(["bash", "-c", f"{sys.executable} -m stgfast.cli {given} {closed}"], check=False)
-    assert done.returncode == 0
-    with Store(tmp_path / "out") as store:
-        assert [row.status for row in store.rows(every=True)] == ["done"]
+    jobs, out = tmp_path / "jobs.jsonl", tmp_path / "out"
+    jobs.write_text(json.dumps({"prompt": "a red square moves left", "steps": 1}))
+    with Store(out):
+        pass
+    given = f"{sys.executable} -m stgfast.cli {command} {jobs} --out {out} {closed}"
+    assert subprocess.run(["bash", "-c", given], check=False).returncode == 0
+    assert cli.main(["status", "--out", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["inbox"], found["counts"]["done"]) == counts
 
 
 def test_a_clip_is_made_again_from_what_it_says(tmp_path, pipe):
