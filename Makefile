@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
-# One more than there are processors: some tests wait for processes that they started.
-WORKERS = $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
+# Two more than there are processors: some tests wait for processes that they started.
+WORKERS = $(shell expr $$(nproc 2>/dev/null || echo 2) + 2)
 # Compiled modules are kept, whatever the shell says: tests start other processes, and each would compile them again.
 RUN := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python
 

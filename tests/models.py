@@ -73,7 +73,9 @@ def pipeline(
     parts = {"transformer": model, "vae": vae, "scheduler": scheduler, "text_encoder": None, "tokenizer": None}
     if family == "hunyuan":
         parts |= {"text_encoder_2": None, "tokenizer_2": None}
-    pipe = getattr(diffusers, built["pipeline"])(**parts).to(dtype)
+    pipe = getattr(diffusers, built["pipeline"])(**parts)
+    if dtype is not torch.float32:  # otherwise its models have the dtype in which they were built
+        pipe.to(dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
