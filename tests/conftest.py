@@ -11,10 +11,11 @@ import pytest
 
 from tests import forks
 
-if "PYTEST_XDIST_WORKER" not in os.environ and any(argument.startswith("-n") for argument in sys.argv):
+WORKERS = any(argument.startswith("-n") for argument in sys.argv) and "PYTEST_XDIST_WORKER" not in os.environ
+if WORKERS and forks.POSSIBLE:
     forks.start()  # it imports while this process does
 
-import torch
+import torch  # noqa: E402
 
 INTERPRET = "TRITON_INTERPRET"
 GPU = torch.cuda.is_available()
@@ -28,8 +29,9 @@ from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 from tests import again, precision  # noqa: E402
 from tests.browser import browser, one_browser  # noqa: E402, F401
 
+if not GPU and forks.POSSIBLE:  # a process that has used a GPU cannot be forked
+    subprocess.Popen = forks.Popen
 if not GPU:
-    subprocess.Popen = forks.Popen  # a process that has used a GPU cannot be forked
     # Torch's own function keeps the stack of every call, for a GPU that is found later: that takes a millisecond.
     torch.manual_seed = torch.default_generator.manual_seed
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the models are tiny, and tests run side by side

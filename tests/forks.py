@@ -42,6 +42,7 @@ MODULES = (
 )
 WORKER = "default_worker.py"  # of Ray
 LIGHT = "serve"  # a command without torch
+POSSIBLE = sys.platform == "linux"
 FORKED = ("-X", "forked")  # Python accepts any name after -X
 SUBREAPER, NAME = 36, 15  # of Linux: orphans of this process's descendants become its children; a process's name
 STARTED = subprocess.Popen
@@ -83,7 +84,7 @@ def _parts(given):
     rest = rest[2:] if marked else rest
     if rest[:1] == ["-u"]:
         buffered, rest = False, rest[1:]
-    if python != sys.executable or len(rest) < 2 or sys.platform != "linux":
+    if python != sys.executable or len(rest) < 2:
         return None
     kind, what, *arguments = rest
     forked = what in MODULES and LIGHT not in arguments[:1] if kind == "-m" else kind == "-c" and marked
@@ -91,10 +92,13 @@ def _parts(given):
 
 
 _server: dict[int, socket.socket] = {}
+_asking = threading.Lock()
 
 
 def start():
-    """Start the process that forks, for this process."""
+    """Start the process that forks for this process, if there is none."""
+    if os.getpid() in _server:
+        return
     mine, theirs = socket.socketpair()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with theirs:
@@ -106,15 +110,15 @@ def start():
 
 def _forked(asked, files):
     """The id of a fork, which is a child of this process."""
-    if os.getpid() not in _server:
+    with _asking:
         start()
-    connection = _server[os.getpid()]
-    _prctl(SUBREAPER, 1)
-    try:
-        _send(connection, asked, files)
-        return int.from_bytes(_read(connection, 4), "little")
-    finally:
-        _prctl(SUBREAPER, 0)
+        connection = _server[os.getpid()]
+        _prctl(SUBREAPER, 1)
+        try:
+            _send(connection, asked, files)
+            return int.from_bytes(_read(connection, 4), "little")
+        finally:
+            _prctl(SUBREAPER, 0)
 
 
 def _prctl(what, value):
@@ -214,7 +218,10 @@ def instead(owner):
     if os.path.basename(arguments[0]) != WORKER:
         os.execv(sys.executable, [sys.executable, *arguments])
     with socket.socket(socket.AF_UNIX) as server:
-        server.connect(_address(owner))
+        for _ in range(600):  # it may still import
+            if server.connect_ex(_address(owner)) == 0:
+                break
+            time.sleep(0.1)
         given = {"kind": "file", "what": arguments[0], "arguments": arguments[1:], "buffered": True, "parent": None}
         more = {"folder": os.getcwd(), "environment": dict(os.environ), "session": False, "files": [0, 1, 2]}
         _send(server, given | more, [0, 1, 2])

@@ -7,7 +7,7 @@ from stgfast.bench import command
 from stgfast.bench.ranks import over_ranks
 from tests.processes import results
 
-pytestmark = pytest.mark.xdist_group("processes")  # they are forks of one process
+pytestmark = pytest.mark.xdist_group("processes")  # one after the other
 
 
 def measured():

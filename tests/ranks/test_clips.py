@@ -9,7 +9,7 @@ from tests.precision import computing_in, same
 from tests.processes import results
 from tests.ranks import jobs
 
-pytestmark = pytest.mark.xdist_group("processes")  # they are forks of one process
+pytestmark = pytest.mark.xdist_group("processes")  # one after the other
 
 # One for each protocol: one call of the denoiser, one for each source, an embedded scale, the pipeline's own passes.
 SOME = ["Mochi", "LTX", "CogVideoX", "HunyuanVideo", "Wan", "Stable Video Diffusion", "Motif Video", "HunyuanVideo15"]

@@ -8,7 +8,7 @@ from tests.precision import computing_in, near, same
 from tests.processes import results
 from tests.ranks import jobs
 
-pytestmark = pytest.mark.xdist_group("processes")  # they are forks of one process
+pytestmark = pytest.mark.xdist_group("processes")  # one after the other
 
 KINDS = ["attention", "residual", "blur", "carried on", "compiled"]
 OTHERS = ["Wan of two transformers", "Wan, a time for every token", "modular Wan", "Lucy Edit", "ChronoEdit"]

@@ -8,7 +8,7 @@ import torch
 from tests.processes import ended, printed, result, results, started
 from tests.ranks import jobs
 
-pytestmark = pytest.mark.xdist_group("processes")  # they are forks of one process
+pytestmark = pytest.mark.xdist_group("processes")  # one after the other
 
 OF = "a clip over 2 processes: "
 SAME = "expected the same on all: give every rank the same arguments and seeds"

@@ -1,6 +1,8 @@
 """A model in a folder and a local Ray cluster, for the tests of several files."""
 
 import os
+import shlex
+import subprocess
 import sys
 
 import pytest
@@ -9,14 +11,7 @@ from stgfast.render import cluster as connecting
 from tests import forks
 from tests.render import pipes
 
-PYTHON = """#!{python} -IS
-import sys
-
-sys.path.insert(0, {root!r})
-from tests import forks
-
-forks.instead({pid})
-"""
+INSTEAD = f"import sys; sys.path.insert(0, {str(forks.ROOT)!r}); from tests import forks; forks.instead({{owner}})"
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +24,13 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """The address of the cluster. This process has joined it, so that runs find it."""
-    python = tmp_path_factory.mktemp("python") / "python"
-    executable = sys.executable
-    python.write_text(PYTHON.format(python=executable, root=str(forks.ROOT), pid=os.getpid()))
-    python.chmod(0o755)
+    python = executable = sys.executable
+    if subprocess.Popen is forks.Popen:
+        forks.start()
+        python = tmp_path_factory.mktemp("python") / "python"
+        command = shlex.join([executable, "-IS", "-c", INSTEAD.format(owner=os.getpid())])
+        python.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        python.chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setattr(connecting, "STORE", 80 << 20)

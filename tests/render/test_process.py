@@ -21,7 +21,7 @@ from stgfast.render.run import render
 from tests import forks
 from tests.render import pipes, standins
 
-pytestmark = pytest.mark.xdist_group("commands")  # one process forks all of them
+pytestmark = pytest.mark.xdist_group("commands")  # one after the other
 TEXT = {"pipeline": {"max_sequence_length": 16}}
 LIMIT = 8.0  # seconds; a small clip takes less, even on a busy machine
 
