@@ -332,6 +332,8 @@ def _become(asked, files):
     ctypes.CDLL(None).prctl(NAME, what.rpartition(".")[2].encode(), 0, 0, 0)
     sys.argv = [what, *asked["arguments"]]
     sys.path[0] = {"-c": "", "-m": os.getcwd(), "file": os.path.dirname(what)}[asked["kind"]]
+    more = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [folder for folder in more if folder and folder not in sys.path]
     sys.stdout.reconfigure(line_buffering=False, write_through=not asked["buffered"])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
 
