@@ -329,7 +329,7 @@ def _become(asked, files):
     os.environ.update(asked["environment"])
     os.chdir(asked["folder"])
     what = "-c" if asked["kind"] == "-c" else asked["what"]
-    ctypes.CDLL(None).prctl(NAME, what.rpartition(".")[2].encode(), 0, 0, 0)
+    _prctl(NAME, what.rpartition(".")[2].encode())
     sys.argv = [what, *asked["arguments"]]
     sys.path[0] = {"-c": "", "-m": os.getcwd(), "file": os.path.dirname(what)}[asked["kind"]]
     more = os.environ.get("PYTHONPATH", "").split(os.pathsep)
