@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import diffusers
 import readme
 import torch
+from diffusers.models.modeling_utils import no_init_weights
 from torch import nn
 
 from stgfast.announced import plan_of
@@ -52,7 +53,7 @@ class Model:
     pipelines: Sequence[str]
 
     def build(self) -> nn.Module:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             return self.denoiser()
 
 

@@ -26,14 +26,13 @@ if not GPU:
             importlib.import_module(f"stgfast.kernels.{name}")
 from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
-from tests import again, precision  # noqa: E402
+from tests import again, cheaper, precision  # noqa: E402
 from tests.browser import browser, one_browser  # noqa: E402, F401
 
 if not GPU and forks.POSSIBLE:  # a process that has used a GPU cannot be forked
     subprocess.Popen = forks.Popen
-if not GPU:
-    # Torch's own function keeps the stack of every call, for a GPU that is found later: that takes a millisecond.
-    torch.manual_seed = torch.default_generator.manual_seed
+if not WORKERS:
+    cheaper.replace()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the models are tiny, and tests run side by side
 # `NO_SHRINK`: that a test fails is enough.
 PHASES = [phase for phase in Phase if phase is not Phase.shrink or "NO_SHRINK" not in os.environ]

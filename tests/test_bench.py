@@ -71,6 +71,8 @@ def test_a_night_of_work_is_timed_where_its_clips_are_those_of_the_loop(capsys, 
     monkeypatch.setattr(sys, "argv", ["render.py", "--jobs=2", "--rounds=1", "--save", str(tmp_path / "rows.jsonl")])
     assert render.main() == 0
     assert list(json.loads((tmp_path / "rows.jsonl").read_text())["seconds"]) == list(render.variants(1))
+    two = {name: render.variants(1)[name] for name in ("loop", "sharing")}
+    monkeypatch.setattr(render, "variants", lambda max_batch: two)
     monkeypatch.setattr(render, "PERTURBED", dataclasses.replace(render.PERTURBED, scale=2.0))
     capsys.readouterr()
     assert render.main() == 1

@@ -177,14 +177,17 @@ def test_blocks_compiled_by_diffusers_are_compiled_once_more(name, prompts):
     """
     torch.compiler.reset()
     family = FAMILIES[name]
-    backend, graphs, _ = counting()
+    backend, graphs, runs = counting()
     pipe = family.build()
     pipe.transformer.compile_repeated_blocks(backend=backend, fullgraph=True)  # which raises at a graph break
     stock = family.run(pipe, prompts)
     assert len(graphs) == 1
     guidance = Guidance(Perturbation([2]))
+    runs.clear()
     made = family.run(stgfast.accelerate(pipe, guidance, max_rows="all"), prompts)
     assert len(graphs) == 2
+    # Every block, also block 2, which only the perturbed rows skip.
+    assert len(runs) == family.steps[0] * 4 * (1 if family.facts.stacked else 2)
     family.check(made, guidance, prompts)
     for settings in (
         {},  # a second call compiles nothing, like a second step
@@ -204,17 +207,18 @@ def test_blocks_compiled_by_diffusers_are_compiled_once_more(name, prompts):
 
 
 @pytest.mark.float32
-@families("Wan")
-def test_a_user_may_choose_dynamic_shapes_or_static_ones(family):
-    for dynamic, most in ((True, 1), (False, 2)):  # one for any number of rows, or one for each of the two
-        torch.compiler.reset()
-        backend, graphs, _ = counting()
-        pipe = family.build()
-        pipe.transformer.compile_repeated_blocks(backend=backend, fullgraph=True, dynamic=dynamic)
-        stgfast.accelerate(pipe, Guidance(Perturbation([2])), max_rows="all")
-        for settings in ({}, {"stg_scale": [1.0, 0.0]}, {"stg_layers": [1]}):
-            family.run(pipe, 2, **settings)
-        assert len(graphs) == most
+@pytest.mark.parametrize(("dynamic", "most"), [(True, 1), (False, 2)], ids=["dynamic", "static"])
+def test_a_user_may_choose_dynamic_shapes_or_static_ones(dynamic, most):
+    """One graph for any number of rows, or one for each of the two."""
+    torch.compiler.reset()
+    family = FAMILIES["Wan"]
+    backend, graphs, _ = counting()
+    pipe = family.build()
+    pipe.transformer.compile_repeated_blocks(backend=backend, fullgraph=True, dynamic=dynamic)
+    stgfast.accelerate(pipe, Guidance(Perturbation([2])), max_rows="all")
+    for settings in ({}, {"stg_scale": [1.0, 0.0]}, {"stg_layers": [1]}):
+        family.run(pipe, 2, **settings)
+    assert len(graphs) == most
 
 
 @pytest.mark.again
@@ -238,16 +242,12 @@ def test_two_kinds_of_blocks_are_compiled_once_more_each():
 
 
 @pytest.mark.float32
-@pytest.mark.parametrize("whole", [False, True], ids=["blocks", "whole"])
-def test_compiled_blocks_stay_compiled(whole):
+def test_blocks_of_a_model_that_is_compiled_whole_are_compiled_one_by_one():
     torch.compiler.reset()
     family = FAMILIES["Wan"]
     backend, graphs, runs = counting()
     pipe = family.build()
-    if whole:
-        pipe.transformer = torch.compile(pipe.transformer, backend=backend)
-    else:
-        pipe.transformer.compile_repeated_blocks(backend=backend)
+    pipe.transformer = torch.compile(pipe.transformer, backend=backend)
     stgfast.accelerate(pipe, Guidance(Perturbation([2])), max_rows="all")
     for _ in range(2):
         runs.clear()

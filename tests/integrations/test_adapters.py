@@ -17,7 +17,7 @@ from tests.integrations.test_families import FAMILIES
 every = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
-def layouts(family, pipe):
+def layouts(pipe):
     return list(ADAPTERS[type(pipe).__name__].layouts(pipe).values())
 
 
@@ -33,10 +33,15 @@ def names(function):
     return set(inspect.signature(function).parameters)
 
 
+@pytest.fixture(scope="module")
+def pipes():
+    return {name: family.build() for name, family in FAMILIES.items()}
+
+
 @pytest.mark.xdist_group("pipelines.py")  # these import all pipelines
-def test_every_pipeline_has_a_family():
+def test_every_pipeline_has_a_family(pipes):
     """LTX-2 has tests of its own, because it makes its passes itself."""
-    tested = {type(family.build()).__name__ for family in FAMILIES.values()}
+    tested = {type(pipe).__name__ for pipe in pipes.values()}
     assert {name for name in ADAPTERS if not name.startswith("LTX2")} == tested
 
 
@@ -50,11 +55,10 @@ def test_other_blocks_inherit_no_facts():
 
 
 @pytest.mark.xdist_group("pipelines.py")  # these import all pipelines
-def test_rows_are_arguments_of_denoiser_block_or_attention():
+def test_rows_are_arguments_of_denoiser_block_or_attention(pipes):
     known = collections.defaultdict(set)
-    for family in FAMILIES.values():
-        pipe = family.build()
-        for layout in layouts(family, pipe):
+    for pipe in pipes.values():
+        for layout in layouts(pipe):
             for module in (layout.denoiser, *modules(layout)):
                 known[type(pipe).__name__] |= names(type(module).forward)
                 known[type(pipe).__name__] |= (
@@ -72,7 +76,7 @@ def test_identity_attention_is_attention_that_returns_values(family):
     pipe = family.build()
     identity = ADAPTERS[type(pipe).__name__].blocks.identity
     compared = []
-    for layout in layouts(family, pipe):
+    for layout in layouts(pipe):
         for attention in attentions(layout):
             forward = attention.forward
 
@@ -88,7 +92,7 @@ def test_identity_attention_is_attention_that_returns_values(family):
 
             attention.forward = compare
     family.run(pipe, 1)
-    assert set(compared) == {module for layout in layouts(family, pipe) for module in attentions(layout)}
+    assert set(compared) == {module for layout in layouts(pipe) for module in attentions(layout)}
 
 
 MOCHI = FAMILIES["Mochi"]
@@ -98,7 +102,7 @@ def test_attend_is_the_models_own_attention():
     """For plain rows, for identity rows, and for several rows of one input."""
     pipe = models.pipeline("mochi", models.transformer("mochi", seed=1))
     adapter = ADAPTERS["MochiPipeline"]
-    (layout,) = layouts(MOCHI, pipe)
+    (layout,) = layouts(pipe)
     assert layout.attend is adapter.blocks.attend
     compared = []
 
@@ -128,5 +132,5 @@ def test_attend_gives_way_to_another_processor():
 
     pipe = models.pipeline("mochi")
     pipe.transformer.transformer_blocks[3].attn1.processor = Custom()
-    (layout,) = layouts(MOCHI, pipe)
+    (layout,) = layouts(pipe)
     assert layout.attend is None

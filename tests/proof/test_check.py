@@ -72,7 +72,8 @@ def test_the_table_is_in_words():
 
 
 def compiled_blocks(pipe):
-    for block in getattr(pipe.transformer, "transformer_blocks", None) or pipe.transformer.blocks:
+    blocks = getattr(pipe.transformer, "transformer_blocks", None) or pipe.transformer.blocks
+    for block in blocks[1:3]:  # the first that is perturbed, and one that is not
         block.compile(backend="eager", fullgraph=True)
 
 

@@ -33,7 +33,7 @@ def as_one_process(cases, size):
         assert isinstance(clips[0], torch.Tensor), clips[0]
         assert all(torch.equal(clip, clips[0]) for clip in clips)
         if guided == "compiled":
-            near(clips[0], jobs.FAMILIES[name].plain(jobs.GUIDED[guided]))
+            near(clips[0], jobs.FAMILIES[name].plain(jobs.GUIDED[guided], jobs.prompts_of(guided)))
             continue
         with computing_in(torch.float64):
             if guided == "carried on":
@@ -47,15 +47,16 @@ def as_one_process(cases, size):
 
 def test_equals_the_plain_method():
     cases = [("Wan", "context", kind) for kind in KINDS]
-    cases += [("Flux", how, kind) for how in ("context", "tensors") for kind in KINDS[:3]]
-    made = as_one_process([*cases, ("LTX", "context", "residual")], 2)
+    cases += [("Flux", how, kind) for how in ("context", "tensors") for kind in KINDS[:2]]
+    made = as_one_process([*cases, *REFUSED], 2)
     # Of the two layers with identity rows, only one has all its rows in one call.
     assert [by_case["ways"] for by_case in made] == [{(1,)}] * 2
 
 
 @pytest.mark.again
 def test_equals_the_plain_method_for_others_too():
-    as_one_process([(name, "context", kind) for name in OTHERS for kind in KINDS[:4]], 2)
+    cases = [(name, "context", kind) for name in OTHERS for kind in KINDS[:4]]
+    as_one_process([*cases, ("Flux", "tensors", "blur")], 2)
 
 
 @pytest.mark.again

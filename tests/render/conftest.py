@@ -1,5 +1,6 @@
 """A model in a folder and a local Ray cluster, for the tests of several files."""
 
+import gc
 import os
 import shlex
 import subprocess
@@ -12,6 +13,12 @@ from tests import forks
 from tests.render import pipes
 
 INSTEAD = f"import sys; sys.path.insert(0, {str(forks.ROOT)!r}); from tests import forks; forks.instead({{owner}})"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen():
+    """Garbage collection, as before each model, looks only at objects of these tests."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

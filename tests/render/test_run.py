@@ -4,7 +4,6 @@ import collections
 import contextlib
 import errno
 import functools
-import gc
 import json
 import os
 import re
@@ -48,13 +47,6 @@ def some(count=6, **more):
         {**pipes.CALL, **TEXT, "prompt": PROMPTS[n % 3], "seed": n, "name": f"k{n}", "width": 32 + 16 * (n % 2), **more}
         for n in range(count)
     ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _frozen():
-    """Garbage collection, as after each lack of memory, looks only at objects of these tests."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture

@@ -81,7 +81,7 @@ def test_it_goes_on_where_it_was_stopped(made, monkeypatch):
 
 
 def test_when_time_is_out_all_are_known_alike(tmp_path):
-    tuned = tune("toy", PROMPTS, tmp_path, minutes=1e-9, clips=2, defaults={"steps": 4, **SMALL})
+    tuned = tune("toy", PROMPTS, tmp_path, minutes=1e-9, clips=2, defaults={"steps": 2, **SMALL})
     assert [len(trial.distances) for trial in tuned.trials] == [1]
     assert tuned.chosen is tuned.usual
 

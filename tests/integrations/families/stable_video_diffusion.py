@@ -12,7 +12,7 @@ FRAMES = 3
 
 
 def unet():
-    """Six layers: two on the way down, one in the middle, three on the way up."""
+    """Four layers: one on the way down, one in the middle, two on the way up."""
     torch.manual_seed(1)
     model = diffusers.UNetSpatioTemporalConditionModel(
         block_out_channels=(32, 64),
@@ -20,7 +20,7 @@ def unet():
         up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
         in_channels=8,
         out_channels=4,
-        layers_per_block=2,
+        layers_per_block=1,
         addition_time_embed_dim=32,
         projection_class_embeddings_input_dim=96,
         cross_attention_dim=32,
@@ -110,7 +110,6 @@ FAMILIES = [
             lies=lambda tokens: (0, {48: (1, 4, 12), 12: (1, 2, 6)}[tokens]),  # every frame is a row
         ),
         cfg=cfg,
-        layers=(1, 4),
         steps=(2, 3),
     )
 ]
