@@ -39,11 +39,11 @@ def one_browser():
 
 @pytest.fixture
 def browser(one_browser):
-    """The browser without a page, a log or a size from an earlier test."""
+    """The browser without a page, a log or a size from an earlier test. A page that stays goes on playing its clips."""
     one_browser.set_window_size(1280, 900)
-    one_browser.get("about:blank")
     one_browser.get_log("browser")
-    return one_browser
+    yield one_browser
+    one_browser.get("about:blank")
 
 
 def until(browser, script, seconds=10):

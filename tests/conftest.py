@@ -88,11 +88,12 @@ def pytest_collection_modifyitems(items):
     again.mark(items)
     # One worker runs all of these, so they start first.
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
-    # One worker builds the models of a family.
+    # One worker builds the models of a family, and one worker starts a browser.
     for item in items:
         family = getattr(getattr(item, "callspec", None), "params", {}).get("family")
-        if hasattr(family, "build") and item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(family.name))
+        group = "browser" if "browser" in item.fixturenames else getattr(family, "build", None) and family.name
+        if group and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_finish():

@@ -1,5 +1,6 @@
 """Arguments of a call, and one clear sentence for wrong ones, before anything runs."""
 
+import functools
 import math
 import re
 
@@ -26,6 +27,12 @@ def guided(family="mochi", guidance=GUIDANCE, **options):
     return stgfast.accelerate(models.pipeline(family), guidance, **options)
 
 
+@functools.cache
+def usual():
+    """The clip of Mochi with its usual guidance."""
+    return clip(guided())
+
+
 @pytest.mark.parametrize(
     ("settings", "alike"),
     [
@@ -46,12 +53,12 @@ def guided(family="mochi", guidance=GUIDANCE, **options):
 def test_settings_of_one_call(settings, alike):
     pipe = guided()
     assert torch.equal(clip(pipe, **settings), clip(guided(guidance=alike)))
-    assert torch.equal(clip(pipe), clip(guided())), "a call's settings are for that call alone"
+    assert torch.equal(clip(pipe), usual()), "a call's settings are for that call alone"
 
 
 def test_do_rescaling_false_switches_rescaling_off():
     pipe = guided(guidance=Guidance(Perturbation([2]), rescale=0.7))
-    assert torch.equal(clip(pipe, do_rescaling=False), clip(guided()))
+    assert torch.equal(clip(pipe, do_rescaling=False), usual())
 
 
 def test_the_papers_arguments_give_the_papers_result_for_wan():
@@ -250,7 +257,7 @@ def test_wrong_input_to_a_call(name):
         clip(pipe, **settings)
     assert not ran
     hook.remove()
-    assert torch.equal(clip(pipe), clip(guided()))
+    assert torch.equal(clip(pipe), usual())
 
 
 def test_one_scale_for_two_perturbations():
