@@ -26,6 +26,7 @@ REFUSED = {
 def as_one_process(cases, size):
     made = results(size, jobs.spread, cases)
     for name, how, guided in cases:
+        family = jobs.FAMILIES[name]
         clips = [by_case[name, how, guided] for by_case in made]
         if (name, how, guided) in REFUSED:
             assert all(clip.startswith(REFUSED[name, how, guided]) for clip in clips), clips
@@ -33,14 +34,12 @@ def as_one_process(cases, size):
         assert isinstance(clips[0], torch.Tensor), clips[0]
         assert all(torch.equal(clip, clips[0]) for clip in clips)
         if guided == "compiled":
-            near(clips[0], jobs.FAMILIES[name].plain(jobs.GUIDED[guided], jobs.prompts_of(guided)))
+            near(clips[0], family.plain(jobs.GUIDED[guided], **jobs.call_of(family, guided)))
             continue
         with computing_in(torch.float64):
             if guided == "carried on":
-                family = jobs.FAMILIES[name]
                 same(clips[0], family.run(stgfast.accelerate(family.pipe(), jobs.GUIDED[guided])))
             else:
-                family = jobs.FAMILIES[name]
                 same(clips[0], family.plain(jobs.GUIDED[guided], **jobs.call_of(family, guided)))
     return made
 
