@@ -42,7 +42,7 @@ KEPT = {
     "integrations/test_families.py::test_no_worse_than_the_plain_method": FEW,
     "integrations/test_one_call.py::test_however_many_branches_and_prompts": "Wan",
     "integrations/test_one_call.py::test_one_launch_for_every_marked_attention": (
-        "(CogVideoX|HunyuanVideo|Stable Diffusion XL|Wan)-float32|(HunyuanVideo15|Mochi)-float16"
+        "(CogVideoX|HunyuanVideo|Latte|Stable Diffusion XL|Wan)-float32|(HunyuanVideo15|Mochi)-float16"
     ),
     "integrations/test_families.py::test_scale_0_and_restore_leave_the_stock_result": FIRST,
     "integrations/test_forecast.py::test_explain_counts_what_runs_or_says_why_not": FIRST,

@@ -28,7 +28,7 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def cluster(tmp_path_factory):
     """The address of the cluster. This process has joined it, so that runs find it."""
     python = executable = sys.executable

@@ -72,7 +72,7 @@ def check(status, said):
 
 
 @given(parts=st.lists(WORDS, max_size=5), encoded=st.booleans(), query=st.dictionaries(WORDS, WORDS, max_size=3))
-@settings(max_examples=150)
+@settings(max_examples=75)
 def test_paths(server, parts, encoded, query):
     from urllib.parse import quote, urlencode
 
@@ -88,7 +88,7 @@ def test_paths(server, parts, encoded, query):
     offset=st.integers() | WORDS,
     limit=st.integers(-1, 300) | WORDS,
 )
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_lists(server, **asked):
     from urllib.parse import urlencode
 
@@ -99,7 +99,7 @@ def test_lists(server, **asked):
 
 
 @given(action=ACTION, body=BODY)
-@settings(max_examples=200)
+@settings(max_examples=100)
 def test_actions(server, action, body):
     status, _, said = ask(server, f"/api/{action}", body)
     check(status, said)
@@ -107,7 +107,7 @@ def test_actions(server, action, body):
 
 
 @given(action=ACTION, body=st.binary(max_size=200), kind=st.sampled_from(("application/json", "image/png")))
-@settings(max_examples=75)
+@settings(max_examples=37)
 def test_bodies(server, action, body, kind):
     status, _, said = ask(server, f"/api/{action}", body=body, Content_Type=kind)
     check(status, said)
@@ -149,7 +149,7 @@ HEADER = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1,
     | st.sampled_from(("bytes=0-", "bytes=9-1", "bytes=-", "bytes=0-1,5-7,-1", "bytes=a-b", "[", "[::1", "http://[")),
     path=st.sampled_from(("/", "/api/status", "/clips/clip-00000.mp4", "/metrics")),
 )
-@settings(max_examples=150)
+@settings(max_examples=75)
 def test_headers(server, name, value, path):
     connection = http.client.HTTPConnection(*server.split(":"), timeout=30)
     connection.putrequest("GET", path, skip_host=name == "Host")
@@ -161,7 +161,7 @@ def test_headers(server, name, value, path):
 
 
 @given(raw=st.binary(max_size=300) | st.text(max_size=100).map(lambda text: f"GET /{text} HTTP/1.1\r\n\r\n".encode()))
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_what_is_no_request(server, raw):
     host, port = server.split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
