@@ -21,7 +21,7 @@ from stgfast.render.files import read_frames
 
 
 def test_demo(capsys, tmp_path, monkeypatch):
-    steps = 6
+    steps = 12  # enough for clips that show what the prompt says
     monkeypatch.setattr(demo.run, "__kwdefaults__", {"steps": steps})
     assert main(["demo", "--out", str(tmp_path / "clips"), "--prompts", "1"]) == 0
     printed = capsys.readouterr().out
@@ -29,6 +29,7 @@ def test_demo(capsys, tmp_path, monkeypatch):
     (layer,) = EARLY.perturbations[0].layers
     blocks = 12
     guided = 2 * blocks + blocks - layer - 1
+    assert [right for *_, right in rows] == ["1"] * 3
     expected = {"CFG": steps * 2 * blocks, "CFG + STG": steps * guided, "recipe": 14 * guided}
     assert {name: int(count) for name, count, _ in rows} == expected
     assert f"blocks 0 to {layer}: 2 rows" in printed

@@ -19,7 +19,8 @@ def model(request, monkeypatch):
 
 def test_arithmetic_follows_the_plan(model, monkeypatch):
     monkeypatch.setattr(growth, "TIMES", (1, 2, 3))
-    rows = {row["axis"]: row for row in growth.grown(model, rounds=1)}
+    monkeypatch.setattr(growth, "BRANCHES", (1, 2, 3))
+    rows = {row["axis"]: row for row in growth.grown(model, rounds=1, steps=2)}
     assert list(rows) == [*growth.AXES, "block-rows"]
     for row in rows.values():
         assert max(point["distance"] for point in row["points"]) <= ALLOWED[torch.float32]
@@ -57,4 +58,4 @@ def test_nothing_is_timed_where_a_point_disagrees(model, monkeypatch):
     made = Bench.passes
     monkeypatch.setattr(Bench, "passes", lambda self: made(self) * (1.001 if self.prompts == 4 else 1))
     with pytest.raises(Disagreement, match="prompts 4"):
-        list(growth.grown(model, rounds=1, axes=["prompts"]))
+        list(growth.grown(model, rounds=1, steps=2, axes=["prompts"]))

@@ -19,12 +19,12 @@ def drawn(count, scenes=None):
 
 
 def test_it_reads_what_is_drawn():
-    clips, prompts = drawn(48)
+    clips, prompts = drawn(32)
     found = [measure().of(frames, prompt) for frames, prompt in zip(clips, prompts, strict=True)]
     assert np.mean([each.values["right"] for each in found]) >= 0.97
     strange = [measure().of(frames[::-1].transpose(0, 2, 1, 3)[..., ::-1].copy(), "") for frames in clips]
     near, far = (measure().real.distance(np.stack([each.features for each in some])) for some in (found, strange))
-    assert far > 1.25 * near  # other colours, upside down; 48 clips have some distance because they are few
+    assert far > 1.25 * near  # other colours, upside down; 32 clips have some distance because they are few
 
 
 def test_motion_from_the_tracked_shape():
