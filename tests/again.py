@@ -63,7 +63,7 @@ KEPT = {
     "proof/test_check.py::test_every_family_passes": "CogVideoX|HunyuanVideo15|Latte|LTX|Mochi|modular LTX|Wan",
     "proof/test_check.py::test_wrong_facts_raise_or_do_no_harm": ".*-LTX-residual|the path .*|state.*residual",
     "proof/test_find.py::test_what_is_found_gives_the_plain_result": (
-        "CogVideoX|HunyuanVideo|Latte|Mochi|modular LTX|Motif Video|Wan of two transformers"
+        "CogVideoX|HunyuanVideo|Latte|Mochi|modular LTX|Motif Video|Wan of two transformers|HunyuanVideo, frames packed"
     ),
     "proof/test_untabled.py::test_refused": "(?!AnyFlowFAR|HeliosPyramid).*",
     "proof/test_untabled.py::test_found": "AnimateDiff|I2VGen-XL|Flux.2 Klein|modular.*",
