@@ -62,6 +62,7 @@ def test_every_example_runs(name, pipe, tmp_path, monkeypatch):
     assert not printed, "".join(printed)
 
 
+@pytest.mark.again  # `make docs` builds it too
 def test_the_reference_is_built_without_a_warning(tmp_path):
     command = [sys.executable, "-W", "error", "docs/reference.py", str(tmp_path)]
     assert " ".join(["$(VENV)/bin/python", *command[1:4]]) in (ROOT / "Makefile").read_text()
