@@ -3,6 +3,7 @@ the models are tiny, so what is done for each call counts.
 """
 
 import inspect
+import sys
 import types
 import weakref
 
@@ -35,10 +36,10 @@ def offloading_hook(module):
 
 
 def replace():
-    from diffusers.hooks import group_offloading  # which takes seconds
-
+    """Replace them in what is imported: to import diffusers takes seconds, and some tests do without."""
     inspect.signature = signature
-    group_offloading._get_top_level_group_offload_hook = offloading_hook
+    if offloading := sys.modules.get("diffusers.hooks.group_offloading"):
+        offloading._get_top_level_group_offload_hook = offloading_hook
     if not torch.cuda.is_available():
         # Torch's own function keeps the stack of every call, for a GPU that is found later.
         torch.manual_seed = torch.default_generator.manual_seed

@@ -11,8 +11,8 @@ import pytest
 
 from tests import forks
 
-WORKERS = any(argument.startswith("-n") for argument in sys.argv) and "PYTEST_XDIST_WORKER" not in os.environ
-if WORKERS and forks.POSSIBLE:
+workers = any(argument.startswith("-n") for argument in sys.argv) and "PYTEST_XDIST_WORKER" not in os.environ
+if workers and forks.POSSIBLE:
     forks.start()  # it imports while this process does
 
 import torch  # noqa: E402
@@ -31,8 +31,6 @@ from tests.browser import browser, one_browser  # noqa: E402, F401
 
 if not GPU and forks.POSSIBLE:  # a process that has used a GPU cannot be forked
     subprocess.Popen = forks.Popen
-if not WORKERS:
-    cheaper.replace()
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))  # the models are tiny, and tests run side by side
 # `NO_SHRINK`: that a test fails is enough.
 PHASES = [phase for phase in Phase if phase is not Phase.shrink or "NO_SHRINK" not in os.environ]
@@ -88,16 +86,23 @@ def pytest_collection_modifyitems(items):
     again.mark(items)
     # One worker runs all of these, so they start first.
     items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
-    # One worker builds the models of a family, and one worker starts a browser.
     for item in items:
-        family = getattr(getattr(item, "callspec", None), "params", {}).get("family")
-        group = "browser" if "browser" in item.fixturenames else getattr(family, "build", None) and family.name
-        if group and item.get_closest_marker("xdist_group") is None:
+        group = _group(item)
+        if group is not None and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _group(item):
+    """One worker starts a browser, and one builds the models of a family."""
+    if "browser" in item.fixturenames:
+        return "browser"
+    family = getattr(getattr(item, "callspec", None), "params", {}).get("family")
+    return family.name if hasattr(family, "build") else None
 
 
 def pytest_collection_finish():
     """Exclude imported modules from garbage collection, and collect less often."""
+    cheaper.replace()
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)  # models are many objects and little garbage

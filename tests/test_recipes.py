@@ -200,7 +200,7 @@ def test_a_folder_of_clips_by_a_recipe(tmp_path):
     )
     mine = metadata_of(next((tmp_path / "mine").glob("*.npz")))["job"]
     assert {**mine, "prompt": "", "name": ""} == {**said["job"], "prompt": "", "name": ""}
-    # Without it, the same job gives another clip.
+    # Without it, a job with as many steps gives another clip.
     jobs[0]["steps"] = 6
     assert stgfast.render("toy", jobs[:1], tmp_path / "out", format="npz", same_process=True).rendered == 1
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -82,12 +83,14 @@ class Model:
     def build(self, size: str, device: str = "cpu") -> Any:
         """A pipeline with little more than its denoiser and scheduler."""
         import diffusers
+        from diffusers.models.modeling_utils import no_init_weights
 
         torch.manual_seed(0)
         before = torch.get_default_dtype()
         torch.set_default_dtype(DTYPES[size])
         try:
-            with torch.device(device):
+            # On the meta device there are no weights to initialize.
+            with torch.device(device), no_init_weights() if device == "meta" else nullcontext():
                 denoiser = getattr(diffusers, self.denoiser)(**self.settings(size)).eval()
             denoiser.to(device)  # some create a tensor on the wrong device
         finally:

@@ -94,7 +94,7 @@ def test_what_the_model_cannot_do_is_said_at_once():
     with pytest.raises(SettingsError, match="residual perturbation along an axis"):
         stgfast.accelerate(pipe, Guidance(Perturbation([3], axis="spatial")))
     with pytest.raises(SettingsError, match=r"layers.*got \[8\], expected numbers from 0 to 3"):
-        stgfast.accelerate(pipe)  # of six layers
+        stgfast.accelerate(pipe)  # of four layers
     stgfast.accelerate(pipe, Guidance(Perturbation([3], of="uncond")))
     with pytest.raises(SettingsError, match="max_guidance_scale above 1"):
         FAMILY.run(pipe, cfg=False)
