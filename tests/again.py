@@ -9,11 +9,7 @@ import re
 import pytest
 
 # One for each protocol and structure of blocks.
-FIRST = (
-    "CogVideoX|Cosmos|EasyAnimate|HunyuanVideo|HunyuanVideo15|Stable Diffusion 3|Flux|Stable Diffusion XL|Kandinsky 5|"
-    "Latte|LTX|Mochi|modular LTX|SkyReels-V2 forced, part by part|Stable Video Diffusion|Wan|Wan of two transformers|"
-    "Wan VACE|Sana-Video|HunyuanVideo, frames packed"
-)
+FIRST = "CogVideoX|HunyuanVideo15|Latte|LTX|Mochi|Stable Video Diffusion|Wan|Wan of two transformers|HunyuanVideo, .*"
 RUNS = "Wan, UniPC|CogVideoX, DPM"
 FEW = "Cosmos 2 from an image|Flux|Kandinsky 5|Latte|Mochi|Stable Video Diffusion|Wan"
 KEPT = {
@@ -21,28 +17,29 @@ KEPT = {
     "bench/test_growth.py::test_nothing_is_timed_where_a_point_disagrees": "mochi",
     "bench/test_steps.py::test_a_time_that_is_not_predicted_fails_the_check": "mochi",
     "bench/test_steps.py::test_all_variants": "wan-14b",
+    "ranks/test_endings.py::test_one_that_has_gone": "2-(is killed|exits)|4-is killed as it sends",
     "render/test_process.py::test_a_job_that_hangs_fails_within_its_limit": "blocks",
     "render/test_process.py::test_a_job_that_hangs_in_the_process_of_the_run": "a pipeline-blocks",
     "render/test_process.py::test_a_job_that_takes_its_process_down_fails": "is killed",
     "render/test_together.py::test_a_group_of_actors_that_loses_one": "a follower",
-    "bench/test_steps.py::test_the_blocks_predict_the_arithmetic": "mochi|ltx-2|svd",
-    "integrations/test_adapters.py::test_identity_attention_is_attention_that_returns_values": FIRST,
+    "bench/test_steps.py::test_the_blocks_predict_the_arithmetic": "ltx-2|svd",
+    "integrations/test_adapters.py::test_identity_attention_is_attention_that_returns_values": FEW,
     "batching/test_fastest.py::test_gives_the_same": "HunyuanVideo|Latte|Wan",
     "integrations/test_axes.py::test_no_history_along_an_axis_runs_twice": "both-.*|whole and one-Latte",
     "integrations/test_blur.py::test_all_kinds_at_one_layer": "Mochi|Flux",
     "integrations/test_cosmos.py::test_a_scale_of_its_own_counts_as_one_more": "Cosmos|Cosmos 2 from an image",
-    "integrations/test_axes.py::test_an_axis_equals_the_plain_method": "spatial-1-.*|whole and one-1-.*|.*al-2-Latte",
+    "integrations/test_axes.py::test_an_axis_equals_the_plain_method": "spatial-1-.*|whole and one-1-.*",
     "integrations/test_families.py::test_a_call_without_the_cfg_.*": FIRST,
     "integrations/test_families.py::test_blur_equals_the_plain_method": FEW,
     "integrations/test_families.py::test_equals_the_plain_method": f"attention, .*|.*-({FEW}|CogVideoX|LTX)",
     "integrations/test_families.py::test_explain_counts_what_runs": FIRST,
     "integrations/test_families.py::test_explain_counts_what_runs_where_.*": FEW,
-    "integrations/test_forecast.py::test_equals_what_is_written_apart": "LTX-in .*|Mochi-.*|Wan-held|CogVideoX-by .*",
+    "integrations/test_forecast.py::test_equals_what_is_written_apart": "LTX-in .*|Mochi-.*|Wan-held",
     "integrations/test_families.py::test_no_history_runs_twice": FIRST,
     "integrations/test_families.py::test_no_worse_than_the_plain_method": FEW,
     "integrations/test_one_call.py::test_however_many_branches_and_prompts": "Wan",
     "integrations/test_one_call.py::test_one_launch_for_every_marked_attention": (
-        "(CogVideoX|HunyuanVideo|Latte|Stable Diffusion XL|Wan)-float32|(HunyuanVideo15|Mochi)-float16"
+        "(CogVideoX|HunyuanVideo|Latte|Stable Diffusion XL|Wan)-float32|Mochi-float16"
     ),
     "integrations/test_families.py::test_scale_0_and_restore_leave_the_stock_result": FIRST,
     "integrations/test_forecast.py::test_explain_counts_what_runs_or_says_why_not": FIRST,
@@ -51,42 +48,47 @@ KEPT = {
     "integrations/test_images.py::test_several_in_one_call": ".*Wan.*|.*HunyuanVideo.*|.*LTX.*|.*Kandinsky.*",
     "integrations/test_guiders.py::test_shared_passes_are_the_guiders_own": ".*(original formulation|part.*|CFG)",
     "integrations/test_ltx2.py::test_equals_its_own_four_passes": "2.0-its defaults|2.3-(its|two|CFG).*",
-    "integrations/test_methods.py::test_reuse": "Mochi-(both.*|with.*|in .*)|Wan-against.*|.*Diffusion-rescaled",
+    "integrations/test_methods.py::test_reuse": (
+        "Mochi-(both|.*parabola|with.*(line|while)|in .*)|Wan-against.*|.*Diffusion-rescaled"
+    ),
     "integrations/test_methods.py::test_two_terms": "0.7-True-.*",
     "integrations/test_methods.py::test_what_is_carried_on_is_what_explain_counts": "1-Wan|2-Mochi|2-HunyuanVideo",
     "kernels/test_combination.py::test_a_large_mean_does_not_disturb_the_factor": ".*-1000.0-.*|.*bfloat16-.*-plain",
     "kernels/test_combination.py::test_every_count_as_it_is_cut": "bf16-.*|.*-8",
-    "kernels/test_combination.py::test_projected": "orthogonal-.*|along (a sum|the base, but.*)-bf16.*",
+    "kernels/test_combination.py::test_projected": "orthogonal-.*|along a sum-bf16.*",
     "kernels/test_compiled.py::test_default_configurations_fit_the_chip": "90",
     "proof/test_check.py::test_a_pipeline_that_was_changed_passes": "LTX-.*|Wan-a LoRA",
     "proof/test_check.py::test_as_it_is_accelerated": ".*(max_rows|attention).*",
     "proof/test_check.py::test_every_family_passes": "CogVideoX|HunyuanVideo15|Latte|LTX|Mochi|modular LTX|Wan",
-    "proof/test_check.py::test_wrong_facts_raise_or_do_no_harm": ".*-LTX-residual|the path .*|state.*residual",
+    "proof/test_check.py::test_wrong_facts_raise_or_do_no_harm": (
+        ".*-LTX-residual|the path of attention-.*-attention|state.*-CogVideoX-residual"
+    ),
     "proof/test_find.py::test_what_is_found_gives_the_plain_result": (
         "CogVideoX|HunyuanVideo|Latte|Mochi|modular LTX|Motif Video|Wan of two transformers|HunyuanVideo, frames packed"
     ),
     "proof/test_untabled.py::test_refused": "(?!AnyFlowFAR|HeliosPyramid).*",
-    "proof/test_untabled.py::test_found": "AnimateDiff|I2VGen-XL|Flux.2 Klein|modular.*",
+    "proof/test_untabled.py::test_found": "AnimateDiff|Flux.2 Klein|modular.*",
     "integrations/test_ltx2.py::test_with_a_reference_too": "LTX2InContextPipeline-2-True",
     "proof/test_find.py::test_what_is_said_is_python_that_makes_it": FEW,
     "render/test_run.py::test_a_clip_is_the_same_in_any_company": "cogvideox|ltx, carried on",
+    "render/test_run.py::test_text_encoder_leaves_the_device": "more .*",
     "render/test_run.py::test_where_there_is_no_memory_for_one_others_like_it_are_not_tried": "1",
     "render/test_wholes.py::test_a_clip_is_what_the_pipeline_makes": (
         "(LTX2|LTXImageToVideo|CogVideoXVideoToVideo|HunyuanVideo|Latte|Wan|StableVideoDiffusion)Pipeline"
     ),
-    "test_bench.py::test_caches_of_diffusers_leave_out_what_they_are_counted_by": "TaylorSeer.*",
     "test_composition.py::test_a_cache_is_refused_before_anything_runs": "apply_(taylor|faster).*-fun.*|apply_first.*",
     "test_composition.py::test_a_callback_that_changes_tensors": "(stacked, masked text|sequential)-.*",
     "test_composition.py::test_a_run_that_is_interrupted": ".*-thread|stacked-callback",
     "test_composition.py::test_a_run_that_is_interrupted_where_.*": "call 6",
-    "test_composition.py::test_a_user_may_choose_dynamic_shapes_or_static_ones": "dynamic",
     "test_composition.py::test_accelerate_compiles": "Wan",
     "test_composition.py::test_blocks_compiled_by_diffusers_are_compiled_once_more": "Wan-2",
     "test_composition.py::test_cuda_graphs_are_told_of_every_call_of_the_denoiser": "accelerate|nobody",
     "test_composition.py::test_whatever_is_done_with_a_lora": "Wan",
-    "test_composition.py::test_works_with_whatever_else_owns_calls": "(.*offload|compiled).*-before.*|.*leaf-after.*",
+    "test_composition.py::test_works_with_whatever_else_owns_calls": (
+        "(.*offload|compiled whole).*-before.*|.*leaf-after.*"
+    ),
     "test_gpu.py::test_neither_steps_nor_schedules_compile_anew": "wan-14b-.*",
-    "test_gpu.py::test_steps_of_the_released_sizes_stay_on_the_device": "mochi|ltx-2",
+    "test_gpu.py::test_steps_of_the_released_sizes_stay_on_the_device": "mochi",
     "test_recipes.py::test_every_pipeline_takes_one": FEW,
     "test_restart.py::test_equals_the_loop_written_out": RUNS,
     "test_restart.py::test_guided_and_explained_over_the_longer_run": RUNS,

@@ -253,6 +253,7 @@ def _import_libraries():
     import diffusers
     import functorch.compile  # noqa: F401  (torch.compile imports it)
     import hypothesis  # noqa: F401
+    import torch._inductor.cudagraph_trees  # (a guided call of compiled blocks imports it)
     import transformers
 
     names = ("AutoencoderKLWan", "AutoencoderKLLTXVideo", "LTXPipeline", "WanPipeline", "WanTransformer3DModel")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import weakref
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -78,6 +81,22 @@ def pipeline(
         pipe.to(dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+# The pipelines that `shared` copies, by their builder, its arguments and dtype.
+_built: weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, Any]] = weakref.WeakKeyDictionary()
+
+
+def shared(build: Callable[..., Any], *given: Any, **named: Any) -> Any:
+    """A pipeline of its own, as built with these arguments. Its models are shared with other tests, so they must not be
+    changed: building them takes as long as running the test.
+    """
+    built = _built.setdefault(build, {})
+    key = given, tuple(sorted(named.items())), torch.get_default_dtype()
+    if key not in built:
+        built[key] = build(*given, **named)
+    models = {id(part): part for part in built[key].components.values() if isinstance(part, torch.nn.Module)}
+    return copy.deepcopy(built[key], models)
 
 
 def prompt(family: str, prompts: int = 1, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -1,8 +1,9 @@
-"""The plain method: each branch alone, through all blocks, combined by the formula.
+"""The plain method: each branch through all blocks, combined by the formula.
 
 Branches and formula come from `stgfast/proof/plain.py`, which shares no code with the engine. Facts are written here,
-independently of the adapters. A stock pipeline runs all its steps: the calls of its denoiser are recorded, and the
-predictions that it passes to its scheduler are replaced by guidance computed from the recorded calls.
+independently of the adapters. A stock pipeline runs all its steps: the calls of its denoiser and their outputs, which
+are the branches cond and uncond, are recorded. Each perturbed branch is one more call, on the rows of its source alone.
+The prediction that the pipeline passes to its scheduler is replaced by guidance computed from all branches.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from stgfast import Perturbation
 from stgfast.batching.arguments import Arguments
 from stgfast.proof import plain
 from stgfast.proof.plain import Part
+from tests.precision import distance
 
+VISIBLE = 1e-6  # the least distance of a perturbed prediction from its source
 STACKS = ("transformer_blocks", "single_transformer_blocks", "blocks")
 
 
@@ -122,6 +125,25 @@ def _kept(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
 
 
+def _half(
+    args: tuple[Any, ...], kwargs: dict[str, Any], source: str, repeated: tuple[str, ...]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The rows of one source, from a call that has the rows of both."""
+    rows = len(args[0] if args else kwargs.get("hidden_states", kwargs.get("sample")))  # type: ignore[arg-type]
+    half = slice(None, rows // 2) if source == "uncond" else slice(rows // 2, None)
+
+    def mine(value: Any, name: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: mine(part) for name, part in value.items()}
+        if isinstance(value, (list, tuple)) and name in repeated:
+            return type(value)(mine(part, name) for part in value)
+        if name in repeated:
+            return value.chunk(2)[source == "cond"]
+        return value[half] if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows else value
+
+    return tuple(map(mine, args)), {name: mine(value, name) for name, value in kwargs.items()}
+
+
 def _noise(facts: Facts, prediction: torch.Tensor) -> torch.Tensor:
     return prediction.chunk(2, dim=1)[0] if facts.half else prediction
 
@@ -132,55 +154,48 @@ def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNa
     scheduler = pipe.scheduler
     step = scheduler.step
     noise = functools.partial(_noise, facts)
-    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any], torch.Tensor]] = []
     state = SimpleNamespace(step=0)
     there = [name for name in facts.denoisers if getattr(pipe, name, None) is not None]
     forwards = {name: getattr(pipe, name).forward for name in there}
 
     def recorder(name: str) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
-            calls.append((name, args, _kept(kwargs)))
-            return forwards[name](*args, **kwargs)
+            kept = _kept(kwargs)
+            made = forwards[name](*args, **kwargs)
+            # A copy, because a pipeline may change it.
+            calls.append((name, args, kept, made[0].to(torch.float64, copy=True)))
+            return made
 
         return functools.wraps(forwards[name])(record)
 
-    def predict(source: str, perturbed: Perturbed | None = None) -> torch.Tensor:
-        name, args, kwargs = calls[0]
+    def predicted(source: str) -> torch.Tensor:
+        """A branch that the pipeline computed itself."""
         if plainly.cfg is not None and facts.stacked:
-            rows = len(args[0] if args else kwargs.get("hidden_states", kwargs.get("sample")))
-            half = slice(None, rows // 2) if source == "uncond" else slice(rows // 2, None)
+            return calls[0][3].chunk(2)[source == "cond"]
+        return calls[source == "uncond"][3]
 
-            def mine(value: Any, name: str = "") -> Any:
-                if isinstance(value, dict):
-                    return {name: mine(part) for name, part in value.items()}
-                if isinstance(value, (list, tuple)) and name in facts.repeated:
-                    return type(value)(mine(part, name) for part in value)
-                if name in facts.repeated:
-                    return value.chunk(2)[source == "cond"]
-                return value[half] if isinstance(value, torch.Tensor) and value.ndim and len(value) == rows else value
-
-            args, kwargs = tuple(map(mine, args)), {name: mine(value, name) for name, value in kwargs.items()}
-        elif source == "uncond":
-            name, args, kwargs = calls[1]
-        with ExitStack() as stack:
-            if perturbed is not None:
-                model = getattr(pipe, name)
-                stack.enter_context(
-                    perturbing(facts, model, perturbed.layers, perturbed.kind, perturbed.axis, perturbed.sigma)
-                )
-            return forwards[name](*args, **kwargs)[0].double()
+    def predict(perturbed: Perturbed) -> torch.Tensor:
+        source, stacked = perturbed.of, plainly.cfg is not None and facts.stacked
+        name, args, kwargs, _ = calls[source == "uncond" and not stacked]
+        if stacked:
+            args, kwargs = _half(args, kwargs, source, facts.repeated)
+        how = (perturbed.layers, perturbed.kind, perturbed.axis, perturbed.sigma)
+        with perturbing(facts, getattr(pipe, name), *how):
+            made = forwards[name](*args, **kwargs)[0].double()
+        assert distance(made, predicted(source)) > VISIBLE, "a perturbation that changes nothing shows nothing"
+        return made
 
     def guided() -> torch.Tensor:
-        cond = predict("cond")
+        cond = predicted("cond")
+        uncond = None if plainly.cfg is None else predicted("uncond")
         if plainly.formula is not None:
-            uncond = None if plainly.cfg is None else predict("uncond")
-            perturbed = [noise(predict(part.of, part)) for part in plainly.perturbed]
+            perturbed = [noise(predict(part)) for part in plainly.perturbed]
             result = plainly.formula(noise(cond), None if uncond is None else noise(uncond), perturbed, state.step)
             return torch.cat([result, cond[:, result.shape[1] :]], dim=1)  # channels that are not noise are cond's
         scale = plainly.cfg(pipe, calls[0][0]) if callable(plainly.cfg) else plainly.cfg
         weighed = [(part, part.scales[state.step]) for part in plainly.perturbed if part.scales[state.step]]
-        perturbed = [(number, part.base, predict(part.of, part)) for part, number in weighed]
-        uncond = None if plainly.cfg is None else predict("uncond")
+        perturbed = [(number, part.base, predict(part)) for part, number in weighed]
         return plain.guided(cond, uncond, scale, perturbed, plainly.rescale[state.step], half=facts.half)
 
     @functools.wraps(step)  # pipelines inspect its signature

@@ -46,6 +46,7 @@ def test_the_front_counts_what_is_computed(monkeypatch):
     assert plain["distance"] == pytest.approx(base["distance"], rel=0.01)
 
 
+@pytest.mark.again
 @pytest.mark.parametrize(
     "peer", ["FirstBlockCache, 0.2", "TaylorSeer, every 3, order 1", "SeaCache, 0.5", "MagCache, 0.12"]
 )
@@ -66,6 +67,7 @@ def test_forecasts_leave_out_all_blocks_but_the_first():
     assert rows == pytest.approx(6 * 35 + 2 * 3)
 
 
+@pytest.mark.again
 def test_a_night_of_work_is_timed_where_its_clips_are_those_of_the_loop(capsys, monkeypatch, tmp_path):
     monkeypatch.setitem(toy.CALL, "num_inference_steps", 2)
     monkeypatch.setattr(sys, "argv", ["render.py", "--jobs=2", "--rounds=1", "--save", str(tmp_path / "rows.jsonl")])

@@ -23,8 +23,8 @@ def clip(pipe, family="mochi", **changes):
     return pipe(**models.prompt(family, 2), **call, generator=models.generators(2)).frames
 
 
-def guided(family="mochi", guidance=GUIDANCE, **options):
-    return stgfast.accelerate(models.pipeline(family), guidance, **options)
+def guided(family="mochi", guidance=GUIDANCE, pipe=None, **options):
+    return stgfast.accelerate(pipe or models.shared(models.pipeline, family), guidance, **options)
 
 
 @functools.cache
@@ -86,7 +86,7 @@ def test_a_cfg_schedule_takes_the_place_of_the_pipelines_scale():
 
 @pytest.mark.parametrize("family", ["mochi", "wan"])
 def test_a_cfg_scale_of_1_does_not_compute_the_unconditional_branch(family):
-    pipe = guided(family, Guidance(Perturbation([2]), cfg=1.0))
+    pipe = guided(family, Guidance(Perturbation([2]), cfg=1.0), models.pipeline(family))
     blocks = pipe.transformer.transformer_blocks if family == "mochi" else pipe.transformer.blocks
     rows = []
     blocks[0].register_forward_pre_hook(
@@ -111,7 +111,7 @@ def test_dynamic_cfg_of_cogvideox():
     """`use_dynamic_cfg` changes the scale after the call of the denoiser; the clip follows those scales."""
     from stgfast.integrations import ADAPTERS
 
-    pipe, scales = guided("cogvideox"), []
+    pipe, scales = guided(pipe=models.pipeline("cogvideox")), []
     call = {"guidance_scale": 6.0, "use_dynamic_cfg": True}
     announced = []
 
@@ -134,7 +134,7 @@ def test_dynamic_cfg_of_cogvideox():
 def test_a_denoiser_output_that_is_no_tuple(family):
     """Pipelines request tuples; a denoiser may be wrapped by one that does not return them."""
     expected = clip(guided(family), family)
-    pipe = guided(family)
+    pipe = guided(pipe=models.pipeline(family))
 
     class Other(type(pipe.transformer)):
         def forward(self, **kwargs):

@@ -205,6 +205,7 @@ def test_blocks_compiled_by_diffusers_are_compiled_once_more(name, prompts):
     assert len(graphs) == 2
 
 
+@pytest.mark.again
 @pytest.mark.float32
 @pytest.mark.parametrize(("dynamic", "most"), [(True, 1), (False, 2)], ids=["dynamic", "static"])
 def test_a_user_may_choose_dynamic_shapes_or_static_ones(dynamic, most):
@@ -358,7 +359,7 @@ def test_every_cache_of_diffusers_is_tested():
 @pytest.mark.parametrize("cache", [name for name in CACHES if hasattr(hooks, name)])
 def test_a_cache_is_refused_before_anything_runs(cache, by):
     family = calling(FAMILIES["Mochi" if cache == "apply_faster_cache" else "Wan"], steps=4)
-    bare, pipe = family.run(family.build()), family.build()
+    bare, pipe = family.run(family.pipe()), family.build()
     config = CACHES[cache](pipe)
     if by == "function":
         getattr(hooks, cache)(pipe.transformer, config)
@@ -380,7 +381,7 @@ def test_a_cache_is_refused_before_anything_runs(cache, by):
     _, advice = str(refused.value).split(", so switch it off: ")
     assert ("disable_cache()" in advice) is (by == "enable_cache")
     exec(advice, {"pipe": pipe, "diffusers": diffusers})
-    expected = stgfast.accelerate(family.build(), GUIDANCE)
+    expected = stgfast.accelerate(family.pipe(), GUIDANCE)
     assert torch.equal(family.run(stgfast.accelerate(pipe, GUIDANCE)), family.run(expected))
     assert torch.equal(family.run(stgfast.restore(pipe)), bare)
 
@@ -423,9 +424,9 @@ def test_a_callback_that_changes_tensors(protocol, changed):
     cfg = protocol != "embedded"  # with true CFG it is sequential
     given = scaled(embeds if changed == "embeds" else {"latents": 1.25})
     expected = calling(family, **given).plain(GUIDANCE, 2, cfg)
-    made = calling(family, **given).run(stgfast.accelerate(family.build(), GUIDANCE), 2, cfg)
+    made = calling(family, **given).run(stgfast.accelerate(family.pipe(), GUIDANCE), 2, cfg)
     same(made, expected)
-    unchanged = calling(family).run(stgfast.accelerate(family.build(), GUIDANCE), 2, cfg)
+    unchanged = calling(family).run(stgfast.accelerate(family.pipe(), GUIDANCE), 2, cfg)
     assert distance(made, unchanged) > 1e-3
 
 
@@ -434,8 +435,8 @@ def test_a_callback_that_changes_latents_where_the_pipeline_asks_for_weak_branch
     there.
     """
     given = {"num_inference_steps": 3, **scaled({"latents": 1.25})}
-    expected = ltx2.call(ltx2.build(), **given)
-    pipe = stgfast.accelerate(ltx2.build())
+    expected = ltx2.call(ltx2.pipeline(), **given)
+    pipe = stgfast.accelerate(ltx2.pipeline())
     for one, other in zip(ltx2.call(pipe, **given), expected, strict=True):
         same(one, other)
     assert distance(ltx2.call(pipe, num_inference_steps=3)[0], expected[0]) > 1e-3
@@ -472,7 +473,8 @@ def test_a_run_that_is_interrupted(protocol, by):
     part = calling(family, steps=4, callback_on_step_end=stopping) if by == "callback" else whole
     # In the second step; if it has two calls, at the first.
     at = 3 if protocol == "sequential" else 2
-    plain, pipe = family.build(), stgfast.accelerate(family.build(), GUIDANCE)
+    build = family.build if by == "thread" else family.pipe  # whose models have other calls too
+    plain, pipe = build(), stgfast.accelerate(build(), GUIDANCE)
     removes = [stop_from_a_thread(each, at) for each in (plain, pipe) if by == "thread"]
     expected = on(part, plain).plain(GUIDANCE, cfg=cfg)
     made = part.run(pipe, cfg=cfg)
@@ -482,7 +484,7 @@ def test_a_run_that_is_interrupted(protocol, by):
         remove()
     assert all("_compiled_call_impl" not in vars(module) for module in pipe.transformer.modules())
     after = whole.run(pipe, cfg=cfg)
-    assert torch.equal(after, whole.run(stgfast.accelerate(family.build(), GUIDANCE), cfg=cfg))
+    assert torch.equal(after, whole.run(stgfast.accelerate(family.pipe(), GUIDANCE), cfg=cfg))
     assert distance(after, made) > 1e-3
 
 
@@ -509,7 +511,7 @@ def test_a_callback_of_diffusers_that_switches_cfg_off():
     family = FAMILIES["Stable Diffusion XL"]
     cutoff = diffusers.callbacks.SDXLCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
     guidance = Guidance(Perturbation([3], kind="attention"), rescale=0.5)
-    pipe = stgfast.accelerate(family.build(), guidance)
+    pipe = stgfast.accelerate(family.pipe(), guidance)
     made = calling(family, callback_on_step_end=cutoff).run(pipe)
-    by_schedule = stgfast.accelerate(family.build(), replace(guidance, cfg=[4.0, 1.0, 1.0]))
+    by_schedule = stgfast.accelerate(family.pipe(), replace(guidance, cfg=[4.0, 1.0, 1.0]))
     same(made, calling(family).run(by_schedule))

@@ -22,7 +22,7 @@ from tests.oracle import blocks_of
     ids=["one", "two", "late", "none"],
 )
 def test_block_rows_are_those_of_the_call(family, guidance):
-    pipe = stgfast.accelerate(models.pipeline(family), guidance)
+    pipe = stgfast.accelerate(models.shared(models.pipeline, family), guidance)
     call = models.sizes(family)
     explained = stgfast.explain(pipe, **call)
     rows = [0] * explained.depth
@@ -41,7 +41,8 @@ def test_block_rows_are_those_of_the_call(family, guidance):
 
 def test_the_text_of_a_blur():
     guidance = Guidance([Perturbation([1], kind="blur", sigma=1.5), Perturbation([2, 3], kind="blur")])
-    lines = str(stgfast.explain(stgfast.accelerate(models.pipeline("mochi"), guidance), **models.sizes("mochi")))
+    pipe = stgfast.accelerate(models.shared(models.pipeline, "mochi"), guidance)
+    lines = str(stgfast.explain(pipe, **models.sizes("mochi")))
     assert lines.splitlines()[1:3] == [
         "perturbed0: cond with blur of sigma 1.5 at layer 1, scale 1, base cond",
         "perturbed1: cond with blur of infinite sigma at layers 2, 3, scale 1, base cond",
@@ -50,7 +51,7 @@ def test_the_text_of_a_blur():
 
 def test_the_text():
     guidance = Guidance(Perturbation([3], scale=2.0), rescale=0.7, start=0.5)
-    pipe = stgfast.accelerate(models.pipeline("mochi"), guidance, max_rows=2)
+    pipe = stgfast.accelerate(models.shared(models.pipeline, "mochi"), guidance, max_rows=2)
     assert str(stgfast.explain(pipe, **models.sizes("mochi"))) == (
         "MochiPipeline: 6 blocks, stacked, CFG scale 4.5\n"
         "perturbed0: cond with residual at layer 3, scale 2, base cond\n"
@@ -66,7 +67,7 @@ def test_the_text():
 
 @pytest.mark.parametrize(("max_rows", "at_once"), [(None, 2), (1, 1), ("all", 3), (9, 3)])
 def test_rows_are_what_memory_goes_by(max_rows, at_once):
-    pipe = stgfast.accelerate(models.pipeline("mochi"), Guidance(Perturbation([3])), max_rows=max_rows)
+    pipe = stgfast.accelerate(models.shared(models.pipeline, "mochi"), Guidance(Perturbation([3])), max_rows=max_rows)
     explained = stgfast.explain(pipe, **models.sizes("mochi"))
     assert (explained.rows_at_once, explained.rows_held, explained.rows_of_pipeline) == (at_once, 3, 2)
     seen = []
@@ -78,7 +79,7 @@ def test_rows_are_what_memory_goes_by(max_rows, at_once):
 
 def test_the_text_of_projection_and_reuse():
     guidance = Guidance(Perturbation([3]), project="along-cond", eta=0.5, reuse=3, reuse_cfg=2, reuse_order=0)
-    pipe = stgfast.accelerate(models.pipeline("mochi"), guidance)
+    pipe = stgfast.accelerate(models.shared(models.pipeline, "mochi"), guidance)
     text = str(stgfast.explain(pipe, **models.sizes("mochi")))  # of four steps
     assert "projection: the part of cond - uncond along cond is removed (APG's projection), eta 0.5" in text
     kept = "repeated in the others; memory: 1 prediction per prompt\n"
@@ -97,7 +98,7 @@ def test_the_text_of_projection_and_reuse():
 
 
 def test_a_calls_settings_are_explained():
-    pipe = stgfast.accelerate(models.pipeline("mochi"), Guidance(Perturbation([3])))
+    pipe = stgfast.accelerate(models.shared(models.pipeline, "mochi"), Guidance(Perturbation([3])))
     call = {"num_inference_steps": 4}
     assert stgfast.explain(pipe, **call, stg_layers=[0]).block_rows == 4 * (2 + 5 * 3)
     assert stgfast.explain(pipe, **call, stg_scale=0).block_rows == 4 * 12

@@ -146,8 +146,8 @@ def test_a_pipeline_that_is_not_in_the_table():
     (code,) = re.findall(r"```python\n(import stgfast\n.*?)```", pipelines.PAGE.read_text(), re.DOTALL)
     family = untabled.FOUND["AnimateDiff"]
     expected = family.plain(Guidance(Perturbation([4])), 2)
-    assert family.build().__class__.__name__ not in ADAPTERS
-    pipe = family.build()
+    assert family.pipe().__class__.__name__ not in ADAPTERS
+    pipe = family.pipe()
     exec(code.replace("num_frames=16", "num_frames=4, height=16, width=16, guidance_scale=4.0"), {"pipe": pipe})
     same(family.run(pipe, 2), expected)
-    assert distance(family.run(family.build(), 2), expected) > 1e-3
+    assert distance(family.run(family.pipe(), 2), expected) > 1e-3

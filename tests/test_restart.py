@@ -518,7 +518,7 @@ def test_guided_and_explained_over_the_longer_run(run):
         Perturbation([family.layers[1]], kind=kind, scale=[1.5 - 0.1 * i for i in range(steps)]), rescale=0.3
     )
     expected = family.plain(guidance)
-    pipe = stgfast.accelerate(family.build(), guidance)
+    pipe = stgfast.accelerate(family.pipe(), guidance)
     same(family.run(pipe), expected)
     explained = stgfast.explain(pipe, **family.arguments(1))
     assert sum(phase.steps for phase in explained.phases) == steps
@@ -540,7 +540,7 @@ def test_steps_are_known_beforehand(family):
     """The adapter knows mu and sigmas that the pipeline passes to its scheduler; with more of them, there are more
     restarts.
     """
-    pipe = family.build()
+    pipe = family.pipe()
     kind = type(pipe.scheduler).__name__
     if kind in ("EDMEulerScheduler", "FlowMapEulerDiscreteScheduler", "HeliosScheduler"):
         with pytest.raises(SettingsError, match=f"scheduler to restart: got '{kind}'"):
@@ -561,12 +561,12 @@ def test_a_scale_that_changes_with_the_steps_of_the_call():
     family = longer(family, family.build, (0.1, 0.7), 8)
     guidance = Guidance(Perturbation([1]))
     assert family.arguments(1)["use_dynamic_cfg"]
-    same(family.run(stgfast.accelerate(family.build(), guidance)), family.plain(guidance))
+    same(family.run(stgfast.accelerate(family.pipe(), guidance)), family.plain(guidance))
 
 
 @pytest.mark.parametrize("family", modular.FAMILIES, ids=lambda family: family.name)
 def test_a_modular_pipeline_says_that_its_guider_does_not_count(family):
-    pipe = family.build()
+    pipe = family.pipe()
     pipe.update_components(scheduler=stgfast.restart(pipe.scheduler, t_min=0.3, t_max=0.9))
     stgfast.accelerate(pipe, Guidance(Perturbation([1])))
     with pytest.raises(SettingsError, match="a modular pipeline's guider does not count repeated steps"):
@@ -617,7 +617,7 @@ def test_a_run_over_a_part_of_the_schedule(other):
 def test_wan_from_a_video():
     family = next(family for family in wan.FAMILIES if family.name == "Wan from a video")
     arguments = {**family.arguments(1), "num_inference_steps": 6, "strength": 0.7}
-    pipe = family.build()
+    pipe = family.pipe()
     pipe.scheduler = stgfast.restart(pipe.scheduler, t_min=0.5, t_max=0.8)
     stgfast.accelerate(pipe, Guidance(Perturbation([1])))
     pipe(**arguments)
@@ -626,7 +626,7 @@ def test_wan_from_a_video():
 
 def test_tokens_that_are_held_to_loosely_are_refused():
     family = next(family for family in ltx.FAMILIES if family.name == "LTX from conditions")
-    pipe = family.build()
+    pipe = family.pipe()
     pipe.scheduler = stgfast.restart(pipe.scheduler, t_min=0.3, t_max=0.99)
     arguments = {**family.arguments(1), "num_inference_steps": 6}
     with pytest.raises(SettingsError, match=r"time of a token at the first step: got 200\.0, expected 0, or 1000"):
@@ -656,7 +656,7 @@ def test_ltx2_restarts_video_and_audio():
 def test_every_frame_restarts_by_itself():
     """SkyReels has a scheduler for each frame; each goes back at its own step."""
     family = next(family for family in skyreels_v2.FAMILIES if "frame after frame" in family.name)
-    pipe = family.build()
+    pipe = family.pipe()
     pipe.scheduler = stgfast.restart(pipe.scheduler, t_min=0.5, t_max=0.9)
     arguments = {**family.arguments(1), "num_inference_steps": 4}
     stgfast.accelerate(pipe, Guidance(Perturbation([1])))

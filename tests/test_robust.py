@@ -166,11 +166,11 @@ def test_wrong_facts_of_an_adapter():
     adapter = ADAPTERS["LTXPipeline"]
     wrong = replace(adapter, protocol="sequential")
     with pytest.raises(EngineError, match="guided steps: got 1 steps, expected 2"):
-        LTX.run(stgfast.accelerate(LTX.build(), RESIDUAL, adapter=wrong, verify=False))
+        LTX.run(stgfast.accelerate(LTX.pipe(), RESIDUAL, adapter=wrong, verify=False))
     two = next(family for family in wan.FAMILIES if family.name == "Wan of two transformers")
     one = replace(ADAPTERS["WanPipeline"], denoisers=("transformer",))
     with pytest.raises(EngineError, match="guided steps: got 1 steps, expected 2"):
-        two.run(stgfast.accelerate(two.build(), RESIDUAL, adapter=one, verify=False))
+        two.run(stgfast.accelerate(two.pipe(), RESIDUAL, adapter=one, verify=False))
     with pytest.raises(SettingsError, match="protocol of an adapter: got 'stackd', expected one of stacked"):
         replace(adapter, protocol="stackd")
     with pytest.raises(SettingsError, match="lists of a model's blocks: got 'transformer_blocks', expected a tuple"):
@@ -178,7 +178,7 @@ def test_wrong_facts_of_an_adapter():
     with pytest.raises(SettingsError, match="blocks of an adapter: got 'transformer_blocks', expected a Blocks"):
         replace(adapter, blocks="transformer_blocks")
     with pytest.raises(SettingsError, match=r"sample of an adapter: got 'sample', expected an argument of LTX"):
-        stgfast.accelerate(LTX.build(), RESIDUAL, adapter=replace(adapter, sample="sample"))
+        stgfast.accelerate(LTX.pipe(), RESIDUAL, adapter=replace(adapter, sample="sample"))
 
 
 @pytest.mark.float32
@@ -200,7 +200,7 @@ def test_a_pipeline_that_copies_what_it_was_handed(dtype):
 
 
 def test_what_is_made_of_an_accelerated_pipeline_is_the_original():
-    pipe, stock = stgfast.accelerate(LTX.build(), RESIDUAL), LTX.build()
+    pipe, stock = stgfast.accelerate(LTX.pipe(), RESIDUAL), LTX.pipe()
     expected = LTX.run(stock)
     for made in (type(pipe)(**pipe.components), type(pipe).from_pipe(pipe)):
         made.set_progress_bar_config(disable=True)
@@ -212,17 +212,17 @@ def test_what_is_made_of_an_accelerated_pipeline_is_the_original():
 
 
 def test_nothing_leads_around_the_guidance():
-    pipe = stgfast.accelerate(LTX.build(), RESIDUAL)
+    pipe = stgfast.accelerate(LTX.pipe(), RESIDUAL)
     call = type(pipe).__call__
     assert inspect.unwrap(call) is call
-    other = stgfast.accelerate(LTX.build(), RESIDUAL)
+    other = stgfast.accelerate(LTX.pipe(), RESIDUAL)
     type(pipe).__call__ = lambda self, *args, **kwargs: "another"
     assert pipe() == "another"
     LTX.check(LTX.run(other), RESIDUAL)  # the class of an accelerated pipeline is its own
 
 
 def test_a_pipeline_pickles_and_comes_back_accelerated():
-    pipe = stgfast.accelerate(LTX.build(), ATTENTION, max_rows=2)
+    pipe = stgfast.accelerate(LTX.pipe(), ATTENTION, max_rows=2)
     expected = LTX.run(pipe)
     back = pickle.load(io.BytesIO(pickle.dumps(pipe)))
     assert torch.equal(LTX.run(back), expected)
@@ -232,7 +232,7 @@ def test_a_pipeline_pickles_and_comes_back_accelerated():
 
 
 def test_a_subclass_of_the_class_of_an_accelerated_pipeline_stays_one():
-    pipe = stgfast.accelerate(LTX.build(), RESIDUAL)
+    pipe = stgfast.accelerate(LTX.pipe(), RESIDUAL)
     pipe.__class__ = type("Reading", (type(pipe),), {})
     expected, copied = LTX.run(pipe), copy.copy(pipe)
     assert type(copied) is type(pipe)
@@ -249,7 +249,7 @@ class Other(diffusers.LTXPipeline):
 
 
 def test_a_subclass_is_what_it_inherits_from():
-    pipe = LTX.build()
+    pipe = LTX.pipe()
     pipe.__class__ = Mine
     LTX.check(LTX.run(stgfast.accelerate(pipe, RESIDUAL)), RESIDUAL)
     assert type(stgfast.restore(pipe)) is Mine
@@ -263,7 +263,7 @@ def test_a_subclass_is_what_it_inherits_from():
 
 
 def test_wrapped_models_are_refused():
-    pipe = WAN.build()
+    pipe = WAN.pipe()
     pipe.transformer = torch.nn.DataParallel(pipe.transformer)
     with pytest.raises(SettingsError, match=r"pipe\.transformer: got DataParallel, expected a model with blocks"):
         stgfast.accelerate(pipe, RESIDUAL)
@@ -345,15 +345,15 @@ def test_an_ip_adapter_of_flux(layer, kind):
     if kind == "blur":
         given |= FLUX.facts.oblong
     family = replace(FLUX, build=lambda other=False: with_flux_adapter())
-    made = [family.run(stgfast.accelerate(family.build(), guidance, max_rows=n), 2, **given) for n in (1, None, "all")]
+    made = [family.run(stgfast.accelerate(family.pipe(), guidance, max_rows=n), 2, **given) for n in (1, None, "all")]
     expected = family.plain(guidance, 2, **given)
     for clip in made:
         same(clip, expected)
     given |= {"ip_adapter_image_embeds": [embeds(3, 2, 1, 12)]}
-    assert distance(family.run(stgfast.accelerate(family.build(), guidance), 2, **given), expected) > 1e-4
+    assert distance(family.run(stgfast.accelerate(family.pipe(), guidance), 2, **given), expected) > 1e-4
     if kind == "residual" and layer == 0:
         with pytest.raises(SettingsError, match="layer 0, whose attention has an IP-Adapter: got 'attention'"):
-            stgfast.accelerate(family.build(), Guidance(Perturbation([0], kind="attention")))
+            stgfast.accelerate(family.pipe(), Guidance(Perturbation([0], kind="attention")))
 
 
 @pytest.mark.parametrize("cfg", [True, False])
@@ -399,7 +399,7 @@ def test_schedules_are_any_numbers_in_a_row():
 
 def test_sigmas_of_mochi_are_shares_of_noise():
     """Its released scheduler has fractions of data."""
-    pipe = MOCHI.build()
+    pipe = MOCHI.pipe()
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
     schedule = BySigma([(0.9, 3.0), (0.5, 2.0), (0.0, 1.0)])
     stgfast.accelerate(pipe, Guidance(Perturbation([2], scale=schedule)))
@@ -420,29 +420,29 @@ def test_sigmas_of_mochi_are_shares_of_noise():
 def test_denoising_ends_early():
     schedule = {"num_inference_steps": 5, "denoising_end": 0.6}
     listed = Guidance(Perturbation([3], kind="attention", scale=[1.0, 2.0, 3.0]))
-    pipe = stgfast.accelerate(SDXL.build(), listed)
+    pipe = stgfast.accelerate(SDXL.pipe(), listed)
     explained = stgfast.explain(pipe, **SDXL.arguments(1) | schedule)
     assert sum(phase.steps for phase in explained.phases) == 3
     made = SDXL.run(pipe, **schedule)
     sigmas = [float(sigma) for sigma in pipe.scheduler.sigmas]
     levels = [(sigma, scale) for sigma, scale in zip(sigmas, (1.0, 2.0, 3.0), strict=False)]
     by_sigma = Guidance(Perturbation([3], kind="attention", scale=BySigma(levels)))
-    assert torch.equal(SDXL.run(stgfast.accelerate(SDXL.build(), by_sigma), **schedule), made)
+    assert torch.equal(SDXL.run(stgfast.accelerate(SDXL.pipe(), by_sigma), **schedule), made)
 
 
 def test_sigmas_of_a_part_of_a_run():
     """`strength` skips the first steps and their sigmas."""
     family = next(family for family in wan.FAMILIES if family.name == "Wan from a video")
     listed = Guidance(Perturbation([2], scale=[1.0, 2.0]))
-    pipe = stgfast.accelerate(family.build(), listed)
+    pipe = stgfast.accelerate(family.pipe(), listed)
     expected = family.run(pipe)
     sigmas = [float(sigma) for sigma in pipe.scheduler.sigmas[2:4]]  # of four steps, the last two
     by_sigma = Guidance(Perturbation([2], scale=BySigma(list(zip(sigmas, (1.0, 2.0), strict=True)))))
-    assert torch.equal(family.run(stgfast.accelerate(family.build(), by_sigma)), expected)
+    assert torch.equal(family.run(stgfast.accelerate(family.pipe(), by_sigma)), expected)
 
 
 def test_a_window_without_a_step_is_said():
-    pipe = stgfast.accelerate(SD3.build(), Guidance(Perturbation([2]), start=0.01, stop=0.2))
+    pipe = stgfast.accelerate(SD3.pipe(), Guidance(Perturbation([2]), start=0.01, stop=0.2))
     with pytest.raises(
         SettingsError, match=r"start and stop: got \(0.01, 0.2\), expected a part of the run with at least"
     ):
@@ -455,9 +455,9 @@ def test_too_many_perturbations_are_said():
     guidance = Guidance(
         [Perturbation([n], scale=0.3) for n in range(4)] + [Perturbation([1], of="uncond", base="guided")]
     )
-    WAN.check(WAN.run(stgfast.accelerate(WAN.build(), guidance)), guidance)
+    WAN.check(WAN.run(stgfast.accelerate(WAN.pipe(), guidance)), guidance)
 
 
 def test_a_default_that_needs_cfg_says_what_does_not():
     with pytest.raises(SettingsError, match=r"without CFG, Guidance\(Perturbation\(\[...\]\)\) perturbs cond"):
-        WAN.run(stgfast.accelerate(WAN.build(), Guidance(Perturbation([2], of="uncond", base="guided"))), cfg=False)
+        WAN.run(stgfast.accelerate(WAN.pipe(), Guidance(Perturbation([2], of="uncond", base="guided"))), cfg=False)

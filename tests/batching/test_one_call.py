@@ -167,7 +167,7 @@ def test_a_function_in_place_of_torchs(monkeypatch):
     def attend(query, key, value, attn_mask=None, scale=None, **others):
         return ByItself().attend(query, key, value, attn_mask)
 
-    pipe = stgfast.accelerate(LTX.build(), guidance(LTX), max_rows="all")
+    pipe = stgfast.accelerate(LTX.pipe(), guidance(LTX), max_rows="all")
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     same(LTX.run(pipe), expected)
     (way,) = ways(pipe, LTX)
@@ -222,7 +222,7 @@ def test_under_autocast(attention):
         exact = LTX.plain(guidance(LTX))
     with torch.autocast("cpu", torch.bfloat16):
         plain = LTX.plain(guidance(LTX))
-        pipe = stgfast.accelerate(LTX.build(), guidance(LTX), max_rows="all", attention=attention)
+        pipe = stgfast.accelerate(LTX.pipe(), guidance(LTX), max_rows="all", attention=attention)
         made = LTX.run(pipe)
     assert ONE in ways(pipe, LTX)
     precision.no_worse(made, plain, exact)

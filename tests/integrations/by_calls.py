@@ -26,7 +26,7 @@ class ByCalls(Family):
     def plain(
         self, guidance: Guidance, prompts: int = 1, cfg: bool = True, other: bool = False, **settings: Any
     ) -> torch.Tensor:
-        pipe = self.build(other=other)
+        pipe = self.pipe(other=other)
         scale = self.cfg if cfg else None
         negative = {"encoder_hidden_states": self.arguments(prompts, cfg=cfg).get("negative_prompt_embeds")}
         forward = pipe.transformer.forward

@@ -5,8 +5,6 @@ The files in `families/` have one or more `Family` each; `test_families.py` coll
 
 from __future__ import annotations
 
-import copy
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,11 +13,9 @@ from typing import Any
 import torch
 
 from stgfast import Adapter, Guidance, Perturbation
+from tests.models import shared
 from tests.oracle import Facts, Part, Perturbed, Plainly, plain_method
 from tests.precision import computing_in, no_worse, same
-
-# The pipelines that `Family.pipe` copies, by their builder, scheduler and dtype.
-_built: weakref.WeakKeyDictionary[Callable[..., Any], dict[Any, Any]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -51,17 +47,8 @@ class Family:
     shared: bool = True
 
     def pipe(self, other: bool = False) -> Any:
-        """A pipeline of its own. Its models are shared with other tests, so they must not be changed: building them
-        takes as long as running the test.
-        """
-        if not self.shared:
-            return self.build(other=other)
-        built = _built.setdefault(self.build, {})
-        key = other, torch.get_default_dtype()
-        if key not in built:
-            built[key] = self.build(other=other)
-        models = {id(part): part for part in built[key].components.values() if isinstance(part, torch.nn.Module)}
-        return copy.deepcopy(built[key], models)
+        """A pipeline of its own, for tests that do not change its models."""
+        return shared(self.build, other=other) if self.shared else self.build(other=other)
 
     def run(self, pipe: Any, prompts: int = 1, cfg: bool = True, **settings: Any) -> torch.Tensor:
         torch.manual_seed(0)  # some schedulers draw noise that no pipeline gives them a generator for

@@ -54,7 +54,7 @@ def test_one_call_for_all_rows_is_left_where_some_are_blurred():
 def test_along_space_is_all_that_there_is():
     family = FAMILIES["Stable Video Diffusion"]
     both, spatial = (Guidance(Perturbation([1], kind="blur", sigma=1.0, axis=axis)) for axis in ("", "spatial"))
-    pipe = stgfast.accelerate(family.build(), Guidance([*both.perturbations, *spatial.perturbations]))
+    pipe = stgfast.accelerate(family.pipe(), Guidance([*both.perturbations, *spatial.perturbations]))
     assert max(stgfast.explain(pipe, **family.arguments(1)).phases[0].rows) == 3  # one history
     assert torch.equal(made(family, both), made(family, spatial))
 
@@ -86,7 +86,7 @@ def test_kandinsky_5_seen_from_inside(sigma):
 
 def test_where_tokens_are_not_known():
     with pytest.raises(SettingsError, match="kind of perturbation: got 'blur', expected attention or isolate or resid"):
-        stgfast.accelerate(test_ltx2.build(), Guidance(Perturbation([1], kind="blur")))
+        stgfast.accelerate(test_ltx2.pipeline(), Guidance(Perturbation([1], kind="blur")))
     family = kandinsky5.FAMILIES[0]
     pipe = kandinsky5.builder(diffusers.Kandinsky5T2VPipeline, attention_type="nabla")()
     stgfast.accelerate(pipe, Guidance(Perturbation([1], kind="blur")))

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 def test_schedules_are_for_the_steps_that_strength_leaves():
     guidance = Guidance(Perturbation([2], scale=[2.0, 1.0]))
-    pipe = stgfast.accelerate(VIDEO.build(), guidance)
+    pipe = stgfast.accelerate(VIDEO.pipe(), guidance)
     same(VIDEO.run(pipe), VIDEO.plain(guidance))
     assert sum(phase.steps for phase in stgfast.explain(pipe, **VIDEO.arguments(1)).phases) == 2
     with pytest.raises(stgfast.SettingsError, match="got 3 numbers, expected 2"):

@@ -29,11 +29,11 @@ def clip(family, pipe, **changes):
 def test_a_scale_of_its_own_counts_as_one_more(name):
     """c + s (c - u) is u + (1 + s) (c - u)."""
     family = FAMILIES[name]
-    pipe = stgfast.accelerate(family.build(), GUIDANCE)
+    pipe = stgfast.accelerate(family.pipe(), GUIDANCE)
     assert stgfast.explain(pipe, **family.arguments(1)).cfg == 4.0  # of guidance_scale=3.0
-    pipe = stgfast.accelerate(family.build(), Guidance(cfg=4.0))
-    same(family.run(pipe), family.run(family.build()))
-    pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1], scale=1.5), rescale=0.7, cfg=3.5))
+    pipe = stgfast.accelerate(family.pipe(), Guidance(cfg=4.0))
+    same(family.run(pipe), family.run(family.pipe()))
+    pipe = stgfast.accelerate(family.pipe(), Guidance(Perturbation([1], scale=1.5), rescale=0.7, cfg=3.5))
     expected = dataclasses.replace(family, cfg=3.5).plain(GUIDANCE)
     same(family.run(pipe), expected)
 
@@ -46,9 +46,9 @@ def test_a_callback_may_change_the_scale(name):
         pipe._guidance_scale = 2.0
         return {}
 
-    pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1]), cfg=[4.0, 3.0]))
+    pipe = stgfast.accelerate(family.pipe(), Guidance(Perturbation([1]), cfg=[4.0, 3.0]))
     expected = family.run(pipe)
-    pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1])))
+    pipe = stgfast.accelerate(family.pipe(), Guidance(Perturbation([1])))
     same(clip(family, pipe, callback_on_step_end=change), expected)
 
 
@@ -58,5 +58,5 @@ def test_the_padding_mask_is_one_for_all_samples(monkeypatch, prompts):
     build = cosmos.builder(diffusers.Cosmos2TextToImagePipeline, cosmos.flow, concat_padding_mask=True)
     images = FAMILIES["Cosmos 2 for images"]
     family = ByCalls("padded", build, images.arguments, images.facts, cfg=4.0, result=images.result)
-    made = family.run(stgfast.accelerate(family.build(), GUIDANCE), prompts)
+    made = family.run(stgfast.accelerate(family.pipe(), GUIDANCE), prompts)
     same(made, family.plain(GUIDANCE, prompts))

@@ -24,7 +24,7 @@ def test_schedules_are_for_the_steps_that_strength_leaves():
     family = dataclasses.replace(FRAME, arguments=arguments)
     guidance = Guidance(Perturbation([4], scale=[2.0, 1.0]))
     expected = family.plain(guidance)
-    pipe = stgfast.accelerate(family.build(), guidance)
+    pipe = stgfast.accelerate(family.pipe(), guidance)
     # The pipeline draws its start without a generator, so it depends on the global state after building.
     same(family.run(pipe), expected)
     assert sum(phase.steps for phase in stgfast.explain(pipe, **arguments(1)).phases) == 2
@@ -40,12 +40,12 @@ def test_a_callback_that_changes_the_scale_changes_nothing():
         return kwargs
 
     guidance = Guidance(Perturbation([4]))
-    expected = TEXT.run(stgfast.accelerate(TEXT.build(), guidance))
-    assert torch.equal(TEXT.run(stgfast.accelerate(TEXT.build(), guidance), callback_on_step_end=change), expected)
+    expected = TEXT.run(stgfast.accelerate(TEXT.pipe(), guidance))
+    assert torch.equal(TEXT.run(stgfast.accelerate(TEXT.pipe(), guidance), callback_on_step_end=change), expected)
 
 
 @pytest.mark.parametrize("layer", [2, 3], ids=["projections for text", "shared projections"])
 def test_both_kinds_of_blocks(layer):
     guidance = Guidance(Perturbation([layer], kind="attention"))
-    made = TEXT.run(stgfast.accelerate(TEXT.build(), guidance), 2)
+    made = TEXT.run(stgfast.accelerate(TEXT.pipe(), guidance), 2)
     same(made, TEXT.plain(guidance, 2))

@@ -23,11 +23,11 @@ def as_list(state):
 
 
 def forecast(blocks, facts, guidance, runs):
-    """A stock model that runs several times in each step, the last runs for one branch each. Every block computes; its
-    results are not used in extrapolated steps.
+    """A stock model that runs several times in each step. Every block computes; its results are not used in
+    extrapolated steps. Returns a list, to which is appended how far each extrapolation is off.
     """
     spacing, order = guidance.reuse_blocks, guidance.reuse_order
-    done, past, now = 0, {}, {}
+    done, past, now, off = 0, {}, {}, []
 
     def whole(step, known):
         if isinstance(spacing, tuple):
@@ -54,11 +54,13 @@ def forecast(blocks, facts, guidance, runs):
         steps = [step for step, _ in now["known"]][-order - 1 :]
         added = zip(*(parts for _, parts in now["known"][-order - 1 :]), strict=True)
         made = [one + newton(steps, list(parts), now["step"]) for one, parts in zip(now["before"], added, strict=True)]
+        off.append(distance(made[0], as_list(output)[0]))
         return tuple(made) if isinstance(output, tuple) else made[0]
 
     blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
     for block in blocks:
         block.register_forward_hook(leave, with_kwargs=True)
+    return off
 
 
 CASES = {
@@ -77,14 +79,11 @@ def test_equals_what_is_written_apart(name, guidance):
     stock = dataclasses.replace(family, shared=False).pipe()
     (model,) = family.denoisers(stock)
     blocks = [part.module for part in family.facts.parts(model)]
-    own = 1 if family.facts.stacked else 2
-    forecast(blocks, family.facts, guidance, runs=own + 3)  # and cond, uncond, perturbed
+    off = forecast(blocks, family.facts, guidance, runs=2 if family.facts.stacked else 3)  # the last is perturbed
     plain = dataclasses.replace(family, build=lambda other=False: stock, shared=False)
     expected = plain.plain(guidance.exact, 2, **steps)
-    made = family.run(stgfast.accelerate(family.pipe(), guidance), 2, **steps)
-    same(made, expected)
-    exact = family.run(stgfast.accelerate(family.pipe(), guidance.exact), 2, **steps)
-    assert distance(made, exact) > 1e-5
+    same(family.run(stgfast.accelerate(family.pipe(), guidance), 2, **steps), expected)
+    assert max(off) > 1e-5
 
 
 @pytest.mark.parametrize(
@@ -97,15 +96,15 @@ def test_ltx2_too(guidance):
     facts = Facts(
         stacked=True, unchanged=lambda given: (given[0], given[1]), passed=("hidden_states", "audio_hidden_states")
     )
-    forecast(list(stock.transformer.transformer_blocks), facts, guidance, runs=3)
+    off = forecast(list(stock.transformer.transformer_blocks), facts, guidance, runs=3)
     expected = ltx2.call(stock, **steps)
-    pipe = stgfast.accelerate(ltx2.build(), guidance)
+    pipe = stgfast.accelerate(ltx2.pipeline(), guidance)
     rows, made = ltx2.counted(pipe, **steps)
     for one, other in zip(made, expected, strict=True):
         same(one, other)
     explained = stgfast.explain(pipe, **steps, spatio_temporal_guidance_blocks=[3], num_frames=9)
     assert sum(rows) == explained.block_rows < 5 * 17
-    assert distance(expected[0], ltx2.call(ltx2.build(), **steps)[0]) > 1e-5
+    assert max(off) > 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)

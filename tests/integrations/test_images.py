@@ -48,7 +48,7 @@ def seen_by_svd():
 
 @pytest.mark.parametrize("family", SHOWN.values(), ids=SHOWN)
 def test_several_in_one_call(family):
-    pipe = family.build()
+    pipe = family.pipe()
     how = ADAPTERS[type(pipe).__name__].clips.images
     if not how:
         assert type(pipe).__name__ in APART  # where clips differ, or need more arguments
@@ -87,4 +87,4 @@ def test_all_that_take_an_image_are_looked_at():
         and video & set(call)
     }
     assert {name for name in ADAPTERS if ADAPTERS[name].clips.images} == takes - APART
-    assert {type(family.build()).__name__ for family in SHOWN.values()} >= takes - APART
+    assert {type(family.pipe()).__name__ for family in SHOWN.values()} >= takes - APART

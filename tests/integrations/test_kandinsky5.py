@@ -50,8 +50,8 @@ def test_cfg_may_end_on_the_way():
         with torch.no_grad():
             return family.result(pipe(**family.arguments(1), callback_on_step_end=end))
 
-    expected = clip(family.build())
-    made = clip(stgfast.accelerate(family.build(), Guidance(Perturbation([1], scale=[0.0, 1e-14]))))
+    expected = clip(family.pipe())
+    made = clip(stgfast.accelerate(family.pipe(), Guidance(Perturbation([1], scale=[0.0, 1e-14]))))
     same(made, expected)
-    made = clip(stgfast.accelerate(family.build(), Guidance(Perturbation([1], scale=[0.0, 1.0]))))
+    made = clip(stgfast.accelerate(family.pipe(), Guidance(Perturbation([1], scale=[0.0, 1.0]))))
     assert distance(made, expected) > 1e-3

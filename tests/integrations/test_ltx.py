@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 def test_no_condition_at_all():
     family = dataclasses.replace(CONDITIONS, arguments=ltx.arguments)
     guidance = Guidance(Perturbation([2]), rescale=0.7)
-    made = family.run(stgfast.accelerate(family.build(), guidance), 2)
+    made = family.run(stgfast.accelerate(family.pipe(), guidance), 2)
     same(made, family.plain(guidance, 2))
 
 
@@ -27,7 +27,7 @@ def test_schedules_are_for_the_steps_that_denoise_strength_leaves():
 
     family = dataclasses.replace(CONDITIONS, arguments=arguments)
     guidance = Guidance(Perturbation([2], scale=[2.0, 1.0]))
-    pipe = stgfast.accelerate(family.build(), guidance)
+    pipe = stgfast.accelerate(family.pipe(), guidance)
     same(family.run(pipe), family.plain(guidance))
     assert sum(phase.steps for phase in stgfast.explain(pipe, **arguments(1)).phases) == 2
     with pytest.raises(stgfast.SettingsError, match="got 4 numbers, expected 2"):

@@ -12,7 +12,7 @@ from stgfast import Guidance, Perturbation
 from stgfast.errors import SettingsError
 from tests.integrations.test_methods import newton
 from tests.launches import launched
-from tests.models import generators, spread
+from tests.models import generators, shared, spread
 from tests.precision import distance, near, same
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -70,6 +70,11 @@ def build(cls="LTX2Pipeline", version="2.3", text_encoder=None, tokenizer=None, 
     pipe = getattr(diffusers, cls)(**parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def pipeline(*cls, **settings):
+    """As built, for tests that do not change its models."""
+    return shared(build, *cls, **settings)
 
 
 def call(pipe, prompts=1, **changes):
@@ -138,8 +143,8 @@ def image():
 @pytest.mark.parametrize("own", OWN.values(), ids=OWN)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_equals_its_own_four_passes(version, own):
-    expected = call(build(version=version), **own)
-    made = call(stgfast.accelerate(build(version=version)), **own)
+    expected = call(pipeline(version=version), **own)
+    made = call(stgfast.accelerate(pipeline(version=version)), **own)
     for one, other in zip(made, expected, strict=True):
         same(one, other)
 
@@ -152,8 +157,8 @@ def test_with_an_image_too(cls):
         given = {"image": image(), "image_crf": 0}
     else:
         given = {"conditions": [LTX2VideoCondition(frames=image(), index=0, crf=0)]}
-    expected = call(build(cls), **given)
-    made = call(stgfast.accelerate(build(cls)), **given)
+    expected = call(pipeline(cls), **given)
+    made = call(stgfast.accelerate(pipeline(cls)), **given)
     for one, other in zip(made, expected, strict=True):
         same(one, other)
 
@@ -162,8 +167,8 @@ def test_with_an_image_too(cls):
 def test_all_rows_of_a_marked_layer_attend_in_one_call(version):
     """Gates are computed from the rows before attention, when two of them were still one."""
     given = {"prompts": 2, "spatio_temporal_guidance_blocks": [1, 3]}
-    expected = call(build(version=version), **given)
-    pipe = stgfast.accelerate(build(version=version), max_rows="all")
+    expected = call(pipeline(version=version), **given)
+    pipe = stgfast.accelerate(pipeline(version=version), max_rows="all")
     for one, other in zip(call(pipe, **given), expected, strict=True):
         same(one, other)
     explained = stgfast.explain(pipe, num_inference_steps=2, spatio_temporal_guidance_blocks=[1, 3], num_frames=9)
@@ -175,9 +180,9 @@ def test_all_rows_of_a_marked_layer_attend_in_one_call(version):
 def test_one_launch_for_every_marked_attention():
     """One for video and one for audio, at two layers, in two steps."""
     given = {"spatio_temporal_guidance_blocks": [1, 3], "num_frames": 1}
-    expected = call(build(), **given)
+    expected = call(pipeline(), **given)
     with launched() as launches:
-        made = call(stgfast.accelerate(build(), max_rows="all"), **given)
+        made = call(stgfast.accelerate(pipeline(), max_rows="all"), **given)
     for one, other in zip(made, expected, strict=True):
         near(one, other)
     assert launches == [(3, 1)] * 2 * 2 * 2
@@ -203,14 +208,14 @@ ALL_OF_IT = {"guidance_scale": 3.0, "stg_scale": 1.0, "modality_scale": 3.0, "gu
 def test_with_a_reference_too(cls, prompts, masked):
     given = {**reference(cls), **ALL_OF_IT, "num_inference_steps": 1 + (prompts == 1)}
     given |= {"conditioning_attention_strength": 0.5} if masked else {}
-    expected = call(build(cls), prompts, **given)
-    pipe = stgfast.accelerate(build(cls))
+    expected = call(pipeline(cls), prompts, **given)
+    pipe = stgfast.accelerate(pipeline(cls))
     for one, other in zip(call(pipe, prompts, **given), expected, strict=True):
         same(one, other)
     if prompts == 1:
         assert rows_of(pipe, **given) == [2 * 3] * 3 + [2 * 4] * 2
         perturbed = Guidance(Perturbation([3], kind="attention", scale=0.5))
-        expected = call(build(cls), **given | {"stg_scale": 0.5, "modality_scale": 1.0, **audio_off(cls)})
+        expected = call(pipeline(cls), **given | {"stg_scale": 0.5, "modality_scale": 1.0, **audio_off(cls)})
         for one, other in zip(call(stgfast.accelerate(pipe, perturbed), **given), expected, strict=True):
             same(one, other)
 
@@ -221,7 +226,7 @@ def audio_off(cls):
 
 def test_a_pass_that_audio_leaves_on_is_told(caplog):
     """A scale for video alone does not switch the pass off."""
-    pipe, sizes = stgfast.accelerate(build()), {"spatio_temporal_guidance_blocks": [3], "num_frames": 9}
+    pipe, sizes = stgfast.accelerate(pipeline()), {"spatio_temporal_guidance_blocks": [3], "num_frames": 9}
     explained = stgfast.explain(pipe, **sizes, guidance_scale=1.0, modality_scale=1.0)
     assert (
         "guidance_scale=1 does not switch its pass off, because audio_guidance_scale=7: set both to 1"
@@ -240,11 +245,11 @@ def test_a_pass_that_audio_leaves_on_is_told(caplog):
 
 
 def test_no_history_runs_twice():
-    assert rows_of(build()) == [2 * 4] * DEPTH
+    assert rows_of(pipeline()) == [2 * 4] * DEPTH
     # uncond, cond and the isolated one everywhere; the perturbed one from its layer on
-    assert rows_of(stgfast.accelerate(build())) == [2 * 3] * 3 + [2 * 4] * 2
+    assert rows_of(stgfast.accelerate(pipeline())) == [2 * 3] * 3 + [2 * 4] * 2
     explained = stgfast.explain(
-        stgfast.accelerate(build()), num_inference_steps=2, spatio_temporal_guidance_blocks=[3], num_frames=9
+        stgfast.accelerate(pipeline()), num_inference_steps=2, spatio_temporal_guidance_blocks=[3], num_frames=9
     )
     assert explained.phases[0].rows == (3, 3, 3, 4, 4)
     assert (explained.unshared, explained.cfg_alone, explained.block_rows) == (2 * 20, 2 * 20, 2 * 17)
@@ -254,11 +259,11 @@ def test_no_history_runs_twice():
 def test_audio_alone_can_be_switched_off():
     """The stock pipeline takes an audio scale of 0 as not given."""
     off = {"stg_scale": 1.5, "audio_stg_scale": 0.0}
-    _, taken = call(build(), **off)
-    _, alike = call(build(), stg_scale=1.5, audio_stg_scale=1.5)
+    _, taken = call(pipeline(), **off)
+    _, alike = call(pipeline(), stg_scale=1.5, audio_stg_scale=1.5)
     assert torch.equal(taken, alike)
-    tiny = call(build(), stg_scale=1.5, audio_stg_scale=1e-30)  # equal to off, up to rounding
-    made = call(stgfast.accelerate(build()), **off)
+    tiny = call(pipeline(), stg_scale=1.5, audio_stg_scale=1e-30)  # equal to off, up to rounding
+    made = call(stgfast.accelerate(pipeline()), **off)
     for one, other in zip(made, tiny, strict=True):
         same(one, other)
     assert distance(made[1], taken) > 1e-3
@@ -266,19 +271,19 @@ def test_audio_alone_can_be_switched_off():
 
 def test_0_switches_all_of_it_off():
     zero = {"stg_scale": 0.0, "audio_stg_scale": 0.0, "modality_scale": 0.0, "audio_modality_scale": 0.0}
-    expected = call(build(), **{**zero, "modality_scale": 1.0, "audio_modality_scale": 1.0})
-    for one, other in zip(call(stgfast.accelerate(build()), **zero), expected, strict=True):
+    expected = call(pipeline(), **{**zero, "modality_scale": 1.0, "audio_modality_scale": 1.0})
+    for one, other in zip(call(stgfast.accelerate(pipeline()), **zero), expected, strict=True):
         assert torch.equal(one, other)
-    pipe = build()
-    assert all(map(torch.equal, call(stgfast.restore(stgfast.accelerate(pipe))), call(build())))
+    pipe = pipeline()
+    assert all(map(torch.equal, call(stgfast.restore(stgfast.accelerate(pipe))), call(pipeline())))
     assert all("_compiled_call_impl" not in vars(module) for module in pipe.transformer.modules())
 
 
 def test_stg_where_the_model_would_ignore_it():
     """Without `perturbed_attn` the stock pipeline computes an STG pass that equals the conditional one."""
-    pipe = build(perturbed_attn=False)
+    pipe = pipeline(perturbed_attn=False)
     same(call(pipe)[0], call(pipe, stg_scale=0.0, audio_stg_scale=0.0)[0])
-    expected = call(build(perturbed_attn=True))
+    expected = call(pipeline(perturbed_attn=True))
     for one, other in zip(call(stgfast.accelerate(pipe)), expected, strict=True):
         same(one, other)
 
@@ -287,17 +292,17 @@ def test_a_guidance_in_place_of_its_arguments():
     guidance = Guidance(
         [Perturbation([3], kind="attention", scale=0.5), Perturbation(range(DEPTH), "isolate", scale=1.5)]
     )
-    expected = call(build(), stg_scale=0.5, audio_stg_scale=0.5, modality_scale=2.5, audio_modality_scale=2.5)
-    for one, other in zip(call(stgfast.accelerate(build(), guidance)), expected, strict=True):
+    expected = call(pipeline(), stg_scale=0.5, audio_stg_scale=0.5, modality_scale=2.5, audio_modality_scale=2.5)
+    for one, other in zip(call(stgfast.accelerate(pipeline(), guidance)), expected, strict=True):
         same(one, other)
 
 
 @pytest.mark.parametrize("scales", [[1.0, 0.0], [0.0, 2.0]])
 def test_a_schedule(scales):
     """A step with scale 0 computes no perturbed branch."""
-    pipe = stgfast.accelerate(build(), Guidance(Perturbation([3], kind="residual", scale=scales)))
+    pipe = stgfast.accelerate(pipeline(), Guidance(Perturbation([3], kind="residual", scale=scales)))
     assert rows_of(pipe) == [2 + 2] * 4 + [2 + 3]
-    assert distance(call(pipe)[0], call(build(), stg_scale=0.0, audio_stg_scale=0.0)[0]) > 1e-3
+    assert distance(call(pipe)[0], call(pipeline(), stg_scale=0.0, audio_stg_scale=0.0)[0]) > 1e-3
 
 
 def carried_on(pipe, guidance):
@@ -343,8 +348,8 @@ def test_reuse(order):
     """For video and for audio, as the difference of each pass from the conditional one."""
     guidance, steps = Guidance(reuse=2, reuse_cfg=3, reuse_order=order), {"num_inference_steps": 8}
     expected = call(carried_on(build(), guidance), **steps)
-    made = call(stgfast.accelerate(build(), guidance), **steps)
-    for one, other, exact in zip(made, expected, call(build(), **steps), strict=True):
+    made = call(stgfast.accelerate(pipeline(), guidance), **steps)
+    for one, other, exact in zip(made, expected, call(pipeline(), **steps), strict=True):
         same(one, other)
         assert distance(one, exact) > 1e-5
 
@@ -352,7 +357,7 @@ def test_reuse(order):
 @pytest.mark.parametrize("order", [0, 2])
 def test_reuse_computes_what_explain_counts(order):
     guidance, steps = Guidance(reuse=2, reuse_cfg=2, reuse_order=order), {"num_inference_steps": 9}
-    pipe = stgfast.accelerate(build(), guidance)
+    pipe = stgfast.accelerate(pipeline(), guidance)
     explained = stgfast.explain(pipe, **steps, spatio_temporal_guidance_blocks=[3], num_frames=9)
     assert sum(rows_of(pipe, **steps)) == explained.block_rows < 9 * (4 * DEPTH - 3)
     assert explained.cfg_alone == explained.unshared == 9 * 4 * DEPTH
@@ -365,17 +370,17 @@ def test_reuse_beside_a_guidance_that_is_off_for_a_while():
     """Nothing is extrapolated over steps without the pass; the plain copy in the first step is no difference."""
     scales = [0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0]
     perturbed = Guidance(Perturbation([3], kind="residual", scale=scales), reuse=2)
-    pipe, steps = stgfast.accelerate(build(), perturbed), {"num_inference_steps": 8}
+    pipe, steps = stgfast.accelerate(pipeline(), perturbed), {"num_inference_steps": 8}
     explained = stgfast.explain(pipe, **steps, num_frames=9)
     rows, made = counted(pipe, **steps)
     assert sum(rows) == explained.block_rows
     # The perturbed branch, one block of five: in steps 1, 2, 4, and 6, 7 after it was off.
     assert explained.block_rows == 8 * 2 * DEPTH + 5
-    assert distance(made[0], call(stgfast.accelerate(build(), perturbed.exact), **steps)[0]) > 1e-6
+    assert distance(made[0], call(stgfast.accelerate(pipeline(), perturbed.exact), **steps)[0]) > 1e-6
 
 
 def test_wrong_settings_say_so():
-    pipe = stgfast.accelerate(build())
+    pipe = stgfast.accelerate(pipeline())
     with pytest.raises(
         SettingsError, match=r"spatio_temporal_guidance_blocks: got \[28\], expected numbers from 0 to 4"
     ):
@@ -387,5 +392,5 @@ def test_wrong_settings_say_so():
     }
     for message, guidance in wrong.items():
         with pytest.raises(SettingsError, match=message):
-            call(stgfast.accelerate(build(), guidance))
+            call(stgfast.accelerate(pipeline(), guidance))
     assert call(pipe)[0].shape[1] == 4

@@ -20,7 +20,8 @@ every = pytest.mark.parametrize("family", ATTENDING.values(), ids=ATTENDING)
 # One family for each protocol, with and without a stack between blocks, with and without more rows in a block.
 SOME = {name: ATTENDING[name] for name in ("LTX", "Wan", "Mochi", "CogVideoX", "Stable Diffusion XL", "modular LTX")}
 
-SMALL = {"Latte": {"num_inference_steps": 1}}  # each place in a frame is a row of its attention in time
+# Each place in a frame is a row of its attention in time.
+SMALL = {"Latte": {"num_inference_steps": 1}}
 
 
 @contextmanager

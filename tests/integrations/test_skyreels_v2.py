@@ -34,7 +34,7 @@ def clip(family, pipe, **changes):
     ],
 )
 def test_a_schedule_has_a_number_for_every_step(name, changes, steps):
-    """As many numbers as the pipeline makes steps."""
+    """As many numbers as the pipeline makes steps. (A call with `causal_block_size` changes its model.)"""
     family = FAMILIES[name]
     made = []
     pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1], scale=[1.0] * steps)))
@@ -47,7 +47,7 @@ def test_a_schedule_has_a_number_for_every_step(name, changes, steps):
 def test_a_schedule_over_frames_that_set_out_later():
     family = FAMILIES["SkyReels-V2 forced, frame after frame"]
     guidance = Guidance(Perturbation([1], scale=[0.0, 1.0, 2.0, 0.5]))
-    same(family.run(stgfast.accelerate(family.build(), guidance)), family.plain(guidance))
+    same(family.run(stgfast.accelerate(family.pipe(), guidance)), family.plain(guidance))
 
 
 @pytest.mark.parametrize("name", ["SkyReels-V2 forced", "SkyReels-V2 forced from an image"])
@@ -55,10 +55,10 @@ def test_a_long_video_is_made_part_by_part(name):
     """Guidance starts again with each part: here it acts in the first half of the steps of a part."""
     family = FAMILIES[name]
     half = replace(GUIDANCE, stop=0.5)
-    pipe = stgfast.accelerate(family.build(), half)
+    pipe = stgfast.accelerate(family.pipe(), half)
     with family.counted(pipe) as rows:
         made = clip(family, pipe, **LONG)
     assert rows == [8, 8, 10, 10]  # in one step of two, of both parts, the perturbed branch too
-    assert distance(made, clip(family, family.build(), **LONG)) > 1e-3
+    assert distance(made, clip(family, family.pipe(), **LONG)) > 1e-3
     assert "one part of a longer clip" in stgfast.explain(pipe, **{**family.arguments(1), **LONG}).notice
-    assert torch.equal(clip(family, pipe, **LONG, stg_scale=0.0), clip(family, family.build(), **LONG))
+    assert torch.equal(clip(family, pipe, **LONG, stg_scale=0.0), clip(family, family.pipe(), **LONG))

@@ -9,7 +9,7 @@ import torch
 import stgfast
 from stgfast import Guidance, Perturbation, SettingsError
 from stgfast.integrations.families.stable_video_diffusion import STABLE_VIDEO_DIFFUSION
-from tests.integrations.families.stable_video_diffusion import FAMILIES, FRAMES, build
+from tests.integrations.families.stable_video_diffusion import FAMILIES, FRAMES
 from tests.precision import distance, same
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -47,19 +47,19 @@ def test_several_videos_of_an_image():
 
     family = dataclasses.replace(FAMILY, arguments=arguments)
     expected = family.plain(BOTH, 2)
-    made = family.run(stgfast.accelerate(build(), BOTH), 2)
+    made = family.run(stgfast.accelerate(FAMILY.pipe(), BOTH), 2)
     assert len(made) == 4
     same(made, expected)
 
 
 def test_a_perturbed_branch_may_be_held_against_the_cfg_result():
     guidance = Guidance(Perturbation([3], of="uncond", base="guided", scale=2.0))
-    same(FAMILY.run(stgfast.accelerate(build(), guidance)), FAMILY.plain(guidance))
+    same(FAMILY.run(stgfast.accelerate(FAMILY.pipe(), guidance)), FAMILY.plain(guidance))
 
 
 def test_a_cfg_schedule_replaces_the_scale_of_every_frame():
     plain = dataclasses.replace(FAMILY, cfg=2.5).plain(BOTH)
-    made = FAMILY.run(stgfast.accelerate(build(), dataclasses.replace(BOTH, cfg=2.5)))
+    made = FAMILY.run(stgfast.accelerate(FAMILY.pipe(), dataclasses.replace(BOTH, cfg=2.5)))
     same(made, plain)
 
 
@@ -74,14 +74,14 @@ def test_a_callback_may_change_the_scale():
     expected = dataclasses.replace(
         now, arguments=lambda *given, **named: {**FAMILY.arguments(*given, **named), "callback_on_step_end": lower}
     ).plain(BOTH)
-    made = FAMILY.run(stgfast.accelerate(build(), BOTH), callback_on_step_end=lower)
+    made = FAMILY.run(stgfast.accelerate(FAMILY.pipe(), BOTH), callback_on_step_end=lower)
     same(made, expected)
-    assert distance(FAMILY.run(stgfast.accelerate(build(), BOTH)), expected) > 1e-3
+    assert distance(FAMILY.run(stgfast.accelerate(FAMILY.pipe(), BOTH)), expected) > 1e-3
 
 
 def test_sigmas_are_steps_but_for_the_last():
     arguments = {**FAMILY.arguments(1), "sigmas": [10.0, 1.0, 0.0]}
-    pipe = stgfast.accelerate(build(), Guidance(Perturbation([3], scale=[1.0, 2.0])))
+    pipe = stgfast.accelerate(FAMILY.pipe(), Guidance(Perturbation([3], scale=[1.0, 2.0])))
     assert pipe(**arguments).frames.isfinite().all()
     assert pipe.num_timesteps == 2
     assert stgfast.explain(pipe, **arguments).phases[-1].last == 1
@@ -90,7 +90,7 @@ def test_sigmas_are_steps_but_for_the_last():
 
 
 def test_what_the_model_cannot_do_is_said_at_once():
-    pipe = build()
+    pipe = FAMILY.pipe()
     with pytest.raises(SettingsError, match="residual perturbation along an axis"):
         stgfast.accelerate(pipe, Guidance(Perturbation([3], axis="spatial")))
     with pytest.raises(SettingsError, match=r"layers.*got \[8\], expected numbers from 0 to 3"):

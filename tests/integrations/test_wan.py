@@ -27,7 +27,7 @@ def clip(family, pipe, **changes):
 @pytest.mark.parametrize("name", [name for name in FAMILIES if "two transformers" in name])
 def test_every_transformer_makes_its_step_with_its_own_scale(name):
     family = FAMILIES[name]
-    pipe = stgfast.accelerate(family.build(), GUIDANCE)
+    pipe = stgfast.accelerate(family.pipe(), GUIDANCE)
     with family.counted(pipe) as rows:
         made = family.run(pipe)
     assert all(rows)
@@ -38,7 +38,7 @@ def test_every_transformer_makes_its_step_with_its_own_scale(name):
 
 def test_without_a_scale_of_its_own_the_second_transformer_has_that_of_the_first():
     family = FAMILIES["Wan of two transformers"]
-    pipe = stgfast.accelerate(family.build(), GUIDANCE)
+    pipe = stgfast.accelerate(family.pipe(), GUIDANCE)
     assert torch.equal(clip(family, pipe, guidance_scale_2=None), clip(family, pipe, guidance_scale_2=4.0))
 
 
@@ -58,14 +58,14 @@ def test_a_first_and_a_last_image_are_two_rows_of_one_sample():
     build = wan.builder(wan.FROM_IMAGE, **wan.WITH_IMAGE, pos_embed_seq_len=10)
     family = Family("Wan from two images", build, arguments, wan.SEQUENTIAL, cfg=4.0)
     for prompts in (1, 2):
-        made = family.run(stgfast.accelerate(family.build(), GUIDANCE), prompts)
+        made = family.run(stgfast.accelerate(family.pipe(), GUIDANCE), prompts)
         same(made, family.plain(GUIDANCE, prompts))
 
 
 def test_a_schedule_has_a_number_for_every_step_that_is_left_of_a_video():
     family = FAMILIES["Wan from a video"]  # 4 steps, of which strength leaves 2
     schedule = Guidance(Perturbation([1], scale=[1.5, 0.0]))
-    pipe = stgfast.accelerate(family.build(), schedule)
+    pipe = stgfast.accelerate(family.pipe(), schedule)
     same(family.run(pipe), family.plain(schedule))
     explained = stgfast.explain(pipe, **family.arguments(1))
     assert [phase.steps for phase in explained.phases] == [1, 1]
@@ -101,7 +101,7 @@ def test_all_that_has_a_row_for_every_sample_in_a_model_with_hints_is_known():
 
 def test_hints_are_made_once_for_branches_that_differ_later():
     family = FAMILIES["Wan VACE"]
-    pipe = stgfast.accelerate(family.build(), GUIDANCE)
+    pipe = stgfast.accelerate(family.pipe(), GUIDANCE)
     explained = stgfast.explain(pipe, **family.arguments(1))
     assert explained.phases[0].rows == (2, 2, 2, 2, 3, 3)  # two hints, four blocks
 

@@ -58,7 +58,7 @@ def test_every_family_passes(family):
 
 def test_the_table_is_in_words():
     family = FAMILIES["LTX"]
-    pipe = stgfast.accelerate(family.build(), guidance_for(family))
+    pipe = stgfast.accelerate(family.pipe(), guidance_for(family))
     said = str(verdict_on(pipe, family))
     assert said.startswith("LTXPipeline: accelerated guidance is equal to the plain method.")
     for what in (
@@ -137,7 +137,7 @@ def test_a_pipeline_that_was_changed_passes(name, change):
 def test_a_rescale_of_the_pipelines_own(name):
     """It is no weighted sum, but the formula with the same rescale."""
     family = FAMILIES[name]
-    pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1]), rescale=0.3))
+    pipe = stgfast.accelerate(family.pipe(), Guidance(Perturbation([1]), rescale=0.3))
     takes = "guidance_rescale" in inspect.signature(type(pipe).__call__).parameters
     verdict = verdict_on(pipe, family, **({"guidance_rescale": 0.7} if takes else {}))
     assert verdict.ok, verdict
@@ -147,12 +147,12 @@ def test_a_rescale_of_the_pipelines_own(name):
 def test_a_pipeline_that_does_more_than_a_rescale_is_refused():
     """Here the combined prediction gets the norm of the conditional one, which would undo guidance."""
     family = FAMILIES["LTX"]
-    module = sys.modules[type(family.build()).__module__]
+    module = sys.modules[type(family.pipe()).__module__]
 
     def normed(combined, cond, guidance_rescale=0.0):
         return combined * cond.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)
 
-    pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1])))
+    pipe = stgfast.accelerate(family.pipe(), Guidance(Perturbation([1])))
     with mock.patch.object(module, "rescale_noise_cfg", normed):
         verdict = verdict_on(pipe, family, guidance_rescale=0.7)
     assert not verdict.ok
@@ -165,7 +165,7 @@ ASKED = [{"max_rows": 1}, {"max_rows": "all"}, {"attention": "auto"}, {"compile"
 @pytest.mark.parametrize("options", ASKED, ids=str)
 def test_as_it_is_accelerated(options):
     family = FAMILIES["Mochi"]
-    pipe = stgfast.accelerate(family.build(), guidance_for(family), **options)
+    pipe = stgfast.accelerate(family.pipe(), guidance_for(family), **options)
     verdict = verdict_on(pipe, family)
     assert verdict.ok, verdict
 
@@ -186,14 +186,14 @@ def test_schedules_are_checked_where_they_act_most():
 def test_blur_and_kinds_of_uncond():
     family = FAMILIES["Wan"]
     parts = [Perturbation([1], kind="blur", sigma=0.8), Perturbation([2], of="uncond", base="cond")]
-    verdict = verdict_on(stgfast.accelerate(family.build(), Guidance(parts)), family)
+    verdict = verdict_on(stgfast.accelerate(family.pipe(), Guidance(parts)), family)
     assert verdict.ok, verdict
     assert len(verdict.lines) == 6
 
 
 @pytest.mark.parametrize("prompts", [1, 2])
 def test_ltx2_passes(prompts):
-    verdict = ltx2_verdict(stgfast.accelerate(test_ltx2.build()), prompts)
+    verdict = ltx2_verdict(stgfast.accelerate(test_ltx2.pipeline()), prompts)
     assert verdict.ok, verdict
 
 
@@ -218,7 +218,7 @@ def ltx2_verdict(pipe, prompts):
 def test_a_mark_that_is_dropped_is_named():
     """The engine leaves out one of two layers."""
     family = FAMILIES["LTX"]
-    pipe = stgfast.accelerate(family.build(), Guidance(Perturbation([1, 3])))
+    pipe = stgfast.accelerate(family.pipe(), Guidance(Perturbation([1, 3])))
     marks = Layout.marks
     with mock.patch.object(Layout, "marks", lambda self, part: {n: m for n, m in marks(self, part).items() if n != 3}):
         verdict = verdict_on(pipe, family)
@@ -230,7 +230,7 @@ def test_a_mark_that_is_dropped_is_named():
 
 def test_a_call_without_guidance_has_nothing_to_verify():
     family = FAMILIES["LTX"]
-    pipe = stgfast.accelerate(family.build(), guidance_for(family))
+    pipe = stgfast.accelerate(family.pipe(), guidance_for(family))
     with pytest.raises(SettingsError, match="got a call without guidance"):
         verdict_on(pipe, family, stg_scale=0.0)
 
@@ -272,7 +272,7 @@ def test_wrong_facts_raise_or_do_no_harm(wrong, name, kind):
     family = FAMILIES[name]
     early, late = family.layers
     guidance = Guidance(Perturbation([early, late], kind=kind), rescale=0.7)
-    right = ADAPTERS[type(family.build()).__name__]
+    right = ADAPTERS[type(family.pipe()).__name__]
     ran, refused = [], ""
     try:
         pipe = stgfast.accelerate(family.pipe(), guidance, adapter=WRONG[wrong](right))
@@ -291,11 +291,11 @@ def test_verification_can_be_switched_off():
     """Then a wrong protocol is noticed only at the end of the run."""
     family = FAMILIES["LTX"]
     wrong = replace(ADAPTERS["LTXPipeline"], order=("cond", "uncond"))
-    right = family.run(stgfast.accelerate(family.build(), guidance_for(family)))
-    made = family.run(stgfast.accelerate(family.build(), guidance_for(family), adapter=wrong, verify=False))
+    right = family.run(stgfast.accelerate(family.pipe(), guidance_for(family)))
+    made = family.run(stgfast.accelerate(family.pipe(), guidance_for(family), adapter=wrong, verify=False))
     assert distance(made, right) > 0.1
     with pytest.raises(EngineError, match="order: the adapter says cond, uncond"):
-        family.run(stgfast.accelerate(family.build(), guidance_for(family), adapter=wrong))
+        family.run(stgfast.accelerate(family.pipe(), guidance_for(family), adapter=wrong))
 
 
 def test_a_known_pipeline_is_verified_where_it_is_asked_for():

@@ -51,11 +51,11 @@ def test_what_is_found_gives_the_plain_result(family, empty_table, caplog):
     same(made, family.plain(guidance, 1, cfg))
     said = [record.getMessage() for record in caplog.records if record.name == "stgfast"]
     assert len(said) == 1
-    assert said[0].startswith(f"{type(family.build()).__name__} is not in the table")
+    assert said[0].startswith(f"{type(family.pipe()).__name__} is not in the table")
 
 
 def test_what_guides_by_more_than_cfg_is_not_taken_for_it(empty_table):
-    pipe = stgfast.accelerate(test_ltx2.build(), GUIDANCE)
+    pipe = stgfast.accelerate(test_ltx2.pipeline(), GUIDANCE)
     with pytest.raises(UnsupportedPipelineError, match="guides by more than CFG itself"):
         test_ltx2.call(pipe)
 

@@ -23,11 +23,11 @@ def test_found(family):
     guidance = Guidance(
         [Perturbation([early, late], kind=kind, scale=1.5), Perturbation([late], scale=0.5)], rescale=0.5
     )
-    stock = family.build()
+    stock = family.pipe()
     assert type(stock).__name__ not in ADAPTERS
     assert f"`{type(stock).__name__}`" in PAGE.read_text()
     plain = family.run(stock)
-    pipe = stgfast.accelerate(family.build(), guidance)
+    pipe = stgfast.accelerate(family.pipe(), guidance)
     made = family.run(pipe)
     same(made, family.plain(guidance))
     assert distance(made, plain) > 1e-3

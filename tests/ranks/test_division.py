@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stgfast.batching.plan import Branch, make_plan
@@ -36,6 +36,7 @@ def best_of_all(branches, ranks):
     return min(loads)
 
 
+@settings(max_examples=50)
 @given(parts=st.lists(perturbed, max_size=3), ranks=st.integers(1, 4), full=st.booleans())
 def test_no_division_is_better(parts, ranks, full):
     branches = [UNCOND, COND, *(Branch(f"perturbed{n}", *part) for n, part in enumerate(parts))]
