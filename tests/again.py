@@ -22,7 +22,7 @@ KEPT = {
     "render/test_process.py::test_a_job_that_hangs_in_the_process_of_the_run": "a pipeline-blocks",
     "render/test_process.py::test_a_job_that_takes_its_process_down_fails": "is killed",
     "render/test_together.py::test_a_group_of_actors_that_loses_one": "a follower",
-    "bench/test_steps.py::test_the_blocks_predict_the_arithmetic": "ltx-2|svd",
+    "bench/test_steps.py::test_the_blocks_predict_the_arithmetic": "svd",
     "integrations/test_adapters.py::test_identity_attention_is_attention_that_returns_values": FEW,
     "batching/test_fastest.py::test_gives_the_same": "HunyuanVideo|Latte|Wan",
     "integrations/test_axes.py::test_no_history_along_an_axis_runs_twice": "both-.*|whole and one-Latte",
@@ -48,23 +48,25 @@ KEPT = {
     "integrations/test_images.py::test_several_in_one_call": ".*Wan.*|.*HunyuanVideo.*|.*LTX.*|.*Kandinsky.*",
     "integrations/test_guiders.py::test_shared_passes_are_the_guiders_own": ".*(original formulation|part.*|CFG)",
     "integrations/test_ltx2.py::test_equals_its_own_four_passes": "2.0-its defaults|2.3-(its|two|CFG).*",
+    "integrations/test_ltx2_modular.py::test_equals_its_own_passes": ".*-(all of it|modality alone|for half.*)-.*",
+    "integrations/test_open_sora.py::test_equals_the_plain_method": "2-.*|1-1.2, (attention|spatial)|1-2.0, one.*",
     "integrations/test_methods.py::test_reuse": (
         "Mochi-(both|.*parabola|with.*(line|while)|in .*)|Wan-against.*|.*Diffusion-rescaled"
     ),
     "integrations/test_methods.py::test_two_terms": "0.7-True-.*",
     "integrations/test_methods.py::test_what_is_carried_on_is_what_explain_counts": "1-Wan|2-Mochi|2-HunyuanVideo",
     "kernels/test_combination.py::test_a_large_mean_does_not_disturb_the_factor": ".*-1000.0-.*|.*bfloat16-.*-plain",
-    "kernels/test_combination.py::test_every_count_as_it_is_cut": "bf16-.*|.*-8",
+    "kernels/test_combination.py::test_every_count_as_it_is_cut": "bf16-[2357]|.*-8",
     "kernels/test_combination.py::test_projected": "orthogonal-.*|along a sum-bf16.*",
     "kernels/test_compiled.py::test_default_configurations_fit_the_chip": "90",
     "proof/test_check.py::test_a_pipeline_that_was_changed_passes": "LTX-.*|Wan-a LoRA",
     "proof/test_check.py::test_as_it_is_accelerated": ".*(max_rows|attention).*",
-    "proof/test_check.py::test_every_family_passes": "CogVideoX|HunyuanVideo15|Latte|LTX|Mochi|modular LTX|Wan",
+    "proof/test_check.py::test_every_family_passes": "CogVideoX|HunyuanVideo15|Latte|LTX|Wan",
     "proof/test_check.py::test_wrong_facts_raise_or_do_no_harm": (
         ".*-LTX-residual|the path of attention-.*-attention|state.*-CogVideoX-residual"
     ),
     "proof/test_find.py::test_what_is_found_gives_the_plain_result": (
-        "CogVideoX|HunyuanVideo|Latte|Mochi|modular LTX|Motif Video|Wan of two transformers|HunyuanVideo, frames packed"
+        "CogVideoX|Latte|modular LTX|Motif Video|Wan of two transformers|HunyuanVideo, frames packed"
     ),
     "proof/test_untabled.py::test_refused": "(?!AnyFlowFAR|HeliosPyramid).*",
     "proof/test_untabled.py::test_found": "AnimateDiff|Flux.2 Klein|modular.*",
@@ -74,7 +76,7 @@ KEPT = {
     "render/test_run.py::test_text_encoder_leaves_the_device": "more .*",
     "render/test_run.py::test_where_there_is_no_memory_for_one_others_like_it_are_not_tried": "1",
     "render/test_wholes.py::test_a_clip_is_what_the_pipeline_makes": (
-        "(LTX2|LTXImageToVideo|CogVideoXVideoToVideo|HunyuanVideo|Latte|Wan|StableVideoDiffusion)Pipeline"
+        "(LTX2|CogVideoXVideoToVideo|HunyuanVideo|Latte|StableVideoDiffusion)Pipeline"
     ),
     "test_composition.py::test_a_cache_is_refused_before_anything_runs": "apply_(taylor|faster).*-fun.*|apply_first.*",
     "test_composition.py::test_a_callback_that_changes_tensors": "(stacked, masked text|sequential)-.*",
@@ -82,7 +84,7 @@ KEPT = {
     "test_composition.py::test_a_run_that_is_interrupted_where_.*": "call 6",
     "test_composition.py::test_accelerate_compiles": "Wan",
     "test_composition.py::test_blocks_compiled_by_diffusers_are_compiled_once_more": "Wan-2",
-    "test_composition.py::test_cuda_graphs_are_told_of_every_call_of_the_denoiser": "accelerate|nobody",
+    "test_composition.py::test_cuda_graphs_are_told_of_every_call_of_the_denoiser": "nobody",
     "test_composition.py::test_whatever_is_done_with_a_lora": "Wan",
     "test_composition.py::test_works_with_whatever_else_owns_calls": (
         "(.*offload|compiled whole).*-before.*|.*leaf-after.*"

@@ -175,7 +175,7 @@ def identities(case, layer, step):
 
 
 @given(cases())
-@settings(max_examples=8)
+@settings(max_examples=5)
 @example(Case("mochi", Guidance(Perturbation([0]))))
 @example(Case("mochi", Guidance(Perturbation([5]))))
 @example(Case("ltx", Guidance([Perturbation([2]), Perturbation([2, 4])], rescale=0.7), prompts=3))

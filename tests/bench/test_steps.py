@@ -118,6 +118,7 @@ def test_the_code_of_a_checkout(model, tmp_path):
     assert "'reference'" in said
 
 
+@pytest.mark.again
 def test_attention_is_chosen_for_one_variant_alone():
     torch.compiler.reset()
     bench = Bench(shallow("wan-14b"), "tiny", steps=2, backend="eager")
@@ -142,7 +143,7 @@ def test_no_number_where_variants_disagree(model, monkeypatch):
 
 def test_a_time_that_is_not_predicted_fails_the_check(model, monkeypatch):
     arguments = ("--models", model, "--check", "--rounds", "1", "--variants", "stock", "passes")
-    for found, rounds, right in (([True], 1, True), ([False, True], 2, True), ([False] * 4, 4, False)):
+    for found, rounds, right in (([False, True], 2, True), ([False] * 4, 4, False)):
         asked = [*found, found[-1]]
         monkeypatch.setattr(steps, "as_predicted", lambda *_, asked=asked: asked.pop(0))
         code, (row,), said = run(*arguments)

@@ -313,7 +313,7 @@ NAMES = st.sampled_from([*sorted(jobs.FIELDS), "vars", "modell"]) | st.text(max_
 PATHS = st.sampled_from(["../x", "/etc/passwd", "a/b", "..", "con", "index", "x\x00y", "a\\b", "~", "é" * 70, "k.mp4"])
 
 
-@settings(deadline=None, max_examples=75)
+@settings(deadline=None, max_examples=50)
 @given(st.lists(st.dictionaries(NAMES, VALUES | PATHS, max_size=5), max_size=3))
 def test_any_entry_is_a_job_or_a_bad_line(tmp_path_factory, entries):
     folder = tmp_path_factory.getbasetemp()
@@ -330,7 +330,7 @@ def test_any_entry_is_a_job_or_a_bad_line(tmp_path_factory, entries):
 SIGNS = "-: {}[],\"'\n\t &*!|>%@#aé\x00\\$0"
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @given(st.text(alphabet=st.sampled_from(SIGNS), max_size=80), st.sampled_from(sorted(readers.FORMATS)))
 def test_any_file_is_read_to_its_end(tmp_path_factory, text, ending):
     found = lines(tmp_path_factory.getbasetemp(), '"a"\n' + text, ending)

@@ -40,6 +40,7 @@ def test_stock_diffusers_loads_and_renders(folder):
     assert torch.equal(*renders)
 
 
+@pytest.mark.again
 def test_the_same_seed_gives_the_same_weights(folder, tmp_path):
     again = train(Settings(tmp_path, **TINY))
     name = "transformer/diffusion_pytorch_model.safetensors"
