@@ -79,9 +79,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         if _is_read(sys.stdout.fileno()):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+        _discard_output()
         return UNREAD
+    except OSError as error:
+        if not _output_fails():
+            raise
+        _discard_output()
+        print(f"stgfast {arguments.command}: standard output: {error.strerror}", file=sys.stderr)
+        return 1
     return code
+
+
+def _output_fails() -> bool:
+    """Whether standard output takes nothing more, for example on a full disk."""
+    try:
+        os.write(sys.stdout.fileno(), b"\n")
+    except OSError:
+        return True
+    return False
+
+
+def _discard_output() -> None:
+    """Discard what is left, which Python writes when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_read(handle: int) -> bool:

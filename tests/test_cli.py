@@ -96,3 +96,12 @@ def test_output_that_nobody_reads(tmp_path, capsys, command):
     assert (done.returncode, done.stderr) == (141, b"")
     assert main(["status", "--out", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["paused"] == (name == "pause")
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    with Store(tmp_path):
+        pass
+    command = [sys.executable, "-m", "stgfast.cli", "status", "--out", str(tmp_path)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "stgfast status: standard output: No space left on device\n")
