@@ -91,6 +91,7 @@ KEPT = {
     ),
     "test_gpu.py::test_neither_steps_nor_schedules_compile_anew": "wan-14b-.*",
     "test_gpu.py::test_steps_of_the_released_sizes_stay_on_the_device": "mochi",
+    "test_install.py::test_(scale_0_is|steps_out_of_range|restore_leaves)_.*": "mochi|wan|hunyuan",
     "test_recipes.py::test_every_pipeline_takes_one": FEW,
     "test_restart.py::test_equals_the_loop_written_out": RUNS,
     "test_restart.py::test_guided_and_explained_over_the_longer_run": RUNS,
