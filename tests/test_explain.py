@@ -22,7 +22,7 @@ from tests.oracle import blocks_of
     ids=["one", "two", "late", "none"],
 )
 def test_block_rows_are_those_of_the_call(family, guidance):
-    pipe = stgfast.accelerate(models.shared(models.pipeline, family), guidance)
+    pipe = stgfast.accelerate(models.pipeline(family), guidance)
     call = models.sizes(family)
     explained = stgfast.explain(pipe, **call)
     rows = [0] * explained.depth
@@ -67,7 +67,7 @@ def test_the_text():
 
 @pytest.mark.parametrize(("max_rows", "at_once"), [(None, 2), (1, 1), ("all", 3), (9, 3)])
 def test_rows_are_what_memory_goes_by(max_rows, at_once):
-    pipe = stgfast.accelerate(models.shared(models.pipeline, "mochi"), Guidance(Perturbation([3])), max_rows=max_rows)
+    pipe = stgfast.accelerate(models.pipeline("mochi"), Guidance(Perturbation([3])), max_rows=max_rows)
     explained = stgfast.explain(pipe, **models.sizes("mochi"))
     assert (explained.rows_at_once, explained.rows_held, explained.rows_of_pipeline) == (at_once, 3, 2)
     seen = []

@@ -87,7 +87,7 @@ def test_each_kind_of_call_keeps_its_own_facts(empty_table):
 
 def test_calls_that_are_alike_are_looked_over_once(empty_table):
     family = FAMILIES["Wan"]
-    pipe = stgfast.accelerate(family.pipe(), GUIDANCE)
+    pipe = stgfast.accelerate(family.build(), GUIDANCE)
     family.run(pipe)
     ran = forwards(family, pipe)
     embeds = {name: value + 1 for name, value in family.arguments(1).items() if name.endswith("prompt_embeds")}
