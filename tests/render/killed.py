@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -104,23 +105,23 @@ def job_file(path: Path, count: int, bad: int, rng: random.Random, kind: Kind) -
     path.write_text("\n".join(lines))
 
 
-def start(pipe: object, jobs: Path, out: Path, log: Path, max_batch: int) -> int:
-    """A process that renders, and logs the finished clips."""
+def start(pipe: object, jobs: Path, out: Path, log: Path, max_batch: int, most: float) -> int:
+    """A process that renders, and logs the finished clips. After `most` of them, it waits for the kill: on a busy
+    machine, it could otherwise end before.
+    """
     child = os.fork()
     if child:
         return child
     code = 1
     try:
         with log.open("a", buffering=1) as file:
-            report = render(
-                pipe,
-                jobs,
-                out,
-                format="png",
-                max_batch=max_batch,
-                skip_bad=True,
-                listener=lambda event: file.write(json.dumps(event) + "\n"),
-            )
+
+            def listener(event: dict[str, object]) -> None:
+                file.write(json.dumps(event) + "\n")
+                while event["event"] == "done" and done(log) >= most:
+                    time.sleep(1)
+
+            report = render(pipe, jobs, out, format="png", max_batch=max_batch, skip_bad=True, listener=listener)
         code = report.code
     except BaseException:
         traceback.print_exc()
@@ -170,7 +171,8 @@ def run(
     # Each kill comes a random time after a certain number of clips, so all come before the last clip.
     moments = sorted(rng.sample(range(int(0.8 * (count - bad))), kills))
     while True:
-        child = start(pipe, jobs, out, log, max_batch)
+        most = min(moments[killed] + max_batch, count - bad - 1) if killed < kills else math.inf
+        child = start(pipe, jobs, out, log, max_batch, most)
         if killed < kills:
             while done(log) < moments[killed] and alive(child):
                 time.sleep(0.002)
