@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import select
 import sys
@@ -94,6 +95,8 @@ def _output_fails() -> bool:
     """Whether standard output takes nothing more, for example on a full disk."""
     try:
         os.write(sys.stdout.fileno(), b"\n")
+    except io.UnsupportedOperation:  # it is no file
+        return False
     except OSError:
         return True
     return False

@@ -158,6 +158,7 @@ def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNa
     state = SimpleNamespace(step=0)
     there = [name for name in facts.denoisers if getattr(pipe, name, None) is not None]
     forwards = {name: getattr(pipe, name).forward for name in there}
+    stacked = plainly.cfg is not None and facts.stacked
 
     def recorder(name: str) -> Callable[..., Any]:
         def record(*args: Any, **kwargs: Any) -> Any:
@@ -171,19 +172,18 @@ def plain_method(pipe: Any, plainly: Plainly, facts: Facts) -> Iterator[SimpleNa
 
     def predicted(source: str) -> torch.Tensor:
         """A branch that the pipeline computed itself."""
-        if plainly.cfg is not None and facts.stacked:
+        if stacked:
             return calls[0][3].chunk(2)[source == "cond"]
         return calls[source == "uncond"][3]
 
     def predict(perturbed: Perturbed) -> torch.Tensor:
-        source, stacked = perturbed.of, plainly.cfg is not None and facts.stacked
-        name, args, kwargs, _ = calls[source == "uncond" and not stacked]
+        name, args, kwargs, _ = calls[perturbed.of == "uncond" and not stacked]
         if stacked:
-            args, kwargs = _half(args, kwargs, source, facts.repeated)
+            args, kwargs = _half(args, kwargs, perturbed.of, facts.repeated)
         how = (perturbed.layers, perturbed.kind, perturbed.axis, perturbed.sigma)
         with perturbing(facts, getattr(pipe, name), *how):
             made = forwards[name](*args, **kwargs)[0].double()
-        assert distance(made, predicted(source)) > VISIBLE, "a perturbation that changes nothing shows nothing"
+        assert distance(made, predicted(perturbed.of)) > VISIBLE, "a perturbation that changes nothing shows nothing"
         return made
 
     def guided() -> torch.Tensor:

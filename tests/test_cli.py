@@ -105,3 +105,14 @@ def test_output_that_cannot_be_written(tmp_path):
     with open("/dev/full", "w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (1, "stgfast status: standard output: No space left on device\n")
+
+
+def test_another_error_is_not_taken_for_one_of_the_output(monkeypatch, capsys):
+    """Here standard output is no file, as in a notebook."""
+
+    def fails(arguments):
+        raise OSError("of the command")
+
+    monkeypatch.setattr("stgfast.doctor.run_doctor", fails)
+    with pytest.raises(OSError, match="of the command"):
+        main(["doctor"])

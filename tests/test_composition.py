@@ -267,9 +267,9 @@ def test_accelerate_compiles(family, monkeypatch):
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: told.append(True))
     guidance = Guidance(Perturbation([2]))
     pipe = stgfast.accelerate(family.build(), guidance, compile={"backend": backend, "fullgraph": True}, max_rows="all")
-    made = family.run(pipe, 2)
+    clip = family.run(pipe, 2)
     assert len(told) == family.steps[0] * (1 if family.facts.stacked else 2)
-    family.check(made, guidance, 2)
+    family.check(clip, guidance, 2)
     made, ran = len(graphs), len(runs)
     layers = pipe._stgfast.adapter.layouts(pipe)[family.facts.denoisers[0]].layers
     assert ran == family.steps[0] * layers * (1 if family.facts.stacked else 2)

@@ -143,7 +143,7 @@ def test_no_number_where_variants_disagree(model, monkeypatch):
 
 def test_a_time_that_is_not_predicted_fails_the_check(model, monkeypatch):
     arguments = ("--models", model, "--check", "--rounds", "1", "--variants", "stock", "passes")
-    for found, rounds, right in (([False, True], 2, True), ([False] * 4, 4, False)):
+    for found, rounds, right in (([True], 1, True), ([False, True], 2, True), ([False] * 4, 4, False)):
         asked = [*found, found[-1]]
         monkeypatch.setattr(steps, "as_predicted", lambda *_, asked=asked: asked.pop(0))
         code, (row,), said = run(*arguments)

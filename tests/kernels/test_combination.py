@@ -129,7 +129,7 @@ def test_a_large_mean_does_not_disturb_the_factor(monkeypatch, dtype, mean, proj
     assert abs(((scaled / plain)[large].mean() / right[large].mean()).item() - 1) < 2e-7
 
 
-@pytest.mark.parametrize("numel", [1, 2, 64, 65, 1025])
+@pytest.mark.parametrize("numel", [1, 2, 63, 64, 65, 256, 257, 1025])
 def test_sizes(monkeypatch, numel):
     x = branches(3, (2, numel))
     check(monkeypatch, x, WEIGHTS)

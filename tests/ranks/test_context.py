@@ -10,7 +10,7 @@ from tests.ranks import jobs
 
 pytestmark = pytest.mark.xdist_group("processes")  # one after the other
 
-KINDS = ["attention", "residual", "blur", "carried on", "compiled"]
+KINDS = ["attention", "residual", "blur", "carried on"]
 OTHERS = ["Wan of two transformers", "Wan, a time for every token", "modular Wan", "Lucy Edit", "ChronoEdit"]
 REFUSED = {
     ("LTX", "context", "residual"): (
@@ -45,7 +45,7 @@ def as_one_process(cases, size):
 
 
 def test_equals_the_plain_method():
-    cases = [("Wan", "context", kind) for kind in KINDS[:4]]
+    cases = [("Wan", "context", kind) for kind in KINDS]
     cases += [("Flux", how, kind) for how in ("context", "tensors") for kind in KINDS[:2]]
     made = as_one_process([*cases, *REFUSED], 2)
     # Of the two layers with identity rows, only one has all its rows in one call.
@@ -54,14 +54,15 @@ def test_equals_the_plain_method():
 
 @pytest.mark.again
 def test_equals_the_plain_method_for_others_too():
-    cases = [(name, "context", kind) for name in OTHERS for kind in KINDS[:4]]
+    cases = [(name, "context", kind) for name in OTHERS for kind in KINDS]
     as_one_process([*cases, ("Wan", "context", "compiled"), ("Flux", "tensors", "blur")], 2)
 
 
 @pytest.mark.again
 def test_branches_beside_tokens():
     """A mesh of two dimensions: branches over one, tokens over the other."""
-    as_one_process([("Wan", "both", kind) for kind in KINDS] + [("Flux", "both", kind) for kind in KINDS[:2]], 4)
+    cases = [("Wan", "both", kind) for kind in (*KINDS, "compiled")]
+    as_one_process([*cases, *(("Flux", "both", kind) for kind in KINDS[:2])], 4)
 
 
 @pytest.mark.again
